@@ -1,0 +1,1 @@
+"""Experiments: each module is a command, `python experiments/NAME.py --help`."""
