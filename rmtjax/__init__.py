@@ -1,3 +1,30 @@
 """Random matrix theory for the weights of neural networks, in JAX."""
 
+from rmtjax import (
+    marchenko_pastur as marchenko_pastur,
+    ranks as ranks,
+    tracy_widom as tracy_widom,
+)
+from rmtjax._bulk import fit_bema as fit_bema
+from rmtjax._factors import (
+    factorize_matrix as factorize_matrix,
+    Factors as Factors,
+    truncate_matrix as truncate_matrix,
+)
+from rmtjax._plan import (
+    LayerPlan as LayerPlan,
+    Plan as Plan,
+    plan as plan,
+)
+from rmtjax._spectrum import spectrum as spectrum
+from rmtjax._truncate import (
+    factorize as factorize,
+    merge as merge,
+    truncate as truncate,
+)
+from rmtjax._typing import (
+    BulkFit as BulkFit,
+    KernelAxes as KernelAxes,
+    Spectrum as Spectrum,
+)
 from rmtjax._version import __version__ as __version__

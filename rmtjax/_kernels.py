@@ -1,0 +1,126 @@
+"""The kernels of a parameter tree, seen as matrices, and back."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from rmtjax._typing import Axes, KernelAxes, Where
+
+NAMES = ("kernel", "embedding")
+# Flax's attention projects to (heads, head_dim) with these, and back with "out".
+HEAD_PROJECTIONS = ("query", "key", "value")
+
+
+def is_kernel(path: str, leaf: Any) -> bool:
+    """Chooses what Flax's layers multiply by: leaves named `kernel` or `embedding`."""
+    del leaf
+    return path.rpartition("/")[2] in NAMES
+
+
+def kernel_axes(path: str, leaf: Any) -> KernelAxes | None:
+    """The axes of a kernel of Flax's layers, from its path and shape.
+
+    - `Dense` (in, out), `Embed` (vocabulary, features): as they are.
+    - `Conv` (*window, in, out) and the `out` projection of attention
+      (heads, head_dim, out): all axes but the last are inputs.
+    - The `query`, `key` and `value` projections (in, heads, head_dim): all but the first
+      are outputs.
+
+    Nothing in a parameter tree tells a stack of kernels, as `nn.scan` makes it, from a
+    convolution: `rmtjax.linen.kernel_axes` asks the module instead.
+
+    Returns:
+      None where the leaf has fewer than two axes.
+    """
+    ndim = jnp.ndim(leaf)
+    if ndim < 2:
+        return None
+    parent = path.split("/")[-2] if "/" in path else ""
+    first = 1 if parent in HEAD_PROJECTIONS else ndim - 1
+    return KernelAxes(tuple(range(first)), tuple(range(first, ndim)))
+
+
+def check_axes(path: str, axes: KernelAxes, ndim: int) -> None:
+    """Refuses axes that are not those of the leaf, each once."""
+    if sorted((*axes.batch, *axes.inputs, *axes.outputs)) != list(range(ndim)):
+        raise ValueError(f"`axes` must name each of the {ndim} axes of {path!r} once, got {axes}.")
+
+
+def matrix_shape(shape: tuple[int, ...], axes: KernelAxes) -> tuple[int, int, int]:
+    """The shape (batch, inputs, outputs) of a kernel seen as a stack of matrices."""
+    batch, rows, columns = (
+        math.prod(shape[axis] for axis in group)
+        for group in (axes.batch, axes.inputs, axes.outputs)
+    )
+    return batch, rows, columns
+
+
+def to_matrices(kernel: Float[Array, "..."], axes: KernelAxes) -> Float[Array, "b m n"]:
+    """A kernel as a stack of matrices of shape (inputs, outputs)."""
+    order = (*axes.batch, *axes.inputs, *axes.outputs)
+    return jnp.transpose(kernel, order).reshape(matrix_shape(kernel.shape, axes))
+
+
+def from_matrices(
+    matrices: Float[Array, "b m n"], shape: tuple[int, ...], axes: KernelAxes
+) -> Float[Array, "..."]:
+    """The kernel of the given shape that `to_matrices` turns into `matrices`."""
+    order = (*axes.batch, *axes.inputs, *axes.outputs)
+    moved = matrices.reshape([shape[axis] for axis in order])
+    return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's place as a string, "Dense_0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def find_kernels(
+    params: PyTree, where: Where | None = None, axes: Axes | None = None, is_leaf=None
+) -> dict[str, tuple[Any, KernelAxes | None]]:
+    """Path, leaf and axes of each chosen leaf, in the order of the tree.
+
+    Args:
+      params: Nested dictionaries of arrays.
+      where: Chooses leaves; by default those named `kernel` or `embedding`.
+      axes: Names the axes of a chosen leaf; where it returns None for a leaf with two
+        axes or more, the leaf is no matrix. By default `kernel_axes`.
+      is_leaf: As in `jax.tree.map`.
+    """
+    found = {}
+    for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
+        path = path_name(key)
+        if (where or is_kernel)(path, leaf):
+            named = None if is_leaf and is_leaf(leaf) else (axes or kernel_axes)(path, leaf)
+            if named is not None:
+                check_axes(path, named, jnp.ndim(leaf))
+            found[path] = (leaf, named)
+    return found
+
+
+def map_kernels(fn, params: PyTree, paths, is_leaf=None) -> PyTree:
+    """Applies `fn(path, leaf)` to the leaves at `paths`; the others stay the same objects."""
+
+    def visit(key, leaf):
+        path = path_name(key)
+        return fn(path, leaf) if path in paths else leaf
+
+    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_leaf)
+
+
+def unmatrixable(leaf: Any, axes: KernelAxes | None, min_size: int) -> str | None:
+    """Why a leaf has no spectrum to fit, known from its shape and dtype alone."""
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"not floating ({dtype})"
+    if axes is None:
+        return f"no matrix (shape {shape})"
+    if 0 in shape:
+        return f"empty (shape {shape})"
+    _, rows, columns = matrix_shape(shape, axes)
+    if min(rows, columns) < min_size:
+        return f"short side {min(rows, columns)} under {min_size}"
+    return None

@@ -1,0 +1,79 @@
+"""Exact spectra of matrices."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rmtjax._typing import Spectrum
+
+
+def check_matrix(name: str, matrix: Float[Array, "m n"]) -> None:
+    """Refuses what `jnp.linalg.svd` would take for something else, or not at all."""
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"`{name}` needs a matrix, got shape {matrix.shape}. Reshape a convolution "
+            "kernel to (window * in, out) first, or use `rmtjax.analyze` on a tree."
+        )
+    if 0 in matrix.shape:
+        raise ValueError(f"`{name}` needs a matrix with entries, got shape {matrix.shape}.")
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        raise TypeError(
+            f"`{name}` needs a real floating-point matrix, got dtype {matrix.dtype}. "
+            "Cast it with `matrix.astype(jnp.float32)` if its values are meant as weights."
+        )
+
+
+def lift(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+    """In float32 at least: no LAPACK works in bfloat16, and no spectrum survives it."""
+    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+
+
+def aspect_ratio(matrix: Float[Array, "*batch m n"]) -> Float[Array, ""]:
+    r"""$\gamma = p / n$, the shorter side over the longer."""
+    *_, rows, columns = matrix.shape
+    ratio = min(rows, columns) / max(rows, columns)
+    return jnp.asarray(ratio, jnp.promote_types(matrix.dtype, jnp.float32))
+
+
+def from_singular_values(
+    singular_values: Float[Array, "*batch p"], matrix: Float[Array, "*batch m n"]
+) -> Spectrum:
+    """The spectrum of `matrix`, whose singular values are known, descending."""
+    eigenvalues = singular_values**2 / max(matrix.shape[-2:])
+    return Spectrum(eigenvalues=eigenvalues, ratio=aspect_ratio(matrix))
+
+
+def spectrum(matrix: Float[Array, "m n"]) -> Spectrum:
+    r"""The empirical spectral density of a matrix.
+
+    $\lambda_k = s_k^2 / n$ for the singular values $s_1 \ge \dots \ge s_p$ of the matrix,
+    $n$ the longer and $p$ the shorter of its sides. A matrix and its transpose have the
+    same spectrum.
+
+    Args:
+      matrix: Real matrix of any floating dtype; bfloat16 and float16 are lifted to
+        float32, in which the spectrum is computed. Works under `jit` and `vmap`.
+
+    Returns:
+      `Spectrum(eigenvalues, ratio)`. A matrix with a NaN or an infinity has a spectrum
+      of NaN.
+
+    Raises:
+      ValueError: `matrix` has not two axes, or no entries.
+      TypeError: `matrix` is not of a real floating dtype.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (100, 400))
+      >>> eigenvalues, ratio = rmtjax.spectrum(noise)
+      >>> eigenvalues.shape, float(ratio)
+      ((100,), 0.25)
+      >>> print(f"{eigenvalues.mean():.1f}")  # the mean square of the entries
+      1.0
+    """
+    matrix = jnp.asarray(matrix)
+    check_matrix("spectrum", matrix)
+    matrix = lift(matrix)
+    # LAPACK may loop for long, or stop, on what is not finite.
+    finite = jnp.isfinite(matrix).all()
+    values = jnp.linalg.svd(jnp.where(finite, matrix, 0), compute_uv=False)
+    return from_singular_values(jnp.where(finite, values, jnp.nan), matrix)

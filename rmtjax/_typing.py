@@ -1,0 +1,61 @@
+"""Names for the types that several layers share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+
+class KernelAxes(NamedTuple):
+    """Which axes of a kernel are rows of its matrix, and which are columns.
+
+    Attributes:
+      inputs: Axes that are contracted with the inputs, in order: the rows.
+      outputs: Axes that the outputs carry, in order: the columns.
+      batch: Axes over which the kernel is a stack of matrices, as under `nn.scan`.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+
+class Spectrum(NamedTuple):
+    r"""The empirical spectral density (ESD) of a matrix $W$, each eigenvalue with mass $1/p$.
+
+    Attributes:
+      eigenvalues: $\lambda_k = s_k^2 / n$, descending, for the singular values $s_k$
+        of $W$ and $n$ its longer side. Their mean is the mean square of the entries.
+      ratio: Aspect ratio $\gamma = p / n$ in (0, 1], $p$ the shorter side.
+    """
+
+    eigenvalues: Float[Array, "*batch p"]
+    ratio: Float[Array, ""]
+
+
+class BulkFit(NamedTuple):
+    r"""The Marchenko-Pastur bulk of a spectrum, and what stands out of it.
+
+    All scales are those of the eigenvalues $s^2 / n$; the singular value that belongs to
+    one of them is $\sqrt{n \lambda}$. A spectrum that is not finite gives NaN.
+
+    Attributes:
+      variance: $\sigma^2$, the variance of one entry of the noise.
+      edge: $\lambda_+ = \sigma^2 (1 + \sqrt\gamma)^2$, the end of the law's support.
+      threshold: The cut for a spike.
+      distance: Kolmogorov distance between ESD and law over the trimmed window, in
+        [0, 1]; 1 where the variance is zero and there is no law to compare with.
+      num_spikes: Number of eigenvalues above the threshold.
+    """
+
+    variance: Float[Array, "*batch"]
+    edge: Float[Array, "*batch"]
+    threshold: Float[Array, "*batch"]
+    distance: Float[Array, "*batch"]
+    num_spikes: Int[Array, "*batch"]
+
+
+# Chooses leaves: receives a path such as "Dense_0/kernel" and the leaf.
+Where = Callable[[str, Any], bool]
+# Names the axes of a chosen leaf; None where it is no matrix.
+Axes = Callable[[str, Any], KernelAxes | None]

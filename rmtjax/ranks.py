@@ -1,0 +1,198 @@
+"""Rank rules: how many directions of a matrix are signal.
+
+Each rule is a frozen value that can be called, hashed, printed and compared:
+
+- `rule.fit(spectrum)` estimates the noise;
+- `rule.accepts(spectrum, fit)` says whether the rule may be believed;
+- `rule(spectrum, fit=None)` counts the signal directions, by the noise level of `fit`
+  where one is given: so that a level found once can be used again on a spectrum that has
+  been truncated since.
+
+All are pure and work under `jit` and `vmap`, on the `Spectrum` of one matrix.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int
+
+from rmtjax import _bulk, marchenko_pastur
+from rmtjax._typing import BulkFit, Spectrum
+
+# Exact noise stays under 5 / p; trained bulks, which are nearly noise, under this.
+TRAINED_DISTANCE = 0.05
+
+
+@runtime_checkable
+class RankRule(Protocol):
+    """What a rank rule is: see the head of this module."""
+
+    def fit(self, spectrum: Spectrum) -> BulkFit:
+        """Estimates the noise."""
+        ...
+
+    def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
+        """Whether the count may be believed."""
+        ...
+
+    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
+        """Number of signal directions."""
+        ...
+
+
+def kept_rank(
+    num_signal: Int[ArrayLike, ""], size: int, keep: ArrayLike = 0.0, min_rank: int = 1
+) -> Int[Array, ""]:
+    r"""$r = K + \lfloor keep \cdot (p - K) \rfloor$, at least `min_rank`.
+
+    All $K$ signal directions and the largest part of the rest, as in the papers.
+    """
+    # The thousandth of a rank forgives rounding: 0.7 * 10 is 7, not 6.
+    rest = jnp.floor(keep * (size - num_signal) + 1e-3).astype(jnp.int32)
+    return jnp.clip(num_signal + rest, min(min_rank, size), size)
+
+
+@dataclass(frozen=True)
+class bema:  # noqa: N801 - called like a function, as everything in this module
+    r"""Spikes above the Tracy-Widom threshold of a Marchenko-Pastur bulk.
+
+    The bulk is fitted by `rmtjax.fit_bema`. The rule refuses where the law does not fit:
+    where the Kolmogorov distance is above $\max(d, 5 / p)$. For exact noise the distance
+    stays under $5 / p$ (1,000 draws of seven shapes), so that the gate opens for noise of
+    any size, and a short spectrum is not judged by the standard of a long one.
+
+    Attributes:
+      trim: Share of the eigenvalues left out at each end of the fit, in [0, 0.5).
+      level: Probability that noise alone gives a spike, in (0, 1).
+      max_distance: $d$, in (0, 1]; 1 opens the gate for all that is finite.
+
+    References:
+      Ke, Ma and Lin, J. Am. Stat. Assoc. 118 (2023) 374-392,
+      https://arxiv.org/abs/2006.00436.
+    """
+
+    trim: float = 0.25
+    level: float = 0.1
+    max_distance: float = TRAINED_DISTANCE
+
+    def __post_init__(self):
+        _bulk.check_trim(self.trim)
+        _bulk.check_level(self.level)
+        if not 0 < self.max_distance <= 1:
+            raise ValueError(
+                f"`max_distance` must be in (0, 1], got {self.max_distance}: it is the "
+                "largest Kolmogorov distance between spectrum and law; 1 opens the gate."
+            )
+
+    def fit(self, spectrum: Spectrum) -> BulkFit:
+        """Fits the bulk by eigenvalue matching."""
+        return _bulk.fit_bema(spectrum, trim=self.trim, level=self.level)
+
+    def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
+        """Whether the law fits; False for a spectrum that is not finite."""
+        size = spectrum.eigenvalues.shape[-1]
+        return fit.distance <= max(self.max_distance, 5 / size)
+
+    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
+        """Number of eigenvalues above the threshold of `fit`."""
+        fit = self.fit(spectrum) if fit is None else fit
+        return _bulk.count_above(spectrum, fit.threshold)
+
+
+@dataclass(frozen=True)
+class gavish_donoho:  # noqa: N801
+    r"""The optimal hard threshold for singular values in white noise.
+
+    The cut is $s > c(\gamma) \sqrt{n} \sigma$ with
+    $c(\gamma)^2 = 2 (\gamma + 1) + 8 \gamma / (\gamma + 1 + \sqrt{\gamma^2 + 14 \gamma + 1})$
+    and $\sigma^2$ the median eigenvalue over that of the Marchenko-Pastur law; for a
+    square matrix $s > 2.858$ times the median singular value. It minimises the expected
+    Frobenius error of the truncated matrix and lies 15 to 20 % above the edge: directions
+    in between can be detected, but cost more error than they give back.
+
+    The median assumes that less than about half of the directions are signal. There is no
+    gate: what is finite is accepted.
+
+    References:
+      Gavish and Donoho, IEEE Trans. Inf. Theory 60 (2014) 5040-5053,
+      https://arxiv.org/abs/1305.5870.
+    """
+
+    def fit(self, spectrum: Spectrum) -> BulkFit:
+        """Noise level from the median eigenvalue, threshold by the closed form."""
+        ratio = spectrum.ratio
+        median = jnp.median(spectrum.eigenvalues)
+        variance = median / marchenko_pastur.ppf(jnp.asarray(0.5, ratio.dtype), ratio)
+        root = jnp.sqrt(ratio**2 + 14 * ratio + 1)
+        cut = 2 * (ratio + 1) + 8 * ratio / (ratio + 1 + root)
+        return _bulk.bulk_fit(spectrum, variance, variance * cut, trim=0.25)
+
+    def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
+        """Whether the noise level is finite and positive."""
+        del spectrum
+        return jnp.isfinite(fit.variance) & (fit.variance > 0)
+
+    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
+        """Number of eigenvalues above the threshold of `fit`."""
+        fit = self.fit(spectrum) if fit is None else fit
+        return _bulk.count_above(spectrum, fit.threshold)
+
+
+class _WithoutNoise:
+    """What rules share that ask nothing of the noise: BEMA's fit, as a diagnostic only."""
+
+    def fit(self, spectrum: Spectrum) -> BulkFit:
+        """BEMA's fit, which this rule reports and does not use."""
+        return _bulk.fit_bema(spectrum)
+
+    def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
+        """Whether the spectrum is finite."""
+        del fit
+        return jnp.isfinite(spectrum.eigenvalues).all()
+
+
+@dataclass(frozen=True)
+class energy(_WithoutNoise):  # noqa: N801
+    r"""The fewest directions that hold a share of the energy.
+
+    The smallest $r$ with $\sum_{k \le r} s_k^2 \ge share \cdot \sum_k s_k^2$.
+
+    Attributes:
+      share: In (0, 1].
+    """
+
+    share: float
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise ValueError(f"`share` must be in (0, 1], got {self.share}.")
+
+    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
+        """Number of directions that hold the share."""
+        del fit
+        held = jnp.cumsum(spectrum.eigenvalues)
+        # At least the last entry reaches a share of 1, whatever the rounding.
+        missing = jnp.sum(held < self.share * held[-1], dtype=jnp.int32)
+        return jnp.where(held[-1] > 0, jnp.minimum(missing + 1, held.shape[0]), 0)
+
+
+@dataclass(frozen=True)
+class fixed(_WithoutNoise):  # noqa: N801
+    """A rank chosen by hand, or all directions where there are fewer.
+
+    Attributes:
+      rank: At least 1.
+    """
+
+    rank: int
+
+    def __post_init__(self):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"`rank` must be an integer of at least 1, got {self.rank!r}.")
+
+    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
+        """The rank."""
+        del fit
+        return jnp.asarray(min(self.rank, spectrum.eigenvalues.shape[-1]), jnp.int32)
