@@ -1,6 +1,7 @@
 """Random matrix theory for the weights of neural networks, in JAX."""
 
 from rmtjax import (
+    linen as linen,
     marchenko_pastur as marchenko_pastur,
     ranks as ranks,
     tracy_widom as tracy_widom,
@@ -17,6 +18,7 @@ from rmtjax._plan import (
     plan as plan,
 )
 from rmtjax._spectrum import spectrum as spectrum
+from rmtjax._transform import prune_spectrum as prune_spectrum, PruneState as PruneState
 from rmtjax._truncate import (
     factorize as factorize,
     merge as merge,

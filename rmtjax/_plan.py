@@ -118,6 +118,9 @@ def _decide(leaf, axes: KernelAxes, measured, keep, min_rank, multiple) -> Layer
         rank, reason = size, f"kept: {refusal}"
     elif rank == size:
         reason = f"kept: full rank ({found})"
+    elif axes.batch != tuple(range(len(axes.batch))):
+        # The factors of a stack are sliced where their kernel was: on the first axes.
+        action, reason = "truncate", f"truncated: stacked on axes {axes.batch} ({found})"
     elif rank * (rows + columns) < rows * columns:
         action, reason = "factorize", f"factorized: {found}"
     else:

@@ -43,7 +43,10 @@ class RankRule(Protocol):
 
 
 def kept_rank(
-    num_signal: Int[ArrayLike, ""], size: int, keep: ArrayLike = 0.0, min_rank: int = 1
+    num_signal: Int[ArrayLike, ""],
+    size: int,
+    keep: ArrayLike = 0.0,
+    min_rank: Int[ArrayLike, ""] = 1,
 ) -> Int[Array, ""]:
     r"""$r = K + \lfloor keep \cdot (p - K) \rfloor$, at least `min_rank`.
 
@@ -51,7 +54,7 @@ def kept_rank(
     """
     # The thousandth of a rank forgives rounding: 0.7 * 10 is 7, not 6.
     rest = jnp.floor(keep * (size - num_signal) + 1e-3).astype(jnp.int32)
-    return jnp.clip(num_signal + rest, min(min_rank, size), size)
+    return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)
 
 
 @dataclass(frozen=True)
