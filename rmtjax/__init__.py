@@ -30,3 +30,4 @@ from rmtjax._typing import (
     Spectrum as Spectrum,
 )
 from rmtjax._version import __version__ as __version__
+from rmtjax.report import analyze as analyze, Report as Report, Row as Row

@@ -116,6 +116,8 @@ def unmatrixable(leaf: Any, axes: KernelAxes | None, min_size: int) -> str | Non
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         return f"not floating ({dtype})"
+    if jnp.finfo(dtype).bits < 16:
+        return f"too few bits ({dtype})"
     if axes is None:
         return f"no matrix (shape {shape})"
     if 0 in shape:

@@ -79,6 +79,18 @@ def _measure_all(kernels: dict[str, tuple[Any, KernelAxes]], rule, given) -> dic
     return measured
 
 
+def _check_fits(given: Mapping[str, BulkFit], kernels: dict[str, tuple[Any, KernelAxes]]) -> None:
+    """Refuses noise levels of another tree."""
+    for path in given.keys() & kernels.keys():
+        leaf, axes = kernels[path]
+        stack, seen = _kernels.matrix_shape(leaf.shape, axes)[0], jnp.size(given[path].threshold)
+        if seen != stack:
+            raise ValueError(
+                f"`fits` must have an entry for each matrix of {path!r}, {stack}, got {seen}. "
+                "Take them from the state of `prune_spectrum` with the same `axes`."
+            )
+
+
 def _stack_fits(fits: Iterable[BulkFit]) -> BulkFit:
     """Fits of several kernels as one, with a leading axis."""
     return jax.tree.map(lambda *leaves: jnp.concatenate([jnp.ravel(a) for a in leaves]), *fits)
@@ -104,6 +116,19 @@ def _refusal(spectra: Spectrum, fits: BulkFit, accepted) -> str | None:
     return f"law does not fit (distance {fits.distance.max():.3f})"
 
 
+def _hindrance(shape: tuple[int, ...], axes: KernelAxes, rank: int) -> str | None:
+    """Why factors of this rank should not stand in the place of a kernel, or None."""
+    if (*axes.batch, *axes.inputs, *axes.outputs) != tuple(range(len(shape))):
+        return "factors have their axes in another order"
+    if len(axes.batch) > 1:
+        return f"stacked on axes {axes.batch}"
+    several = not axes.batch and min(len(axes.inputs), len(axes.outputs)) > 1
+    if several and shape[0] == rank == shape[axes.outputs[0]]:
+        return "factors would look like those of a stack"  # see `multiply`
+    _, rows, columns = _kernels.matrix_shape(shape, axes)
+    return "no saving from factors" if rank * (rows + columns) >= rows * columns else None
+
+
 def _decide(leaf, axes: KernelAxes, measured, keep, min_rank, multiple) -> LayerPlan:
     """One kernel's plan from its measurement."""
     spectra, fits, accepted, signal = measured
@@ -118,13 +143,10 @@ def _decide(leaf, axes: KernelAxes, measured, keep, min_rank, multiple) -> Layer
         rank, reason = size, f"kept: {refusal}"
     elif rank == size:
         reason = f"kept: full rank ({found})"
-    elif axes.batch != tuple(range(len(axes.batch))):
-        # The factors of a stack are sliced where their kernel was: on the first axes.
-        action, reason = "truncate", f"truncated: stacked on axes {axes.batch} ({found})"
-    elif rank * (rows + columns) < rows * columns:
-        action, reason = "factorize", f"factorized: {found}"
+    elif hindrance := _hindrance(leaf.shape, axes, rank):
+        action, reason = "truncate", f"truncated: {hindrance} ({found})"
     else:
-        action, reason = "truncate", f"truncated: no saving from factors ({found})"
+        action, reason = "factorize", f"factorized: {found}"
     spectra = Spectrum(spectra.eigenvalues, spectra.ratio[0])
     return LayerPlan(
         rank,
@@ -148,7 +170,7 @@ def _check_options(keep: float, min_rank: int, multiple: int, min_size: int) -> 
         ("multiple", multiple),
         ("min_size", min_size),
     ):
-        if value < 1:
+        if not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value}.")
 
 
@@ -192,7 +214,7 @@ def plan(
       A `Plan`: path to `LayerPlan`, a row with a reason for every kernel chosen.
 
     Raises:
-      ValueError: An option is out of range, or `axes` does not fit a leaf.
+      ValueError: An option is out of range, or `axes` or `fits` does not fit a leaf.
 
     Examples:
       >>> import jax, rmtjax
@@ -215,6 +237,7 @@ def plan(
         if named is not None and reasons[path] is None
     }
     given = {path: fit for path, fit in (fits or {}).items() if np.isfinite(fit.threshold).all()}
+    _check_fits(given, matrices)
     measured = _measure_all(matrices, rule, given)
     rows = Plan()
     for path, (leaf, named) in found.items():

@@ -54,7 +54,8 @@ def _prune_stack(matrices: Float[Array, "b m n"], fits: BulkFit, rule, keep, min
 
 def _prune_kernel(kernel, update, fit: BulkFit, axes: KernelAxes, **options):
     """The update that lands on the truncated kernel, the fit in force and the rank."""
-    landed = kernel + update
+    # In the dtype of the fit, whatever that of the update: the state must keep its own.
+    landed = (kernel + update).astype(fit.threshold.dtype)
     matrices = _kernels.to_matrices(landed, axes)
     flat = jax.tree.map(jnp.ravel, fit)
     fits, rank, lower = _prune_stack(matrices, flat, **options)

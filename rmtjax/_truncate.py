@@ -13,13 +13,14 @@ from rmtjax._typing import KernelAxes
 
 def _check_plan(params: PyTree, plan: Plan) -> None:
     """Refuses a plan that was made for another tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
-    shapes = {
-        _kernels.path_name(key): jnp.shape(leaf) for key, leaf in leaves if not is_factors(leaf)
+    found = {
+        _kernels.path_name(key): "is factorized" if is_factors(leaf) else jnp.shape(leaf)
+        for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
     }
     for path, row in plan.items():
-        if row.action != "keep" and shapes.get(path) != row.shape:
-            seen = f"has shape {shapes[path]}" if path in shapes else "is not there"
+        seen = found.get(path, "is not there")
+        if row.action != "keep" and seen != row.shape:
+            seen = seen if isinstance(seen, str) else f"has shape {seen}"
             raise ValueError(
                 f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "
                 f"{seen} in `params`. Make the plan from this tree with `rmtjax.plan`."

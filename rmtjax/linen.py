@@ -91,7 +91,7 @@ def _run_embed(module: nn.Embed, params: dict[str, Any], inputs, method: str):
     return dense(right, table.apply(rows, inputs))
 
 
-def _run_merged(module: nn.Module, params: dict[str, Any], context, args, kwargs):
+def _run_merged(module: nn.Module, method: str, args, kwargs):
     """Any other module: with its own kernels multiplied out."""
     place = "/".join(module.path)
     warnings.warn(
@@ -101,29 +101,32 @@ def _run_merged(module: nn.Module, params: dict[str, Any], context, args, kwargs
         "with `where`.",
         stacklevel=2,
     )
-    dense = {name: multiply(leaf) if is_factors(leaf) else leaf for name, leaf in params.items()}
-    rngs = {name: module.make_rng(name) for name in module.scope.rngs} if module.scope else {}
-    variables = {**module.variables, "params": dense}
-    method = context.method_name
-    return module.clone(parent=None).apply(variables, *args, rngs=rngs, method=method, **kwargs)
+    dense = lambda leaf: multiply(leaf) if is_factors(leaf) else leaf
+    own = lambda params: {name: dense(leaf) for name, leaf in params.items()}
+    run = lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
+    merge = lambda variables: {"params": own(variables["params"])}
+    return nn.map_variables(run, "params", merge)(module, *args, **kwargs)
 
 
 def _interceptor(next_fun, args, kwargs, context):
     """Runs a layer as two where its kernel is `Factors`."""
-    module = context.module
-    if context.method_name not in ("__call__", "attend") or module.scope is None:
-        return next_fun(*args, **kwargs)
-    params = module.variables.get("params", {})
+    module, method = context.module, context.method_name
+    params = module.variables.get("params", {}) if module.scope is not None else {}
     if not any(is_factors(leaf) for leaf in params.values()):
         return next_fun(*args, **kwargs)
+    if method == "setup":
+        # It would ask for a dense kernel; what is called next runs without it.
+        if type(module) is nn.Embed:
+            module.embedding = multiply(params["embedding"])  # for who reads it to tie weights
+        return None
     inputs = (*args, *kwargs.values())
-    if len(inputs) == 1 and type(module) is nn.Embed:
-        return _run_embed(module, params, inputs[0], context.method_name)
-    if len(inputs) == 1 and "kernel" in params:
+    if len(inputs) == 1 and type(module) is nn.Embed and method in ("__call__", "attend"):
+        return _run_embed(module, params, inputs[0], method)
+    if len(inputs) == 1 and "kernel" in params and method == "__call__":
         outputs = _run_layer(module, params, inputs[0])
         if outputs is not None:
             return outputs
-    return _run_merged(module, params, context, args, kwargs)
+    return _run_merged(module, method, args, kwargs)
 
 
 @contextmanager

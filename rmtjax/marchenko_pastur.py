@@ -46,7 +46,7 @@ def _prepare(ratio: ArrayLike, variance: ArrayLike, *others: ArrayLike):
     ratio, variance, *rest = jnp.broadcast_arrays(*(jnp.asarray(a, dtype) for a in arrays))
     # A NaN parameter makes every result NaN, whatever branch it takes.
     ratio = jnp.where((ratio > 0) & (ratio <= 1), ratio, jnp.nan)
-    variance = jnp.where(variance > 0, variance, jnp.nan)
+    variance = jnp.where((variance > 0) & (variance < jnp.inf), variance, jnp.nan)
     return ratio, variance, *rest
 
 
@@ -98,6 +98,7 @@ def _angle_cdf(angle, root):
 
 
 @jax.custom_jvp
+@jax.jit  # or each eager call would compile its loop anew, for half a second
 def _angle_ppf(q, root):
     """The inverse of `_angle_cdf`, by bisection: monotone, so that it cannot fail."""
 
