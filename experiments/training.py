@@ -13,7 +13,6 @@ import optax
 import rmtjax
 from experiments.data import Dataset
 
-
 # The initialisation of the published runs (PyTorch's): uniform, of variance 1 / (3 inputs).
 _initial = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -54,7 +53,7 @@ def to_device(dataset: Dataset, label_noise: float, seed: int) -> tuple[Split, S
 def batches(key: jax.Array, size: int, batch_size: int) -> tuple[jax.Array, jax.Array]:
     """An epoch's shuffled indices and their weights; the last batch is padded with 0."""
     steps = -(-size // batch_size)
-    order = jnp.resize(jax.random.permutation(key, size), steps * batch_size)
+    order = jnp.resize(jax.random.permutation(key, size), (steps * batch_size,))
     weights = jnp.arange(steps * batch_size) < size
     shape = (steps, batch_size)
     return order.reshape(shape), weights.reshape(shape).astype(jnp.float32)
@@ -99,3 +98,18 @@ def _accuracy(module: nn.Module, params: Any, split: Split):
 def accuracy(module: nn.Module, params: Any, split: Split) -> float:
     """Share of images classified rightly, in %; all of them count."""
     return float(_accuracy(module, params, split))
+
+
+@jax.jit
+def _truncate(kernel, rank):
+    return rmtjax.truncate_matrix(kernel, rank)
+
+
+def truncate_at(params: Any, path: str, rank: int) -> Any:
+    """The tree with one kernel truncated to a rank, which may be 0."""
+
+    def visit(key, leaf):
+        here = jax.tree_util.keystr(key, simple=True, separator="/")
+        return _truncate(leaf, rank) if here == path else leaf
+
+    return jax.tree_util.tree_map_with_path(visit, params)

@@ -105,14 +105,14 @@ def _check(every, start, keep, min_rank, min_size) -> None:
 
 
 def prune_spectrum(
-    every: int | Int[Array, ""],
+    every: Int[ArrayLike, ""],
     *,
-    start: int | Int[Array, ""] = 0,
+    start: Int[ArrayLike, ""] = 0,
     keep: Keep = 0.0,
     rule: ranks.RankRule | None = None,
     where: Where | None = None,
     axes: Axes | None = None,
-    min_rank: int | Int[Array, ""] = 1,
+    min_rank: Int[ArrayLike, ""] = 1,
     min_size: int = 50,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Truncates kernels to their signal every few steps: put it last in a chain.
@@ -133,7 +133,7 @@ def prune_spectrum(
       start: First pruning step; 0 stands for `every`. Pruning steps are `start`,
         `start + every`, ...
       keep: Share of the directions that are no signal and stay, in [0, 1]; or an optax
-        schedule that gives it for the step.
+        schedule of it, called with the number of steps before this one.
       rule: A rank rule; `rmtjax.ranks.bema()` by default.
       where: `where(path, leaf)` chooses the kernels, as in `rmtjax.plan`.
       axes: `axes(path, leaf)` names the axes that make a kernel a matrix, as in
@@ -191,7 +191,7 @@ def prune_spectrum(
     def prune(found, step, updates, state: PruneState):
         options = {
             "rule": rule,
-            "keep": keep(step) if callable(keep) else keep,
+            "keep": keep(state.step) if callable(keep) else keep,
             "min_rank": min_rank,
         }
         pruned = {
@@ -199,7 +199,8 @@ def prune_spectrum(
             for path, (kernel, named) in found.items()
         }
         pick = lambda part: {path: results[part] for path, results in pruned.items()}
-        return pick(0), PruneState(step, fits=pick(1), ranks=pick(2))
+        fits, new_ranks = {**state.fits, **pick(1)}, {**state.ranks, **pick(2)}
+        return pick(0), PruneState(step, fits, new_ranks)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -209,8 +210,9 @@ def prune_spectrum(
                 "Call `optimizer.update(updates, state, params)`."
             )
         found = matrices(params)
-        chosen = {}
+        chosen = {}  # without the kernels whose update is None: they do not move
         _kernels.map_kernels(chosen.setdefault, updates, found)
+        found = {path: found[path] for path in chosen}
         step = jnp.asarray(optax.safe_increment(state.step))
         due = (step > 0) & (step >= start) & ((step - start) % every == 0)
         chosen, state = jax.lax.cond(

@@ -8,7 +8,7 @@ thinner layers of Flax's own: `Dense`, `DenseGeneral` and with it attention, `Co
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,7 +63,7 @@ def _stages(module: nn.Module, factors: Factors) -> tuple[nn.Module, nn.Module] 
     return None
 
 
-def _run_layer(module: nn.Module, params: dict[str, Any], inputs):
+def _run_layer(module: nn.Module, params: Mapping[str, Any], inputs):
     """A layer whose kernel is `Factors`, as two; None where that cannot be."""
     factors = params["kernel"]
     stages = _stages(module, factors)
@@ -74,7 +74,7 @@ def _run_layer(module: nn.Module, params: dict[str, Any], inputs):
     return second.apply({"params": {**params, "kernel": factors.right}}, hidden)
 
 
-def _run_embed(module: nn.Embed, params: dict[str, Any], inputs, method: str):
+def _run_embed(module: nn.Embed, params: Mapping[str, Any], inputs, method: str):
     """Rows of the left factor, then the right one; `attend` the other way round."""
     left, right = params["embedding"]
     table = module.clone(parent=None, features=left.shape[-1])

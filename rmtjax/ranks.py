@@ -53,7 +53,8 @@ def kept_rank(
     All $K$ signal directions and the largest part of the rest, as in the papers.
     """
     # The thousandth of a rank forgives rounding: 0.7 * 10 is 7, not 6.
-    rest = jnp.floor(keep * (size - num_signal) + 1e-3).astype(jnp.int32)
+    share = jnp.asarray(keep, jnp.float32)  # a bfloat16 cannot count to 1,000
+    rest = jnp.floor(share * (size - num_signal) + 1e-3).astype(jnp.int32)
     return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)
 
 
@@ -160,7 +161,9 @@ class _WithoutNoise:
 class energy(_WithoutNoise):  # noqa: N801
     r"""The fewest directions that hold a share of the energy.
 
-    The smallest $r$ with $\sum_{k \le r} s_k^2 \ge share \cdot \sum_k s_k^2$.
+    The smallest $r$ with $\sum_{k \le r} s_k^2 \ge share \cdot \sum_k s_k^2$. Applied
+    again to what it has truncated, it takes a share of the share: under `prune_spectrum`
+    the rank goes on falling.
 
     Attributes:
       share: In (0, 1].

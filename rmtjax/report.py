@@ -99,12 +99,13 @@ class Report:
         """A `Row` for each kernel, in the order of the tree."""
         return tuple(_row(path, layer) for path, layer in self.plan.items())
 
-    def _cells(self) -> list[list[str]]:
-        return [[_text(getattr(row, name)) for name in _COLUMNS] for row in self.rows]
+    def cells(self, *columns: str) -> list[list[str]]:
+        """The rows as text, for a table of one's own: the fields of `Row` named."""
+        return [[_text(getattr(row, name)) for name in columns] for row in self.rows]
 
     def table(self) -> str:
         """The rows as aligned text."""
-        lines = [list(_COLUMNS), *self._cells()]
+        lines = [list(_COLUMNS), *self.cells(*_COLUMNS)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         pad = lambda line: "  ".join(map(str.ljust, line, widths)).rstrip()
         return "\n".join(map(pad, lines))
@@ -119,7 +120,7 @@ class Report:
     def to_html(self) -> str:
         """The rows as an HTML table, escaped, without a style of its own."""
         line = lambda cells, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        body = "\n".join(f"<tr>{line(cells, 'td')}</tr>" for cells in self._cells())
+        body = "\n".join(f"<tr>{line(cells, 'td')}</tr>" for cells in self.cells(*_COLUMNS))
         head = f"<thead><tr>{line(_COLUMNS, 'th')}</tr></thead>"
         return f"<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>"
 

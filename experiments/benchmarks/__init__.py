@@ -1,0 +1,1 @@
+"""Measurements, each of its rivals side by side in one run."""

@@ -1,0 +1,232 @@
+"""The main job: train, prune in the chain, factorize, fine-tune, and compare.
+
+A baseline and a pruned network start from the same weights and see the same batches under
+the same schedule, each with a fresh optimizer for training and for fine-tuning. The tables
+go to the terminal; `results.json` and the figures to the output folder.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from rich.console import Console
+
+import rmtjax
+from experiments import data, figures, measure, output, training
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains a baseline and a pruned network from equal starts, and compares them."""
+
+    dataset: Literal["mnist", "fashion_mnist"] = "mnist"
+    """Images to classify."""
+    source: Literal["auto", "tfds", "idx", "download", "sample"] = "auto"
+    """Where to take them from; auto takes the first that has them."""
+    data_dir: Path | None = None
+    """Folder of the data, if not a usual one."""
+    widths: tuple[int, ...] = (1000,)
+    """Widths of the hidden layers."""
+    seeds: tuple[int, ...] = (0,)
+    """One run for each: of the weights, the batches and the label noise."""
+    epochs: int = 10
+    """Epochs of training."""
+    batch_size: int = 128
+    """Images in a step."""
+    learning_rate: float = 0.08
+    """Of SGD, at the start."""
+    momentum: float = 0.9
+    """Of SGD."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes to 0, if it does."""
+    label_noise: float = 0.0
+    """Share of the training labels that are redrawn at random."""
+    prune_every: int = 1
+    """Epochs between prunings."""
+    prune_start: int = 5
+    """Epoch after which the first pruning comes."""
+    keep: float = 0.0
+    """Share of the directions under the threshold that the first pruning keeps; it falls to 0."""
+    trim: float = 0.25
+    """Share of the eigenvalues left out at each end of the fit of the noise."""
+    level: float = 0.1
+    """Probability that noise alone gives a spike."""
+    fine_tune_epochs: int = 2
+    """Epochs after factorizing; the baseline gets them too."""
+    fine_tune_rate: float = 0.016
+    """Learning rate of SGD in these."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mnist")
+    """Folder for results.json and the figures."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "prune_every", "prune_start"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.prune_start > self.epochs:
+            raise ValueError(
+                f"`prune_start` must be at most `epochs` ({self.epochs}), got {self.prune_start}."
+            )
+        for name in ("label_noise", "keep"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if not self.seeds or not self.widths:
+            raise ValueError("`seeds` and `widths` need at least one number each.")
+        if self.fine_tune_epochs < 0:
+            raise ValueError(f"`fine_tune_epochs` must not be negative: {self.fine_tune_epochs}.")
+
+
+class Stage(NamedTuple):
+    """Some epochs with one optimizer, whose state starts anew."""
+
+    epochs: int
+    optimizer: optax.GradientTransformation
+    run: Callable  # from `training.make_epoch`
+
+
+class Stages(NamedTuple):
+    """What the networks go through; compiled once for all seeds."""
+
+    plain: Stage
+    pruning: Stage
+    fine_tuning: Stage
+
+
+def make_stages(config: Config, module: training.MLP, num_images: int) -> Stages:
+    """The optimizers of the job. Here the transform meets its chain."""
+    steps = -(-num_images // config.batch_size)
+    total, first = config.epochs * steps, config.prune_start * steps
+    rate = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, total),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, total),
+    }[config.schedule]
+    plain = optax.sgd(rate, config.momentum)
+    pruning = optax.chain(
+        plain,
+        rmtjax.prune_spectrum(
+            every=config.prune_every * steps,
+            start=first,
+            keep=optax.linear_schedule(config.keep, 0.0, max(total - first, 1), first),
+            rule=rmtjax.ranks.bema(config.trim, config.level),
+        ),
+    )
+    tuning = optax.sgd(config.fine_tune_rate, config.momentum)
+    stage = lambda epochs, chain: Stage(epochs, chain, training.make_epoch(module, chain))
+    return Stages(
+        stage(config.epochs, plain),
+        stage(config.epochs, pruning),
+        stage(config.fine_tune_epochs, tuning),
+    )
+
+
+class Job(NamedTuple):
+    """What all networks of a seed share."""
+
+    config: Config
+    module: training.MLP
+    stages: Stages
+    train: training.Split
+    test: training.Split
+    seed: int
+    advance: Callable[[str], None]  # told of each epoch that is done
+
+
+def train(job: Job, name: str, stage: Stage, params: Any, first_epoch: int = 0):
+    """Runs a stage; returns the new parameters, the optimizer state and the history."""
+    params = jax.tree.map(jnp.copy, params)  # an epoch takes its arguments over
+    opt_state, history = stage.optimizer.init(params), []
+    key = jax.random.fold_in(jax.random.key(job.seed), 1)
+    for epoch in range(first_epoch, first_epoch + stage.epochs):
+        order = training.batches(
+            jax.random.fold_in(key, epoch), job.train.labels.size, job.config.batch_size
+        )
+        params, opt_state, loss = stage.run(params, opt_state, job.train, *order)
+        accuracy = training.accuracy(job.module, params, job.test)
+        ranks = optax.tree.get(opt_state, "ranks", {})
+        history.append(
+            {
+                "seed": job.seed,
+                "network": name,
+                "epoch": epoch + 1,
+                "loss": float(loss),
+                "test_accuracy": accuracy,
+                "ranks": {path: int(rank) for path, rank in ranks.items()},
+            }
+        )
+        job.advance(f"seed {job.seed}, {name}: {accuracy:.2f} %")
+    return params, opt_state, history
+
+
+def run_seed(job: Job) -> dict[str, Any]:
+    """All networks of one seed: their parameters, reports, history and truncation curve."""
+    config, stages = job.config, job.stages
+    rule = rmtjax.ranks.bema(config.trim, config.level)
+    start = job.module.init(jax.random.key(job.seed), job.train.images[:1])["params"]
+    baseline, _, history = train(job, "baseline", stages.plain, start)
+    pruned, opt_state, more = train(job, "pruned", stages.pruning, start)
+    # The noise levels that the chain has carried: a truncated spectrum is not fitted anew.
+    fits = optax.tree.get(opt_state, "fits")
+    reports = {
+        "baseline": rmtjax.analyze(baseline, rule=rule),
+        "pruned": rmtjax.analyze(pruned, rule=rule, fits=fits),
+    }
+    networks = {
+        "baseline": baseline,
+        "baseline, factorized": rmtjax.factorize(baseline, rmtjax.plan(baseline, rule=rule)),
+        "pruned": pruned,
+        "pruned, factorized": rmtjax.factorize(pruned, rmtjax.plan(pruned, rule=rule, fits=fits)),
+    }
+    history = [*history, *more]
+    for name in ("baseline", "baseline, factorized", "pruned, factorized"):
+        tuned, _, more = train(job, name, stages.fine_tuning, networks[name], config.epochs)
+        networks[f"{name}, fine-tuned"] = tuned
+        history += more
+    curve = measure.truncation_curve(job.module, baseline, reports["baseline"], job.test)
+    return {"networks": networks, "reports": reports, "history": history, "curve": curve}
+
+
+def run(config: Config, console: Console) -> output.Results:
+    """The whole job; what is done is written after each seed."""
+    dataset = data.load(config.dataset, source=config.source, data_dir=config.data_dir)
+    console.print(*dataset.notes, data.describe(dataset), sep="\n", highlight=False)
+    module = training.MLP(config.widths)
+    stages = make_stages(config, module, dataset.train_labels.size)
+    results = output.Results(config, data.describe(dataset))
+    epochs = (2 * config.epochs + 3 * config.fine_tune_epochs) * len(config.seeds)
+    with output.progress(console, epochs) as advance:
+        for seed in config.seeds:
+            train, test = training.to_device(dataset, config.label_noise, seed)
+            result = run_seed(Job(config, module, stages, train, test, seed, advance))
+            networks = result.pop("networks")
+            measured = measure.networks(module, networks, train, test)
+            results = results.add(seed, measured, **result)
+            output.save(results, config.out)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Reads the options, runs the job, prints the tables and draws the figures."""
+    console = output.console()
+    try:
+        config = tyro.cli(Config, args=arguments, description=__doc__)
+        results = run(config, console)
+        output.show(results, console)
+        for path in (config.out / "results.json", *figures.draw(results, config.out)):
+            console.print(f"wrote {path}", highlight=False)
+    except KeyboardInterrupt:
+        console.print("Stopped. What was finished is written; nothing is half-written.")
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        console.print(f"error: {error}", style="red", highlight=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

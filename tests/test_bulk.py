@@ -1,0 +1,330 @@
+"""The fit of the bulk against NumPy and SciPy in float64, its calibration and its power."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import optimize
+
+import rmtjax
+from rmtjax import Spectrum
+
+# The quantile of the Tracy-Widom law at 1 - level, from the Painleve equation.
+TRACY_WIDOM = {0.1: 0.450143, 0.5: -1.268575, 0.8: -2.283163, 0.9: -2.782428}
+
+
+def law_cdf(x, ratio):
+    """The closed form in x, not that of the library, which works in an angle."""
+    lower, upper = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    if not lower < x < upper:
+        return float(x >= upper)
+    root = math.sqrt((upper - x) / (x - lower))
+    total = math.pi * ratio + math.sqrt((upper - x) * (x - lower))
+    total -= (1 + ratio) * math.atan((root**2 - 1) / (2 * root))
+    if ratio < 1:
+        inner = (lower * root**2 - upper) / (2 * (1 - ratio) * root)
+        total += (1 - ratio) * math.atan(inner)
+    return total / (2 * math.pi * ratio)
+
+
+@functools.cache
+def law_quantiles(size, ratio):
+    lower, upper = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    midpoints = (np.arange(size) + 0.5) / size
+    solve = lambda q: optimize.brentq(lambda x: law_cdf(x, ratio) - q, lower, upper, xtol=1e-14)
+    return np.array([solve(q) for q in midpoints])
+
+
+def reference_fit(matrix, trim, level):
+    """Variance, edge, threshold, distance and count, as the papers define them."""
+    matrix = np.asarray(matrix, np.float64)
+    p, n = sorted(matrix.shape)
+    ratio = p / n
+    ascending = np.linalg.svd(matrix, compute_uv=False)[::-1] ** 2 / n
+    window = np.arange(math.floor(trim * p), math.floor((1 - trim) * p))
+    quantiles = law_quantiles(p, ratio)[window]
+    variance = quantiles @ ascending[window] / (quantiles @ quantiles)
+    edge = (1 + math.sqrt(ratio)) ** 2
+    spread = n ** (-2 / 3) * ratio ** (-1 / 6) * (1 + math.sqrt(ratio)) ** (4 / 3)
+    threshold = variance * (edge + TRACY_WIDOM[level] * spread)
+    law = np.array([law_cdf(x / variance, ratio) for x in ascending[window]])
+    distance = np.max(np.maximum(np.abs(law - window / p), np.abs(law - (window + 1) / p)))
+    return variance, variance * edge, threshold, distance, np.sum(ascending > threshold)
+
+
+def fit(matrix, **kwargs):
+    return rmtjax.fit_bema(rmtjax.spectrum(matrix), **kwargs)
+
+
+def noise_of(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("spiked", [False, True], ids=["noise", "spiked"])
+@pytest.mark.parametrize(("trim", "level"), [(0.25, 0.1), (0.2, 0.9), (0.0, 0.5), (0.4, 0.8)])
+@pytest.mark.parametrize("shape", [(10, 100), (100, 50), (64, 64), (120, 121), (3, 900)])
+def test_is_the_fit_of_the_papers(shape, trim, level, spiked):
+    matrix = 0.3 * noise_of(shape) + spiked * 0.5
+    expected = reference_fit(matrix, trim, level)
+    variance, edge, threshold, distance, num_spikes = fit(matrix, trim=trim, level=level)
+    # 1e-4: the Tracy-Widom quantile is good to 1e-4; the rest is float32.
+    np.testing.assert_allclose((variance, edge, threshold), expected[:3], rtol=1e-4)
+    np.testing.assert_allclose(distance, expected[3], atol=1e-5)
+    assert num_spikes == expected[4]
+    assert not spiked or num_spikes > 0
+
+
+def test_float64_is_exact():
+    with jax.enable_x64(True):
+        matrix = jnp.asarray(np.random.default_rng(0).standard_normal((80, 130)))
+        got, expected = fit(matrix), reference_fit(matrix, 0.25, 0.1)
+        assert {leaf.dtype for leaf in got[:4]} == {jnp.dtype("float64")}
+        for i in (0, 1, 3):
+            np.testing.assert_allclose(got[i], expected[i], rtol=1e-10)  # quadrature-free
+
+
+@pytest.mark.parametrize(
+    ("p", "n", "level", "correct", "authors"),
+    [
+        (784, 1000, 0.1, 3.565794, 3.574622),
+        (784, 1000, 0.9, 3.487383, 3.432818),
+        (1000, 3000, 0.1, 2.492806, 2.493397),
+        (3000, 3000, 0.1, 4.005453, 4.011542),
+        (3000, 3000, 0.9, 3.966293, 3.928659),
+        (1024, 1024, 0.8, 3.943370, 3.880141),
+        (1024, 4096, 0.8, 2.230706, 2.231038),
+        (10, 1000, 0.1, 1.221012, 1.214733),
+    ],
+)
+def test_golden_thresholds_without_bug_b1(p, n, level, correct, authors):
+    """Bug B1 of the papers' code: the power 4, divided by 3, for the power 4 / 3."""
+    got = rmtjax.fit_bema(Spectrum(jnp.ones(p), jnp.float32(p / n)), level=level)
+    # 1e-5: six decimals, float32, and the Tracy-Widom quantile times less than 0.1.
+    np.testing.assert_allclose(got.threshold / got.variance, correct, atol=1e-5)
+    assert abs(got.threshold / got.variance - authors) > 2e-4
+
+
+def test_distance_above_the_edge_without_bug_b3():
+    """Bug B3 of the papers' code: a distribution function of 0 above the bulk."""
+    ratio = 0.1
+    ascending = law_quantiles(10, ratio)
+    ascending[7:] = 4.0  # the last of the window, at a trim of 0.2, is far above the edge
+    spectrum = Spectrum(jnp.float32(ascending[::-1]), jnp.float32(ratio))
+    got = rmtjax.fit_bema(spectrum, trim=0.2)
+    assert got.edge < 4.0
+    law = np.array([law_cdf(x / got.variance, ratio) for x in ascending[2:8]])
+    assert law[-1] == 1
+    expected = np.max(np.abs(law - (np.arange(2, 8) + 0.5) / 10)) + 0.05
+    np.testing.assert_allclose(got.distance, expected, atol=1e-5)  # float32
+
+
+def test_noise_has_no_spike_without_bug_b5():
+    """Bug B5 of the papers' code: one value of pure noise always counts as signal."""
+    eigenvalues = jnp.float32(law_quantiles(784, 0.784)[::-1])
+    assert rmtjax.fit_bema(Spectrum(eigenvalues, jnp.float32(0.784))).num_spikes == 0
+
+
+def test_variance_is_that_of_an_entry_without_bug_b6():
+    """Bug B6 of the papers' code: divided by the inputs, whichever side is longer."""
+    matrix = 0.5 * noise_of((300, 100))
+    got, transposed = fit(matrix), fit(matrix.T)
+    # 0.25; one draw is off by 1 %, the bug by 200 %.
+    np.testing.assert_allclose(got.variance, 0.25, rtol=0.04)
+    for ours, theirs in zip(got, transposed, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)  # two runs of float32 LAPACK
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (10, 300)])
+@settings(max_examples=50)
+@given(exponent=st.floats(-6, 6))
+def test_follows_the_scale_of_the_matrix(shape, exponent):
+    eigenvalues, ratio = rmtjax.spectrum(noise_of(shape).at[0].add(1.0))
+    scale = np.float32(10**exponent)
+    before = COMPILED_FIT(Spectrum(eigenvalues, ratio))
+    after = COMPILED_FIT(Spectrum(scale * eigenvalues, ratio))
+    # Float32, one rounding more.
+    np.testing.assert_allclose(after[:3], scale * np.array(before[:3]), rtol=1e-5)
+    np.testing.assert_allclose(after.distance, before.distance, atol=1e-5)
+    assert after.num_spikes == before.num_spikes > 0
+
+
+COMPILED_FIT = jax.jit(rmtjax.fit_bema)
+
+
+def test_eager_jit_and_vmap_agree():
+    stack = noise_of((4, 40, 60)) + jnp.arange(4.0)[:, None, None]
+    spectra = jax.vmap(rmtjax.spectrum)(stack)
+    batched = jax.vmap(rmtjax.fit_bema)(spectra)
+    for i in range(4):
+        single = jax.tree.map(lambda leaf, i=i: leaf[i], spectra)
+        for other in (rmtjax.fit_bema(single), COMPILED_FIT(single)):
+            for ours, theirs in zip(batched, other, strict=True):
+                np.testing.assert_allclose(ours[i], theirs, rtol=1e-5)  # order of summation
+    assert batched.num_spikes.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 30), (5, 9), (50, 60)])
+def test_zeros_have_a_fit(shape):
+    got = fit(jnp.zeros(shape))
+    assert got.variance == got.edge == got.threshold == got.num_spikes == 0
+    assert got.distance == 1  # there is no law to compare with
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (50, 60), (200, 20)])
+def test_one_direction_without_noise_has_a_fit(shape):
+    got = fit(jnp.outer(jnp.linspace(1, 2, shape[0]), jnp.linspace(-1, 1, shape[1])))
+    assert got.distance > 0.5
+    assert got.num_spikes >= 1
+    # 1e-10: the squared roundoff of the singular values.
+    assert 0 <= got.variance < 1e-10
+
+
+@pytest.mark.parametrize("trim", [0.0, 0.25, 0.49])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (2, 2), (3, 5)])
+def test_tiny_matrices_have_a_fit(shape, trim):
+    got = fit(noise_of(shape), trim=trim)
+    assert np.isfinite(got).all()
+    assert got.variance > 0
+    assert 0.5 / min(shape) <= got.distance <= 1
+
+
+def test_one_entry_is_matched_with_the_median():
+    # The median of the law of ratio 1 is 0.652776.
+    np.testing.assert_allclose(fit(jnp.full((1, 1), 3.0)).variance, 9 / 0.652776, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (6, 9), (50, 60)])
+def test_what_is_not_finite_gives_nan_and_no_spike(shape):
+    got = fit(noise_of(shape).at[0, 0].set(jnp.nan))
+    assert np.isnan(got[:4]).all()
+    assert got.num_spikes == 0
+
+
+@pytest.mark.parametrize("trim", [-0.1, 0.5, 1, math.nan])
+def test_trim_out_of_range_is_an_error(trim):
+    with pytest.raises(ValueError, match=r"`trim` must be in \[0, 0.5\)"):
+        fit(noise_of((4, 5)), trim=trim)
+
+
+@pytest.mark.parametrize("level", [-0.1, 0, 1, 1.5, math.nan])
+def test_level_out_of_range_is_an_error(level):
+    with pytest.raises(ValueError, match=r"`level` must be in \(0, 1\)"):
+        fit(noise_of((4, 5)), level=level)
+
+
+def test_several_spectra_are_an_error():
+    with pytest.raises(ValueError, match="`spectrum` must be that of one matrix"):
+        rmtjax.fit_bema(Spectrum(jnp.ones((2, 5)), jnp.float32(0.5)))
+
+
+def test_a_small_level_is_a_high_threshold():
+    spectrum = rmtjax.spectrum(noise_of((60, 80)))
+    levels = [0.01, 0.1, 0.5, 0.9, 0.99]
+    thresholds = [rmtjax.fit_bema(spectrum, level=level).threshold for level in levels]
+    assert np.all(np.diff(thresholds) < 0)
+
+
+# Monte Carlo. Bounds are three standard errors; the seeds are the first that were tried.
+
+DRAWS = 200
+LEVELS = (0.1, 0.5, 0.9)
+
+
+@functools.cache
+def noise_fits(shape, dtype):
+    """Fits of `DRAWS` draws at each level; the spectra are those of the matrices as stored."""
+
+    @jax.jit
+    def draw(keys):
+        matrix = lambda key: jax.random.normal(key, shape).astype(dtype)
+        spectra = jax.vmap(lambda key: rmtjax.spectrum(matrix(key)))(keys)
+        return [jax.vmap(functools.partial(rmtjax.fit_bema, level=a))(spectra) for a in LEVELS]
+
+    seed = sum(shape) + dtype.dtype.itemsize  # other draws for the other dtype
+    fits = draw(jax.random.split(jax.random.key(seed), DRAWS))
+    return dict(zip(LEVELS, fits, strict=True))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(200, 200), (128, 256), (512, 64)], ids=str)
+def test_noise_has_a_spike_as_often_as_the_level_says(shape, dtype, level):
+    rate = np.mean(noise_fits(shape, dtype)[level].num_spikes > 0)
+    # The law is that of infinite matrices: at these sizes the true rates are 0.09, 0.46 and
+    # 0.88 (2,000 draws), a part of the three standard errors that are allowed.
+    assert abs(rate - level) <= 3 * math.sqrt(level * (1 - level) / DRAWS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(200, 200), (128, 256), (512, 64)], ids=str)
+def test_noise_fits_the_law(shape, dtype):
+    fits = noise_fits(shape, dtype)[0.1]
+    assert fits.distance.max() * min(shape) < 5
+    # No bias within three standard errors, where plotting positions i / p have 0.5 to 1 %.
+    error = np.std(fits.variance) / math.sqrt(DRAWS)
+    assert abs(fits.variance.mean() - 1) < 3 * error + 0.001  # of finite size, see below
+
+
+@pytest.mark.parametrize(
+    ("shape", "mean", "deviation", "authors"),
+    [
+        ((10, 1000), 0.9994, 0.0157, 1.0159),
+        ((50, 100), 0.9970, 0.0237, 1.0216),
+        ((100, 400), 0.9993, 0.0081, 1.0076),
+    ],
+)
+def test_variance_has_no_bias(shape, mean, deviation, authors):
+    """Means of 1,000 draws of an independent program, with quantiles at midpoints and i / p."""
+    matrix = lambda key: jax.random.normal(key, shape)
+    variance = jax.jit(jax.vmap(lambda key: fit(matrix(key)).variance))
+    got = variance(jax.random.split(jax.random.key(0), DRAWS)).mean()
+    error = deviation * math.sqrt(1 / DRAWS + 1 / 1000)
+    assert abs(got - mean) < 3 * error
+    assert abs(got - authors) > 3 * error
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "planted"),
+    [((200, 200), 8), ((128, 256), 5), ((256, 128), 5), ((64, 512), 3)],
+    ids=str,
+)
+def test_signals_at_twice_the_detection_limit_are_all_found(shape, planted, dtype):
+    draws, sigma, level = 40, 0.02, 0.1
+    rows, columns = shape
+    # A signal whose singular value is below sigma (n p)^(1/4) leaves no trace in the
+    # spectrum: Baik, Ben Arous and Peche (2005); Benaych-Georges and Nadakuditi (2012).
+    strength = 2 * sigma * (rows * columns) ** 0.25
+
+    @jax.jit
+    @jax.vmap
+    def count(key):
+        key_noise, key_left, key_right = jax.random.split(key, 3)
+        left, _ = jnp.linalg.qr(jax.random.normal(key_left, (rows, planted)))
+        right, _ = jnp.linalg.qr(jax.random.normal(key_right, (columns, planted)))
+        matrix = sigma * jax.random.normal(key_noise, shape) + strength * left @ right.T
+        return fit(matrix.astype(dtype), level=level).num_spikes
+
+    counts = np.asarray(count(jax.random.split(jax.random.key(1), draws)))
+    assert counts.min() >= planted
+    # False alarms come on top, and seldom more than one.
+    false_alarms = np.mean(counts > planted)
+    assert false_alarms <= level + 3 * math.sqrt(level * (1 - level) / draws)
+    assert counts.max() <= planted + 1
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (64, 512)], ids=str)
+def test_signals_below_the_detection_limit_leave_no_trace(shape):
+    rows, columns = shape
+    strength = 0.5 * (rows * columns) ** 0.25
+    left, _ = jnp.linalg.qr(noise_of((rows, 3), seed=1))
+    right, _ = jnp.linalg.qr(noise_of((columns, 3), seed=2))
+    counts = [
+        fit(noise_of(shape, seed) + strength * left @ right.T).num_spikes for seed in range(10)
+    ]
+    # Alarms at a level of 0.1: 5 or more of 10 has a probability of 0.2 %.
+    assert np.count_nonzero(counts) < 5

@@ -1,0 +1,142 @@
+"""The order of the house: who imports whom, and what it shows to its users."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import rmtjax
+
+# A file imports only from lower layers. A new file has none: its author gives it one.
+LAYER = {
+    "_typing": 0,
+    "_version": 0,
+    "_kernels": 1,
+    "_spectrum": 1,
+    "marchenko_pastur": 1,
+    "tracy_widom": 1,
+    "_bulk": 2,
+    "_factors": 2,
+    "ranks": 3,
+    "_plan": 4,
+    "_transform": 5,
+    "_truncate": 5,
+    "linen": 5,
+    "plots": 5,
+    "report": 5,
+}
+# What is not free to all belongs to one file.
+FREE = {"jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
+OWNER = {"flax": "linen", "matplotlib": "plots", "optax": "_transform"}
+PACKAGE = pathlib.Path(rmtjax.__file__).parent
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+PUBLIC = sorted(path.stem for path in FILES if not path.stem.startswith("_"))
+
+
+def imported(path):
+    """The modules that a file imports, as written, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import hides where it leads"
+            if node.module == "rmtjax":
+                yield from (f"rmtjax.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_imports_go_down(path):
+    for module in imported(path):
+        package, _, inner = module.partition(".")
+        if package == "rmtjax":
+            assert LAYER[inner] < LAYER[path.stem], f"imports {inner}"
+        else:
+            assert package in FREE or OWNER.get(package) == path.stem, f"imports {package}"
+
+
+def test_every_layer_has_its_file():
+    assert {path.stem for path in FILES} == LAYER.keys()
+
+
+def test_tensorflow_datasets_has_one_owner():
+    paths = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "experiments").rglob("*.py")]
+    users = {
+        path.stem for path in paths if any(name.startswith("tensorflow") for name in imported(path))
+    }
+    assert users == {"_tfds"}
+
+
+def test_the_package_needs_none_of_its_extras():
+    code = "import sys, rmtjax; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert "rmtjax" in loaded.stdout.split()
+    assert not {"matplotlib", "tensorflow_datasets", "PIL"} & set(loaded.stdout.split())
+
+
+def test_the_face_of_the_package_is_a_docstring_and_names():
+    docstring, *imports = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(docstring.value.value, str)
+    for node in imports:
+        assert isinstance(node, ast.ImportFrom)
+        assert node.module.partition(".")[0] == "rmtjax"
+        assert all(alias.asname == alias.name for alias in node.names)
+
+
+def public_objects():
+    """Functions and classes that a user can reach by a name, each once."""
+    modules = [rmtjax, *(importlib.import_module(f"rmtjax.{name}") for name in PUBLIC)]
+    found = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            home = getattr(value, "__module__", "")
+            ours = home.startswith("rmtjax") and module.__name__ in ("rmtjax", home)
+            if ours and not name.startswith("_"):
+                found[f"{module.__name__}.{name}"] = value
+    return found
+
+
+OBJECTS = public_objects()
+FUNCTIONS = {name: value for name, value in OBJECTS.items() if inspect.isfunction(value)}
+del FUNCTIONS["rmtjax.ranks.kept_rank"]  # a formula that rules share, no entrance
+CLASSES = {name: value for name, value in OBJECTS.items() if inspect.isclass(value)}
+
+
+@pytest.mark.parametrize("module", ["rmtjax", *(f"rmtjax.{path.stem}" for path in FILES)])
+def test_every_module_has_a_docstring(module):
+    assert importlib.import_module(module).__doc__
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_every_public_function_tells_its_arguments_and_gives_an_example(function):
+    document = inspect.getdoc(function)
+    assert document
+    # Examples are doctests, which an optional dependency would break.
+    assert "Examples:" in document or function.__module__ == "rmtjax.plots"
+    told = document.partition("Args:")[2].partition("\n\n")[0]
+    parameters = inspect.signature(function).parameters.values()
+    for parameter in parameters if len(parameters) > 1 else ():
+        stars = {parameter.VAR_POSITIONAL: r"\*", parameter.VAR_KEYWORD: r"\*\*"}
+        name = stars.get(parameter.kind, "") + parameter.name
+        assert re.search(rf"^\s+(\w+, )*{name}(, \w+)*:", told, re.MULTILINE), parameter.name
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES.keys())
+def test_every_public_class_and_its_methods_have_docstrings(cls):
+    assert cls.__doc__
+    fields = getattr(cls, "_fields", getattr(cls, "__dataclass_fields__", ()))
+    if fields:
+        told = inspect.getdoc(cls).partition("Attributes:")[2]
+        assert all(f"{name}:" in told for name in fields)
+    for name, method in vars(cls).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            assert method.__doc__, name

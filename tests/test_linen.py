@@ -1,0 +1,512 @@
+"""Factorized trees under unmodified modules: they compute what the truncated tree does."""
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rmtjax
+from rmtjax import BulkFit, Factors, KernelAxes, linen, ranks
+
+KEY, RANK = jax.random.key(0), 3
+RNGS = {"params": KEY, "dropout": KEY}
+# Float32 products summed in another order, relative to the largest entry of all.
+EXACT = 1e-5
+# The hidden values are rounded to bfloat16 once more, by 2^-9 each, and so are the factors.
+COARSE = 2**-6
+MERGED = "runs with its factors multiplied out"
+
+
+class Fixed(ranks.fixed):
+    """Without a noise level, which is not needed here and compiles for long."""
+
+    def fit(self, spectrum):  # noqa: D102
+        return BulkFit(*[jnp.ones_like(spectrum.ratio)] * 4, num_spikes=jnp.asarray(0, jnp.int32))
+
+
+def draw(*shape):
+    return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
+
+
+def tokens(*shape):
+    return np.random.default_rng(0).integers(0, 40, shape).astype(np.int32)
+
+
+def make_variables(module, *args, **kwargs):
+    """Random variables; only their shapes are asked of the module, which compiles nothing."""
+    rng = np.random.default_rng(0)
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("rngs", "mutable")}
+    shapes = jax.eval_shape(lambda: module.init(RNGS, *args, **kwargs))
+    # Vectors are positive: among them are the variances of BatchNorm.
+    numbers = lambda shape: 0.3 * rng.normal(size=shape) if len(shape) > 1 else rng.random(shape)
+    return jax.tree.map(lambda leaf: jnp.asarray(numbers(leaf.shape), leaf.dtype), shapes)
+
+
+def make_thin(module, *args, axes=None, **kwargs):
+    """Variables, once factorized and once truncated by the same plan, and the plan."""
+    variables = make_variables(module, *args, **kwargs)
+    axes = linen.kernel_axes(module, variables, *args, **kwargs) if axes is None else axes
+    params = variables["params"]
+    plan = rmtjax.plan(params, rule=Fixed(RANK), axes=axes, min_size=1, multiple=1)
+    thin = {**variables, "params": rmtjax.factorize(params, plan)}
+    return thin, {**variables, "params": rmtjax.truncate(params, plan)}, plan
+
+
+def assert_close(tree, other, tolerance=EXACT):
+    """Equal in structure and dtype; in numbers relative to the largest of all."""
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True))
+    largest = max(float(jnp.max(jnp.abs(b))) for _, b in pairs)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest)
+
+
+class Block(nn.Module):
+    """A step of `nn.scan`."""
+
+    @nn.compact
+    def __call__(self, carry, _):  # noqa: D102
+        return nn.tanh(nn.Dense(24)(carry)), None
+
+
+class Net(nn.Module):
+    """All at once, with state and randomness."""
+
+    @nn.compact
+    def __call__(self, images, train):  # noqa: D102
+        hidden = nn.Conv(24, (3, 3))(images)
+        hidden = nn.relu(nn.BatchNorm(use_running_average=not train)(hidden))
+        hidden = nn.Dropout(0.5, deterministic=not train)(hidden.reshape(len(hidden), -1))
+        self.sow("intermediates", "hidden", hidden)
+        return nn.Dense(20)(hidden)
+
+
+class Tied(nn.Module):
+    """Reads the table of its embedding, as some language models do."""
+
+    def setup(self):  # noqa: D102
+        self.embed = nn.Embed(40, 24)
+
+    def __call__(self, ids):  # noqa: D102
+        return self.embed(ids) @ self.embed.embedding.T
+
+
+EACH = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+ATTENTION = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=32)
+TRAIN = {"train": True, "mutable": ["batch_stats", "intermediates"], "rngs": {"dropout": KEY}}
+CASES = {
+    "Dense": (nn.Dense(24), draw(5, 30)),
+    "Dense, no bias": (nn.Dense(24, use_bias=False), draw(5, 30)),
+    "Dense, many axes": (nn.Dense(24), draw(2, 3, 4, 30)),
+    "Dense, no axes": (nn.Dense(24), draw(30)),
+    "Conv, 1-d": (nn.Conv(24, (3,)), draw(2, 9, 8)),
+    "Conv, 1-d causal": (nn.Conv(24, 3, padding="CAUSAL"), draw(2, 9, 8)),
+    "Conv, strides": (nn.Conv(24, (3, 3), strides=2), draw(2, 7, 6, 8)),
+    "Conv, dilation": (nn.Conv(24, (3, 2), kernel_dilation=2, padding="VALID"), draw(2, 7, 6, 8)),
+    "Conv, input dilation": (nn.Conv(24, (3,), input_dilation=2, padding=1), draw(2, 5, 8)),
+    "Conv, circular": (nn.Conv(24, (3, 3), padding="CIRCULAR"), draw(2, 7, 6, 8)),
+    "Conv, pads": (nn.Conv(24, (3, 3), padding=[(2, 0), (0, 1)]), draw(2, 7, 6, 8)),
+    "Conv, no batch, no bias": (nn.Conv(24, (3, 3), use_bias=False), draw(7, 6, 8)),
+    "ConvTranspose": (nn.ConvTranspose(24, (3, 3), strides=(2, 2)), draw(2, 4, 5, 8)),
+    "ConvTranspose, circular": (
+        nn.ConvTranspose(24, (3,), strides=(2,), padding="CIRCULAR"),
+        draw(2, 6, 8),
+    ),
+    "DenseGeneral, outputs": (nn.DenseGeneral((4, 6)), draw(5, 30)),
+    "DenseGeneral, inputs": (nn.DenseGeneral(24, axis=(-2, -1)), draw(5, 6, 5)),
+    "DenseGeneral, both": (nn.DenseGeneral((4, 6), axis=(1, -1)), draw(2, 6, 3, 5)),
+    "DenseGeneral, batch": (nn.DenseGeneral((4, 6), batch_dims=(0,)), draw(3, 5, 30)),
+    "attention to self": (ATTENTION, draw(2, 5, 24)),
+    "attention": (ATTENTION, draw(2, 5, 24), draw(2, 7, 20)),
+    "Embed": (nn.Embed(40, 24), tokens(2, 5)),
+    "Embed, tied": (Tied(), tokens(2, 5)),
+    "Sequential": (nn.Sequential([nn.Dense(24), nn.relu, nn.Dense(20)]), draw(5, 30)),
+    "scan": (nn.scan(Block, **EACH, length=4)(), draw(5, 24), None),
+    "scan of remat": (nn.scan(nn.remat(Block), **EACH, length=4)(), draw(5, 24), None),
+    "vmap": (nn.vmap(nn.Dense, **EACH)(24), draw(3, 5, 30)),
+    "RNN": (nn.RNN(nn.SimpleCell(24)), draw(2, 5, 30)),
+}
+
+
+def grads(apply, variables, args, **kwargs):
+    """Gradients of some loss with respect to parameters and inputs, and the outputs."""
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def loss(params, args):
+        outputs = apply({**others, "params": params}, *args, **kwargs)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(outputs)), outputs
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
+    (params, inputs), outputs = gradient(variables["params"], args)
+    inputs = [leaf for leaf in jax.tree.leaves(inputs) if leaf.dtype != jax.dtypes.float0]
+    return params, inputs, outputs
+
+
+def check(module, *args, **kwargs):
+    """Outputs and gradients of the factorized tree against those of the truncated one."""
+    thin, dense, plan = make_thin(module, *args, **kwargs)
+    assert {row.action for row in plan.values()} == {"factorize"}
+    run = lambda *args, **kwargs: linen.apply(module, *args, **kwargs)
+    params, inputs, outputs = grads(run, thin, args, **kwargs)
+    wanted, wanted_inputs, wanted_outputs = grads(module.apply, dense, args, **kwargs)
+    assert_close(outputs, wanted_outputs)
+    if inputs:
+        assert_close(inputs, wanted_inputs)
+    # The chain rule, from the gradient of the kernel to those of its factors.
+    _, pull = jax.vjp(rmtjax.merge, thin["params"])
+    assert_close(params, *pull(wanted))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_outputs_and_gradients_are_those_of_the_truncated_tree(case):
+    module, *args = case
+    check(module, *args)
+
+
+def test_embed_attends_with_its_factors():
+    check(nn.Embed(40, 24), draw(5, 24), method="attend")
+
+
+def test_state_and_randomness_are_those_of_the_truncated_tree():
+    check(Net(), draw(4, 5, 4, 8), **TRAIN)
+
+
+LAYERS = {
+    "Dense": (nn.Dense, (24,), draw(5, 30)),
+    "DenseGeneral": (nn.DenseGeneral, ((4, 6),), draw(5, 30)),
+    "Conv": (nn.Conv, (24, (3,)), draw(2, 9, 8)),
+    "ConvTranspose": (nn.ConvTranspose, (24, (3,)), draw(2, 9, 8)),
+    "Embed": (nn.Embed, (40, 24), tokens(2, 5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [(jnp.bfloat16, jnp.float32), (None, jnp.bfloat16), (jnp.float32, jnp.bfloat16)],
+    ids=["compute", "params", "params only"],
+)
+@pytest.mark.parametrize(("layer", "fields", "inputs"), LAYERS.values(), ids=LAYERS.keys())
+def test_dtypes_of_the_layer_hold(layer, fields, inputs, dtype, param_dtype):
+    module = layer(*fields, dtype=dtype, param_dtype=param_dtype)
+    thin, dense, plan = make_thin(module, inputs)
+    assert [row.action for row in plan.values()] == ["factorize"]
+    outputs = linen.apply(module, thin, inputs)
+    assert_close(outputs, module.apply(dense, inputs), COARSE)
+
+
+@pytest.mark.parametrize("name", ["Dense", "Conv", "ConvTranspose", "DenseGeneral", "attend"])
+def test_thin_layers_are_cheaper(name):
+    layer, fields, inputs = LAYERS.get(name, (nn.Embed, (40, 24), draw(5, 24)))
+    module, kwargs = layer(*fields), {"method": name} if name == "attend" else {}
+    thin, dense, _ = make_thin(module, inputs, **kwargs)
+    run = lambda variables: linen.apply(module, variables, inputs, **kwargs)
+    flops = lambda variables: jax.jit(run).lower(variables).cost_analysis()["flops"]
+    assert flops(thin) < flops(dense) / 2
+
+
+DENSE, INPUTS = nn.Dense(24), draw(5, 30)
+
+
+def test_apply_and_the_context_agree_eager_and_compiled_and_under_vmap():
+    thin, dense, _ = make_thin(DENSE, INPUTS)
+    outputs = linen.apply(DENSE, thin, INPUTS)
+    with linen.factorized():
+        np.testing.assert_array_equal(DENSE.apply(thin, INPUTS), outputs)
+        assert_close(jax.jit(DENSE.apply)(thin, INPUTS), outputs)
+        assert_close(jax.vmap(DENSE.apply, in_axes=(None, 0))(thin, INPUTS), outputs)
+        stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), thin, thin)
+        several = jax.vmap(DENSE.apply, in_axes=(0, None))(stacked, INPUTS)
+        assert_close(several, jnp.stack([outputs, outputs]))
+    assert_close(outputs, DENSE.apply(dense, INPUTS))
+
+
+def test_the_inputs_may_be_named():
+    thin, dense, _ = make_thin(DENSE, INPUTS)
+    outputs = linen.apply(DENSE, thin, inputs=INPUTS)
+    assert_close(outputs, DENSE.apply(dense, INPUTS))
+
+
+def test_a_dense_tree_runs_as_without():
+    images = draw(4, 5, 4, 8)
+    module, variables = Net(), make_variables(Net(), images, **TRAIN)
+    expected = module.apply(variables, images, **TRAIN)
+    outputs = linen.apply(module, variables, images, **TRAIN)
+    jax.tree.map(np.testing.assert_array_equal, outputs, expected)
+    with linen.factorized():
+        started = module.init(RNGS, images, train=True)
+    jax.tree.map(np.testing.assert_array_equal, started, module.init(RNGS, images, train=True))
+
+
+def test_some_kernels_may_stay_dense():
+    module = nn.Sequential([nn.Dense(24), nn.relu, nn.Dense(20)])
+    thin, dense, _ = make_thin(module, INPUTS)
+    mixed = {"params": {**dense["params"], "layers_0": thin["params"]["layers_0"]}}
+    assert_close(linen.apply(module, mixed, INPUTS), module.apply(dense, INPUTS))
+
+
+def test_a_frozen_tree_runs_too():
+    thin, dense, _ = make_thin(DENSE, INPUTS)
+    outputs = linen.apply(DENSE, flax.core.freeze(thin), INPUTS)
+    assert_close(outputs, DENSE.apply(dense, INPUTS))
+
+
+def test_training_goes_on_in_the_factors():
+    module, targets = nn.Sequential([nn.Dense(24), nn.relu, nn.Dense(20)]), draw(5, 20)
+    thin, _, _ = make_thin(module, INPUTS)
+    optimizer = optax.sgd(0.01)
+
+    def loss(variables):
+        return jnp.mean((linen.apply(module, variables, INPUTS) - targets) ** 2)
+
+    @jax.jit
+    def step(variables, state):
+        value, gradient = jax.value_and_grad(loss)(variables)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(variables, updates), state, value
+
+    state, values = optimizer.init(thin), []
+    variables = thin
+    for _ in range(5):
+        variables, state, value = step(variables, state)
+        values.append(float(value))
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < values[0]
+    assert isinstance(variables["params"]["layers_0"]["kernel"], Factors)
+
+
+class Compact(nn.Module):
+    """A layer of a user's own, with other layers in it."""
+
+    @nn.compact
+    def __call__(self, inputs, *, train=False, scale=1.0):  # noqa: D102
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (30, 24))
+        hidden = nn.BatchNorm(use_running_average=not train)(inputs @ kernel)
+        hidden = nn.Dropout(0.5, deterministic=not train)(scale * hidden)
+        self.sow("intermediates", "hidden", hidden)
+        return nn.Dense(20)(hidden)
+
+
+class Setup(nn.Module):
+    """The same, written the other way."""
+
+    def setup(self):  # noqa: D102
+        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (30, 24))
+        self.norm = nn.BatchNorm()
+        self.dropout = nn.Dropout(0.5)
+        self.dense = nn.Dense(20)
+
+    def __call__(self, inputs, *, train=False, scale=1.0):  # noqa: D102
+        hidden = self.norm(inputs @ self.kernel, use_running_average=not train)
+        hidden = self.dropout(scale * hidden, deterministic=not train)
+        self.sow("intermediates", "hidden", hidden)
+        return self.dense(hidden)
+
+
+class Inside(nn.Module):
+    """A layer of a user's own inside another module."""
+
+    layer: type
+
+    @nn.compact
+    def __call__(self, inputs, **kwargs):  # noqa: D102
+        return self.layer()(nn.Dense(30)(inputs), **kwargs)
+
+
+@pytest.mark.parametrize("module", [Compact(), Setup(), Inside(Compact), Inside(Setup)], ids=repr)
+def test_a_layer_of_ones_own_runs_merged_and_warns(module):
+    kwargs = TRAIN | {"scale": 2.0}
+    thin, dense, plan = make_thin(module, INPUTS, **kwargs)
+    assert {row.action for row in plan.values()} == {"factorize"}
+    with pytest.warns(UserWarning, match=rf"(Compact|Setup) '.*' {MERGED}") as warned:
+        outputs = linen.apply(module, thin, INPUTS, **kwargs)
+    assert len(warned) == 1
+    # Float32; BatchNorm divides by a spread of 5 examples.
+    assert_close(outputs, module.apply(dense, INPUTS, **kwargs))
+
+
+def test_another_method_than_call_runs_merged_too():
+    class Coder(nn.Module):
+        def setup(self):
+            self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (30, 24))
+
+        def __call__(self, inputs):
+            return self.decode(self.encode(inputs))
+
+        def encode(self, inputs):
+            return inputs @ self.kernel
+
+        def decode(self, hidden):
+            return hidden @ self.kernel.T
+
+    thin, dense, _ = make_thin(Coder(), INPUTS)
+    for method in ("__call__", "encode"):
+        with pytest.warns(UserWarning, match=MERGED):
+            outputs = linen.apply(Coder(), thin, INPUTS, method=method)
+        assert_close(outputs, Coder().apply(dense, INPUTS, method=method))
+
+
+def test_a_layer_of_ones_own_runs_merged_in_a_scan_with_its_gradient():
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _):
+            return carry @ self.param("kernel", nn.initializers.normal(), (24, 24)), None
+
+    module, args = nn.scan(Step, **EACH, length=4)(), (draw(5, 24), None)
+    stack = lambda path, leaf: KernelAxes((1,), (2,), (0,))
+    thin, dense, _ = make_thin(module, *args, axes=stack)
+    with pytest.warns(UserWarning, match=MERGED):
+        params, inputs, outputs = grads(linen.factorized()(module.apply), thin, args)
+    wanted, wanted_inputs, wanted_outputs = grads(module.apply, dense, args)
+    assert_close((inputs, outputs), (wanted_inputs, wanted_outputs))
+    _, pull = jax.vjp(rmtjax.merge, thin["params"])
+    assert_close(params, *pull(wanted))
+
+
+def test_a_subclass_of_a_layer_is_a_layer_of_ones_own():
+    class Scaled(nn.Dense):
+        @nn.compact
+        def __call__(self, inputs):
+            return 2 * super().__call__(inputs)
+
+    thin, dense, _ = make_thin(Scaled(24), INPUTS)
+    with pytest.warns(UserWarning, match="Scaled"):
+        outputs = linen.apply(Scaled(24), thin, INPUTS)
+    assert_close(outputs, Scaled(24).apply(dense, INPUTS))
+
+
+def test_a_kernel_used_the_other_way_round_is_not_factorized():
+    class Turned(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            return inputs @ self.param("kernel", nn.initializers.normal(), (30, 30)).T
+
+    axes = lambda path, leaf: KernelAxes((1,), (0,))
+    thin, dense, plan = make_thin(Turned(), INPUTS, axes=axes)
+    assert plan["kernel"].action == "truncate"
+    assert_close(linen.apply(Turned(), thin, INPUTS), Turned().apply(dense, INPUTS))
+
+
+GUESS = lambda path, leaf: KernelAxes((0, 1), (2,))  # that of a plan that is not told better
+
+
+def test_axes_that_were_guessed_wrong_are_merged_with_a_warning():
+    module = nn.DenseGeneral((4, 6))
+    thin, dense, plan = make_thin(module, INPUTS, axes=GUESS)
+    assert plan["kernel"].action == "factorize"
+    with pytest.warns(UserWarning, match=f"DenseGeneral '' {MERGED}"):
+        outputs = linen.apply(module, thin, INPUTS)
+    assert_close(outputs, module.apply(dense, INPUTS))
+
+
+def test_convolutions_that_are_no_matrix_are_kept_with_a_reason():
+    class Grouped(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            hidden = nn.Conv(24, (3,), feature_group_count=2)(images)
+            hidden = nn.Conv(24, (3,), mask=np.ones((3, 24, 24), np.float32))(hidden)
+            return nn.ConvTranspose(8, (3,), transpose_kernel=True)(hidden)
+
+    images = draw(2, 9, 8)
+    thin, dense, plan = make_thin(Grouped(), images)
+    assert {path: row.reason for path, row in plan.items()} == {
+        "Conv_0/kernel": "kept: no matrix (shape (3, 4, 24))",
+        "Conv_1/kernel": "kept: no matrix (shape (3, 24, 24))",
+        "ConvTranspose_0/kernel": "kept: no matrix (shape (3, 8, 24))",
+    }
+    assert all(row.axes is None for row in plan.values())
+    np.testing.assert_array_equal(
+        linen.apply(Grouped(), thin, images), Grouped().apply(dense, images)
+    )
+
+
+def test_a_grouped_convolution_planned_by_a_guess_is_merged_with_a_warning():
+    module, images = nn.Conv(24, (3,), feature_group_count=2), draw(2, 9, 16)
+    thin, dense, plan = make_thin(module, images, axes=GUESS)
+    assert plan["kernel"].action == "factorize"
+    with pytest.warns(UserWarning, match=MERGED):
+        outputs = linen.apply(module, thin, images)
+    assert_close(outputs, module.apply(dense, images))
+
+
+def test_nothing_is_left_behind_by_the_context_not_even_after_an_error():
+    thin, _, _ = make_thin(DENSE, INPUTS)
+    with pytest.raises(ZeroDivisionError), linen.factorized():
+        raise ZeroDivisionError
+    with pytest.raises(TypeError):
+        linen.apply(DENSE, thin, INPUTS.astype(str))
+    with pytest.raises(Exception, match="kernel"):
+        DENSE.apply(thin, INPUTS)
+    with linen.factorized():
+        with linen.factorized():
+            DENSE.apply(thin, INPUTS)
+        DENSE.apply(thin, INPUTS)
+
+
+STACKS = {
+    "scan": (nn.scan(Block, **EACH, length=4)(), (draw(5, 24), None), ((1,), (2,), (0,))),
+    "scan, last axis": (
+        nn.scan(Block, variable_axes={"params": -1}, split_rngs={"params": True}, length=4)(),
+        (draw(5, 24), None),
+        ((0,), (1,), (2,)),
+    ),
+    "vmap of scan": (
+        nn.vmap(nn.scan(Block, **EACH, length=4), in_axes=(0, None), **EACH)(),
+        (draw(3, 5, 24), None),
+        ((2,), (3,), (0, 1)),
+    ),
+    "vmap, as many as inputs": (
+        nn.vmap(nn.Dense, **EACH)(24),
+        (draw(30, 5, 30),),
+        ((1,), (2,), (0,)),
+    ),
+    "vmap of attention": (
+        nn.vmap(nn.DenseGeneral, **EACH)((4, 6)),
+        (draw(3, 5, 30),),
+        ((1,), (2, 3), (0,)),
+    ),
+    "shared": (
+        nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})(24),
+        (draw(3, 5, 30),),
+        ((0,), (1,), ()),
+    ),
+    "remat": (nn.remat(nn.Dense)(24), (draw(5, 30),), ((0,), (1,), ())),
+}
+
+
+@pytest.mark.parametrize(("module", "args", "expected"), STACKS.values(), ids=STACKS.keys())
+def test_the_axes_of_lifted_kernels_are_found_and_the_tree_runs(module, args, expected):
+    thin, dense, plan = make_thin(module, *args)
+    (row,) = plan.values()
+    assert row.axes == KernelAxes(*expected)
+    assert_close(linen.apply(module, thin, *args), module.apply(dense, *args))
+
+
+def test_kernel_axes_computes_nothing_and_guesses_what_it_does_not_know():
+    calls = []
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            jax.debug.callback(lambda: calls.append("ran"))
+            kernel = self.param("kernel", nn.initializers.normal(), (30, 4, 6))
+            return nn.Dense(24)(jnp.tensordot(inputs, kernel, 1).reshape(5, 24))
+
+    variables = make_variables(Counting(), INPUTS)
+    axes = linen.kernel_axes(Counting(), variables, INPUTS)
+    jax.effects_barrier()
+    assert not calls
+    params = variables["params"]
+    assert axes("Dense_0/kernel", params["Dense_0"]["kernel"]) == KernelAxes((0,), (1,))
+    assert axes("kernel", params["kernel"]) == KernelAxes((0, 1), (2,))
+    assert axes("elsewhere/query/kernel", params["kernel"]) == KernelAxes((0,), (1, 2))
+
+
+def test_kernel_axes_of_another_tree_are_refused():
+    axes = linen.kernel_axes(DENSE, make_variables(DENSE, INPUTS), INPUTS)
+    with pytest.raises(ValueError, match=r"no axes of \(29, 24\) can be taken away"):
+        axes("kernel", np.ones((29, 24), np.float32))
