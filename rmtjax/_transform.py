@@ -162,7 +162,7 @@ def prune_spectrum(
       ...     updates, state = optimizer.update(params, state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> int(optax.tree.get(state, "ranks")["Dense_0/kernel"])
-      29
+      30
 
     References:
       Shmalo, Jenkins and Krupchytskyi (2023), https://arxiv.org/abs/2303.08986. There a
