@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax._spectrum import check_matrix, lift
@@ -49,7 +50,9 @@ def check_rank(rank: int, shape: tuple[int, ...]) -> int:
     return rank
 
 
-def truncate_matrix(matrix: Float[Array, "m n"], rank: Int[Array, ""] | int) -> Float[Array, "m n"]:
+def truncate_matrix(
+    matrix: Float[ArrayLike, "m n"], rank: Int[Array, ""] | int
+) -> Float[Array, "m n"]:
     """The nearest matrix of rank `rank` in Frobenius norm, of the same shape and dtype.
 
     Args:
@@ -79,7 +82,7 @@ def factorize_stack(matrix: Float[Array, "*batch m n"], rank: int) -> Factors:
     return Factors(left.astype(matrix.dtype), right.astype(matrix.dtype))
 
 
-def factorize_matrix(matrix: Float[Array, "m n"], rank: int) -> Factors:
+def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     """The two thin factors of the nearest matrix of rank `rank`.
 
     `left = U_r sqrt(S_r)` of shape (m, r) and `right = sqrt(S_r) V_r^T` of shape (r, n).

@@ -1,6 +1,7 @@
 """Exact spectra of matrices."""
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from rmtjax._typing import Spectrum
@@ -42,7 +43,7 @@ def from_singular_values(
     return Spectrum(eigenvalues=eigenvalues, ratio=aspect_ratio(matrix))
 
 
-def spectrum(matrix: Float[Array, "m n"]) -> Spectrum:
+def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     r"""The empirical spectral density of a matrix.
 
     $\lambda_k = s_k^2 / n$ for the singular values $s_1 \ge \dots \ge s_p$ of the matrix,

@@ -20,7 +20,7 @@ class Net(nn.Module):
     """One of each layer that has a kernel."""
 
     @nn.compact
-    def __call__(self, tokens):  # noqa: D102
+    def __call__(self, tokens):
         hidden = nn.Embed(50, 16, name="embed")(tokens)
         hidden = nn.LayerNorm()(hidden)
         hidden = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=24)(hidden)

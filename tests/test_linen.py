@@ -23,7 +23,7 @@ MERGED = "runs with its factors multiplied out"
 class Fixed(ranks.fixed):
     """Without a noise level, which is not needed here and compiles for long."""
 
-    def fit(self, spectrum):  # noqa: D102
+    def fit(self, spectrum):
         return BulkFit(*[jnp.ones_like(spectrum.ratio)] * 4, num_spikes=jnp.asarray(0, jnp.int32))
 
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
     """A step of `nn.scan`."""
 
     @nn.compact
-    def __call__(self, carry, _):  # noqa: D102
+    def __call__(self, carry, _):
         return nn.tanh(nn.Dense(24)(carry)), None
 
 
@@ -78,7 +78,7 @@ class Net(nn.Module):
     """All at once, with state and randomness."""
 
     @nn.compact
-    def __call__(self, images, train):  # noqa: D102
+    def __call__(self, images, train):
         hidden = nn.Conv(24, (3, 3))(images)
         hidden = nn.relu(nn.BatchNorm(use_running_average=not train)(hidden))
         hidden = nn.Dropout(0.5, deterministic=not train)(hidden.reshape(len(hidden), -1))
@@ -89,10 +89,10 @@ class Net(nn.Module):
 class Tied(nn.Module):
     """Reads the table of its embedding, as some language models do."""
 
-    def setup(self):  # noqa: D102
+    def setup(self):
         self.embed = nn.Embed(40, 24)
 
-    def __call__(self, ids):  # noqa: D102
+    def __call__(self, ids):
         return self.embed(ids) @ self.embed.embedding.T
 
 
@@ -283,7 +283,7 @@ class Compact(nn.Module):
     """A layer of a user's own, with other layers in it."""
 
     @nn.compact
-    def __call__(self, inputs, *, train=False, scale=1.0):  # noqa: D102
+    def __call__(self, inputs, *, train=False, scale=1.0):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (30, 24))
         hidden = nn.BatchNorm(use_running_average=not train)(inputs @ kernel)
         hidden = nn.Dropout(0.5, deterministic=not train)(scale * hidden)
@@ -294,13 +294,13 @@ class Compact(nn.Module):
 class Setup(nn.Module):
     """The same, written the other way."""
 
-    def setup(self):  # noqa: D102
+    def setup(self):
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (30, 24))
         self.norm = nn.BatchNorm()
         self.dropout = nn.Dropout(0.5)
         self.dense = nn.Dense(20)
 
-    def __call__(self, inputs, *, train=False, scale=1.0):  # noqa: D102
+    def __call__(self, inputs, *, train=False, scale=1.0):
         hidden = self.norm(inputs @ self.kernel, use_running_average=not train)
         hidden = self.dropout(scale * hidden, deterministic=not train)
         self.sow("intermediates", "hidden", hidden)
@@ -313,7 +313,7 @@ class Inside(nn.Module):
     layer: type
 
     @nn.compact
-    def __call__(self, inputs, **kwargs):  # noqa: D102
+    def __call__(self, inputs, **kwargs):
         return self.layer()(nn.Dense(30)(inputs), **kwargs)
 
 
@@ -464,10 +464,15 @@ STACKS = {
         (draw(30, 5, 30),),
         ((1,), (2,), (0,)),
     ),
-    "vmap of attention": (
+    "vmap, several outputs": (
         nn.vmap(nn.DenseGeneral, **EACH)((4, 6)),
         (draw(3, 5, 30),),
         ((1,), (2, 3), (0,)),
+    ),
+    "vmap, batch": (
+        nn.vmap(nn.DenseGeneral, **EACH)(24, batch_dims=(0,)),
+        (draw(3, 2, 5, 30),),
+        ((2,), (3,), (0, 1)),
     ),
     "shared": (
         nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})(24),

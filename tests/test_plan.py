@@ -36,13 +36,13 @@ class Count:
 
     rank: int
 
-    def fit(self, spectrum):  # noqa: D102
+    def fit(self, spectrum):
         return BulkFit(*[jnp.ones_like(spectrum.ratio)] * 4, num_spikes=jnp.asarray(0, jnp.int32))
 
-    def accepts(self, spectrum, fit):  # noqa: D102
+    def accepts(self, spectrum, fit):
         return jnp.isfinite(spectrum.eigenvalues).all()
 
-    def __call__(self, spectrum, fit=None):  # noqa: D102
+    def __call__(self, spectrum, fit=None):
         return jnp.asarray(self.rank, jnp.int32)
 
 
@@ -122,6 +122,7 @@ REASONS = {
     ),
     "as many numbers": ((16, 16), 8, {}, "truncate", 8, "truncated: no saving from factors (8 of"),
     "full rank": ((60, 80), 57, {}, "keep", 60, "kept: full rank (57 of 60 are signal, rank 60)"),
+    "just long": ((60, 80), 57, {"min_size": 60}, "keep", 60, "kept: full rank (57 of 60 are"),
     "short": ((60, 80), 6, {"min_size": 61}, "keep", None, "kept: short side 60 under 61"),
     "turned": (
         (60, 80),

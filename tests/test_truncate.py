@@ -40,7 +40,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 class Fixed(ranks.fixed):
     """Without a noise level, which is not needed here and compiles for long."""
 
-    def fit(self, spectrum):  # noqa: D102
+    def fit(self, spectrum):
         return BulkFit(*[jnp.ones_like(spectrum.ratio)] * 4, num_spikes=jnp.asarray(0, jnp.int32))
 
 
