@@ -66,6 +66,23 @@ def _prune_kernel(kernel, update, fit: BulkFit, axes: KernelAxes, **options):
     return update, jax.tree.map(jnp.reshape, fits, jax.tree.map(jnp.shape, fit)), rank
 
 
+# Compiled here, so that it is compiled once for those who call `update` outside `jit` too.
+@partial(jax.jit, static_argnames=("axes", "rule"))
+def _prune_if(due, kernels, updates, fits, ranks, keep, min_rank, *, axes, rule):
+    """Updates, fits and ranks by path after a step: pruned if it is due, else the same."""
+
+    def prune(updates, fits, ranks):
+        options = {"rule": rule, "keep": keep, "min_rank": min_rank}
+        updates, fits, ranks = dict(updates), dict(fits), dict(ranks)
+        for path, named in axes:
+            updates[path], fits[path], ranks[path] = _prune_kernel(
+                kernels[path], updates[path], fits[path], named, **options
+            )
+        return updates, fits, ranks
+
+    return jax.lax.cond(due, prune, lambda *same: same, updates, fits, ranks)
+
+
 def _unfitted(kernel, axes: KernelAxes) -> BulkFit:
     """The fit of a kernel that has none yet."""
     stack, _, _ = _kernels.matrix_shape(kernel.shape, axes)
@@ -188,20 +205,6 @@ def prune_spectrum(
             ranks={path: jnp.asarray(full(*kernel), jnp.int32) for path, kernel in kernels.items()},
         )
 
-    def prune(found, step, updates, state: PruneState):
-        options = {
-            "rule": rule,
-            "keep": keep(state.step) if callable(keep) else keep,
-            "min_rank": min_rank,
-        }
-        pruned = {
-            path: _prune_kernel(kernel, updates[path], state.fits[path], named, **options)
-            for path, (kernel, named) in found.items()
-        }
-        pick = lambda part: {path: results[part] for path, results in pruned.items()}
-        fits, new_ranks = {**state.fits, **pick(1)}, {**state.ranks, **pick(2)}
-        return pick(0), PruneState(step, fits, new_ranks)
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
@@ -212,16 +215,20 @@ def prune_spectrum(
         found = matrices(params)
         chosen = {}  # without the kernels whose update is None: they do not move
         _kernels.map_kernels(chosen.setdefault, updates, found)
-        found = {path: found[path] for path in chosen}
         step = jnp.asarray(optax.safe_increment(state.step))
         due = (step > 0) & (step >= start) & ((step - start) % every == 0)
-        chosen, state = jax.lax.cond(
+        chosen, fits, new_ranks = _prune_if(
             due,
-            partial(prune, found, step),
-            lambda updates, state: (updates, state._replace(step=step)),
+            {path: found[path][0] for path in chosen},
             chosen,
-            state,
+            state.fits,
+            state.ranks,
+            keep(state.step) if callable(keep) else keep,
+            min_rank,
+            axes=tuple((path, found[path][1]) for path in chosen),
+            rule=rule,
         )
-        return _kernels.map_kernels(lambda path, _: chosen[path], updates, chosen), state
+        updates = _kernels.map_kernels(lambda path, _: chosen[path], updates, chosen)
+        return updates, PruneState(step, fits, new_ranks)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
