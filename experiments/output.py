@@ -168,12 +168,21 @@ def show(results: Results, console: Console) -> None:
     )
     console.print()
     console.print(_kernels(results))
+    _show_truncation(results, console)
+
+
+def _show_truncation(results: Results, console: Console) -> None:
+    """What cutting the trained baseline's first kernel to its spikes changes."""
+    changes = []
     for seed, found in results.seeds.items():
         path, spikes, points = (found.curve[key] for key in ("path", "spikes", "points"))
         if points:
             full, kept = points[-1][1], dict(points)[spikes]
+            changes.append(kept - full)
             console.print(
                 f"seed {seed}: {path} truncated to its {spikes} spikes after training, and nothing "
                 f"trained again: test {full:.2f} -> {kept:.2f} % ({kept - full:+.2f})",
                 highlight=False,
             )
+    if len(changes) > 1:
+        console.print(f"mean change: {interval(np.array(changes), '+.2f')}", highlight=False)
