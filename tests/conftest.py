@@ -2,7 +2,10 @@
 
 import hypothesis
 import jax
+import jax.experimental
 
+if not hasattr(jax, "enable_x64"):  # its name before jax 0.8
+    jax.enable_x64 = jax.experimental.enable_x64
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A first example compiles, which no deadline allows for.
 hypothesis.settings.register_profile("rmtjax", deadline=None, derandomize=True)
