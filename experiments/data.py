@@ -91,7 +91,7 @@ def load(
         "sample": lambda: _from_sample(name),
     }
     if source == "auto":
-        return _first(read, name)
+        return _first(read, name, data_dir)
     try:
         return read[source]()
     except (FileNotFoundError, ConnectionError) as error:
@@ -119,7 +119,7 @@ def _ways(name: str) -> str:
     )
 
 
-def _first(read: dict[str, Callable[[], Dataset]], name: str) -> Dataset:
+def _first(read: dict[str, Callable[[], Dataset]], name: str, data_dir: Folder | None) -> Dataset:
     notes = []
     for source in ("tfds", "idx", "download"):
         try:
@@ -128,6 +128,8 @@ def _first(read: dict[str, Callable[[], Dataset]], name: str) -> Dataset:
             notes.append(f"{source}: {error}")
         else:
             return dataset._replace(notes=(*notes, *dataset.notes))
+    if data_dir is not None and not Path(data_dir).expanduser().exists():
+        raise FileNotFoundError(f"`data_dir` {data_dir} does not exist. {' '.join(notes)}")
     sample = _from_sample("fashion_mnist")
     if name != sample.name:
         notes.append(f"sample: it is {TITLES[sample.name]}, used in place of {TITLES[name]}.")

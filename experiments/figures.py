@@ -38,7 +38,11 @@ def accuracy(results: output.Results) -> Figure:
     ax.annotate(
         "fine-tuning", (results.config.epochs + 0.6, 0.02), xycoords=("data", "axes fraction")
     )
-    ax.set(xlabel="epoch", ylabel="test accuracy, %", title=f"seeds {[*results.seeds]}")
+    ax.set(
+        xlabel="epoch",
+        ylabel="test accuracy, %",
+        title=f"a line a seed: {', '.join(map(str, results.seeds))}",
+    )
     ax.legend(frameon=False)
     return figure
 

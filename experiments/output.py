@@ -162,8 +162,9 @@ def show(results: Results, console: Console) -> None:
     console.print()
     console.print(_networks(results))
     console.print(
-        "change: against the network trained as long and never cut; gap: training less test "
-        "accuracy, in points; ±: 95 % interval over the seeds",
+        "change: against the network trained as long and never cut; gap: training accuracy, on "
+        "the labels trained on, less test accuracy, in points"
+        + ("; ±: 95 % interval over the seeds" if len(results.seeds) > 1 else ""),
         style="dim",
     )
     console.print()

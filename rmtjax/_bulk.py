@@ -71,12 +71,19 @@ def check_trim(trim: float) -> None:
 
 
 def check_level(level: float) -> None:
-    """Refuses what is no probability."""
-    if not 0 < level < 1:
+    """Refuses what is no probability, or so near to 0 or 1 that float32 takes it for them."""
+    if not 1e-6 <= level <= 1 - 1e-6:
         raise ValueError(
-            f"`level` must be in (0, 1), got {level}: it is the probability that noise "
-            "alone gives a spike, 0.1 by default; a small level is a high threshold."
+            f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}: it is the probability "
+            "that noise alone gives a spike, 0.1 by default; a small level is a high threshold."
         )
+
+
+def above_rounding(spectrum: Spectrum, variance: Float[Array, ""]):
+    """Whether a noise level is more than what rounding leaves of exact zeros."""
+    size = spectrum.eigenvalues.shape[-1]
+    unit = size * jnp.finfo(spectrum.eigenvalues.dtype).eps
+    return variance > unit**2 * spectrum.eigenvalues[..., 0]
 
 
 def fit_bema(spectrum: Spectrum, *, trim: float = 0.25, level: float = 0.1) -> BulkFit:
@@ -92,8 +99,8 @@ def fit_bema(spectrum: Spectrum, *, trim: float = 0.25, level: float = 0.1) -> B
     Args:
       spectrum: From `rmtjax.spectrum`.
       trim: Share of the eigenvalues left out at each end, in [0, 0.5).
-      level: Probability that noise alone gives a spike, in (0, 1): a small level is a
-        high threshold. $t$ is the Tracy-Widom quantile at 1 - level.
+      level: Probability that noise alone gives a spike, in (0, 1), at least 1e-6: a small
+        level is a high threshold. $t$ is the Tracy-Widom quantile at 1 - level.
 
     Returns:
       `BulkFit(variance, edge, threshold, distance, num_spikes)`. The count means
@@ -120,6 +127,11 @@ def fit_bema(spectrum: Spectrum, *, trim: float = 0.25, level: float = 0.1) -> B
     """
     check_trim(trim)
     check_level(level)
+    if not isinstance(spectrum, Spectrum):
+        raise TypeError(
+            f"`spectrum` must be a Spectrum, got {type(spectrum).__name__}. Of a matrix it is "
+            "`rmtjax.spectrum(matrix)`."
+        )
     if spectrum.eigenvalues.ndim != 1:
         raise ValueError(
             "`spectrum` must be that of one matrix, got eigenvalues of shape "

@@ -24,23 +24,24 @@ def kernel_axes(path: str, leaf: Any) -> KernelAxes | None:
     """The axes of a kernel of Flax's layers, from its path and shape.
 
     - `Dense` (in, out), `Embed` (vocabulary, features): as they are.
-    - `Conv` (*window, in, out) and the `out` projection of attention
+    - `Conv` (*window, in, out), known by its name, and the `out` projection of attention
       (heads, head_dim, out): all axes but the last are inputs.
     - The `query`, `key` and `value` projections (in, heads, head_dim): all but the first
       are outputs.
 
-    Nothing in a parameter tree tells a stack of kernels, as `nn.scan` makes it, from a
+    Nothing else in a parameter tree tells a stack of kernels, as `nn.scan` makes it, from a
     convolution: `rmtjax.linen.kernel_axes` asks the module instead.
 
     Returns:
-      None where the leaf has fewer than two axes.
+      None where the leaf has fewer than two axes, or more and none of these names.
     """
     ndim = jnp.ndim(leaf)
-    if ndim < 2:
-        return None
     parent = path.split("/")[-2] if "/" in path else ""
-    first = 1 if parent in HEAD_PROJECTIONS else ndim - 1
-    return KernelAxes(tuple(range(first)), tuple(range(first, ndim)))
+    if ndim == 3 and parent in HEAD_PROJECTIONS:
+        return KernelAxes((0,), (1, 2))
+    if ndim == 2 or (ndim > 2 and "conv" in parent.lower()) or (ndim == 3 and parent == "out"):
+        return KernelAxes(tuple(range(ndim - 1)), (ndim - 1,))
+    return None
 
 
 def check_axes(path: str, axes: KernelAxes, ndim: int) -> None:
@@ -97,6 +98,8 @@ def find_kernels(
             named = None if is_leaf and is_leaf(leaf) else (axes or kernel_axes)(path, leaf)
             if named is not None:
                 check_axes(path, named, jnp.ndim(leaf))
+            if path in found:
+                raise ValueError(f"two leaves have the path {path!r}: rename one of them.")
             found[path] = (leaf, named)
     return found
 
@@ -119,7 +122,8 @@ def unmatrixable(leaf: Any, axes: KernelAxes | None, min_size: int) -> str | Non
     if jnp.finfo(dtype).bits < 16:
         return f"too few bits ({dtype})"
     if axes is None:
-        return f"no matrix (shape {shape})"
+        hint = ", unless `axes` says how it is one" if len(shape) > 2 else ""
+        return f"no matrix (shape {shape}){hint}"
     if 0 in shape:
         return f"empty (shape {shape})"
     _, rows, columns = matrix_shape(shape, axes)

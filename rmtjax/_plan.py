@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from rmtjax import _kernels, ranks
+from rmtjax._bulk import count_above
 from rmtjax._factors import is_factors, multiply
 from rmtjax._kernels import find_kernels
 from rmtjax._spectrum import spectrum
@@ -54,10 +55,11 @@ class Plan(dict[str, LayerPlan]):
 def _measure(matrices: Float[Array, "b m n"], rule, fits: BulkFit | None):
     """Spectrum, fit in force, verdict and signal count of each matrix of a stack."""
     spectra = jax.vmap(spectrum)(matrices)
-    if fits is None:
-        fits = jax.vmap(rule.fit)(spectra)
-    accepted = jax.vmap(rule.accepts)(spectra, fits)
-    return spectra, fits, accepted, jax.vmap(rule)(spectra, fits)
+    used = jax.vmap(rule.fit)(spectra) if fits is None else fits
+    accepted = jax.vmap(rule.accepts)(spectra, used)
+    # A fit that was given counted the spikes of its own day.
+    used = used._replace(num_spikes=jax.vmap(count_above)(spectra, used.threshold))
+    return spectra, used, accepted, jax.vmap(rule)(spectra, used)
 
 
 def _measure_all(kernels: dict[str, tuple[Any, KernelAxes]], rule, given) -> dict[str, Any]:
@@ -77,6 +79,17 @@ def _measure_all(kernels: dict[str, tuple[Any, KernelAxes]], rule, given) -> dic
         for path, first, last in zip(paths, ends[:-1], ends[1:], strict=True):
             measured[path] = jax.tree.map(lambda a: a[first:last], results)  # noqa: B023
     return measured
+
+
+def _check_paths(params: PyTree, fits: Mapping[str, BulkFit]) -> None:
+    """Refuses noise levels of kernels that are not there: these would be fitted anew."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
+    unknown = fits.keys() - {_kernels.path_name(key) for key, _ in leaves}
+    if unknown:
+        raise ValueError(
+            f"`fits` has {min(unknown)!r}, which is no path of `params`. Give `plan` the tree that "
+            "the optimizer was given."
+        )
 
 
 def _check_fits(given: Mapping[str, BulkFit], kernels: dict[str, tuple[Any, KernelAxes]]) -> None:
@@ -105,15 +118,16 @@ def _round_up(rank: int, multiple: int, size: int) -> int:
     return min(-(-rank // multiple) * multiple, size)
 
 
-def _refusal(spectra: Spectrum, fits: BulkFit, accepted) -> str | None:
+def _refusal(spectra: Spectrum, fits: BulkFit, accepted, signal) -> str | None:
     """Why the rule may not be believed, or None."""
     if not np.isfinite(spectra.eigenvalues).all():
         return "not finite"
     if not spectra.eigenvalues.any():
         return "all zero"
-    if accepted.all():
-        return None
-    return f"law does not fit (distance {fits.distance.max():.3f})"
+    if not accepted.all():
+        return f"law does not fit (distance {fits.distance.max():.3f})"
+    # Nothing stands out, as before training; to cut to nothing would destroy the network.
+    return None if signal.any() else "no signal stands out of the noise"
 
 
 def _hindrance(shape: tuple[int, ...], axes: KernelAxes, rank: int) -> str | None:
@@ -137,7 +151,7 @@ def _decide(leaf, axes: KernelAxes, measured, keep, min_rank, multiple) -> Layer
     count = int(signal.max())  # one rank for a stack: that of its richest member
     rank = _round_up(int(ranks.kept_rank(count, size, keep, min_rank)), multiple, size)
     found = f"{count} of {size} are signal, rank {rank}"
-    refusal = _refusal(spectra, fits, accepted)
+    refusal = _refusal(spectra, fits, accepted, signal)
     action: Action = "keep"
     if refusal:
         rank, reason = size, f"kept: {refusal}"
@@ -224,6 +238,7 @@ def plan(
       Dense_0/kernel  factorized: 1 of 200 are signal, rank 8
     """
     _check_options(keep, min_rank, multiple, min_size)
+    ranks.check_rule(rule)
     found = find_kernels(params, where, axes, is_leaf=is_factors)
     reasons = {
         path: "already factorized"
@@ -236,6 +251,7 @@ def plan(
         for path, (leaf, named) in found.items()
         if named is not None and reasons[path] is None
     }
+    _check_paths(params, fits or {})
     given = {path: fit for path, fit in (fits or {}).items() if np.isfinite(fit.threshold).all()}
     _check_fits(given, matrices)
     measured = _measure_all(matrices, rule, given)

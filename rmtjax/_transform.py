@@ -46,7 +46,8 @@ def _prune_stack(matrices: Float[Array, "b m n"], fits: BulkFit, rule, keep, min
     first = accepted & ~known
     fits = jax.tree.map(lambda new, old: jnp.where(first, new, old), fresh, fits)
     signal = jax.vmap(rule, in_axes=(each, 0))(spectra, fits)
-    ready = jnp.all(known | accepted) & jnp.isfinite(s).all()
+    # Where nothing stands out, as before training, a cut would destroy the network.
+    ready = jnp.all(known | accepted) & jnp.isfinite(s).all() & jnp.any(signal > 0)
     size = s.shape[-1]
     rank = jnp.where(ready, ranks.kept_rank(signal.max(), size, keep, min_rank), size)
     return fits, rank, compose(u, s, vt, rank)
@@ -142,7 +143,11 @@ def prune_spectrum(
 
     The noise level of a kernel is that of its first accepted fit, and is carried from
     then on: a truncated spectrum, fitted as if it were whole, seems to have little noise
-    and many spikes. A kernel whose fit is refused is left alone and tried again.
+    and many spikes. A kernel whose fit is refused, or in which nothing stands out of the
+    noise, is left alone and tried again.
+
+    Choose `start` late enough: until training has lifted the directions that a network
+    needs above its initial noise, a cut removes what it would have learnt with.
 
     Args:
       every: Pruning period in steps, at least 1. Steps are counted from 1, as this
@@ -187,6 +192,7 @@ def prune_spectrum(
     """
     _check(every, start, keep, min_rank, min_size)
     rule = ranks.bema() if rule is None else rule
+    ranks.check_rule(rule)
 
     def matrices(params: PyTree) -> dict[str, tuple[Any, KernelAxes]]:
         found = _kernels.find_kernels(params, where, axes, is_leaf=is_factors)

@@ -96,8 +96,8 @@ def _run_merged(module: nn.Module, method: str, args, kwargs):
     place = "/".join(module.path)
     warnings.warn(
         f"{type(module).__name__} {place!r} runs with its factors multiplied out, which is "
-        "correct and saves no time. Make the plan with "
-        "`axes=rmtjax.linen.kernel_axes(module, variables, inputs)`, or leave the kernel out "
+        "correct and saves no time. If it is a layer of Flax's own, make the plan with "
+        "`axes=rmtjax.linen.kernel_axes(module, variables, inputs)`; else leave the kernel out "
         "with `where`.",
         stacklevel=2,
     )
@@ -162,6 +162,9 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
 
     Returns:
       What `module.apply` returns.
+
+    Modules that rewrite the parameters of another, as `nn.WeightNorm` and
+    `nn.SpectralNorm` do, know no factors and fail: leave their kernels out with `where`.
 
     Warns:
       UserWarning: A module runs with its factors multiplied out, because it is none of

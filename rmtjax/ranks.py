@@ -42,6 +42,15 @@ class RankRule(Protocol):
         ...
 
 
+def check_rule(rule: object) -> None:
+    """Refuses what is no rank rule, such as its name, a number, or the class itself."""
+    if isinstance(rule, type) or not isinstance(rule, RankRule):
+        raise TypeError(
+            f"`rule` must be a rank rule such as `rmtjax.ranks.bema()` or "
+            f"`rmtjax.ranks.fixed(16)`, got {rule!r}."
+        )
+
+
 def kept_rank(
     num_signal: Int[ArrayLike, ""],
     size: int,
@@ -95,9 +104,10 @@ class bema:  # noqa: N801 - called like a function, as everything in this module
         return _bulk.fit_bema(spectrum, trim=self.trim, level=self.level)
 
     def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
-        """Whether the law fits; False for a spectrum that is not finite."""
+        """Whether the law fits; False for a spectrum that is not finite, or has no noise."""
         size = spectrum.eigenvalues.shape[-1]
-        return fit.distance <= max(self.max_distance, 5 / size)
+        fits = fit.distance <= max(self.max_distance, 5 / size)
+        return fits & _bulk.above_rounding(spectrum, fit.variance)
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Number of eigenvalues above the threshold of `fit`."""
@@ -134,9 +144,8 @@ class gavish_donoho:  # noqa: N801
         return _bulk.bulk_fit(spectrum, variance, variance * cut, trim=0.25)
 
     def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
-        """Whether the noise level is finite and positive."""
-        del spectrum
-        return jnp.isfinite(fit.variance) & (fit.variance > 0)
+        """Whether the noise level is finite and more than rounding."""
+        return jnp.isfinite(fit.variance) & _bulk.above_rounding(spectrum, fit.variance)
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Number of eigenvalues above the threshold of `fit`."""

@@ -30,7 +30,7 @@ class Row(NamedTuple):
       edge: End of the Marchenko-Pastur bulk, on the scale of the eigenvalues $s^2 / n$.
       threshold: The cut for a spike.
       spikes: Number of eigenvalues above it.
-      distance: Kolmogorov distance between bulk and law.
+      distance: Kolmogorov distance between bulk and law, when the noise was fitted.
       rank: Rank that the plan gives the kernel.
     """
 

@@ -1,5 +1,10 @@
 """Settings of every test: no silent broadcasting, no luck."""
 
+import os
+
+# OpenBLAS and XLA each start a thread a core; on few cores they stall one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import jax.experimental

@@ -414,9 +414,11 @@ def test_convolutions_that_are_no_matrix_are_kept_with_a_reason():
     images = draw(2, 9, 8)
     thin, dense, plan = make_thin(Grouped(), images)
     assert {path: row.reason for path, row in plan.items()} == {
-        "Conv_0/kernel": "kept: no matrix (shape (3, 4, 24))",
-        "Conv_1/kernel": "kept: no matrix (shape (3, 24, 24))",
-        "ConvTranspose_0/kernel": "kept: no matrix (shape (3, 8, 24))",
+        "Conv_0/kernel": "kept: no matrix (shape (3, 4, 24)), unless `axes` says how it is one",
+        "Conv_1/kernel": "kept: no matrix (shape (3, 24, 24)), unless `axes` says how it is one",
+        "ConvTranspose_0/kernel": (
+            "kept: no matrix (shape (3, 8, 24)), unless `axes` says how it is one"
+        ),
     }
     assert all(row.axes is None for row in plan.values())
     np.testing.assert_array_equal(
@@ -507,7 +509,7 @@ def test_kernel_axes_computes_nothing_and_guesses_what_it_does_not_know():
     assert not calls
     params = variables["params"]
     assert axes("Dense_0/kernel", params["Dense_0"]["kernel"]) == KernelAxes((0,), (1,))
-    assert axes("kernel", params["kernel"]) == KernelAxes((0, 1), (2,))
+    assert axes("kernel", params["kernel"]) is None
     assert axes("elsewhere/query/kernel", params["kernel"]) == KernelAxes((0,), (1, 2))
 
 

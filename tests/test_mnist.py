@@ -146,7 +146,17 @@ def test_interrupted_before_a_seed_is_done_writes_nothing(tmp_path, monkeypatch)
     monkeypatch.setattr(training, "accuracy", interrupt)
     options = ["--dataset", "fashion_mnist", "--source", "sample", "--out", str(tmp_path / "out")]
     assert mnist.main(options) == 130
-    assert not (tmp_path / "out").exists()
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def refuse(*arguments):
+    raise ConnectionError("no net here")
+
+
+def test_output_folder_is_made_before_anything_else(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert mnist.main(["--out", str(tmp_path / "file" / "out")]) == 2
+    assert "--out can not be made" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -157,12 +167,14 @@ def test_interrupted_before_a_seed_is_done_writes_nothing(tmp_path, monkeypatch)
         (["--epochs", "0"], "`epochs` must be at least 1"),
         (["--level", "0", "--dataset", "fashion_mnist", "--source", "sample"], "`level` must be"),
         (["--source", "idx", "--data-dir", "nowhere"], "nowhere"),
+        (["--data-dir", "nowhere"], "`data_dir` nowhere does not exist"),
     ],
 )
 def test_wrong_options_are_told(options, message, capsys, tmp_path, monkeypatch):
     monkeypatch.delenv(data.VARIABLE, raising=False)
+    monkeypatch.setattr(data, "_from_download", refuse)  # no test asks the net
     try:
-        code = mnist.main([*options, "--out", str(tmp_path)])
+        code = mnist.main(["--out", str(tmp_path), *options])
     except SystemExit as exit:  # the parser's own
         code = exit.code
     printed = capsys.readouterr()

@@ -1,5 +1,6 @@
 """Plans: a row with a reason for every kernel, whatever it is."""
 
+import inspect
 from dataclasses import dataclass
 
 import flax
@@ -325,22 +326,35 @@ def test_options_out_of_range_are_named_with_their_value(options, monkeypatch):
 
 
 def test_noise_levels_that_are_given_are_used():
-    fit = row_of(GOOD).fit
-    loud = jax.tree.map(jnp.asarray, fit._replace(threshold=np.float32(1e6)))
+    fit, eigenvalues = row_of(GOOD).fit, row_of(GOOD).spectrum.eigenvalues
+    between = np.float32(eigenvalues[:2].mean())
+    loud = jax.tree.map(jnp.asarray, fit._replace(threshold=between))
     row = row_of(GOOD, fits={"kernel": loud})
-    assert row.reason == "factorized: 0 of 60 are signal, rank 8"
-    assert row.fit.threshold == 1e6
+    assert row.reason == "factorized: 1 of 60 are signal, rank 8"
+    assert row.fit.threshold == between
+    assert row.fit.num_spikes == 1  # those of today, not those of the fit
+    silent = loud._replace(threshold=jnp.asarray(1e6))
+    assert row_of(GOOD, fits={"kernel": silent}).reason == (
+        "kept: no signal stands out of the noise"
+    )
     refused = loud._replace(distance=jnp.asarray(0.5))
     assert row_of(GOOD, fits={"kernel": refused}).reason == (
         "kept: law does not fit (distance 0.500)"
     )
     unknown = jax.tree.map(lambda a: jnp.asarray(np.nan), loud)._replace(num_spikes=jnp.asarray(0))
-    assert row_of(GOOD, fits={"kernel": unknown, "elsewhere/kernel": loud}).fit == fit
+    assert row_of(GOOD, fits={"kernel": unknown}).fit == fit
+
+
+def test_noise_levels_of_another_tree_are_refused():
+    fit = jax.tree.map(jnp.asarray, row_of(GOOD).fit)
+    with pytest.raises(ValueError, match="`fits` has 'params/kernel', which is no path"):
+        row_of(GOOD, fits={"params/kernel": fit})
 
 
 def test_noise_levels_of_some_kernels_leave_the_others_alone():
     params = {name: {"kernel": GOOD} for name in "abc"}
-    loud = jax.tree.map(jnp.asarray, row_of(GOOD).fit._replace(threshold=np.float32(1e6)))
+    between = np.float32(row_of(GOOD).spectrum.eigenvalues[:2].mean())
+    loud = jax.tree.map(jnp.asarray, row_of(GOOD).fit._replace(threshold=between))
     plan = rmtjax.plan(params, fits={"b/kernel": loud}, multiple=1)
     assert [row.rank for row in plan.values()] == [2, 1, 2]
 
@@ -389,3 +403,20 @@ def test_a_plan_changes_nothing():
     params = {"kernel": GOOD.copy()}
     rmtjax.plan(params)
     np.testing.assert_array_equal(params["kernel"], GOOD)
+
+
+@pytest.mark.parametrize("rule", ["bema", 56, rmtjax.ranks.bema])
+def test_what_is_no_rule_is_refused_by_name(rule):
+    plan = inspect.unwrap(rmtjax.plan)
+    with pytest.raises(TypeError, match="`rule` must be a rank rule"):
+        plan({"kernel": GOOD}, rule=rule)
+
+
+def test_kernels_that_share_a_path_are_refused():
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b/kernel'"):
+        rmtjax.plan({"a/b": {"kernel": GOOD}, "a": {"b": {"kernel": GOOD}}})
+
+
+def test_a_kernel_of_noise_is_kept():
+    noise = np.random.default_rng(0).standard_normal((60, 90)).astype(np.float32)
+    assert row_of(noise).reason == "kept: no signal stands out of the noise"

@@ -165,7 +165,9 @@ def test_bema_refuses_what_is_no_noise(kind):
     rule, spectrum = ranks.bema(), rmtjax.spectrum(jnp.asarray(NO_NOISE[kind], jnp.float32))
     fit = rule.fit(spectrum)
     assert not rule.accepts(spectrum, fit)
-    assert ranks.bema(max_distance=1.0).accepts(spectrum, fit)
+    # With the gate open all is accepted but the rounding of exact zeros.
+    noisy = kind not in ("one direction", "zeros")
+    assert bool(ranks.bema(max_distance=1.0).accepts(spectrum, fit)) is noisy
 
 
 @pytest.mark.parametrize("entries", ["uniform", "signs"])

@@ -159,7 +159,7 @@ def test_keep_may_be_a_schedule_of_the_step():
 
 
 @pytest.mark.parametrize(
-    ("num_spikes", "min_rank", "rank"), [(0, 1, 1), (3, 2, 3), (3, 10, 10), (3, 99, 64)]
+    ("num_spikes", "min_rank", "rank"), [(0, 1, 64), (3, 2, 3), (3, 10, 10), (3, 99, 64)]
 )
 def test_min_rank_is_a_floor(num_spikes, min_rank, rank):
     kernel = planted(num_spikes=num_spikes)
