@@ -75,6 +75,7 @@ class Config:
         for name in ("label_noise", "keep"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        rmtjax.ranks.bema(self.trim, self.level)  # has its own checks
         if not self.seeds or not self.widths:
             raise ValueError("`seeds` and `widths` need at least one number each.")
         if self.fine_tune_epochs < 0:
