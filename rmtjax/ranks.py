@@ -43,7 +43,18 @@ class RankRule(Protocol):
 
 
 def check_rule(rule: object) -> None:
-    """Refuses what is no rank rule, such as its name, a number, or the class itself."""
+    """Refuses what is no rank rule, such as its name, a number, or the class itself.
+
+    Args:
+      rule: What was given as `rule`.
+
+    Raises:
+      TypeError: It is no rank rule.
+
+    Examples:
+      >>> import rmtjax
+      >>> rmtjax.ranks.check_rule(rmtjax.ranks.fixed(16))
+    """
     if isinstance(rule, type) or not isinstance(rule, RankRule):
         raise TypeError(
             f"`rule` must be a rank rule such as `rmtjax.ranks.bema()` or "
