@@ -41,9 +41,10 @@ class BulkFit(NamedTuple):
 
     Attributes:
       variance: $\sigma^2$, the variance of one entry of the noise.
-      edge: $\lambda_+ = \sigma^2 (1 + \sqrt\gamma)^2$, the end of the law's support.
+      edge: $\lambda_+$, the end of the bulk: $\sigma^2 (1 + \sqrt\gamma)^2$ without spikes.
+        Spikes take their share of the noise and push the rest of the bulk down.
       threshold: The cut for a spike.
-      distance: Kolmogorov distance between ESD and law over the trimmed window, in
+      distance: Kolmogorov distance between the eigenvalues of the noise and their law, in
         [0, 1]; 1 where the variance is zero and there is no law to compare with.
       num_spikes: Number of eigenvalues above the threshold.
     """

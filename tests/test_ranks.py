@@ -133,19 +133,40 @@ def test_a_fit_that_is_given_is_used(rule):
 # The gate.
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (2, 9), (10, 10), (10, 1000), (50, 100), (100, 50), (64, 128)]
-)
-def test_bema_accepts_noise_of_any_size(shape):
-    rule = ranks.bema(max_distance=1e-6)  # so that 5 / p alone decides
+SIZES = [(10, 10), (10, 200), (50, 50), (50, 100), (100, 50), (64, 128)]
+
+
+@functools.cache
+def noise_and_fits(shape, draws=400):
+    """Spectra of pure noise and their fits, which each gate below judges."""
 
     @jax.jit
     @jax.vmap
-    def accepts(key):
+    def fit(key):
         spectrum = rmtjax.spectrum(jax.random.normal(key, shape))
-        return rule.accepts(spectrum, rule.fit(spectrum))
+        return spectrum, rmtjax.fit_bema(spectrum)
 
-    assert accepts(jax.random.split(jax.random.key(0), 100)).all()
+    return fit(jax.random.split(jax.random.key(sum(shape)), draws))
+
+
+def share_refused(rule, shape):
+    spectra, fits = noise_and_fits(shape)
+    each = Spectrum(eigenvalues=0, ratio=0)
+    return 1 - np.mean(jax.vmap(rule.accepts, in_axes=(each, 0))(spectra, fits))
+
+
+@pytest.mark.parametrize("significance", [0.01, 0.05, 0.1, 0.3])
+@pytest.mark.parametrize("shape", SIZES[2:], ids=str)
+def test_bema_refuses_noise_of_any_size_as_often_as_it_says(shape, significance):
+    rate = share_refused(ranks.bema(significance=significance, tolerance=0.0), shape)
+    # Three standard errors, and a tenth of the rate: one line of constants for all sizes.
+    error = math.sqrt(significance * (1 - significance) / 400)
+    assert abs(rate - significance) < 3 * error + 0.1 * significance
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), *SIZES], ids=str)
+def test_bema_accepts_noise_of_any_size(shape):
+    assert share_refused(ranks.bema(), shape) <= 0.01
 
 
 RNG = np.random.default_rng(0)
@@ -153,7 +174,7 @@ NO_NOISE = {
     "rows of other scales": np.exp(RNG.standard_normal((200, 1))) * RNG.standard_normal((200, 400)),
     "half the rows louder": np.repeat([1, 4], 100)[:, None] * RNG.standard_normal((200, 400)),
     "heavy tails": RNG.standard_t(1.5, (200, 400)),
-    "half the directions signal": RNG.standard_normal((200, 80)) @ RNG.standard_normal((80, 400)),
+    "half of the directions": RNG.standard_normal((200, 80)) @ RNG.standard_normal((80, 400)),
     "correlated columns": np.cumsum(RNG.standard_normal((200, 400)), axis=1),
     "one direction": np.ones((200, 400)),
     "zeros": np.zeros((200, 400)),
@@ -165,9 +186,11 @@ def test_bema_refuses_what_is_no_noise(kind):
     rule, spectrum = ranks.bema(), rmtjax.spectrum(jnp.asarray(NO_NOISE[kind], jnp.float32))
     fit = rule.fit(spectrum)
     assert not rule.accepts(spectrum, fit)
-    # With the gate open all is accepted but the rounding of exact zeros.
-    noisy = kind not in ("one direction", "zeros")
-    assert bool(ranks.bema(max_distance=1.0).accepts(spectrum, fit)) is noisy
+    # With the gate open all is accepted but the rounding of exact zeros, and what is no
+    # minority of spikes: scales that vary by orders of magnitude look like that.
+    noisy = kind not in ("one direction", "zeros", "half of the directions")
+    accepted = ranks.bema(tolerance=1.0).accepts(spectrum, fit)
+    assert bool(accepted) is (noisy and int(fit.num_spikes) < 100)
 
 
 @pytest.mark.parametrize("entries", ["uniform", "signs"])
@@ -179,16 +202,18 @@ def test_bema_accepts_noise_of_other_laws(entries):
     assert rule.accepts(spectrum, rule.fit(spectrum))
 
 
-def test_max_distance_is_the_limit_of_long_spectra():
+def test_the_limit_is_that_of_noise_and_the_tolerance():
     spectrum = rmtjax.spectrum(noise_of((200, 300)))
     fit = rmtjax.fit_bema(spectrum)
     accepts = lambda rule, distance: bool(
         rule.accepts(spectrum, fit._replace(distance=jnp.float32(distance)))
     )
-    assert accepts(ranks.bema(), 0.0499)
-    assert not accepts(ranks.bema(), 0.0501)
-    assert accepts(ranks.bema(max_distance=0.01), 0.0249)  # 5 / p
-    assert not accepts(ranks.bema(max_distance=0.01), 0.0251)
+    # 0.4 log(200) + 1.32, the 99 % quantile of p times the distance.
+    limit = (0.4 * math.log(200) + 1.32) / 200
+    for tolerance in (0.0, 0.015, 0.3):
+        rule = ranks.bema(tolerance=tolerance)
+        assert accepts(rule, limit + tolerance - 1e-4)
+        assert not accepts(rule, limit + tolerance + 1e-4)
 
 
 @each_rule
@@ -201,7 +226,7 @@ def test_nothing_is_believed_of_nan(rule, size):
 
 
 def test_bema_refuses_nan_with_an_open_gate():
-    rule, spectrum = ranks.bema(max_distance=1.0), spectrum_of(jnp.full(3, jnp.nan))
+    rule, spectrum = ranks.bema(tolerance=1.0), spectrum_of(jnp.full(3, jnp.nan))
     assert not rule.accepts(spectrum, rule.fit(spectrum))
 
 
@@ -214,6 +239,26 @@ def test_rules_without_a_gate_accept_what_is_finite(rule):
 def test_gavish_donoho_refuses_a_spectrum_without_noise():
     rule, spectrum = ranks.gavish_donoho(), spectrum_of([3, 0, 0, 0])
     assert not rule.accepts(spectrum, rule.fit(spectrum))
+
+
+# Truncated spectra.
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_rank_that_is_full_changes_nothing(rule):
+    spectrum = spiked()
+    size = spectrum.eigenvalues.shape[0]
+    for whole, ranked in zip(rule.fit(spectrum), rule.fit(spectrum, size), strict=True):
+        np.testing.assert_allclose(whole, ranked, rtol=1e-6)
+
+
+def test_the_median_of_a_spectrum_cut_below_it_is_unknown():
+    spectrum = rmtjax.spectrum(noise_of((61, 80)))
+    rule = ranks.gavish_donoho()
+    np.testing.assert_allclose(rule.fit(spectrum, 32).variance, rule.fit(spectrum).variance)
+    cut = rule.fit(spectrum, 30)
+    assert np.isnan(cut.variance)
+    assert not rule.accepts(spectrum, cut)
 
 
 # Rules as values.
@@ -253,7 +298,8 @@ def test_rules_are_values(rule):
 
 
 def test_rules_print_and_compare_their_parameters():
-    assert repr(ranks.bema()) == "bema(trim=0.25, level=0.1, max_distance=0.05)"
+    expected = "bema(trim=0.25, level=0.1, significance=0.01, tolerance=0.015)"
+    assert repr(ranks.bema()) == expected
     assert ranks.bema(level=0.2) != ranks.bema()
     assert ranks.energy(0.5) != ranks.energy(0.6)
     assert ranks.fixed(2) != ranks.fixed(3)
@@ -270,9 +316,10 @@ def test_rules_are_frozen(rule):
     [
         *[(functools.partial(ranks.bema, trim=x), "trim") for x in (-0.1, 0.5, math.nan)],
         *[(functools.partial(ranks.bema, level=x), "level") for x in (0.0, 1.0, -1.0, math.nan)],
+        *[(functools.partial(ranks.bema, tolerance=x), "tolerance") for x in (-0.1, 1.1, math.nan)],
         *[
-            (functools.partial(ranks.bema, max_distance=x), "max_distance")
-            for x in (0.0, 1.1, math.nan)
+            (functools.partial(ranks.bema, significance=x), "significance")
+            for x in (0.0, 0.6, math.nan)
         ],
         *[(functools.partial(ranks.energy, x), "share") for x in (0.0, 1.1, -0.5, math.nan)],
         *[(functools.partial(ranks.fixed, x), "rank") for x in (0, -1, True)],
