@@ -1,0 +1,112 @@
+"""One pruning step of some kernels: what lands, and what is remembered of each."""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rmtjax import _kernels, ranks
+from rmtjax._factors import compose, svd
+from rmtjax._spectrum import from_singular_values
+from rmtjax._typing import BulkFit, KernelAxes, Spectrum
+
+Noise = Literal["first", "refit"]
+# How a rule is mapped over a stack, whose matrices have one aspect ratio.
+_EACH = Spectrum(eigenvalues=0, ratio=None)  # pyright: ignore[reportArgumentType]
+
+
+class Memory(NamedTuple):
+    """What is remembered of one kernel."""
+
+    fits: BulkFit  # an entry for each matrix of a stack
+    rank: Int[Array, ""]
+    signal: Int[Array, ""]
+
+
+class How(NamedTuple):
+    """The options that are no arrays."""
+
+    rule: ranks.RankRule
+    noise: Noise
+    settled: float | None
+
+
+def unpruned(kernel, axes: KernelAxes) -> Memory:
+    """What is remembered of a kernel before the first step."""
+    stack, *sides = _kernels.matrix_shape(kernel.shape, axes)
+    shape = (stack,) if axes.batch else ()
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    # Each its own array: a buffer that appears twice cannot be donated to `jit`.
+    nans = (jnp.full(shape, jnp.nan, dtype) for _ in range(4))
+    fits = BulkFit(*nans, num_spikes=jnp.zeros(shape, jnp.int32))
+    return Memory(fits, jnp.asarray(min(sides), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def _known_noise(spectra: Spectrum, memory: Memory, how: How):
+    """The fits in force, and whether each is one to rely on."""
+    # A spectrum that has been truncated is never fitted as if it were whole.
+    fresh = jax.vmap(how.rule.fit, in_axes=(_EACH, None))(spectra, memory.rank)
+    accepted = jax.vmap(how.rule.accepts, in_axes=(_EACH, 0))(spectra, fresh)
+    known = jnp.isfinite(memory.fits.threshold)
+    taken = accepted if how.noise == "refit" else accepted & ~known
+    fits = jax.tree.map(lambda new, old: jnp.where(taken, new, old), fresh, memory.fits)
+    return fits, known | accepted
+
+
+def _has_settled(signal: Int[Array, ""], memory: Memory, size: int, settled: float | None):
+    """Whether the count of signal directions has stopped moving, or has been pruned before."""
+    if settled is None:
+        return True
+    still = jnp.abs(signal - memory.signal) <= settled * jnp.maximum(signal, memory.signal)
+    return (memory.rank < size) | (still & (memory.signal > 0))
+
+
+def _prune_stack(matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, how: How):
+    """A stack truncated to the signal of its richest member, and whether it is to be."""
+    u, s, vt = svd(matrices)
+    spectra, size = from_singular_values(s, matrices), s.shape[-1]
+    fits, reliable = _known_noise(spectra, memory, how)
+    signal = jax.vmap(how.rule, in_axes=(_EACH, 0))(spectra, fits).max()
+    # Where nothing stands out, as before training, a cut would destroy the network.
+    ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
+    ready &= _has_settled(signal, memory, size, how.settled)
+    # Until then no noise level is carried: a settled kernel is to be judged by its own.
+    waits = ~ready & (memory.rank == size) & (how.settled is not None)
+    fits = jax.tree.map(lambda new, old: jnp.where(waits, old, new), fits, memory.fits)
+    kept = ranks.kept_rank(signal, size, keep, min_rank)
+    # A kernel that is passed over has been truncated none the less, if it was before.
+    memory = Memory(fits, jnp.where(ready, kept, memory.rank), signal)
+    return compose(u, s, vt, kept), ready & (kept < size), memory
+
+
+def _prune_kernel(kernel, update, memory: Memory, axes: KernelAxes, *options):
+    """The update that lands on the truncated kernel, and what is to be remembered of it."""
+    # In the dtype of the fit, whatever that of the update: the state must keep its own.
+    landed = (kernel + update).astype(memory.fits.threshold.dtype)
+    matrices = _kernels.to_matrices(landed, axes)
+    flat = memory._replace(fits=jax.tree.map(jnp.ravel, memory.fits))
+    lower, changed, new = _prune_stack(matrices, flat, *options)
+    lower = _kernels.from_matrices(lower, landed.shape, axes)
+    # A kernel that keeps its full rank keeps its update to the last bit.
+    update = jnp.where(changed, (lower - kernel).astype(update.dtype), update)
+    return update, jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), new, memory)
+
+
+# Compiled here, so that it is compiled once for those who call `update` outside `jit` too.
+@partial(jax.jit, static_argnames=("axes", "how"))
+def prune_if(due, kernels, updates, memories, keep, min_rank, *, axes, how: How):
+    """Updates and memories by path after a step: pruned if it is due, else the same."""
+
+    def prune(updates, memories):
+        pruned = {
+            path: _prune_kernel(
+                kernels[path], updates[path], memories[path], named, keep, min_rank, how
+            )
+            for path, named in axes
+        }
+        both = ({path: pair[i] for path, pair in pruned.items()} for i in (0, 1))
+        return tuple(both)
+
+    return jax.lax.cond(due, prune, lambda *same: same, updates, memories)
