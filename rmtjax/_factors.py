@@ -1,14 +1,21 @@
 """A matrix as a thin product."""
 
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeGuard
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from rmtjax._kernels import matrix_shape, to_matrices
 from rmtjax._spectrum import check_matrix, lift
+from rmtjax._typing import KernelAxes
+
+_product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 class Factors(NamedTuple):
@@ -23,23 +30,97 @@ class Factors(NamedTuple):
     right: Float[Array, "*r_outputs"]
 
 
-def is_factors(leaf: Any) -> bool:
+def is_factors(leaf: Any) -> TypeGuard[Factors]:
     """Tells where to stop, as `is_leaf` of `jax.tree.map`."""
     return isinstance(leaf, Factors)
 
 
-def svd(matrix: Float[Array, "*batch m n"]):
-    """Thin singular value decomposition in float32 at least; NaN where not finite."""
-    matrix = lift(matrix)
-    finite = jnp.isfinite(matrix).all(axis=(-2, -1), keepdims=True)
-    u, s, vt = jnp.linalg.svd(jnp.where(finite, matrix, 0), full_matrices=False)
-    return u, jnp.where(finite[..., 0], s, jnp.nan), vt
+def factored_axes(factors: Factors) -> KernelAxes:
+    """The axes of the dense kernel that `factors` stand for, batch axes first.
+
+    Both factors have three axes or more only where a batch comes first in both, or where
+    a kernel has several input and several output axes; the rank tells which.
+    """
+    left, right = factors
+    stacked = (
+        left.ndim >= 3
+        and right.ndim >= 3
+        and left.shape[0] == right.shape[0]
+        and left.shape[-1] == right.shape[1]
+    )
+    first, last = left.ndim - 1, left.ndim + right.ndim - 2 - stacked
+    axes = tuple(range(last))
+    return KernelAxes(axes[stacked:first], axes[first:], axes[:stacked])
+
+
+def kernel_shape(kernel: Any) -> tuple[int, ...]:
+    """The shape of a kernel, also where factors stand for it."""
+    if not is_factors(kernel):
+        return jnp.shape(kernel)
+    return kernel.left.shape[:-1] + kernel.right.shape[1 + len(factored_axes(kernel).batch) :]
+
+
+def to_stack(kernel: Any, axes: KernelAxes):
+    """A kernel as a stack of matrices of shape (inputs, outputs), or as `Factors` of stacks."""
+    if not is_factors(kernel):
+        return to_matrices(jnp.asarray(kernel), axes)
+    batch, rows, columns = matrix_shape(kernel_shape(kernel), axes)
+    rank = kernel.left.shape[-1]
+    return Factors(
+        jnp.reshape(kernel.left, (batch, rows, rank)),
+        jnp.reshape(kernel.right, (batch, rank, columns)),
+    )
+
+
+def _svd_of_product(left: Float[Array, "*batch m r"], right: Float[Array, "*batch r n"]):
+    """The decomposition of `left @ right` from that of a matrix of at most r by r.
+
+    With left = Q R and right^T = P T the product is Q (R T^T) P^T, and costs O((m + n) r^2).
+    """
+    q, r = jnp.linalg.qr(left)
+    p, t = jnp.linalg.qr(right.mT)
+    u, s, vt = jnp.linalg.svd(_product(r, t.mT), full_matrices=False)
+    return _product(q, u), s, _product(vt, p.mT)
+
+
+def svd(matrix: Float[Array, "*batch m n"] | Factors):
+    """Thin singular value decomposition in float32 at least; s is NaN where not finite.
+
+    Of factors, that of their product, with as many directions as their rank allows.
+    """
+    lifted = jax.tree.map(lift, matrix)
+    # LAPACK may loop for long, or stop, on what is not finite.
+    checks = [jnp.isfinite(a).all(axis=(-2, -1)) for a in jax.tree.leaves(lifted)]
+    finite = checks[0] & checks[-1]
+    safe = jax.tree.map(lambda a: jnp.where(finite[..., None, None], a, 0), lifted)
+    if is_factors(safe):
+        u, s, vt = _svd_of_product(*safe)
+    else:
+        u, s, vt = jnp.linalg.svd(safe, full_matrices=False)
+    return u, jnp.where(finite[..., None], s, jnp.nan), vt
 
 
 def compose(u, s, vt, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
     """The product of the first `rank` directions; the rank may be traced: it is a mask."""
     kept = jnp.where(jnp.arange(s.shape[-1]) < rank, s, 0)
-    return jnp.matmul(u * kept[..., None, :], vt, precision=lax.Precision.HIGHEST)
+    return _product(u * kept[..., None, :], vt)
+
+
+def split(u, s, vt, rank: int) -> Factors:
+    """The first `rank` directions as factors: half to each, so that they train alike."""
+    root = jnp.sqrt(s[..., :rank])
+    return Factors(u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :])
+
+
+def shrink_values(
+    s: Float[Array, "*batch k"],
+    shrink: Callable[[Array, Array], Array],
+    variance: Float[ArrayLike, "*batch"],
+    shape: tuple[int, int],
+) -> Float[Array, "*batch k"]:
+    r"""$\sqrt n\, \sigma\, \eta(s / (\sqrt n\, \sigma), \gamma)$ for matrices of a shape."""
+    scale = jnp.sqrt(max(shape) * jnp.asarray(variance, s.dtype))[..., None]
+    return scale * shrink(s / scale, jnp.asarray(min(shape) / max(shape), s.dtype))
 
 
 def check_rank(rank: int, shape: tuple[int, ...]) -> int:
@@ -73,15 +154,6 @@ def truncate_matrix(
     return compose(*svd(matrix), rank).astype(matrix.dtype)
 
 
-def factorize_stack(matrix: Float[Array, "*batch m n"], rank: int) -> Factors:
-    """Factors of each matrix of a stack, all of one rank."""
-    u, s, vt = svd(matrix)
-    root = jnp.sqrt(s[..., :rank])  # half to each factor, so that they train alike
-    left = u[..., :rank] * root[..., None, :]
-    right = root[..., :, None] * vt[..., :rank, :]
-    return Factors(left.astype(matrix.dtype), right.astype(matrix.dtype))
-
-
 def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     """The two thin factors of the nearest matrix of rank `rank`.
 
@@ -110,24 +182,12 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     """
     matrix = jnp.asarray(matrix)
     check_matrix("factorize_matrix", matrix)
-    return factorize_stack(matrix, check_rank(rank, matrix.shape))
+    left, right = split(*svd(matrix), check_rank(rank, matrix.shape))
+    return Factors(left.astype(matrix.dtype), right.astype(matrix.dtype))
 
 
 def multiply(factors: Factors) -> Float[Array, "..."]:
-    """The dense kernel that `factors` stand for, batch axes first.
-
-    Both factors have three axes or more only where a batch comes first in both, or where
-    a kernel has several input and several output axes; the rank tells which.
-    """
-    left, right = factors
-    stacked = (
-        left.ndim >= 3
-        and right.ndim >= 3
-        and left.shape[0] == right.shape[0]
-        and left.shape[-1] == right.shape[1]
-    )
-    rows = left.reshape(*left.shape[:stacked], -1, left.shape[-1])
-    columns = right.reshape(*right.shape[: stacked + 1], -1)
-    product = jnp.matmul(lift(rows), lift(columns), precision=lax.Precision.HIGHEST)
-    shape = left.shape[:-1] + right.shape[stacked + 1 :]
-    return product.astype(left.dtype).reshape(shape)
+    """The dense kernel that `factors` stand for, batch axes first."""
+    left, right = to_stack(factors, factored_axes(factors))
+    product = _product(lift(left), lift(right))
+    return product.astype(left.dtype).reshape(kernel_shape(factors))

@@ -1,20 +1,20 @@
 """A plan: the rank of each kernel and the reason, decided before anything is changed."""
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from rmtjax import _kernels, ranks
-from rmtjax._bulk import count_above
-from rmtjax._factors import is_factors, multiply
+from rmtjax._bulk import above_rounding
+from rmtjax._factors import factored_axes, is_factors, kernel_shape, shrink_values
 from rmtjax._kernels import find_kernels
-from rmtjax._spectrum import spectrum
+from rmtjax._measure import check_fits, check_paths, measure, Measurement
 from rmtjax._typing import Axes, BulkFit, KernelAxes, Spectrum, Where
+from rmtjax.shrinkage import Shrink
 
 Action = Literal["factorize", "truncate", "keep"]
 
@@ -25,13 +25,14 @@ class LayerPlan(NamedTuple):
     Attributes:
       rank: Rank after truncation; None where the kernel has no spectrum.
       fit: The noise as NumPy numbers, for a stack an array with an entry each; None
-        where there is no spectrum.
+        where there is no spectrum, NaN where factors were given no noise level.
       action: "factorize" (the factors are smaller), "truncate" (the rank goes down, but
         factors would not be smaller) or "keep".
       reason: Action and cause in words.
-      shape: Of the kernel.
+      shape: Of the kernel, where it is factorized of the dense one.
       axes: What makes it a matrix; None where nothing does.
       spectrum: The spectrum as NumPy arrays; None where there is none.
+      shrink: What becomes of the singular values that are kept; None where they stay.
     """
 
     rank: int | None
@@ -41,6 +42,7 @@ class LayerPlan(NamedTuple):
     shape: tuple[int, ...]
     axes: KernelAxes | None
     spectrum: Spectrum | None
+    shrink: Shrink | None = None
 
 
 class Plan(dict[str, LayerPlan]):
@@ -51,62 +53,13 @@ class Plan(dict[str, LayerPlan]):
         return "\n".join(f"{path:<{width}}  {row.reason}" for path, row in self.items())
 
 
-@partial(jax.jit, static_argnums=1)
-def _measure(matrices: Float[Array, "b m n"], rule, fits: BulkFit | None):
-    """Spectrum, fit in force, verdict and signal count of each matrix of a stack."""
-    spectra = jax.vmap(spectrum)(matrices)
-    used = jax.vmap(rule.fit)(spectra) if fits is None else fits
-    accepted = jax.vmap(rule.accepts)(spectra, used)
-    # A fit that was given counted the spikes of its own day.
-    used = used._replace(num_spikes=jax.vmap(count_above)(spectra, used.threshold))
-    return spectra, used, accepted, jax.vmap(rule)(spectra, used)
-
-
-def _measure_all(kernels: dict[str, tuple[Any, KernelAxes]], rule, given) -> dict[str, Any]:
-    """Measures the kernels, those of one matrix shape at once."""
-    groups: dict[tuple, list[str]] = {}
-    for path, (leaf, axes) in kernels.items():
-        shape = _kernels.matrix_shape(leaf.shape, axes)
-        groups.setdefault((shape[1:], leaf.dtype, path in given), []).append(path)
-    measured = {}
-    for (_, _, has_fit), paths in groups.items():
-        stacks = [
-            _kernels.to_matrices(jnp.asarray(kernels[path][0]), kernels[path][1]) for path in paths
-        ]
-        fits = _stack_fits([given[path] for path in paths]) if has_fit else None
-        results = jax.device_get(_measure(jnp.concatenate(stacks), rule, fits))
-        ends = np.cumsum([0, *(len(stack) for stack in stacks)])
-        for path, first, last in zip(paths, ends[:-1], ends[1:], strict=True):
-            measured[path] = jax.tree.map(lambda a: a[first:last], results)  # noqa: B023
-    return measured
-
-
-def _check_paths(params: PyTree, fits: Mapping[str, BulkFit]) -> None:
-    """Refuses noise levels of kernels that are not there: these would be fitted anew."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
-    unknown = fits.keys() - {_kernels.path_name(key) for key, _ in leaves}
-    if unknown:
-        raise ValueError(
-            f"`fits` has {min(unknown)!r}, which is no path of `params`. Give `plan` the tree that "
-            "the optimizer was given."
-        )
-
-
-def _check_fits(given: Mapping[str, BulkFit], kernels: dict[str, tuple[Any, KernelAxes]]) -> None:
-    """Refuses noise levels of another tree."""
-    for path in given.keys() & kernels.keys():
-        leaf, axes = kernels[path]
-        stack, seen = _kernels.matrix_shape(leaf.shape, axes)[0], jnp.size(given[path].threshold)
-        if seen != stack:
-            raise ValueError(
-                f"`fits` must have an entry for each matrix of {path!r}, {stack}, got {seen}. "
-                "Take them from the state of `prune_spectrum` with the same `axes`."
-            )
-
-
-def _stack_fits(fits: Iterable[BulkFit]) -> BulkFit:
-    """Fits of several kernels as one, with a leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate([jnp.ravel(a) for a in leaves]), *fits)
+def _obstacle(leaf: Any, axes: KernelAxes | None, min_size: int, known: bool) -> str | None:
+    """Why a kernel has no spectrum to judge by, or None; `known`: no fit is needed."""
+    if not is_factors(leaf):
+        return _kernels.unmatrixable(leaf, axes, min_size)
+    dense = jax.ShapeDtypeStruct(kernel_shape(leaf), jnp.result_type(*leaf))
+    missing = None if known else "factorized, and `fits` has no noise level for it"
+    return _kernels.unmatrixable(dense, axes, min_size) or missing
 
 
 def _unstack(tree, axes: KernelAxes):
@@ -118,19 +71,29 @@ def _round_up(rank: int, multiple: int, size: int) -> int:
     return min(-(-rank // multiple) * multiple, size)
 
 
-def _refusal(spectra: Spectrum, fits: BulkFit, accepted, signal) -> str | None:
+def _refusal(found: Measurement) -> str | None:
     """Why the rule may not be believed, or None."""
-    if not np.isfinite(spectra.eigenvalues).all():
+    if not np.isfinite(found.spectra.eigenvalues).all():
         return "not finite"
-    if not spectra.eigenvalues.any():
+    if not found.spectra.eigenvalues.any():
         return "all zero"
-    if not accepted.all():
-        return f"law does not fit (distance {fits.distance.max():.3f})"
+    if not found.accepted.all():
+        return f"law does not fit (distance {found.fits.distance.max():.3f})"
     # Nothing stands out, as before training; to cut to nothing would destroy the network.
-    return None if signal.any() else "no signal stands out of the noise"
+    return None if found.signal.any() else "no signal stands out of the noise"
 
 
-def _hindrance(shape: tuple[int, ...], axes: KernelAxes, rank: int) -> str | None:
+def _unshrinkable(found: Measurement, shrink: Shrink, sides: tuple[int, int]) -> str | None:
+    """Why the values that are kept may not be shrunk, or None."""
+    spectra, variance = found.spectra, found.fits.variance
+    if not (np.isfinite(variance) & jax.vmap(above_rounding)(spectra, variance)).all():
+        return "no noise level to shrink by"
+    values = np.sqrt(max(sides) * spectra.eigenvalues)
+    shrunken = shrink_values(jnp.asarray(values), shrink, variance, sides)
+    return None if shrunken.any(axis=-1).all() else "shrinkage would leave nothing"
+
+
+def _hindrance(shape: tuple[int, ...], axes: KernelAxes, rank: int, thin: bool) -> str | None:
     """Why factors of this rank should not stand in the place of a kernel, or None."""
     if (*axes.batch, *axes.inputs, *axes.outputs) != tuple(range(len(shape))):
         return "factors have their axes in another order"
@@ -138,46 +101,56 @@ def _hindrance(shape: tuple[int, ...], axes: KernelAxes, rank: int) -> str | Non
         return f"stacked on axes {axes.batch}"
     several = not axes.batch and min(len(axes.inputs), len(axes.outputs)) > 1
     if several and shape[0] == rank == shape[axes.outputs[0]]:
-        return "factors would look like those of a stack"  # see `multiply`
+        return "factors would look like those of a stack"  # see `factored_axes`
     _, rows, columns = _kernels.matrix_shape(shape, axes)
-    return "no saving from factors" if rank * (rows + columns) >= rows * columns else None
+    saving = thin or rank * (rows + columns) < rows * columns
+    return None if saving else "no saving from factors"
 
 
-def _decide(leaf, axes: KernelAxes, measured, keep, min_rank, multiple) -> LayerPlan:
+def _decide(
+    leaf, axes: KernelAxes, found: Measurement, shrink: Shrink | None, keep, min_rank, multiple
+) -> LayerPlan:
     """One kernel's plan from its measurement."""
-    spectra, fits, accepted, signal = measured
-    _, rows, columns = _kernels.matrix_shape(leaf.shape, axes)
-    size = min(rows, columns)
-    count = int(signal.max())  # one rank for a stack: that of its richest member
-    rank = _round_up(int(ranks.kept_rank(count, size, keep, min_rank)), multiple, size)
-    found = f"{count} of {size} are signal, rank {rank}"
-    refusal = _refusal(spectra, fits, accepted, signal)
+    shape, thin = kernel_shape(leaf), is_factors(leaf)
+    _, rows, columns = _kernels.matrix_shape(shape, axes)
+    size = min(rows, columns, leaf.left.shape[-1] if thin else rows)
+    # One rank for a stack: that of its richest member.
+    populated = int(found.populated.max())
+    count = min(int(found.signal.max()), populated)
+    rank = int(ranks.kept_rank(count, populated, keep, min_rank))
+    rank = _round_up(rank, multiple, size)
+    words = f"{count} of {size} are signal, rank {rank}" + (", shrunk" if shrink else "")
+    refusal = _refusal(found) or (shrink and _unshrinkable(found, shrink, (rows, columns)))
     action: Action = "keep"
     if refusal:
         rank, reason = size, f"kept: {refusal}"
-    elif rank == size:
-        reason = f"kept: full rank ({found})"
-    elif hindrance := _hindrance(leaf.shape, axes, rank):
-        action, reason = "truncate", f"truncated: {hindrance} ({found})"
+    elif rank == size and shrink is None:
+        reason = f"kept: full rank ({words})"
+    elif hindrance := _hindrance(shape, axes, rank, thin):
+        action, reason = "truncate", f"truncated: {hindrance} ({words})"
     else:
-        action, reason = "factorize", f"factorized: {found}"
-    spectra = Spectrum(spectra.eigenvalues, spectra.ratio[0])
-    return LayerPlan(
-        rank,
-        _unstack(fits, axes),
-        action,
-        reason,
-        leaf.shape,
-        axes,
-        _unstack(spectra, axes),
-    )
+        action, reason = "factorize", f"factorized{' again' if thin else ''}: {words}"
+    spectra = Spectrum(found.spectra.eigenvalues, found.spectra.ratio[0])
+    fit, one = _unstack(found.fits, axes), _unstack(spectra, axes)
+    shrink = None if action == "keep" else shrink
+    return LayerPlan(rank, fit, action, reason, shape, axes, one, shrink)
 
 
-def _check_options(keep: float, min_rank: int, multiple: int, min_size: int) -> None:
+def _check_options(keep: float, shrink, min_rank: int, multiple: int, min_size: int) -> None:
     if not 0 <= keep <= 1:
         raise ValueError(
             f"`keep` must be in [0, 1], got {keep}: the share of the directions that are "
             "no signal and stay all the same."
+        )
+    if shrink is not None and not callable(shrink):
+        raise TypeError(
+            "`shrink` must be a function such as `rmtjax.shrinkage.frobenius`, or None, got "
+            f"{shrink!r}."
+        )
+    if shrink is not None and keep > 0:
+        raise ValueError(
+            f"`keep` must be 0 with `shrink`, got {keep}: the directions that are no signal would "
+            "be kept and shrunk to 0. Leave one of the two out."
         )
     for name, value in (
         ("min_rank", min_rank),
@@ -193,6 +166,7 @@ def plan(
     *,
     rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
     keep: float = 0.0,
+    shrink: Shrink | None = None,
     where: Where | None = None,
     axes: Axes | None = None,
     fits: Mapping[str, BulkFit] | None = None,
@@ -204,12 +178,18 @@ def plan(
 
     $r = K + \lfloor keep \cdot (p - K) \rfloor$ for $K$ signal directions of $p$, rounded
     up to a multiple. Factors of rank r are smaller than a kernel of m inputs and n
-    outputs if $r (m + n) < m n$.
+    outputs if $r (m + n) < m n$. A kernel that is factorized already is judged by the spectrum
+    of its product, and p are then the directions that it has: its rank may only go down.
 
     Args:
       params: Nested dictionaries of arrays, as `module.init(...)["params"]`.
       rule: A rank rule of `rmtjax.ranks`.
       keep: Share of the directions that are no signal and stay, in [0, 1].
+      shrink: A function of `rmtjax.shrinkage`, or one of your own, `shrink(y, ratio)`, for
+        the singular values that are kept; by default they stay. It takes the variance of the
+        fit: under a rule without a noise level, that which BEMA reports. Where `min_rank` or
+        `multiple` keeps directions below the edge, they are shrunk to 0: they have a shape
+        and no effect. Use it once: what has been shrunk is no signal and noise any more.
       where: `where(path, leaf)` chooses the kernels, with paths such as
         "Dense_0/kernel"; by default the leaves named `kernel` or `embedding`.
       axes: `axes(path, leaf)` names the axes that make a kernel a matrix, as
@@ -217,8 +197,9 @@ def plan(
         it: `rmtjax.linen.kernel_axes(module, variables, inputs)` finds it.
       fits: Noise levels to use instead of new fits, by path: those that
         `prune_spectrum` carried, `optax.tree.get(opt_state, "fits")`. A spectrum that
-        has been truncated must not be fitted as if it were whole. Paths whose threshold
-        is NaN are fitted anew.
+        has been truncated must not be fitted as if it were whole: what is factorized is
+        left alone without one, if the rule needs it. Dense kernels without one, or with a
+        threshold of NaN, are fitted anew.
       min_rank: Smallest rank, at least 1.
       multiple: Ranks are rounded up to a multiple of it, so that few shapes compile.
       min_size: Kernels with a shorter short side are left alone: they have too few
@@ -229,6 +210,7 @@ def plan(
 
     Raises:
       ValueError: An option is out of range, or `axes` or `fits` does not fit a leaf.
+      TypeError: `rule` is no rank rule, or `shrink` no function.
 
     Examples:
       >>> import jax, rmtjax
@@ -237,30 +219,29 @@ def plan(
       >>> print(rmtjax.plan(params))
       Dense_0/kernel  factorized: 1 of 200 are signal, rank 8
     """
-    _check_options(keep, min_rank, multiple, min_size)
+    _check_options(keep, shrink, min_rank, multiple, min_size)
     ranks.check_rule(rule)
-    found = find_kernels(params, where, axes, is_leaf=is_factors)
-    reasons = {
-        path: "already factorized"
-        if is_factors(leaf)
-        else _kernels.unmatrixable(leaf, named, min_size)
-        for path, (leaf, named) in found.items()
+    check_paths(params, fits or {})
+    given = {path: fit for path, fit in (fits or {}).items() if np.isfinite(fit.threshold).all()}
+    found = {
+        path: (leaf, factored_axes(leaf) if is_factors(leaf) else named)
+        for path, (leaf, named) in find_kernels(params, where, axes, is_leaf=is_factors).items()
     }
+    known = lambda path: path in given or not rule.needs_noise
+    obstacles = {path: _obstacle(*found[path], min_size, known(path)) for path in found}
     matrices = {
         path: (leaf, named)
         for path, (leaf, named) in found.items()
-        if named is not None and reasons[path] is None
+        if named is not None and obstacles[path] is None
     }
-    _check_paths(params, fits or {})
-    given = {path: fit for path, fit in (fits or {}).items() if np.isfinite(fit.threshold).all()}
-    _check_fits(given, matrices)
-    measured = _measure_all(matrices, rule, given)
+    check_fits(given, matrices)
+    measured = measure(matrices, rule, given)
     rows = Plan()
     for path, (leaf, named) in found.items():
         if path in matrices:
-            rows[path] = _decide(*matrices[path], measured[path], keep, min_rank, multiple)
+            options = shrink, keep, min_rank, multiple
+            rows[path] = _decide(*matrices[path], measured[path], *options)
         else:
-            shape = jnp.shape(multiply(leaf) if is_factors(leaf) else leaf)
-            reason = f"kept: {reasons[path]}"
-            rows[path] = LayerPlan(None, None, "keep", reason, shape, named, None)
+            reason = f"kept: {obstacles[path]}"
+            rows[path] = LayerPlan(None, None, "keep", reason, kernel_shape(leaf), named, None)
     return rows

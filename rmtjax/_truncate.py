@@ -1,55 +1,100 @@
 """What a plan does to a parameter tree: truncate, factorize; and merge, the way back."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from rmtjax import _kernels
-from rmtjax._factors import compose, factorize_stack, Factors, is_factors, multiply, svd
+from rmtjax._factors import (
+    compose,
+    factored_axes,
+    Factors,
+    is_factors,
+    kernel_shape,
+    multiply,
+    shrink_values,
+    split,
+    svd,
+    to_stack,
+)
 from rmtjax._kernels import map_kernels
-from rmtjax._plan import Plan
+from rmtjax._plan import LayerPlan, Plan
 from rmtjax._typing import KernelAxes
+
+
+def _mismatch(leaf: Any, row: LayerPlan) -> str | None:
+    """What makes a leaf another one than that of the row, or None."""
+    if kernel_shape(leaf) != row.shape:
+        return f"has shape {kernel_shape(leaf)}"
+    if is_factors(leaf) and factored_axes(leaf) != row.axes:
+        return "is factorized along other axes"
+    if is_factors(leaf) and leaf.left.shape[-1] < (row.rank or 0):
+        return "is factorized with a lower rank"
+    return None
 
 
 def _check_plan(params: PyTree, plan: Plan) -> None:
     """Refuses a plan that was made for another tree."""
-    found = {
-        _kernels.path_name(key): "is factorized" if is_factors(leaf) else jnp.shape(leaf)
-        for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
+    found = {_kernels.path_name(key): leaf for key, leaf in leaves}
     for path, row in plan.items():
-        seen = found.get(path, "is not there")
-        if row.action != "keep" and seen != row.shape:
-            seen = seen if isinstance(seen, str) else f"has shape {seen}"
+        seen = _mismatch(found[path], row) if path in found else "is not there"
+        if row.action != "keep" and seen:
             raise ValueError(
                 f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "
                 f"{seen} in `params`. Make the plan from this tree with `rmtjax.plan`."
             )
 
 
-def _truncate_kernel(kernel, axes: KernelAxes, rank: int):
-    matrices = _kernels.to_matrices(kernel, axes)
-    lower = compose(*svd(matrices), rank)
-    return _kernels.from_matrices(lower, kernel.shape, axes).astype(kernel.dtype)
+def _directions(kernel, row: LayerPlan, axes: KernelAxes):
+    """The singular value decomposition of each matrix of a kernel, shrunk as planned."""
+    u, s, vt = svd(to_stack(kernel, axes))
+    if row.shrink is not None and row.fit is not None:
+        variance = jnp.ravel(row.fit.variance)
+        s = shrink_values(s, row.shrink, variance, (u.shape[-2], vt.shape[-1]))
+    return u, s, vt
 
 
-def _factorize_kernel(kernel, axes: KernelAxes, rank: int) -> Factors:
-    left, right = factorize_stack(_kernels.to_matrices(kernel, axes), rank)
+def _fold(factors: Factors, kernel, axes: KernelAxes) -> Factors:
+    """Factors of stacks of matrices, with the axes and the dtype of the kernel."""
+    shape, rank = kernel_shape(kernel), factors.left.shape[-1]
     batch, inputs, outputs = (
-        [kernel.shape[axis] for axis in group] for group in (axes.batch, axes.inputs, axes.outputs)
+        [shape[axis] for axis in group] for group in (axes.batch, axes.inputs, axes.outputs)
     )
-    return Factors(left.reshape(*batch, *inputs, rank), right.reshape(*batch, rank, *outputs))
+    left = factors.left.reshape(*batch, *inputs, rank)
+    right = factors.right.reshape(*batch, rank, *outputs)
+    dtype = jnp.result_type(*jax.tree.leaves(kernel))
+    return Factors(left.astype(dtype), right.astype(dtype))
+
+
+def _truncate_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
+    u, s, vt = _directions(kernel, row, axes)
+    if not is_factors(kernel):
+        lower = compose(u, s, vt, rank)
+        return _kernels.from_matrices(lower, row.shape, axes).astype(jnp.result_type(kernel))
+    left, right = split(u, s, vt, rank)
+    cut = (0, kernel.left.shape[-1] - rank)
+    left, right = jnp.pad(left, ((0, 0), (0, 0), cut)), jnp.pad(right, ((0, 0), cut, (0, 0)))
+    return _fold(Factors(left, right), kernel, axes)
+
+
+def _factorize_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
+    if row.action != "factorize":
+        return _truncate_kernel(kernel, row, axes, rank)
+    return _fold(split(*_directions(kernel, row, axes), rank), kernel, axes)
 
 
 def _map_planned(change, params: PyTree, plan: Plan) -> PyTree:
-    """Applies `change(row)(kernel, axes, rank)` to the kernels that the plan changes."""
+    """Applies `change(kernel, row, axes, rank)` to the kernels that the plan changes."""
     _check_plan(params, plan)
 
     def visit(path, kernel):
         row = plan[path]
         assert row.axes is not None  # for the type checker: with an action come both
         assert row.rank is not None
-        return change(row)(jnp.asarray(kernel), row.axes, row.rank)
+        return change(kernel, row, row.axes, row.rank)
 
     chosen = {path for path, row in plan.items() if row.action != "keep"}
     return map_kernels(visit, params, chosen, is_leaf=is_factors)
@@ -57,6 +102,9 @@ def _map_planned(change, params: PyTree, plan: Plan) -> PyTree:
 
 def truncate(params: PyTree, plan: Plan) -> PyTree:
     """Lowers the rank of each kernel as planned; shapes and dtypes stay.
+
+    Factors keep their shapes too. Their last directions become 0 in both, which no gradient
+    moves again.
 
     Args:
       params: The tree that the plan was made from, or one of the same shapes.
@@ -76,14 +124,15 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
       >>> lower["kernel"].shape, int(jax.numpy.linalg.matrix_rank(lower["kernel"]))
       ((80, 60), 16)
     """
-    return _map_planned(lambda row: _truncate_kernel, params, plan)
+    return _map_planned(_truncate_kernel, params, plan)
 
 
 def factorize(params: PyTree, plan: Plan) -> PyTree:
     """Replaces each kernel by two thin factors where the plan says they are smaller.
 
     The tree computes what `truncate(params, plan)` computes: kernels whose factors would
-    not be smaller are truncated in place. Run it with `rmtjax.linen.apply`.
+    not be smaller are truncated in place. Factors are replaced by thinner ones. Run it with
+    `rmtjax.linen.apply`.
 
     Args:
       params: The tree that the plan was made from, or one of the same shapes.
@@ -102,9 +151,7 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
       >>> rmtjax.factorize(params, plan)["kernel"].left.shape
       (80, 16)
     """
-    factorized = lambda row: row.action == "factorize"
-    change = lambda row: _factorize_kernel if factorized(row) else _truncate_kernel
-    return _map_planned(change, params, plan)
+    return _map_planned(_factorize_kernel, params, plan)
 
 
 def merge(params: PyTree) -> PyTree:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import rmtjax
-from rmtjax._factors import factorize_stack, multiply
+from rmtjax._factors import multiply, split, svd
 
 SHAPES = [(1, 1), (1, 6), (8, 8), (12, 5), (5, 12)]
 # Roundoff of a factor, times the square root of some terms that are summed.
@@ -191,7 +191,7 @@ def test_multiply_is_the_contraction_of_the_rank(left, right, subscripts, dtype)
 
 def test_each_matrix_of_a_stack_has_its_own_factors():
     stack = matrix_of((3, 6, 9))
-    factors = factorize_stack(stack, 2)
+    factors = split(*svd(stack), 2)
     assert (factors.left.shape, factors.right.shape) == ((3, 6, 2), (3, 2, 9))
     product = multiply(factors)
     for i in range(3):
@@ -201,6 +201,6 @@ def test_each_matrix_of_a_stack_has_its_own_factors():
 
 def test_one_matrix_does_not_spoil_the_stack():
     stack = matrix_of((3, 4, 6)).at[1, 0, 0].set(jnp.nan)
-    product = multiply(factorize_stack(stack, 4))
+    product = multiply(split(*svd(stack), 4))
     assert jnp.isnan(product[1]).all()
     np.testing.assert_allclose(product[::2], stack[::2], atol=1e-5)  # float32 LAPACK

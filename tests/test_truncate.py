@@ -209,7 +209,10 @@ def test_a_plan_serves_another_tree_of_the_same_shapes():
         ({"a": {"kernel": make((18, 24))}}, r"has shape \(18, 24\)"),
         ({"a": {"kernel": np.ones((4, 24, 18))}}, r"has shape \(4, 24, 18\)"),
         ({"a": {"kernel": 1.0}}, r"has shape \(\)"),
-        ({"a": {"kernel": Factors(jnp.ones((24, 2)), jnp.ones((2, 18)))}}, "is factorized"),
+        (
+            {"a": {"kernel": Factors(jnp.ones((24, 2)), jnp.ones((2, 18)))}},
+            "is factorized with a lower",
+        ),
     ],
     ids=["empty", "other path", "other shape", "other rank", "number", "factorized"],
 )
@@ -218,6 +221,25 @@ def test_a_plan_for_another_tree_is_refused(change, other, seen):
     words = rf"`plan` is for another tree: it has 'a/kernel' of shape \(24, 18\), which {seen}"
     with pytest.raises(ValueError, match=words):
         change(other, plan)
+
+
+@pytest.mark.parametrize("change", [rmtjax.truncate, rmtjax.factorize])
+def test_a_plan_serves_factors_of_the_same_kernel(change):
+    whole = {"kernel": jnp.asarray(make((24, 18)))}
+    thin = {"kernel": rmtjax.factorize_matrix(whole["kernel"], 9)}
+    for tree, other in ((whole, thin), (thin, whole), (thin, thin)):
+        got = rmtjax.merge(change(tree, make_plan(other)))["kernel"]
+        np.testing.assert_allclose(got, reference(whole["kernel"], MATRIX), **CLOSE)
+
+
+@pytest.mark.parametrize("change", [rmtjax.truncate, rmtjax.factorize])
+def test_a_plan_for_factors_along_other_axes_is_refused(change):
+    thin = lambda left, right: {"kernel": Factors(jnp.ones((*left, 6)), jnp.ones((6, *right)))}
+    plan = make_plan(thin((4, 6), (8,)))
+    with pytest.raises(
+        ValueError, match=r"shape \(4, 6, 8\), which is factorized along other axes"
+    ):
+        change(thin((4,), (6, 8)), plan)
 
 
 def test_a_row_that_keeps_asks_nothing_of_the_tree():
