@@ -4,14 +4,18 @@ from rmtjax import (
     linen as linen,
     marchenko_pastur as marchenko_pastur,
     ranks as ranks,
+    shrinkage as shrinkage,
+    sparsity as sparsity,
     tracy_widom as tracy_widom,
 )
 from rmtjax._bulk import fit_bema as fit_bema
+from rmtjax._entries import prune_entries as prune_entries, PruneEntriesState as PruneEntriesState
 from rmtjax._factors import (
     factorize_matrix as factorize_matrix,
     Factors as Factors,
     truncate_matrix as truncate_matrix,
 )
+from rmtjax._penalty import penalty as penalty
 from rmtjax._plan import (
     LayerPlan as LayerPlan,
     Plan as Plan,
