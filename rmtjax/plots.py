@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 import numpy as np
 
 from rmtjax import marchenko_pastur
+from rmtjax._noise import bulk_law
 from rmtjax._typing import BulkFit, Spectrum
 
 if TYPE_CHECKING:
@@ -19,6 +21,17 @@ def _new_axes() -> "Axes":
             "rmtjax.plots needs matplotlib: pip install 'rmtjax[experiments]'"
         ) from error
     return pyplot.subplots(layout="constrained")[1]
+
+
+def _law(spectrum: Spectrum, fit: BulkFit):
+    """The density of the noise that the spikes have left, with its share of the mass."""
+    size, spikes = spectrum.eigenvalues.shape[-1], int(fit.num_spikes)
+    ratio, _ = bulk_law(spectrum.ratio, size, jnp.asarray(spikes))
+    variance = fit.edge / marchenko_pastur.support(ratio)[1]
+    lower, upper = (float(np.sqrt(end)) for end in marchenko_pastur.support(ratio, variance))
+    grid = np.linspace(lower, upper, 400)
+    density = marchenko_pastur.pdf(grid**2, ratio, variance) * 2 * grid
+    return grid, (1 - spikes / size) * np.asarray(density)
 
 
 def esd(
@@ -45,16 +58,12 @@ def esd(
     if not np.isfinite(values).all():
         ax.set(xticks=[], yticks=[], title=f"{title} not finite".strip())
         return ax
-    ratio, variance = float(spectrum.ratio), float(fit.variance)
     # What rounding leaves of a zero: float32 and some room.
     present = values > 1e-5 * values.max(initial=0)
     weights = np.full(present.sum(), bins / (values.size * max(values.max(initial=0), 1e-30)))
     ax.hist(values[present], bins=bins, range=(0, values.max()), weights=weights, alpha=0.5)
-    if variance > 0:
-        lower, upper = (float(np.sqrt(end)) for end in marchenko_pastur.support(ratio, variance))
-        grid = np.linspace(lower, upper, 400)
-        law = marchenko_pastur.pdf(grid**2, ratio, variance) * 2 * grid
-        ax.plot(grid, law, color="C1", label="Marchenko-Pastur")
+    if fit.variance > 0:
+        ax.plot(*_law(spectrum, fit), color="C1", label="Marchenko-Pastur")
     cut, spikes = float(np.sqrt(fit.threshold)), int((values**2 > fit.threshold).sum())
     ax.axvline(cut, color="C3", linestyle="--", label=f"threshold: {spikes} spikes")
     if not present.all():
