@@ -15,6 +15,7 @@ from rmtjax._factors import (
     Factors as Factors,
     truncate_matrix as truncate_matrix,
 )
+from rmtjax._opt_state import transfer as transfer
 from rmtjax._penalty import penalty as penalty
 from rmtjax._plan import (
     LayerPlan as LayerPlan,
