@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax import _kernels, _masks
-from rmtjax._steps import check_count, is_due
+from rmtjax._steps import check_count, is_due, NO_PARAMS
 from rmtjax._typing import Where
 
 Sparsity = ArrayLike | Callable[[Any], ArrayLike]
@@ -130,10 +130,7 @@ def prune_entries(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(
-                "`params` must be given to `update`: pruning depends on where the updates land. "
-                "Call `optimizer.update(updates, state, params)`."
-            )
+            raise ValueError(NO_PARAMS)
         kernels = _masks.find_floating(params, where)
         chosen = {}  # without the kernels whose update is None: they do not move
         _kernels.map_kernels(chosen.setdefault, updates, kernels)

@@ -97,6 +97,7 @@ def find_kernels(
         if (where or is_kernel)(path, leaf):
             named = None if is_leaf and is_leaf(leaf) else (axes or kernel_axes)(path, leaf)
             if named is not None:
+                named = KernelAxes(*map(tuple, named))  # lists would not be hashable
                 check_axes(path, named, jnp.ndim(leaf))
             if path in found:
                 raise ValueError(f"two leaves have the path {path!r}: rename one of them.")

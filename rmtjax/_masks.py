@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
@@ -139,6 +140,13 @@ def _shrink(kernels, masks, weights, sparsity):
     return lax.cond(count > removed, remove, lambda masks: masks, masks)
 
 
+def check_weights(weights: Mapping[str, ArrayLike]) -> None:
+    """Refuses weights that would turn the order around; traced ones are not looked at."""
+    for path, weight in weights.items():
+        if not isinstance(weight, Tracer) and not np.all(np.asarray(weight) > 0):
+            raise ValueError(f"`weights` must be positive, got {weight} for {path!r}.")
+
+
 def shrink(
     kernels: dict[str, Float[Array, "..."]],
     masks: Masks,
@@ -155,5 +163,6 @@ def shrink(
             f"`params` must have less than 2**31 entries to choose among, got {size}: choose fewer "
             "kernels by `where`, and treat them in groups."
         )
+    check_weights(weights or {})
     given = pick("weights", dict.fromkeys(kernels, 1.0) if weights is None else weights, kernels)
     return _shrink(kernels, masks, given, sparsity) if size else masks

@@ -24,7 +24,8 @@ def bulk_law(ratio: Float[Array, ""], size: int, spikes: Int[Array, ""]):
     """
     share = spikes / jnp.asarray(size, ratio.dtype)
     left = 1 - share * ratio  # (n - K) / n
-    return ratio * (1 - share) / left, left
+    # A square stays one: compiled, the quotient of two equal numbers may round to above 1.
+    return jnp.minimum(ratio * (1 - share) / left, 1), left
 
 
 def noise_threshold(ratio: Float[Array, ""], size: ArrayLike, level: float) -> Float[Array, ""]:

@@ -94,6 +94,7 @@ def _compare(params: PyTree, factorized: PyTree) -> dict[Key, Factors | None]:
         replaced = is_factors(thin[key]) and not is_factors(leaf)
         seen, new = (jax.tree.map(jnp.shape, tree) for tree in (leaf, thin[key]))
         if (kernel_shape(thin[key]) if replaced else new) != seen:
+            hint = "Factors cut again start anew: `optimizer.init`." if is_factors(leaf) else hint
             raise ValueError(
                 f"`factorized` has {path_name(key)!r} of shape {new}, which does not stand for "
                 f"{seen} in `params`. {hint}"
@@ -158,7 +159,7 @@ def transfer(
     $M_L \odot M_L$; the rows of $V_R$ likewise. All else, step counts among it, stays.
 
     Known by the names of their fields are the states of SGD with momentum, Adam, AdamW,
-    AMSGrad, NAdam, AdaBelief, Yogi, Lion, RMSProp and Adagrad, in any chain and wrapper;
+    AMSGrad, NAdam, Yogi, Lion, RMSProp and Adagrad, in any chain and wrapper;
     other moments of a factorized kernel are refused. `prune_spectrum` and `prune_entries` go
     on with the kernels that are left.
 
@@ -186,7 +187,8 @@ def transfer(
 
       A `trace` behind a transform that rescales, as in `optax.rmsprop(..., momentum=0.9)`, is
       no sum of gradients: pulled back it keeps its direction but not its size. The `nu` of
-      Adamax is a maximum under the name of a mean square. Reset both. Since Adam's count stays
+      Adamax is a maximum under the name of a mean square, that of AdaBelief a variance. Reset
+      these. Since Adam's count stays
       in a reset, its first steps are too long; `optimizer.init(factorized)` has it new.
 
     Examples:

@@ -78,6 +78,12 @@ def _refusal(found: Measurement) -> str | None:
     if not found.spectra.eigenvalues.any():
         return "all zero"
     if not found.accepted.all():
+        size = found.spectra.eigenvalues.shape[-1]
+        noisy = jax.vmap(above_rounding)(found.spectra, found.fits.variance)
+        if not np.all(noisy):
+            return "no noise above rounding"
+        if (found.fits.num_spikes >= size // 2).any():
+            return f"half of the {size} directions stand out, and leave no bulk to fit"
         return f"law does not fit (distance {found.fits.distance.max():.3f})"
     # Nothing stands out, as before training; to cut to nothing would destroy the network.
     return None if found.signal.any() else "no signal stands out of the noise"

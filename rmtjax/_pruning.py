@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax import _kernels, ranks
@@ -30,7 +31,7 @@ class How(NamedTuple):
 
     rule: ranks.RankRule
     noise: Noise
-    settled: float | None
+    waits: bool  # until the number of signal directions has settled
 
 
 def unpruned(kernel, axes: KernelAxes) -> Memory:
@@ -55,15 +56,15 @@ def _known_noise(spectra: Spectrum, memory: Memory, how: How):
     return fits, known | accepted
 
 
-def _has_settled(signal: Int[Array, ""], memory: Memory, size: int, settled: float | None):
+def _has_settled(signal: Int[Array, ""], memory: Memory, size: int, settled: ArrayLike):
     """Whether the count of signal directions has stopped moving, or has been pruned before."""
-    if settled is None:
-        return True
     still = jnp.abs(signal - memory.signal) <= settled * jnp.maximum(signal, memory.signal)
     return (memory.rank < size) | (still & (memory.signal > 0))
 
 
-def _prune_stack(matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, how: How):
+def _prune_stack(
+    matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, settled, how: How
+):
     """A stack truncated to the signal of its richest member, and whether it is to be."""
     u, s, vt = svd(matrices)
     spectra, size = from_singular_values(s, matrices), s.shape[-1]
@@ -71,10 +72,11 @@ def _prune_stack(matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank
     signal = jax.vmap(how.rule, in_axes=(_EACH, 0))(spectra, fits).max()
     # Where nothing stands out, as before training, a cut would destroy the network.
     ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
-    ready &= _has_settled(signal, memory, size, how.settled)
-    # Until then no noise level is carried: a settled kernel is to be judged by its own.
-    waits = ~ready & (memory.rank == size) & (how.settled is not None)
-    fits = jax.tree.map(lambda new, old: jnp.where(waits, old, new), fits, memory.fits)
+    if how.waits:
+        ready &= _has_settled(signal, memory, size, settled)
+        # Until then no noise level is carried: a settled kernel is to be judged by its own.
+        waits = ~ready & (memory.rank == size)
+        fits = jax.tree.map(lambda new, old: jnp.where(waits, old, new), fits, memory.fits)
     kept = ranks.kept_rank(signal, size, keep, min_rank)
     # A kernel that is passed over has been truncated none the less, if it was before.
     memory = Memory(fits, jnp.where(ready, kept, memory.rank), signal)
@@ -96,13 +98,13 @@ def _prune_kernel(kernel, update, memory: Memory, axes: KernelAxes, *options):
 
 # Compiled here, so that it is compiled once for those who call `update` outside `jit` too.
 @partial(jax.jit, static_argnames=("axes", "how"))
-def prune_if(due, kernels, updates, memories, keep, min_rank, *, axes, how: How):
+def prune_if(due, kernels, updates, memories, keep, min_rank, settled, *, axes, how: How):
     """Updates and memories by path after a step: pruned if it is due, else the same."""
 
     def prune(updates, memories):
         pruned = {
             path: _prune_kernel(
-                kernels[path], updates[path], memories[path], named, keep, min_rank, how
+                kernels[path], updates[path], memories[path], named, keep, min_rank, settled, how
             )
             for path, named in axes
         }

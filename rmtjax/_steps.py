@@ -8,6 +8,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+NO_PARAMS = (
+    "`params` must be given to `update`: pruning depends on where the updates land. "
+    "Call `optimizer.update(updates, state, params)`."
+)
+
 
 def check_count(name: str, value: Any, least: int) -> None:
     """Refuses a wrong number; one injected by `inject_hyperparams` is not looked at."""

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax import _kernels, ranks
 from rmtjax._factors import is_factors
 from rmtjax._pruning import How, Memory, Noise, prune_if, unpruned
-from rmtjax._steps import check_count, is_due
+from rmtjax._steps import check_count, is_due, NO_PARAMS
 from rmtjax._typing import Axes, BulkFit, KernelAxes, Where
 
 Keep = ArrayLike | Callable[[Any], ArrayLike]
@@ -54,7 +54,7 @@ def _check(every, start, keep, noise, settled, min_rank, min_size) -> None:
         )
     if noise not in get_args(Noise):
         raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
-    if settled is not None and not 0 <= settled < 1:
+    if settled is not None and not isinstance(settled, jax.Array) and not 0 <= settled < 1:
         raise ValueError(
             f"`settled` must be None or in [0, 1), got {settled}: the relative change of the "
             "number of signal directions under which a kernel is ready to be pruned."
@@ -83,7 +83,7 @@ def prune_spectrum(
     keep: Keep = 0.0,
     rule: ranks.RankRule | None = None,
     noise: Noise = "first",
-    settled: float | None = None,
+    settled: Float[ArrayLike, ""] | None = None,
     where: Where | None = None,
     axes: Axes | None = None,
     min_rank: Int[ArrayLike, ""] = 1,
@@ -131,7 +131,8 @@ def prune_spectrum(
     Returns:
       A transformation whose state is a `PruneState`. It needs `params` in `update`,
       ignores extra arguments, and works inside `masked`, `partition`, `MultiSteps` and
-      `inject_hyperparams` (what is no number, and `min_size`, as `static_args`).
+      `inject_hyperparams` (what is no number, and `min_size`, as `static_args`). Under `vmap`
+      with a batched state every step pays for a decomposition: both branches are taken.
 
     Raises:
       ValueError: A number is out of range, or `update` was called without `params`.
@@ -158,7 +159,7 @@ def prune_spectrum(
     _check(every, start, keep, noise, settled, min_rank, min_size)
     rule = ranks.bema() if rule is None else rule
     ranks.check_rule(rule)
-    how = How(rule, noise, settled)
+    how = How(rule, noise, waits=settled is not None)
 
     def init_fn(params: PyTree) -> PruneState:
         kernels = _matrices(params, where, axes, min_size)
@@ -168,10 +169,7 @@ def prune_spectrum(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(
-                "`params` must be given to `update`: pruning depends on where the updates land. "
-                "Call `optimizer.update(updates, state, params)`."
-            )
+            raise ValueError(NO_PARAMS)
         found = _matrices(params, where, axes, min_size)
         chosen = {}  # without the kernels whose update is None: they do not move
         _kernels.map_kernels(chosen.setdefault, updates, found)
@@ -185,6 +183,7 @@ def prune_spectrum(
             {path: Memory(*(part[path] for part in parts)) for path in chosen},
             keep(state.step) if callable(keep) else keep,
             min_rank,
+            0.0 if settled is None else settled,
             axes=tuple((path, found[path][1]) for path in chosen),
             how=how,
         )

@@ -90,10 +90,11 @@ class bema:  # noqa: N801 - called like a function, as everything in this module
 
     The bulk is fitted by `rmtjax.fit_bema`. The rule refuses where the law does not fit:
     where the Kolmogorov distance of the noise ranks is above $(0.4 \log p + c) / p + d$. Pure
-    noise exceeds the first term with a probability of `significance`, at any size (simulated,
-    p = 10 to 800); $d$ is what a trained bulk may depart from the law besides. Bulks of
-    kernels trained on MNIST stay under 0.01 with SGD and under 0.02 with Adam. It refuses
-    too where half of the ranks are spikes: a law of the minority is no bulk.
+    noise exceeds the first term with a probability of `significance`, at any size (simulated at
+    the default `trim` and `level`, p = 10 to 800); $d$ is what a trained bulk may depart from
+    the law besides. Bulks of kernels trained on MNIST stay under 0.01 with SGD and under 0.02
+    with Adam. It refuses too where half of the ranks are spikes: a law of the minority is no
+    bulk.
 
     Attributes:
       trim: Share of the noise eigenvalues left out at each end of the fit, in [0, 0.5).

@@ -69,7 +69,7 @@ BAD = {
     "NaN": (np.where(GOOD > 3, np.nan, GOOD), MATRIX, "kept: not finite"),
     "infinite": (np.where(GOOD > 3, np.inf, GOOD), MATRIX, "kept: not finite"),
     "zero": (np.zeros((60, 80), np.float32), MATRIX, "kept: all zero"),
-    "rank one": (np.ones((60, 80), np.float32), MATRIX, "kept: law does not fit (distance 1.000)"),
+    "rank one": (np.ones((60, 80), np.float32), MATRIX, "kept: no noise above rounding"),
     "1 x 1": (np.ones((1, 1), np.float32), MATRIX, "kept: short side 1 under 50"),
     "empty": (np.ones((0, 80), np.float32), MATRIX, "kept: empty (shape (0, 80))"),
     "empty stack": (
@@ -107,7 +107,7 @@ BAD = {
     "zero in a stack": (
         np.stack([GOOD, np.zeros_like(GOOD)]),
         STACK,
-        "kept: law does not fit (distance 1.000)",
+        "kept: no noise above rounding",
     ),
 }
 

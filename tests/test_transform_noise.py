@@ -147,6 +147,15 @@ def test_what_a_kernel_was_cut_to_is_known_after_it_was_passed_over():
     np.testing.assert_allclose(state.fits["kernel"].variance, 0.01, rtol=0.05)
 
 
+def test_settled_may_be_injected():
+    make = optax.inject_hyperparams(
+        prune_spectrum, static_args=("noise", "min_size", "rule", "where", "axes")
+    )
+    optimizer = make(1, settled=0.25, rule=ranks.bema(level=0.001))
+    _, landed = land_on(optimizer, [planted(2), planted(4), planted(5)])
+    assert [np.linalg.matrix_rank(kernel, tol=1e-3) for kernel in landed] == [120, 120, 5]
+
+
 @pytest.mark.parametrize("noise", ["last", "", None])
 def test_a_wrong_noise_is_an_error(noise):
     # The checks of types during tests come first, with a TypeError.
