@@ -21,7 +21,7 @@ COLOURS = {
     EARLY_STOPPING: "C2",
     "fixed rank 10": "C0",
     "RMT": "C3",
-    "RMT, floor 10": "C1",
+    "RMT, weight decay": "C1",
     RMT_AT_END: "C4",
     "weight decay": "C5",
     "dropout": "C6",
