@@ -113,7 +113,9 @@ def prune_spectrum(
       start: First pruning step; 0 stands for `every`. Pruning steps are `start`,
         `start + every`, ...
       keep: Share of the directions that are no signal and stay, in [0, 1]; or an optax
-        schedule of it, called with the number of steps before this one.
+        schedule of it, called with the number of steps before this one. The papers have 0.45,
+        and 1 - e / 200, 1 - e / 300 and 1 - e / 1000 at epoch e: for the first of these
+        `optax.linear_schedule(1.0, 0.0, 200 * steps_per_epoch)`.
       rule: A rank rule; `rmtjax.ranks.bema()` by default.
       noise: "first" carries the first accepted noise level of a kernel. "refit" replaces it
         at each pruning step by that of the ranks still populated, where these are enough
