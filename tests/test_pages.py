@@ -17,7 +17,8 @@ RESULTS = ROOT / "experiments" / "results"
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 # A command, and what it prints, or some lines of it.
 BLOCK = re.compile(
-    r"^    python (?:-m experiments\.study (\w+)|experiments/(fits)\.py)[^\n]*\n\n```text\n(.*?)```",
+    r"^    python (?:-m experiments\.study (\w+)|experiments/(fits)\.py)[^\n]*\n\n"
+    r"```text\n(.*?)```",
     re.DOTALL | re.MULTILINE,
 )
 BLOCKS = [
