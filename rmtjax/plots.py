@@ -26,7 +26,7 @@ def _new_axes() -> "Axes":
 def _law(spectrum: Spectrum, fit: BulkFit):
     """The density of the noise that the spikes have left, with its share of the mass."""
     size, spikes = spectrum.eigenvalues.shape[-1], int(fit.num_spikes)
-    ratio, _ = bulk_law(spectrum.ratio, size, jnp.asarray(spikes))
+    ratio, _ = bulk_law(jnp.asarray(spectrum.ratio), size, jnp.asarray(spikes))
     variance = fit.edge / marchenko_pastur.support(ratio)[1]
     lower, upper = (float(np.sqrt(end)) for end in marchenko_pastur.support(ratio, variance))
     grid = np.linspace(lower, upper, 400)
