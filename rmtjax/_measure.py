@@ -106,6 +106,11 @@ def _stack_fits(fits: Iterable[BulkFit]) -> BulkFit:
 
 def check_paths(params: PyTree, fits: Mapping[str, BulkFit]) -> None:
     """Refuses noise levels of kernels that are not there: these would be fitted anew."""
+    if not isinstance(fits, Mapping):
+        raise TypeError(
+            f"`fits` must be a dictionary from paths to fits, got {type(fits).__name__}. Of the "
+            'state of an optimizer with `prune_spectrum` it is `optax.tree.get(state, "fits")`.'
+        )
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
     unknown = fits.keys() - {_kernels.path_name(key) for key, _ in leaves}
     if unknown:

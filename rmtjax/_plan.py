@@ -81,7 +81,7 @@ def _refusal(found: Measurement) -> str | None:
         size = found.spectra.eigenvalues.shape[-1]
         noisy = jax.vmap(above_rounding)(found.spectra, found.fits.variance)
         if not np.all(noisy):
-            return "no noise above rounding"
+            return "no noise above rounding; of a truncated kernel `fits` must tell it"
         if (found.fits.num_spikes >= size // 2).any():
             return f"half of the {size} directions stand out, and leave no bulk to fit"
         return f"law does not fit (distance {found.fits.distance.max():.3f})"

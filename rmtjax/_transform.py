@@ -122,8 +122,10 @@ def prune_spectrum(
         for a fit and it is accepted: it follows a scale that weight decay or a
         normalisation moves. With `keep` at 0 nothing is left to refit.
       settled: Where given, a kernel is first pruned when its number of signal directions has
-        changed by at most this share since the pruning step before (0.1, say): `start` is
-        then the first look, and every kernel finds its own time. In [0, 1).
+        changed by at most this share since the pruning step before (0.2, say): `start` is
+        then the first look, and every kernel finds its own time. In [0, 1). Let `every` be
+        long enough for training to move something, an epoch or so: between two looks that
+        are too near nothing has changed yet, and a kernel with one direction is cut to it.
       where: `where(path, leaf)` chooses the kernels, as in `rmtjax.plan`.
       axes: `axes(path, leaf)` names the axes that make a kernel a matrix, as in
         `rmtjax.plan`. The matrices of a stack get one rank, that of the richest.

@@ -36,7 +36,7 @@ def printed(name):
         tables = [fits.to_table(table, rows) for table, rows in content["rows"].items()]
     else:
         tables = PARTS[name].tables(content["runs"])
-    console = Console(file=StringIO(), width=180)
+    console = Console(file=StringIO(), width=210)
     for table in tables:
         console.print(table)
     return console.file.getvalue()

@@ -65,11 +65,12 @@ def assert_same_row(row, other):
     jax.tree.map(close, numbers(row), numbers(other))
 
 
+NO_NOISE = "kept: no noise above rounding; of a truncated kernel `fits` must tell it"
 BAD = {
     "NaN": (np.where(GOOD > 3, np.nan, GOOD), MATRIX, "kept: not finite"),
     "infinite": (np.where(GOOD > 3, np.inf, GOOD), MATRIX, "kept: not finite"),
     "zero": (np.zeros((60, 80), np.float32), MATRIX, "kept: all zero"),
-    "rank one": (np.ones((60, 80), np.float32), MATRIX, "kept: no noise above rounding"),
+    "rank one": (np.ones((60, 80), np.float32), MATRIX, NO_NOISE),
     "1 x 1": (np.ones((1, 1), np.float32), MATRIX, "kept: short side 1 under 50"),
     "empty": (np.ones((0, 80), np.float32), MATRIX, "kept: empty (shape (0, 80))"),
     "empty stack": (
@@ -107,7 +108,7 @@ BAD = {
     "zero in a stack": (
         np.stack([GOOD, np.zeros_like(GOOD)]),
         STACK,
-        "kept: no noise above rounding",
+        NO_NOISE,
     ),
 }
 
@@ -440,3 +441,10 @@ def test_kernels_that_share_a_path_are_refused():
 def test_a_kernel_of_noise_is_kept():
     noise = np.random.default_rng(0).standard_normal((60, 90)).astype(np.float32)
     assert row_of(noise).reason == "kept: no signal stands out of the noise"
+
+
+@pytest.mark.parametrize("fits", [(), ("a",), rmtjax.prune_spectrum(1).init({"kernel": GOOD})])
+def test_a_state_given_for_its_fits_is_an_error(fits):
+    # The checks of types during tests come first.
+    with pytest.raises(TypeError, match="fits"):
+        rmtjax.plan({"kernel": GOOD}, fits=fits)

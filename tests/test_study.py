@@ -133,7 +133,7 @@ def test_early_stopping_and_single_cuts_come_of_the_plain_run(records):
     assert found["early stopping"].test == history["test"][epoch]
     assert found["nothing"].test == history["test"][-1]
     assert found["nothing"].best == max(history["test"])
-    once = {outcomes.RMT_AT_END, "RMT once, at epoch 2"}
+    once = {outcomes.RMT_AT_END, "stopped at epoch 2", "stopped at epoch 2, cut"}
     assert set(found) == {"nothing", "early stopping", *once}
     assert found[outcomes.RMT_AT_END].parameters < record["parameters"]
 

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Reads the options, runs what is missing of a part, and shows it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=180)  # of the widest table
+    console = terminal if terminal.is_terminal else Console(width=210)  # of the widest table
     try:
         config = tyro.cli(Command, args=arguments, prog="python -m experiments.study")
         name = next(name for name, part in PARTS.items() if type(config) is part.Config)

@@ -24,7 +24,10 @@ def open_results(part: ModuleType, config: Options, path: Path, arguments: list[
     found = read(path)
     if config.show_only:
         if found is None:
-            raise ValueError(f"`--show-only` needs {path}, which is not there.")
+            raise ValueError(
+                f"`--show-only` needs {path}, which is not there: leave out `--out` for the "
+                "results of the repository, or `--show-only` to make some."
+            )
         return found
     if found is None:
         return new

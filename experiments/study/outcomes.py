@@ -11,7 +11,7 @@ from experiments.study.tasks import Task
 PLAIN = "nothing"  # the arm that others are derived from, and compared with
 EARLY_STOPPING = "early stopping"
 RMT_AT_END = "RMT once, at the end"
-rmt_once = lambda epoch: f"RMT once, at epoch {epoch}"
+stopped_at = lambda epoch: f"stopped at epoch {epoch}"
 
 
 class Outcome(NamedTuple):
@@ -55,7 +55,8 @@ def _outcome(record: dict[str, Any], arm: str, seen: dict[str, Any], **changes: 
 def outcomes(records: Iterable[dict[str, Any]]) -> list[Outcome]:
     """An outcome for each record, and those that need no run of their own.
 
-    Early stopping and the cut once at the end are made of the run that nothing was done to.
+    Early stopping, and what is stopped or cut at some epoch and not trained on, are made of
+    the run that nothing was done to.
     """
     found = []
     for record in records:
@@ -64,8 +65,13 @@ def outcomes(records: Iterable[dict[str, Any]]) -> list[Outcome]:
         if arm == PLAIN and record["stopped"]:
             found.append(_outcome(record, EARLY_STOPPING, record["stopped"]))
         for seen in record["once"] if arm == PLAIN else ():
-            last = seen["epoch"] == record["settings"]["recipe"]["epochs"]
-            name = RMT_AT_END if last else rmt_once(seen["epoch"])
+            epoch, name = seen["epoch"], RMT_AT_END
+            if epoch < record["settings"]["recipe"]["epochs"]:
+                # The cut is not to be given the credit for the time at which it came.
+                test = record["history"]["test"][epoch - 1]
+                plain = {"test": test, "wrong": None, "given": None, "ranks": {}}
+                found.append(_outcome(record, stopped_at(epoch), plain))
+                name = f"{stopped_at(epoch)}, cut"
             found.append(_outcome(record, name, seen, parameters=seen["parameters"]))
     return found
 

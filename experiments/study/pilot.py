@@ -27,8 +27,8 @@ class Config(memorisation.Config):
     arms: tuple[str, ...] = (PLAIN, "fixed rank 10", "RMT", "RMT, floor 10")
     """Of the core task; early stopping and the single cuts come with `nothing`."""
     other_datasets: tuple[DatasetName, ...] = ()
-    """None."""
+    """Further ones; the part has none."""
     other_noises: tuple[float, ...] = ()
-    """None."""
+    """Further shares; the part has none."""
     full_epochs: int = 0
-    """None."""
+    """Epochs on all images; 0 leaves this task out."""
