@@ -31,7 +31,7 @@ SHORT = {  # options of a shortened run, and the number of its runs
         2,
     ),
     "clean": (
-        "--datasets fashion_mnist --images 1000 --seeds 0 --weight-decays 5e-4 --widths 64 "
+        "--datasets fashion_mnist --images 900 --validation 100 --seeds 0 --weight-decays 5e-4 --widths 64 "
         "--epochs 3 --fine-tune-epochs 1 --prune-start 2",
         1,
     ),

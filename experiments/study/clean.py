@@ -2,8 +2,10 @@
 
 A run trains two networks from equal starts, one plain and one pruned in its chain. The
 second decides the size; the first is cut to that size by the rivals. All are then trained
-on. A narrower dense network of the same size is trained as long, in the same two phases.
-Each phase has a cosine of its own, and each arm the same number of steps.
+on. A narrower dense network of the same size is trained as long, in the same two phases, with
+and without dropout, and so is the whole one with dropout. Early stopping takes the plain
+network at the epoch that validation images choose. Each phase has a cosine of its own, and
+each arm the same number of steps.
 """
 
 import bisect
@@ -18,14 +20,15 @@ from rich.table import Table
 import rmtjax
 from experiments import training
 from experiments.study.arms import ARMS, carried_ranks, count_parameters, plan_by_ranks
-from experiments.study.options import check_positive, DatasetName, Options
-from experiments.study.outcomes import Outcome, PLAIN, summarise, tasks
+from experiments.study.options import check_positive, check_shares, DatasetName, Options
+from experiments.study.outcomes import EARLY_STOPPING, Outcome, PLAIN, summarise, tasks
 from experiments.study.recipes import Recipe, train
 from experiments.study.runs import accuracies, fitted
 from experiments.study.tables import summary_table
 from experiments.study.tasks import Images, Task
 
 REFERENCES = (PLAIN, "RMT")
+NARROWER = "narrower, equal size"
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,14 @@ class Config(Options):
     """Images to classify."""
     images: int = 10_000
     """Training images."""
+    validation: int = 1_000
+    """Training images held out in all arms, for early stopping."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the images, the weights and the order of the batches."""
     weight_decays: tuple[float, ...] = (0.0, 5e-4)
     """Of all arms: it decides what a cut costs."""
+    dropouts: tuple[float, ...] = (0.2, 0.5)
+    """An arm each; the narrower network gets the first of them too."""
     widths: tuple[int, ...] = (512, 512)
     """Of the hidden layers."""
     epochs: int = 20
@@ -57,7 +64,8 @@ class Config(Options):
 
     def __post_init__(self):
         names = ("images", "widths", "epochs", "fine_tune_epochs", "batch_size", "prune_start")
-        check_positive(self, *names)
+        check_positive(self, *names, "validation")
+        check_shares(self, "dropouts")
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Run:
     recipe: Recipe  # of the first phase
     prune_start: int
     second: Recipe
+    dropouts: tuple[float, ...] = ()
 
 
 def plan_runs(config: Config, find: Callable) -> list[Run]:
@@ -88,11 +97,12 @@ def plan_runs(config: Config, find: Callable) -> list[Run]:
         Run(
             "all",
             seed,
-            Task(dataset, config.images, 0, 0.0),
+            Task(dataset, config.images, config.validation, 0.0),
             training.MLP(config.widths),
             recipe(config.epochs, decay),
             config.prune_start,
             recipe(config.fine_tune_epochs, decay),
+            config.dropouts,
         )
         for dataset in config.datasets
         for decay in config.weight_decays
@@ -142,21 +152,29 @@ def factorized(params: Any, ranks: dict[str, int]) -> Any:
 
 
 def phase(run: Run, module: nn.Module, params: Any, recipe: Recipe, first: int, images: Images):
-    """Trains for a phase: parameters, ranks carried by the chain, test accuracy by epoch."""
-    tests, ranks = [], {}
+    """Trains for a phase: parameters, ranks carried by the chain, accuracies by epoch."""
+    seen, ranks = [], {}
     for epoch in train(module, params, recipe, images.train, run.seed, first):
         params, ranks = epoch.params, carried_ranks(epoch.opt_state)
-        tests.append(accuracies(module, params, images)["test"])
-    return params, ranks, tests
+        seen.append(accuracies(module, params, images))
+    return params, ranks, seen
+
+
+def with_dropout(run: Run, narrow: training.MLP) -> dict[str, training.MLP]:
+    """The networks that are never cut, and get a dropout, by arm."""
+    arms = {f"dropout {share:g}": run.module.clone(dropout=share) for share in run.dropouts}
+    for share in run.dropouts[:1]:
+        arms[f"{NARROWER}, dropout {share:g}"] = narrow.clone(dropout=share)
+    return arms
 
 
 def cut_networks(run: Run, images: Images) -> dict[str, tuple[training.MLP, Any, dict, list]]:
-    """Module, parameters, ranks and test accuracies of each arm after the first phase."""
+    """Module, parameters, ranks and accuracies of each arm after the first phase."""
     module, recipe = run.module, run.recipe
     start = lambda module: module.init(jax.random.key(run.seed), images.test.images[:1])["params"]
     pruning = replace(recipe, pruning=ARMS["RMT"], start=run.prune_start)
-    dense, _, tests = phase(run, module, start(module), recipe, 0, images)
-    pruned, ranks, pruned_tests = phase(run, module, start(module), pruning, 0, images)
+    dense, _, seen = phase(run, module, start(module), recipe, 0, images)
+    pruned, ranks, pruned_seen = phase(run, module, start(module), pruning, 0, images)
     thin = factorized(pruned, ranks)
     size = count_parameters(thin)
     narrow = narrower(module, images.test.images[:1], size)
@@ -174,18 +192,22 @@ def cut_networks(run: Run, images: Images) -> dict[str, tuple[training.MLP, Any,
             dense, rmtjax.ranks.fixed, [*range(1, max(run.module.widths) + 1)], size
         ),
     }
+    whole = {NARROWER: narrow, **with_dropout(run, narrow)}
     return {
-        PLAIN: (module, dense, {}, tests),
-        "RMT": (module, thin, ranks, pruned_tests),
-        "narrower, equal size": (narrow, *phase(run, narrow, start(narrow), recipe, 0, images)),
-        **{arm: (module, factorized(dense, own), own, tests) for arm, own in cuts.items()},
+        PLAIN: (module, dense, {}, seen),
+        "RMT": (module, thin, ranks, pruned_seen),
+        **{
+            arm: (own, *phase(run, own, start(own), recipe, 0, images))
+            for arm, own in whole.items()
+        },
+        **{arm: (module, factorized(dense, own), own, seen) for arm, own in cuts.items()},
     }
 
 
 def perform(run: Run, images: Images) -> dict[str, Any]:
     """The record of a run: each arm before and after the second phase."""
     networks = {}
-    for arm, (module, params, ranks, tests) in cut_networks(run, images).items():
+    for arm, (module, params, ranks, seen) in cut_networks(run, images).items():
         before = accuracies(module, params, images)["test"]
         tuned, _, more = phase(run, module, params, run.second, run.recipe.epochs, images)
         networks[arm] = {
@@ -195,8 +217,15 @@ def perform(run: Run, images: Images) -> dict[str, Any]:
             "ranks": ranks,
             "widths": list(module.widths),
             "parameters": count_parameters(tuned),
-            "history": [*tests, *more],
+            "history": [epoch["test"] for epoch in (*seen, *more)],
         }
+        if arm == PLAIN:
+            stopped = max((*seen, *more), key=lambda epoch: epoch["validation"])
+            networks[EARLY_STOPPING] = networks[PLAIN] | {
+                "before": None,
+                "test": stopped["test"],
+                "given": None,
+            }
     return {"networks": networks}
 
 

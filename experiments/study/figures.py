@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from experiments import output
 from experiments.study.clean import by_decay, network_outcomes
@@ -161,10 +163,12 @@ def clean(records: Records) -> Figure:
             for index, arm in enumerate(dict.fromkeys(dot.arm for dot in dots)):
                 points = [(dot.parameters, dot.test) for dot in dots if dot.arm == arm]
                 label = arm if marker == "x" else None
-                ax.plot(*zip(*points, strict=True), marker, color=f"C{index}", label=label)
+                color = colormaps["tab20"](index)
+                ax.plot(*zip(*points, strict=True), marker, color=color, label=label)
         ax.set(title=task.title(), xlabel="stored parameters", ylabel="test accuracy, %")
         ax.set_xscale("log")
-        ax.legend(frameon=False, fontsize="small")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # a decade has too many to write
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right", frameon=False)
     return figure
 
 
