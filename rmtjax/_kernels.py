@@ -1,6 +1,7 @@
 """The kernels of a parameter tree, seen as matrices, and back."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,12 +13,15 @@ from rmtjax._typing import Axes, KernelAxes, Where
 NAMES = ("kernel", "embedding")
 # Flax's attention projects to (heads, head_dim) with these, and back with "out".
 HEAD_PROJECTIONS = ("query", "key", "value")
+# The layers of `rmtjax.nnx` that stand for one, and are no kernels each by itself.
+FACTORS = ("left_factor", "right_factor")
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
     """Chooses what Flax's layers multiply by: leaves named `kernel` or `embedding`."""
     del leaf
-    return path.rpartition("/")[2] in NAMES
+    *_, parent, name = ("", *path.split("/"))
+    return name in NAMES and parent not in FACTORS
 
 
 def kernel_axes(path: str, leaf: Any) -> KernelAxes | None:
@@ -75,8 +79,13 @@ def from_matrices(
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A leaf's place as a string, "Dense_0/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """A leaf's place as a string, "Dense_0/kernel".
+
+    The box around a leaf has no name of its own: `nn.Partitioned` and `nnx.Variable` hold it
+    as their attribute `value`.
+    """
+    boxed = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+    return jax.tree_util.keystr(path[: len(path) - boxed], simple=True, separator="/")
 
 
 def find_kernels(
@@ -86,16 +95,23 @@ def find_kernels(
 
     Args:
       params: Nested dictionaries of arrays.
-      where: Chooses leaves; by default those named `kernel` or `embedding`.
-      axes: Names the axes of a chosen leaf; where it returns None for a leaf with two
-        axes or more, the leaf is no matrix. By default `kernel_axes`.
+      where: Chooses leaves; by default those named `kernel` or `embedding`, and those
+        that `axes` names by path.
+      axes: Names the axes of a chosen leaf; where it has None for a leaf with two
+        axes or more, the leaf is no matrix. By default, and for the paths that a
+        dictionary does not have, `kernel_axes`.
       is_leaf: As in `jax.tree.map`.
     """
     found = {}
+    by_path = axes if isinstance(axes, Mapping) else {}
+    name_axes = axes if callable(axes) else kernel_axes
     for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
         path = path_name(key)
-        if (where or is_kernel)(path, leaf):
-            named = None if is_leaf and is_leaf(leaf) else (axes or kernel_axes)(path, leaf)
+        if where(path, leaf) if where else path in by_path or is_kernel(path, leaf):
+            if is_leaf and is_leaf(leaf):
+                named = None
+            else:
+                named = by_path[path] if path in by_path else name_axes(path, leaf)
             if named is not None:
                 named = KernelAxes(*map(tuple, named))  # lists would not be hashable
                 check_axes(path, named, jnp.ndim(leaf))

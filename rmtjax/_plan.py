@@ -1,5 +1,6 @@
 """A plan: the rank of each kernel and the reason, decided before anything is changed."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -8,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax import _kernels, ranks
+from rmtjax import _cost, _kernels, ranks
 from rmtjax._bulk import above_rounding
 from rmtjax._factors import factored_axes, is_factors, kernel_shape, shrink_values
-from rmtjax._kernels import find_kernels
 from rmtjax._measure import check_fits, check_paths, measure, Measurement
 from rmtjax._typing import Axes, BulkFit, KernelAxes, Spectrum, Where
 from rmtjax.shrinkage import Shrink
@@ -33,6 +33,7 @@ class LayerPlan(NamedTuple):
       axes: What makes it a matrix; None where nothing does.
       spectrum: The spectrum as NumPy arrays; None where there is none.
       shrink: What becomes of the singular values that are kept; None where they stay.
+      cost: Parameters, multiply-adds and milliseconds, now and after the plan.
     """
 
     rank: int | None
@@ -43,6 +44,7 @@ class LayerPlan(NamedTuple):
     axes: KernelAxes | None
     spectrum: Spectrum | None
     shrink: Shrink | None = None
+    cost: _cost.Cost | None = None
 
 
 class Plan(dict[str, LayerPlan]):
@@ -65,10 +67,6 @@ def _obstacle(leaf: Any, axes: KernelAxes | None, min_size: int, known: bool) ->
 def _unstack(tree, axes: KernelAxes):
     """Of a kernel that is no stack, the one matrix without its batch axis."""
     return tree if axes.batch else jax.tree.map(lambda a: a[0] if np.ndim(a) else a, tree)
-
-
-def _round_up(rank: int, multiple: int, size: int) -> int:
-    return min(-(-rank // multiple) * multiple, size)
 
 
 def _refusal(found: Measurement) -> str | None:
@@ -99,20 +97,6 @@ def _unshrinkable(found: Measurement, shrink: Shrink, sides: tuple[int, int]) ->
     return None if shrunken.any(axis=-1).all() else "shrinkage would leave nothing"
 
 
-def _hindrance(shape: tuple[int, ...], axes: KernelAxes, rank: int, thin: bool) -> str | None:
-    """Why factors of this rank should not stand in the place of a kernel, or None."""
-    if (*axes.batch, *axes.inputs, *axes.outputs) != tuple(range(len(shape))):
-        return "factors have their axes in another order"
-    if len(axes.batch) > 1:
-        return f"stacked on axes {axes.batch}"
-    several = not axes.batch and min(len(axes.inputs), len(axes.outputs)) > 1
-    if several and shape[0] == rank == shape[axes.outputs[0]]:
-        return "factors would look like those of a stack"  # see `factored_axes`
-    _, rows, columns = _kernels.matrix_shape(shape, axes)
-    saving = thin or rank * (rows + columns) < rows * columns
-    return None if saving else "no saving from factors"
-
-
 def _decide(
     leaf, axes: KernelAxes, found: Measurement, shrink: Shrink | None, keep, min_rank, multiple
 ) -> LayerPlan:
@@ -124,7 +108,7 @@ def _decide(
     populated = int(found.populated.max())
     count = min(int(found.signal.max()), populated)
     rank = int(ranks.kept_rank(count, populated, keep, min_rank))
-    rank = _round_up(rank, multiple, size)
+    rank = min(-(-rank // multiple) * multiple, size)  # rounded up
     words = f"{count} of {size} are signal, rank {rank}" + (", shrunk" if shrink else "")
     refusal = _refusal(found) or (shrink and _unshrinkable(found, shrink, (rows, columns)))
     action: Action = "keep"
@@ -132,7 +116,7 @@ def _decide(
         rank, reason = size, f"kept: {refusal}"
     elif rank == size and shrink is None:
         reason = f"kept: full rank ({words})"
-    elif hindrance := _hindrance(shape, axes, rank, thin):
+    elif hindrance := _cost.hindrance(shape, axes, rank, thin):
         action, reason = "truncate", f"truncated: {hindrance} ({words})"
     else:
         action, reason = "factorize", f"factorized{' again' if thin else ''}: {words}"
@@ -140,6 +124,16 @@ def _decide(
     fit, one = _unstack(found.fits, axes), _unstack(spectra, axes)
     shrink = None if action == "keep" else shrink
     return LayerPlan(rank, fit, action, reason, shape, axes, one, shrink)
+
+
+def _weigh(row: LayerPlan, load: _cost.Load, clock: _cost.Clock) -> LayerPlan:
+    """A kernel's plan with its cost; where factors would not win, it keeps its shape."""
+    rank = row.rank if row.action == "factorize" else load.rank
+    cost, slow = _cost.weigh(load, rank, clock)
+    if slow:
+        reason = f"truncated: {slow} ({row.reason.partition(': ')[2]})"
+        row = row._replace(action="truncate", reason=reason)
+    return row._replace(cost=cost)
 
 
 def _check_options(keep: float, shrink, min_rank: int, multiple: int, min_size: int) -> None:
@@ -158,11 +152,8 @@ def _check_options(keep: float, shrink, min_rank: int, multiple: int, min_size: 
             f"`keep` must be 0 with `shrink`, got {keep}: the directions that are no signal would "
             "be kept and shrunk to 0. Leave one of the two out."
         )
-    for name, value in (
-        ("min_rank", min_rank),
-        ("multiple", multiple),
-        ("min_size", min_size),
-    ):
+    counts = {"min_rank": min_rank, "multiple": multiple, "min_size": min_size}
+    for name, value in counts.items():
         if not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value}.")
 
@@ -179,43 +170,46 @@ def plan(
     min_rank: int = 1,
     multiple: int = 8,
     min_size: int = 50,
+    batch: int | Mapping[str, int] | None = None,
 ) -> Plan:
     r"""Decides the rank of each kernel of a parameter tree; changes nothing.
 
-    $r = K + \lfloor keep \cdot (p - K) \rfloor$ for $K$ signal directions of $p$, rounded
-    up to a multiple. Factors of rank r are smaller than a kernel of m inputs and n
-    outputs if $r (m + n) < m n$. A kernel that is factorized already is judged by the spectrum
-    of its product, and p are then the directions that it has: its rank may only go down.
+    $r = K + \lfloor keep \cdot (p - K) \rfloor$ for $K$ signal directions of $p$, rounded up to a
+    multiple. Factors of rank r are smaller than a kernel of m inputs and n outputs if
+    $r (m + n) < m n$. A kernel that is factorized already is judged by the spectrum of its
+    product, and p are then the directions that it has: its rank may only go down.
 
     Args:
       params: Nested dictionaries of arrays, as `module.init(...)["params"]`.
       rule: A rank rule of `rmtjax.ranks`.
       keep: Share of the directions that are no signal and stay, in [0, 1].
-      shrink: A function of `rmtjax.shrinkage`, or one of your own, `shrink(y, ratio)`, for
-        the singular values that are kept; by default they stay. It takes the variance of the
-        fit: under a rule without a noise level, that which BEMA reports. Where `min_rank` or
-        `multiple` keeps directions below the edge, they are shrunk to 0: they have a shape
-        and no effect. Use it once: what has been shrunk is no signal and noise any more.
-      where: `where(path, leaf)` chooses the kernels, with paths such as
-        "Dense_0/kernel"; by default the leaves named `kernel` or `embedding`.
-      axes: `axes(path, leaf)` names the axes that make a kernel a matrix, as
-        `rmtjax.KernelAxes`; by default guessed from Flax's names. Stacked kernels need
-        it: `rmtjax.linen.kernel_axes(module, variables, inputs)` finds it.
-      fits: Noise levels to use instead of new fits, by path: those that
-        `prune_spectrum` carried, `optax.tree.get(opt_state, "fits")`. A spectrum that
-        has been truncated must not be fitted as if it were whole: what is factorized is
-        left alone without one, if the rule needs it. Dense kernels without one, or with a
-        threshold of NaN, are fitted anew.
+      shrink: A function of `rmtjax.shrinkage`, or one of your own, `shrink(y, ratio)`, for the
+        singular values that are kept; by default they stay. It takes the variance of the fit:
+        under a rule without a noise level, that which BEMA reports. What `min_rank` or `multiple`
+        keeps below the edge is shrunk to 0. Use it once: what it leaves is no signal and noise.
+      where: `where(path, leaf)` chooses the kernels, with paths such as "Dense_0/kernel"; by
+        default the leaves named `kernel` or `embedding`.
+      axes: The axes that make a kernel a matrix, as `rmtjax.KernelAxes`: a function
+        `axes(path, leaf)`, or a dictionary by path, whose leaves are chosen too. By default guessed
+        from Flax's names; stacked kernels need it: `rmtjax.linen.kernel_axes` finds it.
+      fits: Noise levels to use instead of new fits, by path: those that `prune_spectrum`
+        carried, `optax.tree.get(opt_state, "fits")`. A spectrum that has been truncated must not
+        be fitted as if it were whole: what is factorized is left alone without one, if the rule
+        needs it. Dense kernels without one, or with a threshold of NaN, are fitted anew.
       min_rank: Smallest rank, at least 1.
       multiple: Ranks are rounded up to a multiple of it, so that few shapes compile.
-      min_size: Kernels with a shorter short side are left alone: they have too few
-        eigenvalues for a law, and a classifier's head is one of them.
+      min_size: Kernels with a shorter short side are left alone: too few eigenvalues for a law.
+      batch: Where given, each kernel is timed for so many rows, in its dtype and on the default
+        device, and keeps its shape if factors do not win by 5 %; its rank goes down all the same.
+        Rows are what it multiplies in one call: images, tokens, or for a convolution, which is
+        timed as a product, images times positions. A dictionary has them by path; what it leaves
+        out is not timed. Each shape and rank takes half a second, or five calls if that is longer.
 
     Returns:
       A `Plan`: path to `LayerPlan`, a row with a reason for every kernel chosen.
 
     Raises:
-      ValueError: An option is out of range, or `axes` or `fits` does not fit a leaf.
+      ValueError: An option is out of range, or `axes`, `fits` or `batch` does not fit the tree.
       TypeError: `rule` is no rank rule, or `shrink` no function.
 
     Examples:
@@ -229,12 +223,14 @@ def plan(
     ranks.check_rule(rule)
     check_paths(params, fits or {})
     given = {path: fit for path, fit in (fits or {}).items() if np.isfinite(fit.threshold).all()}
+    chosen = _kernels.find_kernels(params, where, axes, is_leaf=is_factors)
     found = {
         path: (leaf, factored_axes(leaf) if is_factors(leaf) else named)
-        for path, (leaf, named) in find_kernels(params, where, axes, is_leaf=is_factors).items()
+        for path, (leaf, named) in chosen.items()
     }
     known = lambda path: path in given or not rule.needs_noise
     obstacles = {path: _obstacle(*found[path], min_size, known(path)) for path in found}
+    batches = _cost.check_batch(batch, found)
     matrices = {
         path: (leaf, named)
         for path, (leaf, named) in found.items()
@@ -242,12 +238,13 @@ def plan(
     }
     check_fits(given, matrices)
     measured = measure(matrices, rule, given)
+    clock = functools.cache(_cost.time_products)  # kernels that are alike, once a plan
     rows = Plan()
     for path, (leaf, named) in found.items():
         if path in matrices:
-            options = shrink, keep, min_rank, multiple
-            rows[path] = _decide(*matrices[path], measured[path], *options)
+            row = _decide(*matrices[path], measured[path], shrink, keep, min_rank, multiple)
         else:
             reason = f"kept: {obstacles[path]}"
-            rows[path] = LayerPlan(None, None, "keep", reason, kernel_shape(leaf), named, None)
+            row = LayerPlan(None, None, "keep", reason, kernel_shape(leaf), named, None)
+        rows[path] = _weigh(row, _cost.load_of(path, leaf, named, batches), clock)
     return rows

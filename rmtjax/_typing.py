@@ -1,6 +1,6 @@
 """Names for the types that several layers share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int
@@ -58,5 +58,5 @@ class BulkFit(NamedTuple):
 
 # Chooses leaves: receives a path such as "Dense_0/kernel" and the leaf.
 Where = Callable[[str, Any], bool]
-# Names the axes of a chosen leaf; None where it is no matrix.
-Axes = Callable[[str, Any], KernelAxes | None]
+# Names the axes of a chosen leaf, by a function or by its path; None where it is no matrix.
+Axes = Callable[[str, Any], KernelAxes | None] | Mapping[str, KernelAxes | None]

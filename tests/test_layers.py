@@ -25,6 +25,7 @@ LAYER = {
     "_bulk": 3,
     "_factors": 3,
     "shrinkage": 3,
+    "_cost": 4,
     "_masks": 4,
     "_measure": 4,
     "_penalty": 4,
