@@ -9,12 +9,14 @@ from rmtjax import (
     tracy_widom as tracy_widom,
 )
 from rmtjax._bulk import fit_bema as fit_bema
+from rmtjax._cost import Cost as Cost
 from rmtjax._entries import prune_entries as prune_entries, PruneEntriesState as PruneEntriesState
 from rmtjax._factors import (
     factorize_matrix as factorize_matrix,
     Factors as Factors,
     truncate_matrix as truncate_matrix,
 )
+from rmtjax._layers import register_layer as register_layer
 from rmtjax._opt_state import transfer as transfer
 from rmtjax._penalty import penalty as penalty
 from rmtjax._plan import (

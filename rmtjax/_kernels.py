@@ -110,8 +110,10 @@ def find_kernels(
         if where(path, leaf) if where else path in by_path or is_kernel(path, leaf):
             if is_leaf and is_leaf(leaf):
                 named = None
+            elif path in by_path and not callable(axes):
+                named = by_path[path]
             else:
-                named = by_path[path] if path in by_path else name_axes(path, leaf)
+                named = name_axes(path, leaf)
             if named is not None:
                 named = KernelAxes(*map(tuple, named))  # lists would not be hashable
                 check_axes(path, named, jnp.ndim(leaf))

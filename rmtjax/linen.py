@@ -1,117 +1,107 @@
 """Factorized trees under unmodified `flax.linen` modules.
 
 Where the tree holds `Factors` in the place of a kernel, the layer that owns it runs as two
-thinner layers of Flax's own: `Dense`, `DenseGeneral` and with it attention, `Conv`,
-`ConvTranspose` (their window first, then a 1x1 product) and `Embed`, also inside `nn.scan`,
-`nn.vmap` and `nn.remat`. Under `jit` all of this happens while tracing and costs nothing.
+thinner layers of Flax's own: `Dense`, `DenseGeneral` and with it attention, `Einsum`,
+`Conv`, `ConvTranspose` (their window first, then a 1x1 product), `Embed`, and the cells of
+`nn.RNN` that are made of these, also inside `nn.scan`, `nn.vmap` and `nn.remat`. Layers of
+one's own join by `rmtjax.register_layer`. Under `jit` all of this happens while tracing and
+costs nothing.
 """
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from rmtjax import _kernels
-from rmtjax._factors import Factors, is_factors, multiply
-from rmtjax._typing import Axes, KernelAxes
+from rmtjax._factors import is_factors, multiply
+from rmtjax._layers import registered
+from rmtjax._linen_layers import call_inputs, own_kernels, run_cell, run_embed, run_layer
+from rmtjax._products import evaluate
+from rmtjax._typing import KernelAxes
 
 
-def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
-def _layer_axes(module: nn.Module, ndim: int) -> KernelAxes | None:
-    """The axes of the kernel of one of Flax's layers; None where it is no matrix."""
-    first = ndim - 1
-    if type(module) is nn.DenseGeneral:
-        batch = len(_as_tuple(module.batch_dims))
-        first = batch + len(_as_tuple(module.axis))
-        return KernelAxes(
-            tuple(range(batch, first)), tuple(range(first, ndim)), tuple(range(batch))
-        )
-    if type(module) is nn.Conv and (module.feature_group_count > 1 or module.mask is not None):
-        return None
-    if type(module) is nn.ConvTranspose and (module.transpose_kernel or module.mask is not None):
-        return None
-    if type(module) in (nn.Dense, nn.Conv, nn.ConvTranspose, nn.Embed):
-        return KernelAxes(tuple(range(first)), (first,))
-    return None
-
-
-def _stages(module: nn.Module, factors: Factors) -> tuple[nn.Module, nn.Module] | None:
-    """The two layers that stand for one; None where the factors do not fit it."""
-    batch = len(_as_tuple(getattr(module, "batch_dims", ())))
-    axes = _layer_axes(module, factors.left.ndim + factors.right.ndim - 2 - batch)
-    if axes is None or len(axes.inputs) != factors.left.ndim - 1 - batch:
-        return None
-    thin = {"parent": None, "features": factors.left.shape[-1], "use_bias": False}
-    if type(module) is nn.Dense:
-        return module.clone(**thin), module.clone(parent=None)
-    if type(module) is nn.DenseGeneral:
-        second = module.clone(parent=None, axis=-1, batch_dims=tuple(range(batch)))
-        return module.clone(**thin), second
-    if type(module) in (nn.Conv, nn.ConvTranspose):
-        same = ("features", "use_bias", "dtype", "param_dtype", "precision")
-        second = nn.Dense(**{name: getattr(module, name) for name in same}, parent=None)
-        return module.clone(**thin), second
-    return None
-
-
-def _run_layer(module: nn.Module, params: Mapping[str, Any], inputs):
-    """A layer whose kernel is `Factors`, as two; None where that cannot be."""
-    factors = params["kernel"]
-    stages = _stages(module, factors)
-    if stages is None:
-        return None
-    first, second = stages
-    hidden = first.apply({"params": {"kernel": factors.left}}, inputs)
-    return second.apply({"params": {**params, "kernel": factors.right}}, hidden)
-
-
-def _run_embed(module: nn.Embed, params: Mapping[str, Any], inputs, method: str):
-    """Rows of the left factor, then the right one; `attend` the other way round."""
-    left, right = params["embedding"]
-    table = module.clone(parent=None, features=left.shape[-1])
-    rows = {"params": {"embedding": left}}
-    dense = lambda kernel, x: nn.Dense(
-        kernel.shape[-1],
-        use_bias=False,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        parent=None,
-    ).apply({"params": {"kernel": kernel}}, x)
-    if method == "attend":
-        return table.apply(rows, dense(right.T, inputs), method=method)
-    return dense(right, table.apply(rows, inputs))
-
-
-def _run_merged(module: nn.Module, method: str, args, kwargs):
-    """Any other module: with its own kernels multiplied out."""
+def _warn_formed(module: nn.Module) -> None:
     place = "/".join(module.path)
     warnings.warn(
         f"{type(module).__name__} {place!r} runs with its factors multiplied out, which is "
         "correct and saves no time. If it is a layer of Flax's own, make the plan with "
-        "`axes=rmtjax.linen.kernel_axes(module, variables, inputs)`; else leave the kernel out "
-        "with `where`.",
+        "`axes=rmtjax.linen.kernel_axes(module, variables, inputs)`; if it is one of your own "
+        "that only multiplies by its kernel, tell it to `rmtjax.register_layer`; else leave the "
+        "kernel out with `where`.",
         stacklevel=2,
     )
+
+
+def _run_merged(module: nn.Module, method: str, args, kwargs):
+    """Any other module: with its own kernels multiplied out."""
+    _warn_formed(module)
     dense = lambda leaf: multiply(leaf) if is_factors(leaf) else leaf
-    own = lambda params: {name: dense(leaf) for name, leaf in params.items()}
+    own = lambda params: {name: dense(nn.unbox(leaf)) for name, leaf in params.items()}
     run = lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
     merge = lambda variables: {"params": own(variables["params"])}
     return nn.map_variables(run, "params", merge)(module, *args, **kwargs)
+
+
+class _WritesError(Exception):
+    """A layer writes variables, which a pure function cannot."""
+
+
+def _run_registered(module: nn.Module, method: str, args, kwargs):
+    """A layer of one's own with two thin products for each with its kernel."""
+    alone, variables = module.clone(parent=None), module.variables
+    assert module.scope is not None  # for the type checker: it is being called
+    rngs = {name: cast(Any, rng).as_jax_rng() for name, rng in module.scope.rngs.items()}
+    mutable = [name for name in variables if module.is_mutable_collection(name)]
+
+    def run(params):
+        outputs, written = alone.apply(
+            {**variables, "params": params},
+            *args,
+            **kwargs,
+            method=method,
+            rngs=rngs,
+            mutable=mutable,
+        )
+        if any(name != "params" for name in written):
+            raise _WritesError
+        return outputs
+
+    formed = []
+    outputs = evaluate(run, nn.unbox(variables["params"]), lambda: formed.append(True))
+    if formed:
+        _warn_formed(module)
+    return outputs
+
+
+def _run_thin(module: nn.Module, method: str, params: Mapping[str, Any], args, kwargs):
+    """A layer of Flax's own by two; None for other layers, and other calls."""
+    call = call_inputs(module, args, kwargs)
+    if call is None:
+        return None
+    inputs, equation = call
+    if type(module) is nn.Embed and method in ("__call__", "attend"):
+        return run_embed(module, params, inputs, method)
+    if "kernel" in params and method == "__call__":
+        return run_layer(module, params, inputs, equation)
+    return None
 
 
 def _interceptor(next_fun, args, kwargs, context):
     """Runs a layer as two where its kernel is `Factors`."""
     module, method = context.module, context.method_name
     params = module.variables.get("params", {}) if module.scope is not None else {}
+    cell = run_cell(module, params, args, kwargs) if method == "__call__" else None
+    if cell is not None:
+        return cell
+    params = {name: nn.unbox(leaf) for name, leaf in params.items()}
     if not any(is_factors(leaf) for leaf in params.values()):
         return next_fun(*args, **kwargs)
     if method == "setup":
@@ -119,14 +109,13 @@ def _interceptor(next_fun, args, kwargs, context):
         if type(module) is nn.Embed:
             module.embedding = multiply(params["embedding"])  # for who reads it to tie weights
         return None
-    inputs = (*args, *kwargs.values())
-    if len(inputs) == 1 and type(module) is nn.Embed and method in ("__call__", "attend"):
-        return _run_embed(module, params, inputs[0], method)
-    if len(inputs) == 1 and "kernel" in params and method == "__call__":
-        outputs = _run_layer(module, params, inputs[0])
-        if outputs is not None:
-            return outputs
-    return _run_merged(module, method, args, kwargs)
+    if registered(type(module)) is not None:
+        try:
+            return _run_registered(module, method, args, kwargs)
+        except (_WritesError, flax.errors.FlaxError):  # what it writes must not be lost
+            return _run_merged(module, method, args, kwargs)
+    outputs = _run_thin(module, method, params, args, kwargs)
+    return _run_merged(module, method, args, kwargs) if outputs is None else outputs
 
 
 @contextmanager
@@ -199,7 +188,29 @@ def _lift_axes(axes: KernelAxes, taken: tuple[int, ...], ndim: int) -> KernelAxe
     return KernelAxes(move(axes.inputs), move(axes.outputs), (*taken, *move(axes.batch)))
 
 
-def kernel_axes(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> Axes:
+class KernelTable(dict[str, KernelAxes | None]):
+    """The axes of the kernels of a module by path, also of a tree with more or fewer stacks.
+
+    Attributes:
+      seen: By path the axes, and the shape, of each kernel where its layer used it.
+    """
+
+    def __init__(self, seen: dict[str, tuple[KernelAxes | None, tuple[int, ...]]], params: PyTree):
+        self.seen = seen
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
+        found = {_kernels.path_name(key): leaf for key, leaf in leaves}
+        super().__init__({path: self(path, found[path]) for path in seen if path in found})
+
+    def __call__(self, path: str, leaf: Any) -> KernelAxes | None:
+        """The axes of a leaf, of which the shape tells what was stacked."""
+        if path not in self.seen:
+            return _kernels.kernel_axes(path, leaf)
+        named, used = self.seen[path]
+        stored = jnp.shape(leaf)
+        return named and _lift_axes(named, _stack_axes(stored, used), len(stored))
+
+
+def kernel_axes(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> KernelTable:
     """Asks a module for the axes of its kernels, by tracing one call of it.
 
     A tree alone does not tell a stack of kernels, as `nn.scan` and `nn.vmap` make it, from
@@ -212,8 +223,9 @@ def kernel_axes(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any)
       **kwargs: As for `module.apply`.
 
     Returns:
-      The `axes` argument of `rmtjax.plan` and `rmtjax.prune_spectrum`. Grouped and masked
-      convolutions are no matrices (None); kernels of other modules are guessed as without.
+      The `axes` argument of `rmtjax.plan` and `rmtjax.prune_spectrum`: a dictionary from
+      paths to axes. Grouped and masked convolutions are no matrices (None); layers told to
+      `rmtjax.register_layer` are among them; kernels of other modules are guessed as without.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
@@ -223,28 +235,16 @@ def kernel_axes(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any)
       >>> axes("kernel", variables["params"]["kernel"])
       KernelAxes(inputs=(0,), outputs=(1, 2), batch=())
     """
-    known = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.Embed)
     seen: dict[str, tuple[KernelAxes | None, tuple[int, ...]]] = {}
 
     def record(next_fun, args, kwargs, context):
         called = context.module
         outputs = next_fun(*args, **kwargs)
-        if type(called) in known:
-            for name in _kernels.NAMES:
-                if called.has_variable("params", name):
-                    shape = jnp.shape(called.get_variable("params", name))
-                    path = "/".join((*called.path, name))
-                    seen[path] = (_layer_axes(called, len(shape)), shape)
+        if called.scope is not None and context.method_name != "setup":
+            for name, known in own_kernels(called, args, kwargs).items():
+                seen["/".join((*called.path, name))] = known
         return outputs
 
     with nn.intercept_methods(record):
         jax.eval_shape(lambda variables: module.apply(variables, *args, **kwargs), variables)
-
-    def axes(path: str, leaf: Any) -> KernelAxes | None:
-        if path not in seen:
-            return _kernels.kernel_axes(path, leaf)
-        named, used = seen[path]
-        stored = jnp.shape(leaf)
-        return named and _lift_axes(named, _stack_axes(stored, used), len(stored))
-
-    return axes
+    return KernelTable(seen, variables["params"])

@@ -17,7 +17,9 @@ LAYER = {
     "_steps": 0,
     "_typing": 0,
     "_version": 0,
+    "_einsum": 1,
     "_kernels": 1,
+    "_layers": 1,
     "_spectrum": 1,
     "marchenko_pastur": 1,
     "tracy_widom": 1,
@@ -29,7 +31,9 @@ LAYER = {
     "_masks": 4,
     "_measure": 4,
     "_penalty": 4,
+    "_products": 4,
     "ranks": 4,
+    "_linen_layers": 5,
     "_plan": 5,
     "_pruning": 5,
     "_entries": 6,
@@ -44,7 +48,7 @@ LAYER = {
 # What is not free to all belongs to one file; optax to those that know optimizers.
 FREE = {"jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
 OWNERS = {
-    "flax": {"linen"},
+    "flax": {"_linen_layers", "linen"},
     "matplotlib": {"plots"},
     "optax": {"_entries", "_opt_state", "_transform"},
 }

@@ -31,8 +31,8 @@ SHORT = {  # options of a shortened run, and the number of its runs
         2,
     ),
     "clean": (
-        "--datasets fashion_mnist --images 900 --validation 100 --seeds 0 --weight-decays 5e-4 --widths 64 "
-        "--epochs 3 --fine-tune-epochs 1 --prune-start 2",
+        "--datasets fashion_mnist --images 900 --validation 100 --seeds 0 --weight-decays 5e-4 "
+        "--widths 64 --epochs 3 --fine-tune-epochs 1 --prune-start 2",
         1,
     ),
     "artefact": ("--datasets fashion_mnist --seeds 0 1 --widths 64 --epochs 2", 4),

@@ -1,0 +1,139 @@
+"""The layers of `flax.linen` that hold kernels: along which axes, and how two run for one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rmtjax import _kernels
+from rmtjax._einsum import einsum_axes, split_einsum
+from rmtjax._factors import Factors, is_factors
+from rmtjax._layers import registered
+from rmtjax._typing import KernelAxes
+
+KNOWN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose, nn.Embed)
+# Read kernels that have a place of their own, and multiply with several at once. The cell
+# beside it computes the same of the same tree, by layers.
+CELLS: dict[type[nn.Module], type[nn.Module]] = {nn.OptimizedLSTMCell: nn.LSTMCell}
+
+
+def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def call_inputs(module: nn.Module, args, kwargs) -> tuple[Any, str | None] | None:
+    """The one input of a layer's call, and the equation of an einsum; None for other calls."""
+    values = [*args, *kwargs.values()]
+    equation = getattr(module, "einsum_str", None)
+    if type(module) is nn.Einsum:
+        told = [value for value in values if isinstance(value, str)]
+        values = [value for value in values if not isinstance(value, str) and value is not None]
+        equation = (*told, equation)[0]
+    return (values[0], equation) if len(values) == 1 else None
+
+
+def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes | None:
+    """The axes of the kernel of one of Flax's layers; None where it is no matrix."""
+    first = ndim - 1
+    if type(module) is nn.Einsum:
+        return einsum_axes(equation) if equation else None
+    if type(module) is nn.DenseGeneral:
+        batch = len(_as_tuple(module.batch_dims))
+        first = batch + len(_as_tuple(module.axis))
+        return KernelAxes(
+            tuple(range(batch, first)), tuple(range(first, ndim)), tuple(range(batch))
+        )
+    if type(module) is nn.Conv and (module.feature_group_count > 1 or module.mask is not None):
+        return None
+    if type(module) is nn.ConvTranspose and (module.transpose_kernel or module.mask is not None):
+        return None
+    return KernelAxes(tuple(range(first)), (first,)) if type(module) in KNOWN else None
+
+
+def own_kernels(module: nn.Module, args, kwargs) -> dict[str, tuple[KernelAxes | None, tuple]]:
+    """The kernels of a layer by name, as it is called: axes and shape."""
+    shape = lambda name: jnp.shape(nn.unbox(module.get_variable("params", name)))
+    mine = registered(type(module))
+    if mine is not None:
+        return {name: (axes, shape(name)) for name, axes in mine.items() if has(module, name)}
+    if type(module) not in KNOWN:
+        return {}
+    call = call_inputs(module, args, kwargs)
+    equation = call[1] if call else None
+    axes = lambda name: layer_axes(module, len(shape(name)), equation)
+    return {name: (axes(name), shape(name)) for name in _kernels.NAMES if has(module, name)}
+
+
+def has(module: nn.Module, name: str) -> bool:
+    """Whether a module has a parameter of this name."""
+    return module.has_variable("params", name)
+
+
+def _einsum_stages(module: nn.Einsum, factors: Factors, equation: str | None):
+    axes = einsum_axes(equation) if equation else None
+    if axes is None or len(axes.inputs) + len(axes.batch) != factors.left.ndim - 1:
+        return None
+    left, right = split_einsum(equation or "", axes)
+    first = {"einsum_str": left, "shape": factors.left.shape, "use_bias": False}
+    second = {"einsum_str": right, "shape": factors.right.shape}
+    return tuple(module.clone(parent=None, **fields) for fields in (first, second))
+
+
+def _stages(module: nn.Module, factors: Factors, equation: str | None):
+    """The two layers that stand for one; None where the factors do not fit it."""
+    if type(module) is nn.Einsum:
+        return _einsum_stages(module, factors, equation)
+    batch = len(_as_tuple(getattr(module, "batch_dims", ())))
+    axes = layer_axes(module, factors.left.ndim + factors.right.ndim - 2 - batch, None)
+    if axes is None or len(axes.inputs) != factors.left.ndim - 1 - batch:
+        return None
+    thin = {"parent": None, "features": factors.left.shape[-1], "use_bias": False}
+    if type(module) is nn.Dense:
+        return module.clone(**thin), module.clone(parent=None)
+    if type(module) is nn.DenseGeneral:
+        second = module.clone(parent=None, axis=-1, batch_dims=tuple(range(batch)))
+        return module.clone(**thin), second
+    if type(module) in (nn.Conv, nn.ConvTranspose):
+        same = ("features", "use_bias", "dtype", "param_dtype", "precision")
+        second = nn.Dense(**{name: getattr(module, name) for name in same}, parent=None)
+        return module.clone(**thin), second
+    return None
+
+
+def run_layer(module: nn.Module, params: Mapping[str, Any], inputs, equation: str | None):
+    """A layer whose kernel is `Factors`, as two; None where that cannot be."""
+    factors = params["kernel"]
+    stages = _stages(module, factors, equation)
+    if stages is None:
+        return None
+    first, second = stages
+    hidden = first.apply({"params": {"kernel": factors.left}}, inputs)
+    return second.apply({"params": {**params, "kernel": factors.right}}, hidden)
+
+
+def run_embed(module: nn.Embed, params: Mapping[str, Any], inputs, method: str):
+    """Rows of the left factor, then the right one; `attend` the other way round."""
+    left, right = params["embedding"]
+    table = module.clone(parent=None, features=left.shape[-1])
+    rows = {"params": {"embedding": left}}
+    dense = lambda kernel, x: nn.Dense(
+        kernel.shape[-1],
+        use_bias=False,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        parent=None,
+    ).apply({"params": {"kernel": kernel}}, x)
+    if method == "attend":
+        return table.apply(rows, dense(right.T, inputs), method=method)
+    return dense(right, table.apply(rows, inputs))
+
+
+def run_cell(module: nn.Module, params: Mapping[str, Any], args, kwargs):
+    """A cell that has factors below it, by the cell that is made of layers; None for others."""
+    below = [leaf for own in params.values() if isinstance(own, Mapping) for leaf in own.values()]
+    if type(module) not in CELLS or not any(map(is_factors, nn.unbox(below))):
+        return None
+    names = (f for f in module.__dataclass_fields__ if f not in ("parent", "name"))
+    fields = {name: getattr(module, name) for name in names}
+    return CELLS[type(module)](**fields, parent=None).apply({"params": params}, *args, **kwargs)
