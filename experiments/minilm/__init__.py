@@ -1,0 +1,1 @@
+"""A pretrained sentence encoder under truncation: `python -m experiments.minilm --help`."""
