@@ -1,0 +1,79 @@
+"""A tree as arrays with names, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from rmtjax._factors import is_factors
+from rmtjax._kernels import path_name
+from rmtjax._names import halves
+from rmtjax._tensors import CODES, Entry
+
+Keys = tuple[str | int, ...]
+
+
+def _as_array(name: str, leaf: Any) -> Any:
+    """A leaf that a checkpoint can hold; a Python number is what jax would make of it."""
+    if not hasattr(leaf, "dtype") and isinstance(leaf, bool | int | float | complex):
+        leaf = jnp.asarray(leaf)
+    dtype = getattr(leaf, "dtype", type(leaf).__name__)
+    if dtype not in CODES:
+        raise ValueError(
+            f"the tree has a leaf of dtype {dtype} at {name!r}, which no checkpoint holds: leave "
+            "it out, or cast it. Of a random key, take `jax.random.key_data`."
+        )
+    return leaf
+
+
+def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:
+    """Path to array or factors, name to array, and path to keys where it does not tell them."""
+    leaves, arrays, keys = {}, {}, {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors):
+        path = path_name(key_path)
+        if not path:
+            raise ValueError("a tree must have a name for each leaf: put the leaf in a dictionary.")
+        told = _dictionary_keys(path, key_path)
+        if told != tuple(path.split("/")):
+            keys[path] = told
+        parts = zip(halves(path), leaf, strict=True) if is_factors(leaf) else [(path, leaf)]
+        for name, array in parts:
+            if name in arrays:
+                raise ValueError(f"two leaves have the path {name!r}: rename one of them.")
+            arrays[name] = _as_array(name, array)
+        leaves[path] = leaf if is_factors(leaf) else arrays[path]
+    return leaves, arrays, keys
+
+
+def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
+    """The keys of the dictionaries that lead to a leaf; None where other nodes do."""
+    boxed = len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value")
+    keys: tuple[Any, ...] = tuple(
+        getattr(key, "key", None) for key in key_path[: len(key_path) - boxed]
+    )
+    plain = all(type(key) in (str, int) for key in keys) and "/".join(map(str, keys)) == path
+    return keys if plain else None
+
+
+def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str | int, Any]:
+    """Nested dictionaries of the leaves; what is not told of a path is as its slashes say."""
+    tree: dict[str | int, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = keys.get(path) or path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path!r} lies below another leaf: restore it by `like`")
+        if last in node:
+            raise ValueError(f"{path!r} is both a leaf and a dictionary: restore it by `like`")
+        node[last] = leaf
+    return tree
+
+
+def entries(arrays: Mapping[str, Any]) -> dict[str, Entry]:
+    """Name to shape and dtype."""
+    return {name: Entry(tuple(a.shape), np.dtype(a.dtype)) for name, a in arrays.items()}
