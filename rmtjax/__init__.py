@@ -1,8 +1,10 @@
 """Random matrix theory for the weights of neural networks, in JAX."""
 
 from rmtjax import (
+    checkpoint as checkpoint,
     linen as linen,
     marchenko_pastur as marchenko_pastur,
+    nnx as nnx,
     ranks as ranks,
     shrinkage as shrinkage,
     sparsity as sparsity,

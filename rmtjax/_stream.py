@@ -1,0 +1,261 @@
+"""Checkpoint files that may be larger than memory: analyzed and compressed a kernel at a time."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from rmtjax import _manifest, _names, ranks
+from rmtjax._change import Changed, noise_levels, read_leaf, tell, truncated
+from rmtjax._files import open_tensors, Tensors, write_tensors
+from rmtjax._names import choose, find_leaves, read_manifest
+from rmtjax._plan import Plan, plan
+from rmtjax._typing import Axes, BulkFit, Where
+from rmtjax.report import Report
+from rmtjax.shrinkage import Shrink
+
+FilePath = str | os.PathLike[str]
+# Called before each step, with the number of steps done, that of all steps, and a path.
+Progress = Callable[[int, int, str], None]
+
+
+def _check_dtype(dtype: Any) -> np.dtype | None:
+    if dtype is None:
+        return None
+    found = np.dtype(dtype)
+    if found.name not in ("float32", "float64"):
+        raise ValueError(
+            f"`dtype` must be float32 or float64, got {found}: it is that of the computation; what "
+            "is written keeps the dtype of the kernel."
+        )
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise ValueError(
+            "`dtype` float64 needs `jax.config.update('jax_enable_x64', True)` before it."
+        )
+    return found
+
+
+def _at(path: str, value: Any) -> Any:
+    """An option of one kernel; None where a dictionary leaves it out."""
+    if not isinstance(value, Mapping):
+        return value
+    return {path: value[path]} if path in value else None
+
+
+class _Steps:
+    """Tells the progress; counts what has been done."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, path: str) -> None:
+        if self.progress is not None:
+            self.progress(self.done, self.total, path)
+        self.done += 1
+
+
+def _plan_kernels(
+    tensors: Tensors,
+    kernels: Mapping[str, Any],
+    steps: _Steps,
+    *,
+    dtype: np.dtype | None,
+    axes: Axes | None,
+    fits: Mapping[str, BulkFit],
+    batch: int | Mapping[str, int] | None,
+    **options: Any,
+) -> Plan:
+    """The plan of a file, a kernel at a time: each shape is compiled once for all."""
+    name_axes = axes if callable(axes) else _names.kernel_axes
+    rows = Plan()
+    for path, spec in kernels.items():
+        steps(path)
+        rows |= plan(
+            {path: read_leaf(tensors, path, spec, dtype)},
+            where=lambda path, leaf: True,
+            axes=(_at(path, axes) if isinstance(axes, Mapping) else None) or name_axes,
+            fits=_at(path, fits),
+            batch=_at(path, batch),
+            **options,
+        )
+    return rows
+
+
+def analyze_file(
+    path: FilePath,
+    *,
+    rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
+    where: Where | None = None,
+    axes: Axes | None = None,
+    fits: Mapping[str, BulkFit] | None = None,
+    min_size: int = 50,
+    batch: int | Mapping[str, int] | None = None,
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Looks at every kernel of a checkpoint, one in memory at a time; changes nothing.
+
+    Args:
+      path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
+      rule: A rank rule of `rmtjax.ranks`.
+      where: `where(path, leaf)` chooses the kernels by name, shape and dtype; the leaf is a
+        `jax.ShapeDtypeStruct`, or `Factors` of two. By default Flax's `kernel` and `embedding`,
+        and Torch's weights with two axes or more.
+      axes: The axes that make a kernel a matrix, as in `rmtjax.plan`. By default guessed from
+        Flax's names, and for Torch's, which are stored as (outputs, inputs, *window), the first
+        axis against the others. Torch's fused kernels (q, k and v; the gates of a recurrent layer)
+        are one matrix; a stack of kernels cannot be told from its name, and has a row that says so.
+      fits: Noise levels to use instead of new fits, as in `rmtjax.plan`. What `compress_file`
+        has cut is judged by those in the file.
+      min_size: Kernels with a shorter short side get a row without a fit.
+      batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
+      dtype: float32 or float64, in which spectra are computed; by default that of the kernel,
+        float32 at least.
+      progress: `progress(done, total, path)` is called before each kernel.
+
+    Returns:
+      A `Report`, the one that `rmtjax.analyze` makes of the tree.
+
+    Raises:
+      ValueError: The file is damaged, holds no kernel, or an option does not fit.
+      OSError: It cannot be read.
+
+    Examples:
+      >>> import jax, pathlib, tempfile
+      >>> from rmtjax import checkpoint
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder, "model.safetensors")
+      ...     checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
+      ...     print(checkpoint.analyze_file(path).rows[0].reason)
+      factorized: 1 of 200 are signal, rank 1
+    """
+    with open_tensors(path) as tensors:
+        told = read_manifest(tensors)
+        leaves = find_leaves(tensors, told)
+        kernels = choose(leaves, where, axes)
+        options = {"rule": rule, "min_size": min_size, "batch": batch, "multiple": 1}
+        found = _plan_kernels(
+            tensors,
+            kernels,
+            _Steps(progress, len(kernels)),
+            dtype=_check_dtype(dtype),
+            axes=axes,
+            fits=noise_levels(told, leaves, fits),
+            **options,
+        )
+    return Report(found)
+
+
+def _check_out(path: FilePath, out: FilePath) -> None:
+    """Refuses to write over what is still to be read."""
+    source, target = Path(path).resolve(), Path(out).resolve()
+    if target == source or source in target.parents:
+        raise ValueError(
+            f"`out` must not be the input, nor lie in it, got {os.fspath(out)!r} for "
+            f"{os.fspath(path)!r}: the input is read while the output is written."
+        )
+
+
+def compress_file(
+    path: FilePath,
+    out: FilePath,
+    *,
+    rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
+    keep: float = 0.0,
+    shrink: Shrink | None = None,
+    where: Where | None = None,
+    axes: Axes | None = None,
+    fits: Mapping[str, BulkFit] | None = None,
+    min_rank: int = 1,
+    multiple: int = 8,
+    min_size: int = 50,
+    batch: int | Mapping[str, int] | None = None,
+    mode: Literal["factorize", "truncate"] = "factorize",
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Writes a checkpoint whose kernels are cut to their signal; one is in memory at a time.
+
+    The file is read twice: once to plan, once to write. What is no kernel, or is kept, is copied
+    bit by bit. The output is there when all of it has been written, and carries its plan: it can be
+    analyzed and compressed again, and `rmtjax.checkpoint.restore` makes a tree of it.
+
+    Args:
+      path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
+      out: The .safetensors file to write; it takes the place of what is there.
+      rule: As in `analyze_file`.
+      keep: As in `rmtjax.plan`.
+      shrink: As in `rmtjax.plan`.
+      where: As in `analyze_file`.
+      axes: As in `analyze_file`.
+      fits: As in `analyze_file`.
+      min_rank: As in `rmtjax.plan`.
+      multiple: As in `rmtjax.plan`.
+      min_size: As in `rmtjax.plan`.
+      batch: As in `rmtjax.plan`.
+      mode: "factorize" writes PATH/left and PATH/right where these are smaller; "truncate" keeps
+        names and shapes, for programs that know nothing of factors.
+      dtype: As in `analyze_file`; the output has the dtypes of the input.
+      progress: `progress(done, total, path)` is called before each kernel that is planned, and
+        before each tensor that is written.
+
+    Returns:
+      A `Report` of what has been done.
+
+    Raises:
+      ValueError: As `analyze_file`; or `out` lies in the input, or a factor would have the name of
+        another tensor.
+      OSError: The input cannot be read, or the output not written.
+
+    Examples:
+      >>> import jax, pathlib, tempfile
+      >>> from rmtjax import checkpoint
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path, out = (pathlib.Path(folder, name) for name in ("dense", "thin.safetensors"))
+      ...     checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
+      ...     report = checkpoint.compress_file(path, out)
+      ...     print(checkpoint.restore(out)["Dense_0"]["kernel"].left.shape)
+      (200, 8)
+    """
+    if mode not in ("factorize", "truncate"):
+        raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
+    _check_out(path, out)
+    dtype = _check_dtype(dtype)
+    with open_tensors(path) as tensors:
+        told = read_manifest(tensors)
+        leaves = find_leaves(tensors, told)
+        kernels = choose(leaves, where, axes)
+        steps = _Steps(progress, len(kernels) + len(leaves))
+        found = _plan_kernels(
+            tensors,
+            kernels,
+            steps,
+            dtype=dtype,
+            axes=axes,
+            fits=noise_levels(told, leaves, fits),
+            batch=batch,
+            rule=rule,
+            keep=keep,
+            shrink=shrink,
+            min_rank=min_rank,
+            multiple=multiple,
+            min_size=min_size,
+        )
+        if mode == "truncate":
+            found = Plan({path: truncated(row) for path, row in found.items()})
+        changed = Changed(tensors, leaves, found, dtype)
+        steps.total = len(kernels) + len(changed.entries)
+        metadata = {**tensors.metadata, _manifest.KEY: tell(told, found, rule, changed)}
+
+        def read(name: str) -> np.ndarray:
+            steps(name)
+            return changed.read(name)
+
+        write_tensors(out, changed.entries, read, metadata)
+    return Report(found)

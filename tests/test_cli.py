@@ -1,0 +1,201 @@
+"""The command line: what it prints and writes, and how it fails."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import rmtjax
+from rmtjax import _change, checkpoint, cli
+from rmtjax._files import Entry, open_tensors, write_tensors
+
+
+def spiked(seed):
+    noise = np.random.default_rng(seed).standard_normal((80, 60)).astype(np.float32)
+    noise[:, :2] += 4
+    return noise
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save(tmp_path, **{"a.weight": spiked(0), "b.weight": spiked(1), "b.bias": np.ones(60)})
+
+
+def save(folder, **tensors):
+    entries = {name: Entry(array.shape, array.dtype) for name, array in tensors.items()}
+    path = folder / "model.safetensors"
+    write_tensors(path, entries, tensors.__getitem__, {})
+    return str(path)
+
+
+def names(path):
+    with open_tensors(path) as tensors:
+        return set(tensors.entries)
+
+
+def usage_error(capsys, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(argv))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_analyze_prints_the_table_and_writes_what_is_asked_for(tmp_path, model, capsys):
+    files = {form: tmp_path / f"report.{form}" for form in ("json", "csv", "html")}
+    options = [word for form, path in files.items() for word in (f"--{form}", str(path))]
+    assert cli.main(["analyze", model, "--level", "0.05", *options]) == 0
+    shown = capsys.readouterr()
+    report = checkpoint.analyze_file(model, rule=rmtjax.ranks.bema(level=0.05))
+    assert shown.out == f"{report.table()}\n"
+    assert shown.err == ""  # no progress where no terminal is
+    assert json.loads(files["json"].read_text())["rows"] == report.to_dict()["rows"]
+    rows = files["csv"].read_text().splitlines()
+    assert [row["path"] for row in csv.DictReader(rows)] == ["a.weight", "b.weight"]
+    page = files["html"].read_text()
+    assert page.startswith("<!doctype html>")
+    assert report.to_html() in page
+    assert "src=" not in page
+    assert "http" not in page
+    assert cli.main(["analyze", model, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("mode", ["factorize", "truncate"])
+def test_compress_writes_a_file_and_says_what_it_did(tmp_path, model, capsys, mode):
+    out = str(tmp_path / "out.safetensors")
+    argv = ["compress", model, "--out", out, "--rule", "fixed:16", "--mode", mode]
+    assert cli.main([*argv, "--exclude", "re:^b", "--dtype", "float64", "--device", "cpu"]) == 0
+    table, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert f"{mode}d: 16 of 60" in table
+    assert "b.weight" not in table
+    assert f" -> {out}, " in last
+    halves = {"a.weight/left", "a.weight/right"}
+    expected = halves if mode == "factorize" else {"a.weight"}
+    assert names(out) == {"b.weight", "b.bias"} | expected
+    assert np.dtype(float) != rmtjax.spectrum(np.ones((2, 2))).eigenvalues.dtype  # 64 bits are off
+
+
+def test_an_output_is_replaced_by_force_only(tmp_path, model, capsys):
+    out = tmp_path / "out.safetensors"
+    out.write_text("precious")
+    argv = ["compress", model, "--out", str(out), "--rule", "fixed:16", "--quiet"]
+    assert cli.main(argv) == 1
+    assert "--force" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert cli.main([*argv, "--force"]) == 0
+    assert "a.weight/left" in names(out)
+    assert cli.main(["compress", model, "--out", model, "--force"]) == 1
+    assert "must not be the input" in capsys.readouterr().err
+    assert "a.weight" in names(model)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rule", "beam"], "--rule must be bema, gavish_donoho, energy:SHARE or fixed:RANK"),
+        (["--rule", "energy"], "--rule must be"),
+        (["--rule", "bema:3"], "--rule must be"),
+        (["--rule", "fixed:many"], "--rule fixed:many"),
+        (["--rule", "energy:1.5"], "`share` must be in"),
+        (["--rule", "fixed:16", "--level", "0.1"], "options of the rule bema"),
+        (["--level", "2"], "`level` must be in"),
+        (["--keep", "2"], "`keep` must be in"),
+        (["--min-size", "0"], "`min_size` must be"),
+        (["--include", "re:("], "no regular expression"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--dtype", "float16"], "invalid choice"),
+        (["--json", "out"], "is named twice, or lies in FILE"),
+    ],
+)
+def test_wrong_usage_is_told_before_the_work(tmp_path, monkeypatch, model, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in usage_error(capsys, "compress", model, "--out", "out", *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("argv", [[], ["shrink"], ["analyze"], ["compress", "model.safetensors"]])
+def test_missing_arguments_are_wrong_usage(capsys, argv):
+    assert "usage: rmtjax" in usage_error(capsys, *argv)
+
+
+@pytest.mark.parametrize(("argv", "shown"), [("--help", "exit codes:"), ("--version", "rmtjax ")])
+def test_help_and_version(capsys, argv, shown):
+    for words in ([argv], ["compress", argv])[: 1 + (argv == "--help")]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        assert stopped.value.code == 0
+        assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["analyze", "missing"], "missing"),
+        (["analyze", "model.safetensors", "--include", "c.*"], "'c.*' matches no tensor, of 3"),
+        (["analyze", "model.safetensors", "--include", "*.bias"], "no tensor is chosen"),
+        (["analyze", "damaged"], "cannot read 'damaged'"),
+        (["compress", "model.safetensors", "--out", "nowhere/out"], "is no folder"),
+        (["compress", "model.safetensors", "--out", "damaged/out"], "is no folder"),
+    ],
+)
+def test_a_failure_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, model, capsys, argv, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged").write_bytes(b"\xff" * 100)
+    assert cli.main(argv) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("rmtjax: ")
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged", "model.safetensors"}
+
+
+def test_a_name_in_full_makes_a_kernel_of_any_tensor(tmp_path, capsys):
+    path = save(tmp_path, projection=spiked(0), mask=spiked(1))
+    assert cli.main(["analyze", path, "--include", "projection"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["projection"]
+
+
+def test_hostile_names_steer_neither_the_terminal_nor_the_page(tmp_path, capsys):
+    hostile = {"\x1b[2J\n<script>x</script>.weight": spiked(0), "../../{0}.weight": spiked(1)}
+    page = tmp_path / "page.html"
+    assert cli.main(["analyze", save(tmp_path, **hostile), "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert len(shown.splitlines()) == 3
+    assert "<script>" not in page.read_text()
+
+
+def test_an_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, model, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_change, "factorize", interrupt)
+    argv = ["compress", model, "--out", str(tmp_path / "out"), "--rule", "fixed:16"]
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == "rmtjax: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_is_shown_on_a_terminal(monkeypatch, model, capsys, rich):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["analyze", model]) == 0
+    shown = capsys.readouterr()
+    assert ("kernels" if rich else "[2/2] b.weight") in shown.err
+    assert "a.weight" in shown.out
+
+
+def test_the_module_runs_and_is_quiet_when_its_reader_goes(model):
+    command = [sys.executable, "-m", "rmtjax", "analyze", model]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
