@@ -112,6 +112,27 @@ def split(u, s, vt, rank: int) -> Factors:
     return Factors(u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :])
 
 
+def split_long(
+    matrix: Float[Array, "*batch m n"], rank: int, change: Callable[[Array], Array]
+) -> Factors:
+    """As `split` of the decomposition, its values changed, of a matrix of unequal sides.
+
+    The triangle R of A = Q R has the singular values and the right vectors V of A, and
+    A V S^-1 are its left ones. The decomposition is that of the shorter side, and neither Q
+    nor the vectors that are cut are formed: no more than two copies of the matrix.
+    """
+    if matrix.shape[-2] < matrix.shape[-1]:
+        right, left = split_long(matrix.mT, rank, change)
+        return Factors(left.mT, right.mT)
+    long = lift(matrix)
+    _, s, vt = svd(jnp.linalg.qr(long, mode="r"))
+    root = jnp.sqrt(change(s)[..., :rank])
+    s, vt = s[..., :rank], vt[..., :rank, :]
+    # A direction of nothing has no left vector, and needs none.
+    weight = jnp.where(s > 0, root / jnp.where(s > 0, s, 1), 0)
+    return Factors(_product(long, weight[..., None, :] * vt.mT), root[..., :, None] * vt)
+
+
 def shrink_values(
     s: Float[Array, "*batch k"],
     shrink: Callable[[Array, Array], Array],

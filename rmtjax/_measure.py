@@ -1,6 +1,7 @@
 """Spectra, noise and signal of the kernels of a tree, those of one shape at once."""
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,20 +60,29 @@ def _num_populated(spectrum: Spectrum) -> Int[Array, ""]:
 
 
 @partial(jax.jit, static_argnums=1)
-def _measure(matrices, rule, fits: BulkFit | None) -> Measurement:
-    """Measures each matrix of a stack, or each pair of a stack of factors."""
-    spectra = jax.vmap(_spectrum_of)(matrices)
-    size = jnp.full(spectra.ratio.shape, spectra.eigenvalues.shape[-1], jnp.int32)
+def _find_spectra(kernels: list, axes: tuple[KernelAxes, ...]):
+    """The spectra of kernels of one shape, and how many directions each has.
+
+    Apart from the fit, which is compiled for a number of eigenvalues and not for each shape.
+    """
+    stacks = [to_stack(kernel, own) for kernel, own in zip(kernels, axes, strict=True)]
+    joined = stacks[0]  # large, and not to be copied if it is the only one
+    if len(stacks) > 1:
+        joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
+    spectra = jax.vmap(_spectrum_of)(joined)
+    if is_factors(joined):
+        return spectra, jax.vmap(_num_populated)(spectra)
+    return spectra, jnp.full(spectra.ratio.shape, spectra.eigenvalues.shape[-1], jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _judge(spectra: Spectrum, fits: BulkFit | None, rule, thin: bool):
+    """The noise in force, whether the rule may be believed, and what it finds."""
     if fits is None:
-        fits = _unfitted(spectra) if is_factors(matrices) else jax.vmap(rule.fit)(spectra)
-    return Measurement(
-        spectra=spectra,
-        # A fit that was given counted the spikes of its own day.
-        fits=fits._replace(num_spikes=jax.vmap(count_above)(spectra, fits.threshold)),
-        accepted=jax.vmap(rule.accepts)(spectra, fits),
-        signal=jax.vmap(rule)(spectra, fits),
-        populated=jax.vmap(_num_populated)(spectra) if is_factors(matrices) else size,
-    )
+        fits = _unfitted(spectra) if thin else jax.vmap(rule.fit)(spectra)
+    # A fit that was given counted the spikes of its own day.
+    counted = fits._replace(num_spikes=jax.vmap(count_above)(spectra, fits.threshold))
+    return counted, jax.vmap(rule.accepts)(spectra, fits), jax.vmap(rule)(spectra, fits)
 
 
 def _group(leaf: Any, axes: KernelAxes) -> tuple:
@@ -82,21 +92,45 @@ def _group(leaf: Any, axes: KernelAxes) -> tuple:
     return (sides, rank, *(array.dtype for array in jax.tree.leaves(leaf)))
 
 
+def _kind(spectra: Spectrum) -> tuple:
+    """What spectra must have in common to be judged at once."""
+    return spectra.eigenvalues.shape[-1], spectra.eigenvalues.dtype
+
+
+def _collect(paths: Iterable[str], group_of: Callable[[str], tuple]) -> list[list[str]]:
+    """The paths that have something in common, together."""
+    groups: dict[tuple, list[str]] = {}
+    for path in paths:
+        groups.setdefault(group_of(path), []).append(path)
+    return list(groups.values())
+
+
+def _share(paths: list[str], sizes: list[int], results) -> dict[str, Any]:
+    """Results of a group, on the host, of which each path has so many."""
+    ends, results = np.cumsum([0, *sizes]), jax.device_get(results)
+    cut = lambda first, last: jax.tree.map(lambda a: a[first:last], results)
+    return {p: cut(*pair) for p, pair in zip(paths, itertools.pairwise(ends), strict=True)}
+
+
 def measure(kernels: Kernels, rule, given: Mapping[str, BulkFit]) -> dict[str, Measurement]:
     """Measures all kernels, with the noise levels that are given for some of them."""
-    groups: dict[tuple, list[str]] = {}
-    for path, (leaf, axes) in kernels.items():
-        groups.setdefault((path in given, *_group(leaf, axes)), []).append(path)
+    found: dict[str, tuple[Spectrum, Any]] = {}
+    for paths in _collect(kernels, lambda path: _group(*kernels[path])):
+        own = [kernels[path] for path in paths]
+        arrays = [jax.tree.map(jnp.asarray, leaf) for leaf, _ in own]
+        sizes = [_kernels.matrix_shape(kernel_shape(leaf), named)[0] for leaf, named in own]
+        found |= _share(paths, sizes, _find_spectra(arrays, tuple(a for _, a in own)))
     measured = {}
-    for (has_fit, *_), paths in groups.items():
-        stacks = [to_stack(*kernels[path]) for path in paths]
-        fits = _stack_fits([given[path] for path in paths]) if has_fit else None
-        joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
-        results = jax.device_get(_measure(joined, rule, fits))
-        ends = np.cumsum([0, *(len(jax.tree.leaves(stack)[0]) for stack in stacks)])
-        for path, first, last in zip(paths, ends[:-1], ends[1:], strict=True):
-            measured[path] = jax.tree.map(lambda a: a[first:last], results)  # noqa: B023
-    return measured
+    alike = lambda path: (path in given, is_factors(kernels[path][0]), *_kind(found[path][0]))
+    for paths in _collect(kernels, alike):
+        spectra = jax.tree.map(lambda *a: np.concatenate(a), *(found[path][0] for path in paths))
+        fits = _stack_fits([given[path] for path in paths]) if paths[0] in given else None
+        judged = _judge(spectra, fits, rule, is_factors(kernels[paths[0]][0]))
+        sizes = [len(found[path][1]) for path in paths]
+        for path, (fit, accepted, signal) in _share(paths, sizes, judged).items():
+            own, populated = found[path]
+            measured[path] = Measurement(own, fit, accepted, signal, populated)
+    return {path: measured[path] for path in kernels}
 
 
 def _stack_fits(fits: Iterable[BulkFit]) -> BulkFit:

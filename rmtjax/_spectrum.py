@@ -76,5 +76,7 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     matrix = lift(matrix)
     # LAPACK may loop for long, or stop, on what is not finite.
     finite = jnp.isfinite(matrix).all()
-    values = jnp.linalg.svd(jnp.where(finite, matrix, 0), compute_uv=False)
+    safe = jnp.where(finite, matrix, 0)
+    # Full matrices are not returned, but room is made for them.
+    values = jnp.linalg.svd(safe, full_matrices=False, compute_uv=False)
     return from_singular_values(jnp.where(finite, values, jnp.nan), matrix)

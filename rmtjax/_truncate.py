@@ -8,7 +8,6 @@ from jaxtyping import PyTree
 
 from rmtjax import _kernels
 from rmtjax._factors import (
-    compose,
     factored_axes,
     Factors,
     is_factors,
@@ -16,6 +15,7 @@ from rmtjax._factors import (
     multiply,
     shrink_values,
     split,
+    split_long,
     svd,
     to_stack,
 )
@@ -48,13 +48,18 @@ def _check_plan(params: PyTree, plan: Plan) -> None:
             )
 
 
-def _directions(kernel, row: LayerPlan, axes: KernelAxes):
-    """The singular value decomposition of each matrix of a kernel, shrunk as planned."""
-    u, s, vt = svd(to_stack(kernel, axes))
-    if row.shrink is not None and row.fit is not None:
+def _split(kernel, row: LayerPlan, axes: KernelAxes, rank: int) -> Factors:
+    """The factors of each matrix of a kernel, shrunk as planned."""
+    matrices = to_stack(kernel, axes)
+    _, rows, columns = _kernels.matrix_shape(row.shape, axes)
+    change, shrink = lambda s: s, row.shrink
+    if shrink is not None and row.fit is not None:
         variance = jnp.ravel(row.fit.variance)
-        s = shrink_values(s, row.shrink, variance, (u.shape[-2], vt.shape[-1]))
-    return u, s, vt
+        change = lambda s: shrink_values(s, shrink, variance, (rows, columns))
+    if not isinstance(matrices, Factors) and max(rows, columns) >= 2 * min(rows, columns):
+        return split_long(matrices, rank, change)
+    u, s, vt = svd(matrices)
+    return split(u, change(s), vt, rank)
 
 
 def _fold(factors: Factors, kernel, axes: KernelAxes) -> Factors:
@@ -70,11 +75,10 @@ def _fold(factors: Factors, kernel, axes: KernelAxes) -> Factors:
 
 
 def _truncate_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
-    u, s, vt = _directions(kernel, row, axes)
+    left, right = _split(kernel, row, axes, rank)
     if not is_factors(kernel):
-        lower = compose(u, s, vt, rank)
+        lower = multiply(Factors(left, right))
         return _kernels.from_matrices(lower, row.shape, axes).astype(jnp.result_type(kernel))
-    left, right = split(u, s, vt, rank)
     cut = (0, kernel.left.shape[-1] - rank)
     left, right = jnp.pad(left, ((0, 0), (0, 0), cut)), jnp.pad(right, ((0, 0), cut, (0, 0)))
     return _fold(Factors(left, right), kernel, axes)
@@ -83,7 +87,7 @@ def _truncate_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
 def _factorize_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
     if row.action != "factorize":
         return _truncate_kernel(kernel, row, axes, rank)
-    return _fold(split(*_directions(kernel, row, axes), rank), kernel, axes)
+    return _fold(_split(kernel, row, axes, rank), kernel, axes)
 
 
 def _map_planned(change, params: PyTree, plan: Plan) -> PyTree:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import rmtjax
-from rmtjax._factors import multiply, split, svd
+from rmtjax._factors import multiply, split, split_long, svd
 
 SHAPES = [(1, 1), (1, 6), (8, 8), (12, 5), (5, 12)]
 # Roundoff of a factor, times the square root of some terms that are summed.
@@ -203,3 +203,22 @@ def test_one_matrix_does_not_spoil_the_stack():
     product = multiply(split(*svd(stack), 4))
     assert jnp.isnan(product[1]).all()
     np.testing.assert_allclose(product[::2], stack[::2], atol=1e-5)  # float32 LAPACK
+
+
+@pytest.mark.parametrize("shape", [(90, 20), (20, 90), (3, 60, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_split_long_is_split_without_the_long_vectors(shape, dtype):
+    rng = np.random.default_rng(0)
+    matrix = jnp.asarray(rng.normal(size=shape), dtype).at[..., 5].set(0).at[..., 7, :].set(0)
+    shrink = lambda s: s / (1 + s)
+    for change, rank in ((lambda s: s, 6), (lambda s: s, 20), (shrink, 6)):
+        found = split_long(matrix, rank, change)
+        u, s, vt = svd(matrix)
+        wanted = split(u, change(s), vt, rank)
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, wanted)
+        assert all(np.isfinite(leaf).all() for leaf in found)
+        # Vectors have a sign of their own; the products agree to the rounding of the largest.
+        products = [left @ right for left, right in (found, wanted)]
+        np.testing.assert_allclose(*products, rtol=0, atol=1e-5 * float(s.max()))
+        norms = [jnp.linalg.norm(f.left, axis=-2)[..., :6] for f in (found, wanted)]
+        np.testing.assert_allclose(*norms, rtol=1e-4)

@@ -157,7 +157,8 @@ def clean(records: Records) -> Figure:
     """Test accuracy against stored parameters; the mark tells the weight decay."""
     found = tasks(network_outcomes(records))
     figure = Figure(figsize=(6 * len(found), 4), layout="constrained")
-    for ax, task in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for ax, task in zip(axes, found, strict=True):
         for marker, (_, own) in zip("xos+", by_decay(records).items(), strict=False):
             dots = [dot for dot in network_outcomes(own) if dot.task == task]
             for index, arm in enumerate(dict.fromkeys(dot.arm for dot in dots)):
@@ -168,7 +169,7 @@ def clean(records: Records) -> Figure:
         ax.set(title=task.title(), xlabel="stored parameters", ylabel="test accuracy, %")
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())  # a decade has too many to write
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
     return figure
 
 
