@@ -153,7 +153,7 @@ def test_distance_above_the_edge_without_bug_b3():
     ascending[-1] = 1.01 * (1 + math.sqrt(ratio)) ** 2
     got = rmtjax.fit_bema(Spectrum(jnp.float32(ascending[::-1]), jnp.float32(ratio)), level=0.01)
     assert got.edge < ascending[-1] < got.threshold
-    assert got.distance < 0.1  # with the bug 0.95
+    assert got.distance < 0.11  # a step of ten values; with the bug 0.95
 
 
 def test_noise_has_no_spike_without_bug_b5():
