@@ -13,7 +13,7 @@ EXAMPLES = EXAMPLE.findall((ROOT / "README.md").read_text())
 
 
 def test_every_example_has_its_output():
-    assert len(EXAMPLES) == (ROOT / "README.md").read_text().count("```python") == 4
+    assert len(EXAMPLES) == (ROOT / "README.md").read_text().count("```python") == 5
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES)

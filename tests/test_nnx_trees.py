@@ -1,0 +1,99 @@
+"""Trees that a model of `flax.nnx` takes and refuses, and what it holds twice."""
+
+import contextlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from nnx_checks import rank_plan
+from test_nnx import make_thin, net, X
+
+import rmtjax
+from rmtjax import nnx as rmt_nnx
+
+
+class Tied(nnx.Module):
+    """Two layers with one kernel, and biases of their own."""
+
+    def __init__(self, other=None):
+        self.one, self.two = (nnx.Linear(20, 20, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+        self.two.kernel = self.one.kernel
+        if other is not None:
+            self.other = self.one.kernel
+
+
+def test_layers_that_share_a_kernel_share_its_factors():
+    model = Tied()
+    tree = rmt_nnx.params(model)
+    assert "kernel" not in tree["two"]
+    thin = make_thin(model)
+    assert thin.one.left_factor.kernel is thin.two.left_factor.kernel
+    assert thin.one.right_factor.kernel is thin.two.right_factor.kernel
+    assert thin.one.bias is not thin.two.bias
+    merged = rmt_nnx.merge(thin)
+    assert merged.one.kernel is merged.two.kernel
+    np.testing.assert_allclose(merged.two(X), thin.two(X), atol=1e-5)
+
+
+def test_a_kernel_that_something_else_holds_too_is_refused():
+    with pytest.raises(ValueError, match="Tied cannot run with them"):
+        make_thin(Tied(other=True))
+
+
+class Own(nnx.Module):
+    """A layer that nobody has registered."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.eye(20))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tree: {}, "lacks 'bias' of the model"),
+        (lambda tree: tree | {"scale": 1.0}, "has 'scale', which is not in the model"),
+        (lambda tree: tree | {"kernel": jnp.ones((20, 5))}, r"shape \(20, 5\) for 'kernel'"),
+        (
+            lambda tree: tree | {"kernel": rmtjax.Factors(jnp.ones((20, 1)), jnp.ones((1, 5)))},
+            r"shape \(20, 5\) for 'kernel'",
+        ),
+    ],
+    ids=["missing", "extra", "shape", "shape of factors"],
+)
+def test_a_tree_of_another_model_is_refused(change, words):
+    model = nnx.Linear(20, 24, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=words):
+        rmt_nnx.replace(model, change(rmt_nnx.params(model)))
+
+
+def test_factors_for_what_is_no_layer_known_are_refused():
+    factors = {"kernel": rmtjax.Factors(jnp.ones((20, 1)), jnp.ones((1, 20)))}
+    with pytest.raises(ValueError, match=r"for 'kernel', and Own cannot run .* `where`.*register"):
+        rmt_nnx.replace(Own(), factors)
+
+
+def test_what_is_no_model_or_no_option_is_refused():
+    with pytest.raises(TypeError, match="model"):
+        rmt_nnx.params({"kernel": jnp.ones((3, 3))})
+    with pytest.raises((ValueError, TypeError), match="gates"):
+        rmt_nnx.params(net(), gates="all")
+    plan = rank_plan(nnx.Linear(20, 24, rngs=nnx.Rngs(0)), 4)
+    with pytest.raises(ValueError, match="`plan` is for another tree"):
+        rmt_nnx.factorize(nnx.Linear(24, 20, rngs=nnx.Rngs(0)), plan)
+    with pytest.raises(ValueError, match="`plan` is for another tree"):
+        rmt_nnx.truncate(net(), plan)
+
+
+def test_names_of_axes_for_sharding_go_to_the_factors():
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("rows", "columns"))
+    # Newer Flax would shard at once, and want a mesh.
+    lazily = getattr(nnx, "use_eager_sharding", lambda _: contextlib.nullcontext())
+    with lazily(False):
+        model = nnx.Linear(20, 24, kernel_init=init, rngs=nnx.Rngs(0))
+    thin = make_thin(model)
+    keys = ("out_sharding", "sharding")
+    names = lambda kernel: tuple(next(filter(None, map(kernel.get_metadata().get, keys))))
+    assert names(thin.left_factor.kernel) == ("rows", None)
+    assert names(thin.right_factor.kernel) == (None, "columns")
+    assert names(rmt_nnx.merge(thin).kernel) == names(model.kernel) == ("rows", "columns")
