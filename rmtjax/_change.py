@@ -97,14 +97,6 @@ class Changed:
         return factorize({path: leaf}, Plan({path: row}))[path]
 
 
-def truncated(row: LayerPlan) -> LayerPlan:
-    """The plan of a kernel that is to keep its shape."""
-    if row.action != "factorize":
-        return row
-    reason = row.reason.replace("factorized", "truncated", 1)
-    return row._replace(action="truncate", reason=reason)
-
-
 def tell(told: Manifest | None, found: Plan, rule: ranks.RankRule, changed: Changed) -> str:
     """What the output says of itself: the last that was done to each kernel, ever."""
     before = (told and told.plan) or Plan()

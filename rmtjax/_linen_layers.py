@@ -12,7 +12,15 @@ from rmtjax._factors import Factors, is_factors
 from rmtjax._layers import registered
 from rmtjax._typing import KernelAxes
 
-KNOWN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose, nn.Embed)
+KNOWN = (
+    nn.Dense,
+    nn.DenseGeneral,
+    nn.Einsum,
+    nn.Conv,
+    nn.ConvLocal,
+    nn.ConvTranspose,
+    nn.Embed,
+)
 # Read kernels that have a place of their own, and multiply with several at once. The cell
 # beside it computes the same of the same tree, by layers.
 CELLS: dict[type[nn.Module], type[nn.Module]] = {nn.OptimizedLSTMCell: nn.LSTMCell}
@@ -44,6 +52,8 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
         return KernelAxes(
             tuple(range(batch, first)), tuple(range(first, ndim)), tuple(range(batch))
         )
+    if type(module) is nn.ConvLocal:  # has another matrix at each place
+        return None
     if type(module) is nn.Conv and (module.feature_group_count > 1 or module.mask is not None):
         return None
     if type(module) is nn.ConvTranspose and (module.transpose_kernel or module.mask is not None):

@@ -10,10 +10,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rmtjax import _manifest, _names, ranks
-from rmtjax._change import Changed, noise_levels, read_leaf, tell, truncated
+from rmtjax._change import Changed, noise_levels, read_leaf, tell
 from rmtjax._files import open_tensors, Tensors, write_tensors
 from rmtjax._names import choose, find_leaves, read_manifest
 from rmtjax._plan import Plan, plan
+from rmtjax._truncate import in_place
 from rmtjax._typing import Axes, BulkFit, Where
 from rmtjax.report import Report
 from rmtjax.shrinkage import Shrink
@@ -248,7 +249,7 @@ def compress_file(
             min_size=min_size,
         )
         if mode == "truncate":
-            found = Plan({path: truncated(row) for path, row in found.items()})
+            found = Plan({path: in_place(row) for path, row in found.items()})
         changed = Changed(tensors, leaves, found, dtype)
         steps.total = len(kernels) + len(changed.entries)
         metadata = {**tensors.metadata, _manifest.KEY: tell(told, found, rule, changed)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from rmtjax import _kernels
+from rmtjax._cost import Cost
 from rmtjax._factors import (
     factored_axes,
     Factors,
@@ -88,6 +89,18 @@ def _factorize_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
     if row.action != "factorize":
         return _truncate_kernel(kernel, row, axes, rank)
     return _fold(_split(kernel, row, axes, rank), kernel, axes)
+
+
+def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:
+    """What is planned for a kernel, but that it keeps its shape."""
+    if row.action != "factorize":
+        return row
+    reason = row.reason.replace("factorized", "truncated", 1)
+    if cause:
+        head, words = reason.split(": ", 1)
+        reason = f"{head}: {cause} ({words})"
+    cost = row.cost and Cost(*row.cost[:3], *row.cost[:3])
+    return row._replace(action="truncate", reason=reason, cost=cost)
 
 
 def _map_planned(change, params: PyTree, plan: Plan) -> PyTree:

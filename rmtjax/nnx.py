@@ -19,6 +19,7 @@ from rmtjax import _nnx_models, _plan, _truncate, report
 from rmtjax._nnx_layers import read
 from rmtjax._nnx_models import Gates
 from rmtjax._plan import Plan
+from rmtjax._truncate import in_place
 from rmtjax._typing import BulkFit, KernelAxes
 
 
@@ -134,7 +135,8 @@ def plan(
       **options: Other options of `rmtjax.plan`.
 
     Returns:
-      A `Plan` for `truncate` and `factorize`.
+      A `Plan` for `truncate` and `factorize`. Kernels of layers that are not known can be
+      truncated, but not factorized.
 
     Examples:
       >>> import rmtjax
@@ -143,8 +145,11 @@ def plan(
       >>> print(rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       layers/0/kernel  factorized: 16 of 60 are signal, rank 16
     """
-    options = {"axes": kernel_axes(model, gates=gates), **options}
-    return _plan.plan(params(model, gates=gates), fits=_arrays(fits), **options)
+    known = kernel_axes(model, gates=gates)
+    tree, options = params(model, gates=gates), {"axes": known, **options}
+    found = _plan.plan(tree, fits=_arrays(fits), **options)
+    cause = "its layer is not known, unless `rmtjax.register_layer` tells it"
+    return Plan({p: row if known.get(p) else in_place(row, cause) for p, row in found.items()})
 
 
 def analyze(
@@ -172,8 +177,7 @@ def analyze(
       >>> report.rows[0].path, report.rows[0].shape
       ('embedding', (300, 60))
     """
-    options = {"axes": kernel_axes(model, gates=gates), **options}
-    return report.analyze(params(model, gates=gates), fits=_arrays(fits), **options)
+    return report.Report(plan(model, gates=gates, fits=fits, multiple=1, **options))
 
 
 def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:

@@ -56,8 +56,7 @@ class Layer:
 
     @functools.cached_property
     def thin(self):
-        refused = self.cells["factorize"] == "refused"
-        return self.factorize(self.model, rmtjax.Plan() if refused else self.plan)
+        return self.factorize(self.model, self.plan)
 
     @functools.cached_property
     def full(self):

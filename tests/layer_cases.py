@@ -30,7 +30,6 @@ from linen_checks import draw
 ALONE = ("left alone",) * 5
 MERGED = ("yes", "yes", "merged", "merged", "yes")
 IN_PLACE = ("yes", "yes", "in place", "yes", "yes")
-REFUSED = ("yes", "yes", "refused", "left alone", "left alone")
 
 
 class Case(NamedTuple):
@@ -153,7 +152,7 @@ NNX = {
         wrt=nnx.LoRAParam,
     ),
     "own layer, registered": Case(NnxTold, X),
-    "own layer, not registered": Case(NnxUntold, X, REFUSED),
+    "own layer, not registered": Case(NnxUntold, X, IN_PLACE),
 }
 CASES = {f"linen-{name}": case for name, case in LINEN.items()} | {
     f"nnx-{name}": case for name, case in NNX.items()

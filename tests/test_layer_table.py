@@ -15,7 +15,6 @@ from layer_apis import assert_close, by_path, CAPABILITIES, Linen, Nnx
 from layer_cases import CASES
 from linen_checks import RANK
 
-import rmtjax
 from rmtjax import checkpoint, Factors, KernelAxes
 from rmtjax._factors import is_factors
 
@@ -134,10 +133,7 @@ def test_factorize(name):
     found = layer(name)
     cell, leaves = found.cells["factorize"], by_path(found.tree(found.thin))
     factorized = {path for path, leaf in leaves.items() if is_factors(leaf)}
-    if cell == "refused":
-        with pytest.raises(ValueError, match="NnxUntold cannot run with them"):
-            found.factorize(found.model, found.plan)
-    if cell in ("refused", "left alone"):
+    if cell == "left alone":
         jax.tree.map(np.testing.assert_array_equal, leaves, by_path(found.tree(found.model)))
         return
     assert factorized == (set() if cell == "in place" else found.plan.keys())
@@ -166,13 +162,12 @@ def test_train_on(name):
 def test_save(name, tmp_path):
     found, tree = layer(name), layer(name).tree(layer(name).thin)
     path = tmp_path / ("orbax" if list(CASES).index(name) % 2 else "thin.safetensors")
-    plan = rmtjax.Plan() if found.cells["factorize"] == "refused" else found.plan
-    checkpoint.save(path, tree, plan)
+    checkpoint.save(path, tree, found.plan)
     restored = checkpoint.restore(path)
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
     jax.tree.map(np.testing.assert_array_equal, restored, tree)
     decided = lambda plan: {path: (row.action, row.rank) for path, row in plan.items()}
-    assert decided(checkpoint.plan(path)) == decided(plan)
+    assert decided(checkpoint.plan(path)) == decided(found.plan)
     wanted = found.gradients("thin")[1]
     jax.tree.map(np.testing.assert_array_equal, found.gradient(found.refill(restored))[1], wanted)
 

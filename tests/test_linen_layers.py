@@ -58,6 +58,12 @@ def test_einsums_that_are_no_product_are_left_alone(equation):
     assert linen.kernel_axes(module, variables, draw(5, 30)) == {"kernel": None}
 
 
+def test_a_local_convolution_is_left_alone():
+    module, inputs = nn.ConvLocal(24, (3,)), draw(2, 9, 8)
+    variables = make_variables(module, inputs)
+    assert linen.kernel_axes(module, variables, inputs) == {"kernel": None}
+
+
 class Mixer(nn.Module):
     """Two kernels under names of its own, one of them read both ways, and a thing or two more."""
 
