@@ -21,11 +21,13 @@ from rmtjax._typing import BulkFit
 def read_leaf(tensors: Tensors, path: str, leaf: Any, dtype: np.dtype | None) -> Any:
     """A leaf of the file; the numbers of a kernel in `dtype`, if they have bits enough."""
     if is_factors(leaf):
-        left, right = (read_leaf(tensors, half, None, dtype) for half in halves(path))
-        return Factors(jnp.asarray(left), jnp.asarray(right))
+        return Factors(*(jnp.asarray(read_leaf(tensors, h, None, dtype)) for h in halves(path)))
     array = tensors.read(path)
     floating = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize > 1
-    return array.astype(dtype, copy=False) if dtype is not None and floating else array
+    array = array.astype(dtype, copy=False) if dtype is not None and floating else array
+    # Given to JAX here, so that the copy which came from the file is dropped before the work.
+    wide = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+    return array if wide else jnp.asarray(array)
 
 
 def noise_levels(

@@ -43,6 +43,13 @@ def from_singular_values(
     return Spectrum(eigenvalues=eigenvalues, ratio=aspect_ratio(matrix))
 
 
+def _core(matrix: Float[Array, "m n"]) -> Float[Array, "k k2"]:
+    """A smaller matrix with the same singular values: the triangle of a long one."""
+    rows, columns = matrix.shape
+    long = matrix.T if rows < columns else matrix
+    return jnp.linalg.qr(long, mode="r") if len(long) >= 2 * min(rows, columns) else matrix
+
+
 def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     r"""The empirical spectral density of a matrix.
 
@@ -74,9 +81,9 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     matrix = jnp.asarray(matrix)
     check_matrix("spectrum", matrix)
     matrix = lift(matrix)
-    # LAPACK may loop for long, or stop, on what is not finite.
     finite = jnp.isfinite(matrix).all()
-    safe = jnp.where(finite, matrix, 0)
+    # The decomposition may loop for long, or stop, on what is not finite; the triangle does not.
+    safe = jnp.where(finite, _core(matrix), 0)
     # Full matrices are not returned, but room is made for them.
     values = jnp.linalg.svd(safe, full_matrices=False, compute_uv=False)
     return from_singular_values(jnp.where(finite, values, jnp.nan), matrix)
