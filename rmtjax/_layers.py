@@ -12,12 +12,15 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
 
     From then on `rmtjax.linen.kernel_axes` and `rmtjax.nnx.kernel_axes` find them, and a
     layer whose kernels have been factorized runs with two thin products in the place of each
-    product with the kernel. A subclass is another layer: it is registered by itself.
+    product with the kernel, and in linen with its kernel formed, and a warning, where it does
+    something else with it. A subclass is another layer: it is registered by itself. Other modules
+    must not read the kernel of a linen layer that makes it in `setup`.
 
     Args:
       layer: A subclass of `flax.linen.Module` or of `flax.nnx.Module`.
       kernels: From the name of a parameter of the layer to its axes: those contracted with the
-        inputs, and those that the outputs carry.
+        inputs, and those that the outputs carry. Of a kernel that is stored as (outputs, inputs)
+        the transpose is taken, which has the same spectrum.
 
     Raises:
       TypeError: `layer` is no class, or an entry no `KernelAxes`.
@@ -54,7 +57,14 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
                 f"`kernels` must name each axis of {name!r} once, from 0, and have inputs and "
                 f"outputs, got {axes}."
             )
-    _KERNELS[layer] = dict(kernels)
+    _KERNELS[layer] = {name: _in_order(axes) for name, axes in kernels.items()}
+
+
+def _in_order(axes: KernelAxes) -> KernelAxes:
+    """The matrix or its transpose, whichever has its axes in the order of the kernel."""
+    turned = KernelAxes(axes.outputs, axes.inputs, axes.batch)
+    order = (*turned.batch, *turned.inputs, *turned.outputs)
+    return turned if order == tuple(range(len(order))) else axes
 
 
 def registered(layer: type) -> dict[str, KernelAxes] | None:

@@ -141,8 +141,10 @@ def run_embed(module: nn.Embed, params: Mapping[str, Any], inputs, method: str):
 
 def run_cell(module: nn.Module, params: Mapping[str, Any], args, kwargs):
     """A cell that has factors below it, by the cell that is made of layers; None for others."""
+    if type(module) not in CELLS:
+        return None
     below = [leaf for own in params.values() if isinstance(own, Mapping) for leaf in own.values()]
-    if type(module) not in CELLS or not any(map(is_factors, nn.unbox(below))):
+    if not any(map(is_factors, nn.unbox(below))):
         return None
     names = (f for f in module.__dataclass_fields__ if f not in ("parent", "name"))
     fields = {name: getattr(module, name) for name in names}

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Literal
 from jaxtyping import Array, PyTree
@@ -50,10 +51,6 @@ class _Kernel(NamedTuple):
         return [sorted(places).index(place) for place in places]
 
 
-def _cast(kernel: _Kernel, dtype) -> _Kernel:
-    return kernel._replace(factors=Factors(*(f.astype(dtype) for f in kernel.factors)))
-
-
 def _contract(inputs, axes, kernel: _Kernel, contracted, params) -> Array | None:
     """The inputs' own axes, then those of the kernel that are left."""
     sides = kernel.sides(tuple(contracted))
@@ -71,7 +68,8 @@ def _contract(inputs, axes, kernel: _Kernel, contracted, params) -> Array | None
 
 def _dot_general(params, lhs, rhs) -> Array | None:
     (left_axes, right_axes), batch = params["dimension_numbers"]
-    if any(batch) or (isinstance(lhs, _Kernel) and isinstance(rhs, _Kernel)):
+    placed = params.get("out_sharding") is not None  # by name, for the outputs of one product
+    if any(batch) or placed or (isinstance(lhs, _Kernel) and isinstance(rhs, _Kernel)):
         return None
     if isinstance(rhs, _Kernel):
         return _contract(lhs, left_axes, rhs, right_axes, params)
@@ -100,6 +98,13 @@ def _convolve(params, lhs, rhs) -> Array | None:
     return jnp.moveaxis(outputs, -1, feature)
 
 
+def _cast(params, kernel: _Kernel) -> _Kernel | None:
+    dtype = params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None  # rounded factors are not those of a rounded kernel
+    return kernel._replace(factors=Factors(*(factor.astype(dtype) for factor in kernel.factors)))
+
+
 def _transpose(params, kernel: _Kernel) -> _Kernel:
     return kernel._replace(order=tuple(kernel.order[axis] for axis in params["permutation"]))
 
@@ -108,7 +113,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolve,
     "transpose": _transpose,
-    "convert_element_type": lambda params, kernel: _cast(kernel, params["new_dtype"]),
+    "convert_element_type": _cast,
     "copy": lambda params, kernel: kernel,
 }
 
@@ -157,6 +162,33 @@ def _evaluate(closed: ClosedJaxpr, inputs, on_form: Callable[[], None]) -> list[
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def _like(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What a leaf is traced as, factors as the kernel that they stand for."""
+    dtype, weak = jnp.result_type(*jax.tree.leaves(leaf)), getattr(leaf, "weak_type", False)
+    return jax.ShapeDtypeStruct(kernel_shape(leaf), dtype, weak_type=weak)
+
+
+def _trace(function: Callable[[PyTree], PyTree], tree: PyTree):
+    """The program of a function, and how its outputs are made of those of the program."""
+    made = []
+
+    def arrays_of(tree):
+        leaves, treedef = jax.tree.flatten(function(tree))
+        arrays = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        fixed = [leaf for leaf, is_array in zip(leaves, arrays, strict=True) if not is_array]
+        made.append((treedef, arrays, fixed))
+        return [leaf for leaf, is_array in zip(leaves, arrays, strict=True) if is_array]
+
+    closed = jax.make_jaxpr(arrays_of)(tree)
+    treedef, arrays, fixed = made[-1]
+
+    def rebuild(outputs):
+        found, others = iter(outputs), iter(fixed)
+        return treedef.unflatten(next(found if is_array else others) for is_array in arrays)
+
+    return closed, rebuild
+
+
 def evaluate(
     function: Callable[[PyTree], PyTree], tree: PyTree, on_form: Callable[[], None]
 ) -> PyTree:
@@ -167,16 +199,13 @@ def evaluate(
     one, which is formed then. Works under `jit`, `grad` and `vmap`.
 
     Args:
-      function: Pure, of one tree; other arrays may be closed over.
+      function: Pure, of one tree; other arrays may be closed over. What it returns besides
+        arrays is returned as it is.
       tree: With `Factors` among its leaves.
       on_form: Called each time that a kernel has to be formed, while tracing.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_factors)
-    dense = [
-        jax.ShapeDtypeStruct(kernel_shape(leaf), jnp.result_type(*jax.tree.leaves(leaf)))
-        for leaf in leaves
-    ]
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(treedef.unflatten(dense))
+    closed, rebuild = _trace(function, treedef.unflatten(map(_like, leaves)))
     inputs = []
     for leaf in leaves:
         if is_factors(leaf) and not factored_axes(leaf).batch:
@@ -187,5 +216,4 @@ def evaluate(
         else:
             inputs.append(leaf)
     outputs = _evaluate(closed, inputs, on_form)
-    formed = [one.form() if isinstance(one, _Kernel) else one for one in outputs]
-    return jax.tree.structure(shapes).unflatten(formed)
+    return rebuild(one.form() if isinstance(one, _Kernel) else one for one in outputs)

@@ -156,7 +156,8 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
       plan: From `rmtjax.plan`.
 
     Returns:
-      The smaller tree, with `Factors(left, right)` in the place of a kernel.
+      The smaller tree, with `Factors(left, right)` in the place of a kernel, and of its box where
+      it had one of `nn.with_partitioning`.
 
     Raises:
       ValueError: The plan is for another tree.
@@ -168,7 +169,11 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
       >>> rmtjax.factorize(params, plan)["kernel"].left.shape
       (80, 16)
     """
-    return _map_planned(_factorize_kernel, params, plan)
+    # The box of `nn.with_partitioning` names the axes of the kernel, which are no longer there.
+    boxed = lambda node: hasattr(node, "replace_boxed") and is_factors(node.value)
+    thin = _map_planned(_factorize_kernel, params, plan)
+    unbox = lambda node: node.value if boxed(node) else node
+    return jax.tree.map(unbox, thin, is_leaf=lambda node: boxed(node) or is_factors(node))
 
 
 def merge(params: PyTree) -> PyTree:

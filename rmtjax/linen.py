@@ -12,12 +12,13 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import Scope, subtract_filters
 from jaxtyping import PyTree
 
 from rmtjax import _kernels
@@ -27,15 +28,18 @@ from rmtjax._linen_layers import call_inputs, own_kernels, run_cell, run_embed, 
 from rmtjax._products import evaluate
 from rmtjax._typing import KernelAxes
 
+UNKNOWN = (
+    "If it is a layer of Flax's own, make the plan with `axes=rmtjax.linen.kernel_axes(module, "
+    "variables, inputs)`; if it is one of your own that only multiplies by its kernel, tell it to "
+    "`rmtjax.register_layer`; else leave the kernel out"
+)
 
-def _warn_formed(module: nn.Module) -> None:
+
+def _warn_formed(module: nn.Module, cause: str = UNKNOWN) -> None:
     place = "/".join(module.path)
     warnings.warn(
         f"{type(module).__name__} {place!r} runs with its factors multiplied out, which is "
-        "correct and saves no time. If it is a layer of Flax's own, make the plan with "
-        "`axes=rmtjax.linen.kernel_axes(module, variables, inputs)`; if it is one of your own "
-        "that only multiplies by its kernel, tell it to `rmtjax.register_layer`; else leave the "
-        "kernel out with `where`.",
+        f"correct and saves no time. {cause} with `where`.",
         stacklevel=2,
     )
 
@@ -50,34 +54,29 @@ def _run_merged(module: nn.Module, method: str, args, kwargs):
     return nn.map_variables(run, "params", merge)(module, *args, **kwargs)
 
 
-class _WritesError(Exception):
-    """A layer writes variables, which a pure function cannot."""
-
-
 def _run_registered(module: nn.Module, method: str, args, kwargs):
     """A layer of one's own with two thin products for each with its kernel."""
-    alone, variables = module.clone(parent=None), module.variables
-    assert module.scope is not None  # for the type checker: it is being called
-    rngs = {name: cast(Any, rng).as_jax_rng() for name, rng in module.scope.rngs.items()}
-    mutable = [name for name in variables if module.is_mutable_collection(name)]
+    scope, formed = module.scope, []
+    assert scope is not None  # for the type checker: it is being called
+    # Apart from that of the caller, which must not hold what belongs to the trace.
+    mutable, counters = subtract_filters(scope.mutable, "params"), dict(scope.rng_counters)
 
     def run(params):
-        outputs, written = alone.apply(
-            {**variables, "params": params},
-            *args,
-            **kwargs,
-            method=method,
-            rngs=rngs,
-            mutable=mutable,
-        )
-        if any(name != "params" for name in written):
-            raise _WritesError
-        return outputs
+        variables: Any = {**module.variables, "params": params}
+        rngs: Any = dict(scope.rngs)
+        own = Scope(variables, rngs, mutable=mutable)
+        own.rng_counters = counters
+        outputs = getattr(module.clone(parent=own), method)(*args, **kwargs)
+        return outputs, own.mutable_variables()
 
-    formed = []
-    outputs = evaluate(run, nn.unbox(variables["params"]), lambda: formed.append(True))
+    params = nn.unbox(module.variables["params"])
+    outputs, written = evaluate(run, params, lambda: formed.append(True))
+    scope.rng_counters.update(counters)
+    for collection, variables in written.items():
+        for name, value in variables.items():
+            scope.put_variable(collection, name, value)
     if formed:
-        _warn_formed(module)
+        _warn_formed(module, "It does something else with a kernel than products: leave it out")
     return outputs
 
 
@@ -112,7 +111,7 @@ def _interceptor(next_fun, args, kwargs, context):
     if registered(type(module)) is not None:
         try:
             return _run_registered(module, method, args, kwargs)
-        except (_WritesError, flax.errors.FlaxError):  # what it writes must not be lost
+        except flax.errors.FlaxError:  # it shares a module that lies elsewhere
             return _run_merged(module, method, args, kwargs)
     outputs = _run_thin(module, method, params, args, kwargs)
     return _run_merged(module, method, args, kwargs) if outputs is None else outputs
@@ -246,5 +245,6 @@ def kernel_axes(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any)
         return outputs
 
     with nn.intercept_methods(record):
-        jax.eval_shape(lambda variables: module.apply(variables, *args, **kwargs), variables)
+        run = lambda variables: (module.apply(variables, *args, **kwargs), None)[1]
+        jax.eval_shape(run, variables)  # whatever the module returns
     return KernelTable(seen, variables["params"])

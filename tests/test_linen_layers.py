@@ -94,6 +94,7 @@ class Noisy(nn.Module):
     def __call__(self, inputs, train=False):
         outputs = inputs @ self.param("weight", nn.initializers.normal(), (30, 24))
         outputs = nn.BatchNorm(use_running_average=not train)(outputs)
+        self.sow("seen", "outputs", outputs)
         return nn.Dropout(0.5, deterministic=not train)(outputs)
 
 
@@ -140,12 +141,45 @@ def test_a_registered_layer_is_cheaper_and_takes_all_arguments():
     assert_close(outputs, module.apply(dense, inputs, 3.0, sign=-1))
 
 
-def test_a_registered_layer_that_writes_keeps_what_it_writes():
-    thin, dense, _ = make_thin(Noisy(), draw(5, 30))
-    how = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": KEY}}
-    with pytest.warns(UserWarning, match="multiplied out"):
-        outputs, written = linen.apply(Noisy(), thin, draw(5, 30), **how)
-    assert_close((outputs, written), Noisy().apply(dense, draw(5, 30), **how))
+class Inside(nn.Module):
+    """Calls a registered layer twice, and holds what it says besides."""
+
+    @nn.compact
+    def __call__(self, inputs, train=False):
+        layer = Noisy()
+        outputs = layer(inputs, train=train) + 2 * layer(inputs, train=train)
+        return nn.Dense(20)(outputs), "as it is"
+
+
+@pytest.mark.parametrize("module", [Noisy(), Inside()], ids=["itself", "inside, twice"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_a_registered_layer_draws_and_writes_as_it_would_dense(module, compiled):
+    thin, dense, _ = make_thin(module, draw(5, 30))
+    how = {"train": True, "mutable": ["batch_stats", "seen"], "rngs": {"dropout": KEY}}
+    words = []
+
+    def run(apply, variables):
+        outputs, written = apply(variables, draw(5, 30), **how)
+        outputs, *said = outputs if isinstance(outputs, tuple) else (outputs,)
+        words.append(said)
+        return outputs, written
+
+    thinly = lambda variables: run(lambda *a, **k: linen.apply(module, *a, **k), variables)
+    found = (jax.jit(thinly) if compiled else thinly)(thin)
+    assert "seen" in found[1]
+    # BatchNorm divides by a spread of 5 examples.
+    assert_close(found, run(module.apply, dense), 1e-4)
+    assert words[0] == words[1]
+
+
+def test_a_kernel_stored_the_other_way_round_joins_too():
+    class Turned(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            return inputs @ self.param("weight", nn.initializers.normal(), (24, 30)).T
+
+    rmtjax.register_layer(Turned, {"weight": KernelAxes((1,), (0,))})
+    check(Turned(), draw(5, 30))
 
 
 def test_a_registered_layer_that_does_more_with_its_kernel_warns():
@@ -179,9 +213,16 @@ def test_register_layer_refuses(layer, kernels, message):
         rmtjax.register_layer(layer, kernels)
 
 
-def test_boxed_parameters_are_found_truncated_factorized_and_run():
-    init = nn.with_partitioning(nn.initializers.normal(), ("model", "data"))
-    module, inputs = nn.Sequential([nn.Dense(24, kernel_init=init), nn.Dense(20)]), draw(5, 30)
+@pytest.mark.parametrize(
+    ("layer", "names", "inputs"),
+    [(nn.Dense, ("x", "y"), draw(5, 30)), (nn.Conv, (None, "x", "y"), draw(2, 9, 8))],
+    ids=["Dense", "Conv"],
+)
+def test_boxed_parameters_are_found_truncated_factorized_and_run(layer, names, inputs):
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:1], (1, 1)), ("x", "y"))
+    box = nn.with_partitioning(nn.initializers.normal(), names, mesh=mesh)
+    window = {} if layer is nn.Dense else {"kernel_size": (3,)}
+    module = nn.Sequential([layer(24, kernel_init=box, **window), nn.Dense(20)])
     variables = make_variables(module, inputs)
     axes = linen.kernel_axes(module, variables, inputs)
     plan = rmtjax.plan(variables["params"], rule=Fixed(3), axes=axes, min_size=1, multiple=1)
@@ -189,6 +230,9 @@ def test_boxed_parameters_are_found_truncated_factorized_and_run():
     lower = {"params": rmtjax.truncate(variables["params"], plan)}
     assert isinstance(lower["params"]["layers_0"]["kernel"], nn.Partitioned)
     thin = {"params": rmtjax.factorize(variables["params"], plan)}
+    # What its names tell of the axes of a kernel is not true of two factors.
+    assert isinstance(thin["params"]["layers_0"]["kernel"], Factors)
+    jax.device_put(thin, nn.get_sharding(thin, mesh))
     outputs = jax.jit(lambda v: linen.apply(module, v, inputs))(thin)
     assert_close(outputs, module.apply(lower, inputs))
 

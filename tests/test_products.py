@@ -85,6 +85,8 @@ def test_gradients_follow_the_chain_rule(name):
         (lambda t: X @ (2 * t["w"]), MATRIX),
         (lambda t: jnp.einsum("i,iho->ho", X[0], t["w"]) + t["w"][0], HEADS),
         (lambda t: t["w"].T @ t["w"], MATRIX),
+        (lambda t: X @ (9 * t["w"]).astype(jnp.int32).astype(jnp.float32), MATRIX),
+        (lambda t: X @ t["w"].astype(jnp.int32).astype(jnp.float32), MATRIX),
         (lambda t: jnp.einsum("bi,iho->bio", X, t["w"]), HEADS),
         (lambda t: jnp.einsum("bho,iho->bhi", draw(4, 2, 5), t["w"]), HEADS),
         (
@@ -94,7 +96,18 @@ def test_gradients_follow_the_chain_rule(name):
         (lambda t: convolve(IMAGES[..., :4], t["w"][:, :, :4], feature_group_count=1), WINDOW),
         (lambda t: jax.lax.scan(lambda c, _: (c + t["w"][:, :1], None), X.T, None, 2)[0], MATRIX),
     ],
-    ids=["scaled", "sliced", "squared", "kept", "one of two", "stack", "part", "scan"],
+    ids=[
+        "scaled",
+        "sliced",
+        "squared",
+        "rounded",
+        "cut",
+        "kept",
+        "one of two",
+        "stack",
+        "part",
+        "scan",
+    ],
 )
 def test_other_uses_form_the_kernel_and_are_right(function, tree):
     outputs, formed = run(function, tree)
@@ -107,6 +120,19 @@ def test_a_kernel_that_is_returned_is_dense():
     dense = rmtjax.merge(MATRIX)["w"]
     assert_equal(outputs[0], dense)
     assert_equal(outputs[1], dense.T)
+
+
+def test_what_is_no_array_is_returned_as_it_is():
+    outputs, formed = run(lambda t: {"y": X @ t["w"], "name": "logits", "layers": 3}, MATRIX)
+    assert (outputs["name"], outputs["layers"], type(outputs["layers"])) == ("logits", 3, int)
+    assert not formed
+
+
+def test_weak_types_stay_weak():
+    tree = {**MATRIX, "scale": jnp.asarray(2.0)}
+    assert tree["scale"].weak_type
+    outputs, _ = run(lambda t: t["scale"] * X.astype(jnp.bfloat16), tree)
+    assert outputs.dtype == jnp.bfloat16
 
 
 def test_low_precision_is_that_of_the_product():
