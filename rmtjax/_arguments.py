@@ -2,7 +2,9 @@
 
 import argparse
 import fnmatch
+import os
 import re
+import stat
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +22,11 @@ exit codes:
   0    done
   1    the file, or the work, failed; the message is on stderr
   2    wrong usage
-  130  interrupted; no half-written file is left
+  129  hung up (SIGHUP)
+  130  interrupted (SIGINT)
   141  the reader of the output went away
+  143  terminated (SIGTERM)
+However a command ends, it leaves no half-written file.
 """
 _RULES = {
     "bema": (None, ranks.bema),
@@ -29,6 +34,9 @@ _RULES = {
     "energy": (float, ranks.energy),
     "fixed": (int, ranks.fixed),
 }
+
+
+FORMS = ("json", "csv", "html")
 
 
 class UsageError(Exception):
@@ -56,11 +64,49 @@ def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.Rank
 def matcher(pattern: str) -> Callable[[str], Any]:
     """A test of names, from a glob, or from a regular expression after "re:"."""
     if not pattern.startswith("re:"):
-        return lambda name: fnmatch.fnmatchcase(name, pattern)
+        # A name in full may have brackets, which are no set of letters then.
+        return lambda name: name == pattern or fnmatch.fnmatchcase(name, pattern)
     try:
         return re.compile(pattern[3:]).search
     except re.error as error:
         raise UsageError(f"{pattern!r} is no regular expression: {error}.") from error
+
+
+def is_stdout(path: str) -> bool:
+    """Whether a report is to go where the table would, by the name "-" or another one."""
+    try:
+        return path == "-" or os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
+
+
+def is_special(path: str) -> bool:
+    """Whether there is something that is written into, and not replaced: a pipe, a device."""
+    return os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode)
+
+
+def reports(args: argparse.Namespace) -> dict[str, str]:
+    """Form to path of each report that is asked for."""
+    return {form: getattr(args, form) for form in FORMS if getattr(args, form)}
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses, before the work, to write where something must stay, or where no one can."""
+    out, files = getattr(args, "out", None), reports(args).values()
+    if out and os.path.lexists(out) and not args.force:
+        raise FileExistsError(f"{out!r} is there already: give --force to replace it.")
+    taken = {os.path.realpath(out)} if out else set()
+    for path in files:
+        target = "-" if is_stdout(path) else os.path.realpath(path)
+        if target in taken:
+            raise UsageError(f"{path!r} is named twice: give it another name.")
+        taken.add(target)
+    for path in filter(None, (out, *files)):
+        folder = os.path.dirname(os.path.realpath(path))
+        if path != "-" and not is_special(path) and not os.path.isdir(folder):
+            raise NotADirectoryError(f"{path!r} cannot be written: {folder!r} is no folder.")
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"{path!r} is a folder: give the path of a file.")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
@@ -86,8 +132,12 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--batch", type=int, help="rows to time each kernel with: keeps what factors do not win")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
-    for form in ("json", "csv", "html"):
-        add(f"--{form}", metavar="FILE", help=f"writes the report as {form.upper()}")
+    for form in FORMS:
+        add(
+            f"--{form}",
+            metavar="FILE",
+            help=f"writes the report as {form.upper()}; to stdout with '-', and then no table",
+        )
     add("--quiet", action="store_true", help="no table and no progress")
 
 
@@ -132,4 +182,5 @@ def make_parser() -> argparse.ArgumentParser:
         _add_common(command)
         if add_own is not None:
             add_own(command)
+        command.set_defaults(refuse=command.error)
     return parser

@@ -85,16 +85,18 @@ class Changed:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of the output."""
+        path = self.owners[name]
+        row = self.made.get(path)
+        if row is None or row.action == "keep":  # under the same names
+            return self.tensors.read(name)
         if name not in self.ready:
-            path = self.owners[name]
-            arrays = jax.tree.leaves(self._leaf(path, self.made.get(path)))
-            self.ready |= zip(self.outputs[path], arrays, strict=True)
+            self.ready |= zip(
+                self.outputs[path], jax.tree.leaves(self._leaf(path, row)), strict=True
+            )
         array = np.asarray(self.ready.pop(name))
         return array.astype(self.entries[name].dtype, copy=False)
 
-    def _leaf(self, path: str, row: LayerPlan | None) -> Any:
-        if row is None or row.action == "keep":
-            return read_leaf(self.tensors, path, self.leaves[path], None)
+    def _leaf(self, path: str, row: LayerPlan) -> Any:
         leaf = read_leaf(self.tensors, path, self.leaves[path], self.dtype)
         return factorize({path: leaf}, Plan({path: row}))[path]
 
@@ -103,10 +105,16 @@ def tell(told: Manifest | None, found: Plan, rule: ranks.RankRule, changed: Chan
     """What the output says of itself: the last that was done to each kernel, ever."""
     before = (told and told.plan) or Plan()
     kept = {path for path, row in found.items() if row.action == "keep"}
-    rows = before | found | {path: row for path, row in before.items() if path in kept}
+    stay = {
+        path: row
+        for path, row in before.items()
+        if path not in found or (path in kept and row.action != "keep")
+    }
+    # One rule is told for all: none, where some rows are by another one.
+    one = not stay or (told and told.rule) == str(rule)
     return _manifest.to_json(
-        Plan(rows),
-        rule,
+        Plan(before | found | stay),
+        rule if one else None,
         factors=[path for path, part in changed.outputs.items() if [*part] != [path]],
         entries=changed.entries,
         keys=told and told.keys,

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax._kernels import matrix_shape, to_matrices
-from rmtjax._spectrum import check_matrix, lift
+from rmtjax._spectrum import check_matrix, each, lift
 from rmtjax._typing import KernelAxes
 
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -83,11 +83,13 @@ def _svd_of_product(left: Float[Array, "*batch m r"], right: Float[Array, "*batc
     return _product(q, u), s, _product(vt, p.mT)
 
 
-def svd(matrix: Float[Array, "*batch m n"] | Factors):
+def svd(matrix: Float[Array, "*batch m n"] | Factors) -> tuple[Array, Array, Array]:
     """Thin singular value decomposition in float32 at least; s is NaN where not finite.
 
     Of factors, that of their product, with as many directions as their rank allows.
     """
+    if jax.tree.leaves(matrix)[0].ndim > 2:
+        return each(svd, matrix)
     lifted = jax.tree.map(lift, matrix)
     # LAPACK may loop for long, or stop, on what is not finite.
     checks = [jnp.isfinite(a).all(axis=(-2, -1)) for a in jax.tree.leaves(lifted)]
@@ -125,7 +127,8 @@ def split_long(
         right, left = split_long(matrix.mT, rank, change)
         return Factors(left.mT, right.mT)
     long = lift(matrix)
-    _, s, vt = svd(jnp.linalg.qr(long, mode="r"))
+    triangle = partial(jnp.linalg.qr, mode="r")
+    _, s, vt = svd(each(triangle, long) if long.ndim > 2 else triangle(long))
     root = jnp.sqrt(change(s)[..., :rank])
     s, vt = s[..., :rank], vt[..., :rank, :]
     # A direction of nothing has no left vector, and needs none.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rmtjax import _orbax, _safetensors
+from rmtjax._safetensors import check_regular as check_regular, replacing as replacing
 from rmtjax._tensors import Entry as Entry, parse_json, Tensors as Tensors
 
 SUFFIX = ".safetensors"
@@ -93,7 +94,9 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
                 homes[name], entries[name] = shard, entry
             metadata |= shard.metadata
         _check_index(folder, told, {name: shard.path.name for name, shard in homes.items()})
-        yield Tensors(folder, "safetensors", entries, metadata, lambda name: homes[name].read(name))
+        read = lambda name: homes[name].read(name)
+        files = (*paths, *([] if index is None else [index]))
+        yield Tensors(folder, "safetensors", entries, metadata, read, files)
 
 
 @contextlib.contextmanager
@@ -124,6 +127,31 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[Tensors]:
         yield tensors
 
 
+def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> None:
+    """Refuses to write over a file that is read, or into the folder that it is read from.
+
+    Args:
+      tensors: What is read.
+      path: Where is to be written.
+      name: What the path is called where it was given.
+    """
+    folder, last = os.path.split(os.path.abspath(path))
+    # As written, without its links, and without those of its folder: a shard may be a link.
+    places = {
+        Path(folder, last),
+        Path(os.path.realpath(path)),
+        Path(os.path.realpath(folder), last),
+    }
+    sources = {Path(os.path.abspath(tensors.path)), Path(os.path.realpath(tensors.path))}
+    inside = any(sources & {place, *place.parents} for place in places)
+    same = os.path.exists(path) and any(os.path.samefile(path, file) for file in tensors.files)
+    if inside or same:
+        raise ValueError(
+            f"{name} must not be the input, nor lie in it, got {os.fspath(path)!r} for "
+            f"{str(tensors.path)!r}: the input is read while the output is written."
+        )
+
+
 def write_tensors(
     path: str | os.PathLike[str],
     entries: Mapping[str, Entry],
@@ -133,12 +161,13 @@ def write_tensors(
     """Writes a .safetensors file a tensor at a time; what is at `path` stays until all is written.
 
     Args:
-      path: Of the file.
+      path: Of the file. A link there is followed, and stays.
       entries: Name to shape and dtype of each tensor.
       read: `read(name)` gives the tensor, of just that shape and dtype.
       metadata: Texts to keep with it.
 
     Raises:
-      ValueError: A dtype is none of the format, or a tensor is not as told.
+      ValueError: A dtype is none of the format, a tensor is not as told, or something else than
+        a regular file is at `path`.
     """
     _safetensors.write_file(Path(path), entries, read, metadata)

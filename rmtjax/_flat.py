@@ -13,12 +13,19 @@ from rmtjax._kernels import path_name
 from rmtjax._names import halves
 from rmtjax._tensors import CODES, Entry
 
+# A Python number, and what it may be saved as: an integer of any size.
+_NUMBERS = {
+    bool: np.bool_,
+    int: np.integer,
+    float: jnp.floating,
+    complex: np.complexfloating,
+}
 Keys = tuple[str | int, ...]
 
 
 def _as_array(name: str, leaf: Any) -> Any:
     """A leaf that a checkpoint can hold; a Python number is what jax would make of it."""
-    if not hasattr(leaf, "dtype") and isinstance(leaf, bool | int | float | complex):
+    if _number_type(leaf) is not None:
         leaf = jnp.asarray(leaf)
     dtype = getattr(leaf, "dtype", type(leaf).__name__)
     if dtype not in CODES:
@@ -27,6 +34,24 @@ def _as_array(name: str, leaf: Any) -> Any:
             "it out, or cast it. Of a random key, take `jax.random.key_data`."
         )
     return leaf
+
+
+def _number_type(leaf: Any) -> type | None:
+    """The type of a Python number, the first that it has: a boolean is an integer, too."""
+    kinds = () if hasattr(leaf, "dtype") else _NUMBERS
+    return next((kind for kind in kinds if isinstance(leaf, kind)), None)
+
+
+def number_types(tree: PyTree) -> dict[str, type]:
+    """Path to type of each leaf that is a Python number."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    kinds = {path_name(key_path): _number_type(leaf) for key_path, leaf in leaves}
+    return {path: kind for path, kind in kinds.items() if kind is not None}
+
+
+def is_number(entry: Entry, kind: type) -> bool:
+    """Whether what was saved is one number of the kind of a Python type."""
+    return entry.shape == () and bool(jnp.issubdtype(entry.dtype, _NUMBERS[kind]))
 
 
 def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:

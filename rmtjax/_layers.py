@@ -12,7 +12,7 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
 
     From then on `rmtjax.linen.kernel_axes` and `rmtjax.nnx.kernel_axes` find them, and a
     layer whose kernels have been factorized runs with two thin products in the place of each
-    product with the kernel, and in linen with its kernel formed, and a warning, where it does
+    product with the kernel, and with its kernel formed, and a warning, where it does
     something else with it. A subclass is another layer: it is registered by itself. Other modules
     must not read the kernel of a linen layer that makes it in `setup`.
 

@@ -25,7 +25,7 @@ class Manifest(NamedTuple):
 
     Attributes:
       plan: The plan, without spectra; None where none was saved.
-      rule: The rank rule in words; None where it was not told.
+      rule: The rank rule of all rows in words; None where it was not told, or there are several.
       versions: Of rmtjax and jax when it was written.
       factors: The paths at which factors stand; None where it was not told.
       entries: Name to shape and dtype of every tensor; None where it was not told.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from rmtjax import _kernels
 from rmtjax._bulk import above_rounding, count_above
 from rmtjax._factors import is_factors, kernel_shape, svd, to_stack
-from rmtjax._spectrum import spectrum
+from rmtjax._spectrum import each, spectrum
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
 
 Kernels = dict[str, tuple[Any, KernelAxes]]
@@ -69,7 +69,7 @@ def _find_spectra(kernels: list, axes: tuple[KernelAxes, ...]):
     joined = stacks[0]  # large, and not to be copied if it is the only one
     if len(stacks) > 1:
         joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
-    spectra = jax.vmap(_spectrum_of)(joined)
+    spectra = each(_spectrum_of, joined)
     if is_factors(joined):
         return spectra, jax.vmap(_num_populated)(spectra)
     return spectra, jnp.full(spectra.ratio.shape, spectra.eigenvalues.shape[-1], jnp.int32)

@@ -5,15 +5,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rmtjax import _kernels, _manifest
-from rmtjax._factors import Factors, kernel_shape
+from rmtjax._factors import factored_axes, Factors, kernel_shape
 from rmtjax._manifest import Manifest
 from rmtjax._tensors import Tensors
 from rmtjax._typing import Axes, KernelAxes, Where
 
 # Linear, convolution and embedding; fused attention; recurrent layers and cells.
 _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+
+# What optax keeps of each parameter has that one's name: below `opt_state`, or, of a state that
+# was saved alone, below `0/mu`.
+_MOMENT = re.compile(r"(.*/)?opt_state/.*|(.*/)?\d+/(mu|nu|trace)/.+/[^/]+")
+# Torch's convolutions over one axis are as long as their window, which is short.
+_WINDOW = 16
 
 
 def _flax_path(name: str) -> str:
@@ -28,8 +35,11 @@ def _is_torch(name: str) -> bool:
 def is_kernel(name: str, leaf: Any) -> bool:
     """Chooses Flax's `kernel` and `embedding`, and Torch's weights of two axes or more.
 
-    A Torch weight with one axis is the scale of a normalization.
+    A Torch weight with one axis is the scale of a normalization. The moments of an optimizer,
+    named as the kernels that they are of, are none.
     """
+    if _MOMENT.fullmatch(_flax_path(name)):
+        return False
     if _kernels.is_kernel(_flax_path(name), leaf):
         return True
     return _is_torch(name) and len(kernel_shape(leaf)) >= 2
@@ -44,13 +54,17 @@ def kernel_axes(name: str, leaf: Any) -> KernelAxes | None:
       q, k and v (3 E, E), of the gates of a recurrent layer (4 H, inputs), GPT-2's `c_attn`.
 
     Returns:
-      None where the leaf is no matrix: a stack, or a depthwise or grouped convolution, which
-      Torch stores as (outputs, 1, *window).
+      None where the leaf is no matrix: a depthwise or grouped convolution, which Torch stores as
+      (outputs, 1, *window), or a stack: three axes, of which the last is too long for a window
+      (over 16) and the name tells no convolution.
     """
     shape = kernel_shape(leaf)
     if not _is_torch(name):
         return _kernels.kernel_axes(_flax_path(name), leaf)
+    parent = ("", *_flax_path(name).split("/"))[-2].lower()
     if len(shape) > 2 and shape[1] == 1:
+        return None
+    if len(shape) == 3 and shape[2] > _WINDOW and "conv" not in parent:
         return None
     return KernelAxes((0,), tuple(range(1, len(shape))))
 
@@ -80,11 +94,27 @@ def read_manifest(tensors: Tensors) -> Manifest | None:
     return None if text is None else _manifest.parse(text)
 
 
+def check_factors(path: str, factors: Factors) -> None:
+    """Refuses halves that are not those of one kernel."""
+    left, right = factors
+    fits = (
+        min(len(left.shape), len(right.shape)) >= 2
+        and left.shape[-1] > 0
+        and (factored_axes(factors).batch or left.shape[-1] == right.shape[0])
+    )
+    if not fits or left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating):
+        told = " and ".join(f"{half.dtype} of shape {half.shape}" for half in factors)
+        raise ValueError(
+            f"the halves of {path!r} are {told}, and must have one rank and one floating dtype."
+        )
+
+
 def find_leaves(tensors: Tensors, told: Manifest | None) -> dict[str, Any]:
     """Path, shape and dtype of each leaf of a file, in its order; factors are one leaf.
 
     Raises:
-      ValueError: The file says that it has the factors of a kernel, and lacks one.
+      ValueError: The file says that it has the factors of a kernel, and lacks one, or they are
+        no factors.
     """
     specs: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
@@ -95,6 +125,9 @@ def find_leaves(tensors: Tensors, told: Manifest | None) -> dict[str, Any]:
     paths = told.factors
     if paths is None:
         paths = [path for path in told.plan or () if specs.keys() >= {*halves(path)}]
+    double = min(specs.keys() & paths, default=None)
+    if double is not None:
+        raise ValueError(f"{str(tensors.path)!r} has {double!r} dense and as factors: remove one.")
     owners = {name: path for path in paths for name in halves(path)}
     missing = min(owners.keys() - specs.keys(), default=None)
     if missing is not None:
@@ -107,4 +140,6 @@ def find_leaves(tensors: Tensors, told: Manifest | None) -> dict[str, Any]:
         path = owners.get(name)
         leaf = spec if path is None else Factors(*(specs[half] for half in halves(path)))
         leaves[name if path is None else path] = leaf
+    for path in paths:
+        check_factors(path, leaves[path])
     return leaves

@@ -4,12 +4,13 @@ import functools
 import inspect
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from rmtjax import _layers
 from rmtjax._einsum import einsum_axes, split_einsum
-from rmtjax._factors import factored_axes, Factors, is_factors, kernel_shape
+from rmtjax._factors import factored_axes, Factors, is_factors, kernel_shape, multiply
 from rmtjax._typing import KernelAxes
 
 Shape = tuple[int, ...]
@@ -33,6 +34,58 @@ class Pair(NamedTuple):
     right: nnx.Param
 
 
+class Product(nnx.Param):
+    """The kernel of a thin layer, multiplied out for who reads it."""
+
+    def set_value(self, value, **options):
+        """Refuses what would be lost: the layer keeps its factors alone."""
+        raise TypeError(
+            "The kernel of a thin layer is a product: write to its factors (`left_factor` and "
+            "`right_factor`, in a registered layer `left` and `right`), or give the model another "
+            "kernel by `rmtjax.nnx.replace`."
+        )
+
+    value: Any = property(nnx.Param.value.fget, set_value)  # older Flax writes to it
+
+    def __setitem__(self, key, value):
+        self.set_value(value)
+
+
+class FactorPair(nnx.Module):
+    """Two factors in the place of a kernel of a registered layer.
+
+    Who reads it from outside of the layer finds what the kernel would have, multiplied out.
+
+    Attributes:
+      left: The left factor.
+      right: The right factor.
+    """
+
+    def __init__(self, left: nnx.Param, right: nnx.Param):
+        self.left, self.right = left, right
+
+    def _product(self) -> Product:
+        return Product(multiply(Factors(read(self.left), read(self.right))))
+
+    value = property(
+        lambda self: self._product().value, lambda self, value: self._product().set_value(value)
+    )
+
+    def __getattr__(self, name: str):
+        if name[0] == "_" or name in ("left", "right"):
+            raise AttributeError(name)
+        return getattr(self._product(), name)
+
+    def __getitem__(self, key):
+        return self._product()[key]
+
+    def __setitem__(self, key, value):
+        self._product()[key] = value
+
+    def __jax_array__(self):
+        return read(self._product())
+
+
 def read(variable: nnx.Variable) -> Any:
     """The value of a variable, by the name that this version of Flax has for it."""
     return variable.get_value() if hasattr(variable, "get_value") else variable.value
@@ -44,6 +97,11 @@ def write(variable: nnx.Variable, value: Any) -> None:
         variable.set_value(value)
     else:
         variable.value = value
+
+
+def is_single(value: Any) -> bool:
+    """Whether the value of a variable is one array, or its factors: not a tree, not nothing."""
+    return is_factors(value) or jax.tree.structure(value) == jax.tree.structure(0)
 
 
 def _dot_axes(batch: Shape, inputs: Shape, outputs: Shape) -> tuple[KernelAxes, Shape]:
@@ -104,7 +162,8 @@ def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
     """The kernels that a layer is known to have, by name."""
     names = (NAMES[type(layer)],) if type(layer) in NAMES else _layers.registered(type(layer))
     held = {name: vars(layer).get(name) for name in names or ()}
-    return {name: kernel for name, kernel in held.items() if isinstance(kernel, nnx.Param)}
+    found = {name: kernel for name, kernel in held.items() if isinstance(kernel, nnx.Param)}
+    return {name: kernel for name, kernel in found.items() if is_single(read(kernel))}
 
 
 def _stored_axes(layer: nnx.Module, name: str, shape: Shape) -> KernelAxes | None:

@@ -13,6 +13,7 @@ from rmtjax._kernels import path_name
 from rmtjax._nnx_layers import (
     fold,
     folded_shape,
+    is_single,
     kernels,
     layer_axes,
     make_kernel,
@@ -40,10 +41,10 @@ def _modules(model: nnx.Module) -> list[Any]:
 
 
 def _variables(model: nnx.Module) -> dict[tuple, nnx.Param]:
-    """The parameters of a model by path, a shared one once."""
+    """The parameters of a model by path, a shared one once; those of one array each."""
     found = {}
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param):
+        if isinstance(node, nnx.Param) and is_single(read(node)):
             found.setdefault(id(node), (path, node))  # older Flax comes by more than once
     return dict(found.values())
 
@@ -117,6 +118,35 @@ def kernel_axes(opened: nnx.Module, gates: Mapping[str, int]) -> dict[str, Kerne
                 axes = KernelAxes((gate + 1,), (gate + 2,), (*axes.batch, gate))
             # Layers that share a kernel must agree on what it is.
             found[path] = axes if found.get(path, axes) == axes else None
+    return found
+
+
+def _rewriters(opened: nnx.Module) -> list[Any]:
+    """The modules of Flax that normalize the kernels of another at each call; newer Flax's."""
+    names = [name for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)]
+    kinds = tuple(getattr(nnx, name) for name in names)
+    return [module for module in _modules(opened) if isinstance(module, kinds)]
+
+
+def _others(module: nnx.Module) -> list[nnx.Param]:
+    """The parameters that a module itself holds, but for the kernels that it is known to have."""
+    known = kernels(module)
+    held = [value for name, value in vars(module).items() if name not in known]
+    stop = lambda node: isinstance(node, nnx.Module | nnx.Variable)
+    return [node for node in jax.tree.leaves(held, is_leaf=stop) if isinstance(node, nnx.Param)]
+
+
+def undivided(opened: nnx.Module) -> dict[str, str]:
+    """The kernels of known layers that must stay one parameter, by path, and why."""
+    paths, modules, found = _paths(opened), _modules(opened), {}
+    owned = {id(kernel) for layer in modules for kernel in kernels(layer).values()}
+    for module in modules:
+        cause = f"`{type(module).__name__}` holds it too, and is no layer known"
+        found |= {paths[id(node)]: cause for node in _others(module) if id(node) in owned}
+    for module in _rewriters(opened):
+        cause = f"`{type(module).__name__}` rewrites it at each call"
+        inner = _variables(module.layer_instance).values()
+        found |= {paths[id(node)]: cause for node in inner}
     return found
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from rmtjax import _nnx_layers, _products
 from rmtjax._factors import Factors, kernel_shape, multiply
-from rmtjax._nnx_layers import is_unfolded, kernels, NAMES, Pair, read
+from rmtjax._nnx_layers import FactorPair, is_unfolded, kernels, NAMES, Pair, Product, read
 
 # Newer Flax keeps apart what is no data and what is data that is not there.
 ABSENT = nnx.data(None) if hasattr(nnx, "data") else None
@@ -34,9 +34,9 @@ class Thin(nnx.Module):
         return self.right_factor(self.left_factor(inputs), **kwargs)
 
     @property
-    def kernel(self) -> nnx.Param:
+    def kernel(self) -> Product:
         """The dense kernel, multiplied out for who reads it."""
-        return nnx.Param(_product(self))
+        return Product(_product(self))
 
     @property
     def bias(self) -> nnx.Param | None:
@@ -61,7 +61,7 @@ class ThinEmbed(Thin):
     dtype: Any
 
     @property
-    def embedding(self) -> nnx.Param:
+    def embedding(self) -> Product:
         """The dense table, multiplied out for who reads it to tie weights."""
         return self.kernel
 
@@ -92,21 +92,9 @@ class ThinGates(nnx.Module):
         return outputs + bias.reshape((1,) * (outputs.ndim - 1) + bias.shape)
 
     @property
-    def kernel(self) -> nnx.Param:
+    def kernel(self) -> Product:
         """The dense kernel, multiplied out for who reads it."""
-        return nnx.Param(_nnx_layers.fold(_product(self)))
-
-
-class FactorPair(nnx.Module):
-    """Two factors in the place of a kernel of a registered layer.
-
-    Attributes:
-      left: The left factor.
-      right: The right factor.
-    """
-
-    def __init__(self, left: nnx.Param, right: nnx.Param):
-        self.left, self.right = left, right
+        return Product(_nnx_layers.fold(_product(self)))
 
 
 class ThinOwn(nnx.Module):
@@ -122,40 +110,62 @@ def _warn(kind: type, method: str) -> None:
     )
 
 
-def _through_products(method):
+def _through_products(name: str, method):
     """A method of a registered layer as one of its thin form."""
 
     @functools.wraps(method)
     def run(layer, *args, **kwargs):
+        given = layer, args, kwargs
+
         def run_dense(kernels):
-            dense = nnx.clone(layer)
+            # All that a call may write to, as random numbers that it is given: none of it may
+            # be written to from within the trace.
+            dense, own, named = nnx.clone(given)
             make_dense(dense, lambda name, *_: nnx.Param(kernels[name]))
-            outputs = method(dense, *args, **kwargs)
+            outputs = method.__get__(dense, type(dense))(*own, **named)
             for name in kernels:
                 delattr(dense, name)
-            return outputs, nnx.state(dense, nnx.Not(nnx.Param))  # as statistics, counts
+            changed = nnx.All(nnx.Variable, nnx.Not(nnx.Param))  # as statistics, counts
+            return outputs, nnx.state((dense, own, named), changed)
 
-        warn = functools.partial(_warn, type(layer).__bases__[1], method.__name__)
+        warn = functools.partial(_warn, type(layer).__bases__[1], name)
         outputs, state = _products.evaluate(run_dense, factors_of(layer), warn)
-        nnx.update(layer, state)
+        nnx.update(given, state)
         return outputs
 
     return run
+
+
+def _is_method(member: Any) -> bool:
+    """Whether it becomes a method of an object: a function, be it compiled, and a part of one."""
+    called = callable(member) or isinstance(member, functools.partialmethod)
+    bound = hasattr(member, "__get__") and not isinstance(member, type | staticmethod | classmethod)
+    return called and bound
 
 
 def _methods(kind: type) -> dict[str, Any]:
     """What a layer may be called by: its `__call__` and the public methods of its own."""
     own = lambda name: name == "__call__" or not (name[0] == "_" or hasattr(nnx.Module, name))
     found = {name: inspect.getattr_static(kind, name) for name in dir(kind) if own(name)}
-    return {name: method for name, method in found.items() if inspect.isfunction(method)}
+    return {name: method for name, method in found.items() if _is_method(method)}
+
+
+def _empty(form: type, kind: type) -> nnx.Module:
+    """A layer made thin, before it has anything."""
+    return object.__new__(_thin_type(form, kind))
+
+
+def _reduce(layer: nnx.Module) -> tuple:
+    """How a layer made thin is pickled: its class has no name to be found by."""
+    return _empty, type(layer).__bases__, vars(layer).copy()
 
 
 @functools.cache
 def _thin_type(form: type, kind: type) -> type:
     """The class of a layer made thin: still one of its kind, for who asks."""
     methods = _methods(kind) if form is ThinOwn else {}
-    wrapped = {name: _through_products(method) for name, method in methods.items()}
-    told = {"__module__": __name__, "__doc__": form.__doc__}
+    wrapped = {name: _through_products(name, method) for name, method in methods.items()}
+    told = {"__module__": __name__, "__doc__": form.__doc__, "__reduce__": _reduce}
     return type(f"Thin{kind.__name__}", (form, kind), told | wrapped)
 
 

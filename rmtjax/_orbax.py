@@ -127,7 +127,7 @@ def open_folder(path: Path) -> Iterator[Tensors]:
                     raise ValueError(f"{name!r} is no {entry}")
             return array
 
-        yield Tensors(path, "orbax", entries, texts, read)
+        yield Tensors(path, "orbax", entries, texts, read, (path,))
 
 
 def _check_names(tree: Any) -> None:

@@ -132,7 +132,7 @@ def open_file(path: Path) -> Iterator[Tensors]:
                 return _read_tensor(file, *places[name])
 
         entries = {name: entry for name, (entry, _) in places.items()}
-        yield Tensors(path, "safetensors", entries, metadata, read)
+        yield Tensors(path, "safetensors", entries, metadata, read, (path,))
 
 
 def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
@@ -158,17 +158,29 @@ def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of the one at `path` once all has been written."""
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of the one at `path` once all has been written.
+
+    A link stays, what it leads to is replaced, and has the mode that it had.
+    """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
+            if path.exists():
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_regular(path: Path, name: str) -> None:
+    """Refuses to put a file in the place of a folder, a device or a pipe."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"`{name}` {str(path)!r} is no regular file: give the path of a file.")
 
 
 def write_file(
@@ -181,9 +193,8 @@ def write_file(
     # Larger items first: each tensor then begins at a multiple of the size of its items.
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
     header = _header({name: entries[name] for name in order}, metadata)
-    if path.is_dir():
-        raise ValueError(f"`path` {str(path)!r} is a folder: give the path of a file.")
-    with _replacing(path) as file:
+    check_regular(path, "path")
+    with replacing(path) as file:
         file.write(header)
         for name in order:
             array = np.asarray(read(name), order="C")
@@ -191,3 +202,4 @@ def write_file(
             if found != entries[name]:
                 raise ValueError(f"`read` gave {found} for {name!r}, not {entries[name]}.")
             file.write(array.reshape(-1).view(np.uint8).data)
+            del array  # before the next one is read

@@ -1,8 +1,13 @@
 """Exact spectra of matrices."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from rmtjax._typing import Spectrum
 
@@ -41,6 +46,18 @@ def from_singular_values(
     """The spectrum of `matrix`, whose singular values are known, descending."""
     eigenvalues = singular_values**2 / max(matrix.shape[-2:])
     return Spectrum(eigenvalues=eigenvalues, ratio=aspect_ratio(matrix))
+
+
+def each(function: Callable[[Any], Any], stack: PyTree) -> PyTree:
+    """Applies a decomposition to each matrix of a stack, of arrays with a leading axis.
+
+    Not at once on CPU: there LAPACK's calls for a stack wait for one another in XLA's own
+    threads, and two stacks in a program may wait for ever.
+    """
+    if len(jax.tree.leaves(stack)[0]) == 1:
+        return jax.vmap(function)(stack)
+    one_by_one = lambda stack: lax.map(function, stack)
+    return lax.platform_dependent(stack, cpu=one_by_one, default=jax.vmap(function))
 
 
 def _core(matrix: Float[Array, "m n"]) -> Float[Array, "k k2"]:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from rmtjax import _manifest, _names, ranks
 from rmtjax._change import Changed, noise_levels, read_leaf, tell
-from rmtjax._files import open_tensors, Tensors, write_tensors
+from rmtjax._files import check_regular, check_target, open_tensors, Tensors, write_tensors
 from rmtjax._names import choose, find_leaves, read_manifest
 from rmtjax._plan import Plan, plan
 from rmtjax._truncate import in_place
@@ -105,17 +105,19 @@ def analyze_file(
       rule: A rank rule of `rmtjax.ranks`.
       where: `where(path, leaf)` chooses the kernels by name, shape and dtype; the leaf is a
         `jax.ShapeDtypeStruct`, or `Factors` of two. By default Flax's `kernel` and `embedding`,
-        and Torch's weights with two axes or more.
+        and Torch's weights with two axes or more; but not those of an optimizer's state: what lies
+        below `opt_state`, or in a state alone below `0/mu`, `0/nu` or `0/trace` (any number).
       axes: The axes that make a kernel a matrix, as in `rmtjax.plan`. By default guessed from
         Flax's names, and for Torch's, which are stored as (outputs, inputs, *window), the first
         axis against the others. Torch's fused kernels (q, k and v; the gates of a recurrent layer)
-        are one matrix; a stack of kernels cannot be told from its name, and has a row that says so.
+        are one matrix; a stack of kernels cannot be told from its name, and has a row that says so:
+        of Torch, three axes of which the last is over 16, without "conv" in the layer's name.
       fits: Noise levels to use instead of new fits, as in `rmtjax.plan`. What `compress_file`
         has cut is judged by those in the file.
       min_size: Kernels with a shorter short side get a row without a fit.
       batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
       dtype: float32 or float64, in which spectra are computed; by default that of the kernel,
-        float32 at least.
+        float32 at least, and float32 where jax has 64 bits switched off.
       progress: `progress(done, total, path)` is called before each kernel.
 
     Returns:
@@ -152,16 +154,6 @@ def analyze_file(
     return Report(found)
 
 
-def _check_out(path: FilePath, out: FilePath) -> None:
-    """Refuses to write over what is still to be read."""
-    source, target = Path(path).resolve(), Path(out).resolve()
-    if target == source or source in target.parents:
-        raise ValueError(
-            f"`out` must not be the input, nor lie in it, got {os.fspath(out)!r} for "
-            f"{os.fspath(path)!r}: the input is read while the output is written."
-        )
-
-
 def compress_file(
     path: FilePath,
     out: FilePath,
@@ -186,9 +178,13 @@ def compress_file(
     bit by bit. The output is there when all of it has been written, and carries its plan: it can be
     analyzed and compressed again, and `rmtjax.checkpoint.restore` makes a tree of it.
 
+    Memory is about three times the largest tensor, for a kernel that is nearly square (sides within
+    2:1), whose singular vectors are all computed, up to about seven times that kernel in float32.
+
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
-      out: The .safetensors file to write; it takes the place of what is there.
+      out: The .safetensors file to write; it takes the place of the file that is there, and has
+        its mode. A link is followed.
       rule: As in `analyze_file`.
       keep: As in `rmtjax.plan`.
       shrink: As in `rmtjax.plan`.
@@ -209,8 +205,8 @@ def compress_file(
       A `Report` of what has been done.
 
     Raises:
-      ValueError: As `analyze_file`; or `out` lies in the input, or a factor would have the name of
-        another tensor.
+      ValueError: As `analyze_file`; or `out` is read, lies in the folder that is read, or is no
+        regular file; or a factor would have the name of another tensor.
       OSError: The input cannot be read, or the output not written.
 
     Examples:
@@ -226,9 +222,10 @@ def compress_file(
     """
     if mode not in ("factorize", "truncate"):
         raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
-    _check_out(path, out)
+    check_regular(Path(out), "out")
     dtype = _check_dtype(dtype)
     with open_tensors(path) as tensors:
+        check_target(tensors, out, "`out`")
         told = read_manifest(tensors)
         leaves = find_leaves(tensors, told)
         kernels = choose(leaves, where, axes)

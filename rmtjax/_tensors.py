@@ -76,6 +76,7 @@ class Tensors:
       entries: Name to `Entry`, in the order of the file.
       metadata: Texts that were saved with it.
       read: `read(name)` gives one tensor; its memory is free when it is dropped.
+      files: What is read while it is open: files, or the folder that orbax wrote.
     """
 
     path: Path
@@ -83,6 +84,12 @@ class Tensors:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     read: Callable[[str], np.ndarray]
+    files: tuple[Path, ...]
+
+
+def printable(name: str) -> str:
+    """A name that steers neither a terminal nor a table."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def parse_json(text: str | bytes) -> Any:

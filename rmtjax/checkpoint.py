@@ -21,7 +21,7 @@ from rmtjax import _flat, _manifest, _orbax, ranks
 from rmtjax._factors import Factors, is_factors, kernel_shape
 from rmtjax._files import Entry, open_tensors, Tensors, write_tensors
 from rmtjax._manifest import Manifest
-from rmtjax._names import find_leaves, halves, read_manifest
+from rmtjax._names import check_factors, find_leaves, halves, read_manifest
 from rmtjax._plan import Plan
 from rmtjax._stream import analyze_file as analyze_file, compress_file as compress_file
 
@@ -42,14 +42,6 @@ def _check_plan(plan: Plan, leaves: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"the plan gives {path!r} rank {row.rank}, and it has {leaf.left.shape[-1]}"
             )
-
-
-def _check_factors(leaves: Mapping[str, Any]) -> None:
-    for path, leaf in leaves.items():
-        if is_factors(leaf):
-            left, right = (half.shape for half in leaf)
-            if min(len(left), len(right)) < 2 or left[-1] not in right[:2]:
-                raise ValueError(f"the halves of {path!r} have shapes {left} and {right}")
 
 
 def _compare(found: Mapping[str, Entry], wanted: Mapping[str, Entry], name: str) -> None:
@@ -81,8 +73,8 @@ def save(
       rule: The rank rule by which the plan was made, for the record.
 
     Raises:
-      ValueError: A leaf is no array of numbers, two leaves have one path, the plan is not that of
-        the tree, or the folder exists.
+      ValueError: A leaf is no array of numbers, two leaves have one path, two factors are not those
+        of one kernel, the plan is not that of the tree, or the folder exists.
       TypeError: `plan` is no plan, or `rule` no rank rule.
 
     Examples:
@@ -100,6 +92,9 @@ def save(
     if rule is not None:
         ranks.check_rule(rule)
     leaves, arrays, keys = _flat.flatten(params)
+    for name, leaf in leaves.items():
+        if is_factors(leaf):
+            check_factors(name, leaf)
     if plan is not None:
         _check_plan(plan, leaves)
     entries = _flat.entries(arrays)
@@ -150,7 +145,8 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
     Args:
       path: A .safetensors file or a folder of them, or a folder of orbax.
       like: A tree to fill, of arrays or of `jax.ShapeDtypeStruct`, boxed or not; with a sharding of
-        theirs. Shapes and dtypes must be those that were saved.
+        theirs. Shapes and dtypes must be those that were saved. A Python number is filled with one
+        of its type, if one of its kind was saved, of however many bits.
 
     Returns:
       A tree such as `like`; by default nested dictionaries, with `Factors` where they were saved.
@@ -173,6 +169,7 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
       (3, 2)
     """
     wanted = None if like is None else _flat.flatten(like)[1]
+    numbers = _flat.number_types(like)
     with open_tensors(path) as tensors:
         try:
             told = read_manifest(tensors)
@@ -180,10 +177,14 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
             if told and told.entries is not None:
                 _compare(tensors.entries, told.entries, "its manifest")
             leaves = find_leaves(tensors, told)
-            _check_factors(leaves)
             _check_plan((told and told.plan) or Plan(), leaves)
             if wanted is not None:
-                _compare(tensors.entries, _flat.entries(wanted), "`like`")
+                expected = _flat.entries(wanted) | {
+                    name: entry
+                    for name, entry in tensors.entries.items()
+                    if name in numbers and _flat.is_number(entry, numbers[name])
+                }
+                _compare(tensors.entries, expected, "`like`")
             paths = _nested_paths(told, leaves) if wanted is None else None
         except ValueError as error:
             cause = str(error).rstrip(".")
@@ -192,7 +193,10 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
         if wanted is None:
             halved = lambda path: Factors(*map(get, halves(path)))
             return jax.tree.map(lambda p: halved(p) if is_factors(leaves[p]) else get(p), paths)
-        arrays = [get(name, leaf) for name, leaf in wanted.items()]
+        arrays = [
+            numbers[name](tensors.read(name).item()) if name in numbers else get(name, leaf)
+            for name, leaf in wanted.items()
+        ]
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 

@@ -5,20 +5,22 @@ import contextlib
 import html
 import math
 import os
+import signal
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from rmtjax import _names, shrinkage
-from rmtjax._arguments import make_parser, matcher, parse_rule, UsageError
-from rmtjax._files import open_tensors
+from rmtjax import _arguments, _names, shrinkage
+from rmtjax._arguments import is_stdout, make_parser, matcher, reports, UsageError
+from rmtjax._files import check_target, open_tensors, replacing, Tensors
 from rmtjax._names import find_leaves, read_manifest
 from rmtjax._plan import Plan, plan
 from rmtjax._stream import analyze_file, compress_file
+from rmtjax._tensors import printable
 from rmtjax._typing import Where
 from rmtjax.report import Report
 
@@ -52,11 +54,10 @@ _LEGEND = (
 )
 
 
-def _select(path: str, include: list[str], exclude: list[str]) -> Where:
+def _select(tensors: Tensors, include: list[str], exclude: list[str]) -> Where:
     """Chooses kernels by patterns, each of which must match: a slip would change others."""
     matchers = {pattern: matcher(pattern) for pattern in (*include, *exclude)}
-    with open_tensors(path) as tensors:
-        names = list(find_leaves(tensors, read_manifest(tensors)))
+    names = list(find_leaves(tensors, read_manifest(tensors)))
     for pattern, matches in matchers.items():
         if not any(map(matches, names)):
             some = ", ".join(map(repr, names[:5])) or "none"
@@ -81,7 +82,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-        line = lambda done, total, path: f"\r\x1b[K[{done + 1}/{total}] {_printable(path)[:60]}"
+        line = lambda done, total, path: f"\r\x1b[K[{done + 1}/{total}] {printable(path)[:60]}"
         show = lambda text: print(text, end="", file=sys.stderr, flush=True)
         try:
             yield lambda *step: show(line(*step))
@@ -93,18 +94,13 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
         yield lambda done, total, path: bar.update(task, completed=done, total=total)
 
 
-def _printable(name: str) -> str:
-    """A name that cannot steer the terminal."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
-
-
 def _write_text(path: str, text: str) -> None:
-    """Writes a file in the place of what is there, whole or not at all."""
-    folder, name = os.path.split(os.path.abspath(path))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as beside:
-        draft = Path(beside, name)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+    """Writes into a pipe or a device; a file it replaces, whole or not at all."""
+    if is_stdout(path):
+        print(text, end="", flush=True)
+        return
+    with open(path, "wb") if _arguments.is_special(path) else replacing(Path(path)) as file:
+        file.write(text.encode())
 
 
 def _page(report: Report, title: str) -> str:
@@ -113,15 +109,17 @@ def _page(report: Report, title: str) -> str:
 
 
 def _show(report: Report, args: argparse.Namespace) -> None:
-    """Writes the files asked for, then the table."""
-    if args.json:
-        _write_text(args.json, report.to_json() + "\n")
-    if args.csv:
-        _write_text(args.csv, report.to_csv())
-    if args.html:
-        _write_text(args.html, _page(report, f"rmtjax {args.command} {_printable(args.file)}"))
+    """Writes the files asked for, then the table, where stdout is free for it."""
+    title = f"rmtjax {args.command} {printable(args.file)}"
+    text = {
+        "json": lambda: report.to_json() + "\n",
+        "csv": report.to_csv,
+        "html": lambda: _page(report, title),
+    }
+    for form, path in reports(args).items():
+        _write_text(path, text[form]())
     if not args.quiet:
-        rows = {_printable(path): row for path, row in report.plan.items()}
+        rows = {printable(path): row for path, row in report.plan.items()}
         print(Report(Plan(rows)).table(), flush=True)
 
 
@@ -134,7 +132,7 @@ def _size(path: str) -> str:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What both commands tell the library; what it would refuse at any file is wrong usage."""
-    options: dict[str, Any] = {"rule": parse_rule(args.rule, args.level, args.trim)}
+    options: dict[str, Any] = {"rule": _arguments.parse_rule(args.rule, args.level, args.trim)}
     options |= {"min_size": args.min_size, "batch": args.batch}
     if args.command == "compress":
         options |= {"keep": args.keep, "min_rank": args.min_rank, "multiple": args.multiple}
@@ -146,38 +144,25 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Refuses, before the work, to write where something is that must stay, or where no one can."""
-    out = getattr(args, "out", None)
-    if out and os.path.lexists(out) and not args.force:
-        raise FileExistsError(f"{out!r} is there already: give --force to replace it.")
-    source = Path(args.file).resolve()
-    taken = [source, *([Path(out).resolve()] if out else [])]
-    for path in filter(None, (args.json, args.csv, args.html)):
-        target = Path(path).resolve()
-        if target in taken or source in target.parents:
-            raise UsageError(f"{path!r} is named twice, or lies in FILE: give it another name.")
-        taken.append(target)
-    for path in filter(None, (out, args.json, args.csv, args.html)):
-        folder = os.path.dirname(os.path.abspath(path))
-        if not os.path.isdir(folder):
-            raise NotADirectoryError(f"{path!r} cannot be written: {folder!r} is no folder.")
-
-
 def _work(args: argparse.Namespace) -> None:
     """Runs the command."""
     options = _options(args)
-    _check_outputs(args)
-    options |= {"where": _select(args.file, args.include, args.exclude), "dtype": args.dtype}
+    _arguments.check_outputs(args)
+    with open_tensors(args.file) as tensors:
+        for form, target in reports(args).items():
+            if not is_stdout(target):
+                check_target(tensors, target, f"--{form}")
+        options |= {"where": _select(tensors, args.include, args.exclude), "dtype": args.dtype}
     with _progress(args.quiet) as progress:
         options["progress"] = progress
         if args.command == "analyze":
             report = analyze_file(args.file, **options)
         else:
             report = compress_file(args.file, args.out, mode=args.mode, **options)
+    args.quiet |= any(map(is_stdout, reports(args).values()))  # no table in the report
     _show(report, args)
     if args.command == "compress" and not args.quiet:
-        before, after = (f"{_printable(path)}, {_size(path)}" for path in (args.file, args.out))
+        before, after = (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
         print(f"\n{before} -> {after}", flush=True)
 
 
@@ -198,10 +183,38 @@ def _computing(device: str | None, dtype: str | None) -> Iterator[None]:
         jax.config.update("jax_enable_x64", before)
 
 
+class _EndedError(BaseException):
+    """A signal that asks for an end; no error of the work, which nothing but `_run` may catch."""
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP unwind the work, so that what is half-written is removed.
+
+    A signal that is ignored, as under nohup, or that a caller handles, is left as it is.
+    """
+
+    def end(number: int, frame: Any):
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise _EndedError(signal.Signals(number))
+
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _run(args: argparse.Namespace) -> int:
     """Runs a command; what fails becomes a message and an exit code."""
     try:
-        with _computing(args.device, args.dtype):
+        with _ending(), _computing(args.device, args.dtype):
             _work(args)
     except BrokenPipeError:
         # Nobody reads any more, and the interpreter is to find nothing to flush.
@@ -210,8 +223,12 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("rmtjax: interrupted", file=sys.stderr)
         return 130
+    except _EndedError as error:
+        (number,) = error.args
+        print(f"rmtjax: ended by {number.name}", file=sys.stderr)
+        return 128 + number
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"rmtjax: {_printable(str(error) or type(error).__name__)}", file=sys.stderr)
+        print(f"rmtjax: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
         return 1
     return 0
 
@@ -223,7 +240,9 @@ def main(argv: list[str] | None = None) -> int:
       argv: The arguments; by default those of the process.
 
     Returns:
-      The exit code: 0 done, 1 the file or the work failed, 130 interrupted, 141 broken pipe.
+      The exit code: 0 done, 1 the file or the work failed, 129 hung up, 130 interrupted, 141
+      broken pipe, 143 terminated. SIGHUP and SIGTERM are caught in the main thread only, and
+      where nothing else handles them.
 
     Raises:
       SystemExit: With code 2 and a message for wrong usage; with 0 for `--help` and `--version`.
@@ -233,9 +252,8 @@ def main(argv: list[str] | None = None) -> int:
       >>> main(["analyze", "no_such_file.safetensors"])
       1
     """
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         return _run(args)
     except UsageError as error:
-        parser.error(str(error))
+        return args.refuse(str(error))  # leaves, with the usage of the command

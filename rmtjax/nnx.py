@@ -46,7 +46,8 @@ def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
         (gates, in, h), so that each gate keeps directions of its own.
 
     Returns:
-      Nested dictionaries of the arrays of all `nnx.Param`, by the names in the model.
+      Nested dictionaries of the arrays of all `nnx.Param`, by the names in the model. One that
+      holds no array, or a tree of them, is left out; `replace` keeps it as it is.
 
     Raises:
       TypeError: `model` is no module.
@@ -135,8 +136,8 @@ def plan(
       **options: Other options of `rmtjax.plan`.
 
     Returns:
-      A `Plan` for `truncate` and `factorize`. Kernels of layers that are not known can be
-      truncated, but not factorized.
+      A `Plan` for `truncate` and `factorize`. Kernels that something else than a known layer
+      holds or rewrites, as `nnx.WeightNorm`, can be truncated, but not factorized.
 
     Examples:
       >>> import rmtjax
@@ -148,8 +149,10 @@ def plan(
     known = kernel_axes(model, gates=gates)
     tree, options = params(model, gates=gates), {"axes": known, **options}
     found = _plan.plan(tree, fits=_arrays(fits), **options)
-    cause = "its layer is not known, unless `rmtjax.register_layer` tells it"
-    return Plan({p: row if known.get(p) else in_place(row, cause) for p, row in found.items()})
+    unknown = "its layer is not known, unless `rmtjax.register_layer` tells it"
+    causes = dict.fromkeys(found.keys() - {path for path in known if known[path]}, unknown)
+    causes |= _nnx_models.undivided(_nnx_models.open_layers(model))
+    return Plan({p: in_place(row, causes[p]) if p in causes else row for p, row in found.items()})
 
 
 def analyze(

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from rmtjax import ranks
 from rmtjax._cost import add_costs, Cost
 from rmtjax._plan import LayerPlan, Plan, plan
+from rmtjax._tensors import printable
 from rmtjax._typing import Axes, BulkFit, Where
 
 
@@ -97,6 +98,17 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
+def _plain(value: Any) -> Any:
+    """A value that spreadsheets take for what it is: one line, and no formula."""
+    if not isinstance(value, str):
+        return value
+    return (
+        f"'{printable(value)}"
+        if value.lstrip().startswith(("=", "+", "-", "@"))
+        else printable(value)
+    )
+
+
 def _cell(row: Row | Cost, name: str) -> str:
     """A field as text, with what becomes of it."""
     value = getattr(row, name)
@@ -174,14 +186,18 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_csv(self, *columns: str) -> str:
-        """The rows as comma-separated values, in full precision; by default with all fields."""
+        """The rows as comma-separated values, in full precision; by default with all fields.
+
+        A text is printable, and has a quote before it where a spreadsheet would take it for a
+        formula.
+        """
         _check_columns(columns)
         columns, file = columns or Row._fields, io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in self.rows:
             values = row._replace(shape=_text(row.shape))._asdict()
-            writer.writerow([values[name] for name in columns])
+            writer.writerow([_plain(values[name]) for name in columns])
         return file.getvalue()
 
     def to_markdown(self, *columns: str) -> str:

@@ -9,9 +9,11 @@ import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.flax
+from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rmtjax
@@ -122,10 +124,28 @@ def test_every_leaf_comes_back_in_its_place_and_dtype(path):
 def test_python_numbers_are_what_jax_makes_of_them(path):
     checkpoint.save(path, {"step": 3, "rate": 0.5, "on": True})
     same(checkpoint.restore(path), {"step": jnp.int32(3), "rate": jnp.float32(0.5), "on": True})
-    same(
-        checkpoint.restore(path, like={"step": 0, "rate": 0.0, "on": False}),
-        checkpoint.restore(path),
-    )
+    restored = checkpoint.restore(path, like={"step": 0, "rate": 0.0, "on": False})
+    assert restored == {"step": 3, "rate": 0.5, "on": True}
+    assert jax.tree.map(type, restored) == {"step": int, "rate": float, "on": bool}
+    with pytest.raises(ValueError, match="'step' is int32 of shape"):
+        checkpoint.restore(path, like={"step": 0.0, "rate": 0.0, "on": False})
+
+
+def test_the_state_of_a_training_that_orbax_saved(tmp_path):
+    params = {"Dense_0": {"kernel": KERNEL}}
+    tx = optax.adam(1e-3)
+    create = lambda params: TrainState.create(apply_fn=None, params=params, tx=tx)
+    state, path = create(params), tmp_path / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(state))  # the step is of 64 bits there
+    restored = checkpoint.restore(path, like=create(jax.tree.map(jnp.zeros_like, params)))
+    assert (restored.step, type(restored.step)) == (0, int)
+    same((restored.params, restored.opt_state), (state.params, state.opt_state))
+    # The moments are no kernels, unless they are named.
+    assert [row.path for row in checkpoint.analyze_file(path).rows] == ["params/Dense_0/kernel"]
+    wanted = "opt_state/0/mu/Dense_0/kernel"
+    (row,) = checkpoint.analyze_file(path, where=lambda path, leaf: path == wanted).rows
+    assert row.path == wanted
 
 
 def test_lists_are_restored_into_their_like(path):

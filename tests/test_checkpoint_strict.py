@@ -11,6 +11,7 @@ import rmtjax
 from rmtjax import _manifest, checkpoint, Factors, KernelAxes, LayerPlan
 from rmtjax._files import Entry, open_tensors, write_tensors
 
+LEFT_RIGHT = ("a/left", "a/right")
 THIN = {
     "Dense_0": {"kernel": Factors(jnp.ones((80, 8)), jnp.ones((8, 60))), "bias": jnp.zeros(60)},
     "Dense_1": {"kernel": jnp.ones((60, 80)), "bias": jnp.zeros(80)},
@@ -104,6 +105,39 @@ def test_a_plan_that_does_not_fit_its_tensors(tmp_path):
     write(path, json.dumps({"format": 9}), x=np.ones(1))
     with pytest.raises(ValueError, match=r"cannot restore .*format 9, .* knows 1: upgrade it"):
         checkpoint.restore(path)
+
+
+NO_FACTORS = {
+    "vectors": (np.float32(1), np.ones(80, np.float32)),
+    "ranks": (np.ones((100, 2), np.float32), np.ones((7, 80), np.float32)),
+    "axes": (np.ones((7, 2), np.float32), np.ones((7, 2, 80), np.float32)),
+    "nothing": (np.ones((100, 0), np.float32), np.ones((0, 80), np.float32)),
+    "integers": (np.ones((100, 8), np.int32), np.ones((8, 80), np.int32)),
+    "dtypes": (np.ones((100, 8), np.float16), np.ones((8, 80), np.float32)),
+}
+
+
+@pytest.mark.parametrize("pair", NO_FACTORS.values(), ids=NO_FACTORS.keys())
+def test_halves_that_are_none_are_refused_everywhere(tmp_path, pair):
+    path, out = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
+    write(path, _manifest.to_json(None, factors=["a"]), **dict(zip(LEFT_RIGHT, pair, strict=True)))
+    for use in (
+        checkpoint.restore,
+        checkpoint.analyze_file,
+        lambda path: checkpoint.compress_file(path, out),
+        lambda path: checkpoint.save(out, {"a": Factors(*pair)}),
+    ):
+        with pytest.raises(ValueError, match=r"the halves of 'a' are .* one rank and one floating"):
+            use(path)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_kernel_is_dense_or_factors(tmp_path):
+    path, half = tmp_path / "a.safetensors", np.ones((60, 60), np.float32)
+    write(path, _manifest.to_json(None, factors=["a"]), **dict.fromkeys(["a", *LEFT_RIGHT], half))
+    for use in (checkpoint.restore, checkpoint.analyze_file):
+        with pytest.raises(ValueError, match="'a' dense and as factors"):
+            use(path)
 
 
 def test_a_folder_does_not_lose_its_manifest_unnoticed(tmp_path):

@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
+import signal
+import stat
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -31,7 +35,7 @@ def save(folder, **tensors):
     return str(path)
 
 
-def names(path):
+def names_of(path):
     with open_tensors(path) as tensors:
         return set(tensors.entries)
 
@@ -74,7 +78,7 @@ def test_compress_writes_a_file_and_says_what_it_did(tmp_path, model, capsys, mo
     assert f" -> {out}, " in last
     halves = {"a.weight/left", "a.weight/right"}
     expected = halves if mode == "factorize" else {"a.weight"}
-    assert names(out) == {"b.weight", "b.bias"} | expected
+    assert names_of(out) == {"b.weight", "b.bias"} | expected
     assert np.dtype(float) != rmtjax.spectrum(np.ones((2, 2))).eigenvalues.dtype  # 64 bits are off
 
 
@@ -86,10 +90,62 @@ def test_an_output_is_replaced_by_force_only(tmp_path, model, capsys):
     assert "--force" in capsys.readouterr().err
     assert out.read_text() == "precious"
     assert cli.main([*argv, "--force"]) == 0
-    assert "a.weight/left" in names(out)
+    assert "a.weight/left" in names_of(out)
     assert cli.main(["compress", model, "--out", model, "--force"]) == 1
     assert "must not be the input" in capsys.readouterr().err
-    assert "a.weight" in names(model)
+    assert "a.weight" in names_of(model)
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "html"])
+def test_a_report_is_no_file_that_is_read(tmp_path, model, capsys, form):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shard = folder / "a.safetensors"
+    os.rename(model, shard)
+    index = folder / "model.safetensors.index.json"
+    names = dict.fromkeys(("a.weight", "b.weight", "b.bias"), shard.name)
+    index.write_text(json.dumps({"weight_map": names}))
+    for source, target in ((index, shard), (index, index), (folder, folder / "r"), (shard, shard)):
+        assert cli.main(["analyze", str(source), f"--{form}", str(target)]) == 1
+        assert f"--{form} must not be the input, nor lie in it" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {shard.name, index.name}
+    assert "a.weight" in names_of(shard)
+
+
+def test_a_report_goes_into_a_pipe_through_a_link_and_to_stdout(tmp_path, model, capsys):
+    pipe, real, link = (tmp_path / name for name in ("pipe", "real", "link"))
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    real.write_text("old")
+    real.chmod(0o640)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    argv = ["analyze", model, "--json", str(pipe), "--csv", str(link), "--html", "-"]
+    assert cli.main(argv) == 0
+    reader.join()
+    assert [row["path"] for row in json.loads(got[0])["rows"]] == ["a.weight", "b.weight"]
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert link.is_symlink()
+    assert real.read_text().startswith("path,shape,")
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    shown = capsys.readouterr().out  # no table
+    assert shown.startswith("<!doctype html>")
+    assert shown.endswith("</html>\n")
+    assert "named twice" in usage_error(capsys, *argv[:3], "-", "--csv", "-")
+
+
+def test_an_output_is_no_pipe_and_a_link_is_followed(tmp_path, model, capsys):
+    pipe, real, link = (tmp_path / name for name in ("pipe", "real", "link"))
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    argv = ["compress", model, "--rule", "fixed:16", "--quiet", "--force", "--out"]
+    assert cli.main([*argv, str(pipe)]) == 1
+    assert "is no regular file: give the path of a file" in capsys.readouterr().err
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert cli.main([*argv, str(link)]) == 0
+    assert link.is_symlink()
+    assert "a.weight/left" in names_of(real)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +163,7 @@ def test_an_output_is_replaced_by_force_only(tmp_path, model, capsys):
         (["--include", "re:("], "no regular expression"),
         (["--device", "abacus"], "--device abacus"),
         (["--dtype", "float16"], "invalid choice"),
-        (["--json", "out"], "is named twice, or lies in FILE"),
+        (["--json", "out"], "is named twice"),
     ],
 )
 def test_wrong_usage_is_told_before_the_work(tmp_path, monkeypatch, model, capsys, argv, message):
@@ -119,6 +175,10 @@ def test_wrong_usage_is_told_before_the_work(tmp_path, monkeypatch, model, capsy
 @pytest.mark.parametrize("argv", [[], ["shrink"], ["analyze"], ["compress", "model.safetensors"]])
 def test_missing_arguments_are_wrong_usage(capsys, argv):
     assert "usage: rmtjax" in usage_error(capsys, *argv)
+
+
+def test_wrong_usage_shows_that_of_the_command(model, capsys):
+    assert "usage: rmtjax analyze " in usage_error(capsys, "analyze", model, "--rule", "beam")
 
 
 @pytest.mark.parametrize(("argv", "shown"), [("--help", "exit codes:"), ("--version", "rmtjax ")])
@@ -161,6 +221,14 @@ def test_a_name_in_full_makes_a_kernel_of_any_tensor(tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["projection"]
 
 
+def test_a_name_in_full_may_have_brackets(tmp_path, capsys):
+    path = save(tmp_path, **{"layers[0].weight": spiked(0), "layers[1].weight": spiked(1)})
+    assert cli.main(["analyze", path, "--include", "layers[0].weight"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "layers[0].weight"
+    ]
+
+
 def test_hostile_names_steer_neither_the_terminal_nor_the_page(tmp_path, capsys):
     hostile = {"\x1b[2J\n<script>x</script>.weight": spiked(0), "../../{0}.weight": spiked(1)}
     page = tmp_path / "page.html"
@@ -180,6 +248,31 @@ def test_an_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, model, 
     assert cli.main(argv) == 130
     assert capsys.readouterr().err == "rmtjax: interrupted\n"
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_an_end_leaves_no_half_written_file(tmp_path, monkeypatch, model, capsys, name, code):
+    number = getattr(signal, name)
+
+    def end(*args):
+        assert len([*tmp_path.iterdir()]) == 2  # the write has begun
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr(_change, "factorize", end)
+        argv = ["compress", model, "--out", str(tmp_path / "out"), "--rule", "fixed:16"]
+        assert cli.main(argv) == code
+        assert capsys.readouterr().err == f"rmtjax: ended by {name}\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+        assert signal.getsignal(number) == signal.SIG_DFL
+        # Under nohup the signal is ignored, and stays so.
+        signal.signal(number, signal.SIG_IGN)
+        monkeypatch.setattr(_change, "factorize", lambda *args: os.kill(os.getpid(), number))
+        assert cli.main(argv) == 1
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("rich", [True, False])

@@ -52,6 +52,25 @@ def test_a_stack_is_one_row_of_its_worst_member():
     assert row.variance == pytest.approx(sum(float(fit.variance) for fit in fits) / 2, rel=1e-5)
 
 
+def test_csv_has_a_line_a_kernel_and_no_formulas():
+    names = ["=HYPERLINK(1)", "+1", "-1", "@x", " =1", "\r=1", "a\r\nb", "Dense_0/kernel", 'a,"b']
+    rows = rmtjax.plan({name: {"kernel": np.ones((2, 2), np.float32)} for name in names})
+    lines = rmtjax.Report(rows).to_csv("path", "spikes").splitlines()
+    found = {path for path, _ in csv.reader(lines[1:])}
+    assert len(lines) == 1 + len(names)
+    assert found == {
+        "'=HYPERLINK(1)/kernel",
+        "'+1/kernel",
+        "'-1/kernel",
+        "'@x/kernel",
+        "' =1/kernel",
+        "'\\r=1/kernel",
+        "a\\r\\nb/kernel",
+        "Dense_0/kernel/kernel",
+        'a,"b/kernel',
+    }
+
+
 def test_dictionary_is_json_without_nan(params):
     report = rmtjax.analyze(params)
     text = json.dumps(report.to_dict(), allow_nan=False)

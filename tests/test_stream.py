@@ -1,5 +1,6 @@
 """Files analyzed and compressed a kernel at a time: what becomes of the tree, and of the memory."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from rmtjax import _names, checkpoint, KernelAxes
 from rmtjax._files import Entry, open_tensors, write_tensors
 
 FIT = rmtjax.BulkFit(*np.float32([1, 2, 2, 0]), np.int32(0))
+INDEX = "model.safetensors.index.json"
 FIXED = rmtjax.ranks.fixed(16)
 
 
@@ -59,6 +61,9 @@ def tree():
         ("embeddings.word_embeddings.weight", (80, 60), KernelAxes((0,), (1,))),
         ("conv1.weight", (60, 8, 3, 3), KernelAxes((0,), (1, 2, 3))),
         ("depthwise.weight", (60, 1, 3, 3), None),
+        ("experts.weight", (64, 96, 64), None),  # a stack
+        ("conv.weight", (64, 96, 64), KernelAxes((0,), (1, 2))),
+        ("proj.weight", (64, 96, 16), KernelAxes((0,), (1, 2))),  # as long as a window
         ("self_attn.in_proj_weight", (180, 60), KernelAxes((0,), (1,))),
         ("lstm.weight_hh_l1_reverse", (240, 60), KernelAxes((0,), (1,))),
     ],
@@ -73,6 +78,23 @@ def test_kernels_are_known_by_name(name, shape, axes):
 def test_what_is_no_kernel_has_no_row(name):
     assert not _names.is_kernel(name, jax.ShapeDtypeStruct((60,), jnp.float32))
     assert not _names.is_kernel("attention.masked_bias", jax.ShapeDtypeStruct((80, 60), jnp.int8))
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("opt_state/0/mu/Dense_0/kernel", True),
+        ("opt_state.0.nu.fc.weight", True),
+        ("state/opt_state/inner_states/a/inner_state/0/trace/kernel", True),
+        ("0/mu/Dense_0/kernel", True),
+        ("1/0/nu/Embed_0/embedding", True),
+        ("encoder/mu/kernel", False),  # a layer of an autoencoder
+        ("layers.0.mu.weight", False),
+        ("params/mu/kernel", False),
+    ],
+)
+def test_moments_of_an_optimizer_are_no_kernels(name, moment):
+    assert _names.is_kernel(name, jax.ShapeDtypeStruct((80, 60), jnp.float32)) != moment
 
 
 @settings(max_examples=10)
@@ -137,6 +159,22 @@ def test_what_was_compressed_is_judged_by_its_own_noise(tmp_path, tree):
     assert checkpoint.restore(thin)["Dense_0"]["kernel"].left.shape == (80, 1)
 
 
+def test_a_rule_is_told_where_it_is_that_of_all(tmp_path):
+    path, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b"))
+    write(path, {"a.weight": spiked(0), "b.weight": spiked(1)})
+    only = lambda name: {"where": lambda path, leaf: path == name}
+
+    def rule(source, target, rank, **options):
+        checkpoint.compress_file(source, target, rule=rmtjax.ranks.fixed(rank), **options)
+        with open_tensors(target) as opened:
+            return _names.read_manifest(opened).rule
+
+    assert rule(path, out, 16, **only("a.weight")) == str(FIXED)
+    assert rule(out, path, 16, **only("b.weight")) == str(FIXED)
+    assert rule(path, out, 8, **only("a.weight")) is None  # the other has still that of before
+    assert rule(path, out, 8) == str(rmtjax.ranks.fixed(8))
+
+
 def test_torch_kernels_keep_their_order_and_the_rest_its_bits(tmp_path):
     bad = spiked(3)
     bad[5, 5] = np.nan
@@ -197,6 +235,36 @@ def test_the_input_is_never_written_over(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_no_shard_and_no_blob_is_written_over(tmp_path):
+    snapshot, blobs, plain = tmp_path / "snapshots" / "0", tmp_path / "blobs", tmp_path / "plain"
+    for folder in (snapshot, blobs, plain):
+        folder.mkdir(parents=True)
+    for name in ("m-1", "m-2"):
+        blob = write(blobs / name, {f"{name}.weight": spiked(0)})
+        (snapshot / f"{name}.safetensors").symlink_to(blob)
+        (plain / f"{name}.safetensors").write_bytes(blob.read_bytes())
+    told = {"weight_map": {f"{name}.weight": f"{name}.safetensors" for name in ("m-1", "m-2")}}
+    for folder in (snapshot, plain):
+        (folder / INDEX).write_text(json.dumps(told))
+    (tmp_path / "link").symlink_to(snapshot)
+    contents = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = contents()
+    for source, out in (
+        (plain / INDEX, plain / "m-1.safetensors"),
+        (plain / INDEX, plain / INDEX),
+        (plain / INDEX, plain / "new.safetensors"),
+        (snapshot, snapshot / "m-1.safetensors"),
+        (snapshot, snapshot / "new.safetensors"),
+        (snapshot, blobs / "m-2"),
+        (tmp_path / "link", snapshot / "m-1.safetensors"),
+        (snapshot, tmp_path / "link" / "m-1.safetensors"),
+        (snapshot / "m-1.safetensors", blobs / "m-1"),
+    ):
+        with pytest.raises(ValueError, match="`out` must not be the input, nor lie in it"):
+            checkpoint.compress_file(source, out)
+    assert contents() == before
+
+
 def test_a_factor_takes_no_name_that_is_there(tmp_path):
     tensors = {"a/kernel": spiked(0), "a/kernel/left": np.ones(3, np.float32)}
     path, out = write(tmp_path / "a.safetensors", tensors), tmp_path / "out.safetensors"
@@ -221,14 +289,14 @@ import sys
 from rmtjax import checkpoint, ranks
 from rmtjax._files import Entry, write_tensors
 import numpy as np
-columns = int(sys.argv[2])
-entry = Entry((32768, columns), np.dtype(np.float32))
+entry = Entry((int(sys.argv[2]), 256), np.dtype(np.float32))
 draw = lambda name: np.random.default_rng(0).standard_normal(entry.shape, np.float32)
 write_tensors(sys.argv[1], {"a.weight": entry, "b": entry, "c": entry, "d": entry}, draw, {})
 peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024
 checkpoint.analyze_file(sys.argv[1])
 analyzed = peak()
-checkpoint.compress_file(sys.argv[1], sys.argv[1] + ".out", rule=ranks.fixed(8))
+for mode in ("factorize", "truncate"):
+    checkpoint.compress_file(sys.argv[1], sys.argv[1] + ".out", rule=ranks.fixed(8), mode=mode)
 print(analyzed, peak())
 """
 
@@ -237,12 +305,11 @@ def test_memory_grows_with_the_largest_tensor_and_not_with_the_file(tmp_path):
     # Large arrays go back to the system at once, so that the peak is that of what is in use.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}
     peaks = []
-    for columns in (256, 768):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / "big.safetensors"), str(columns)]
+    for rows in (2**15, 3 * 2**15):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / "big.safetensors"), str(rows)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         peaks.append([float(peak) for peak in done.stdout.split()])
-    # Per MiB that the largest tensor grows by. There are four such tensors: to hold all of them
-    # would be 3 more. The decomposition alone takes 3 (values) and 4 (vectors); the rest is noise.
-    analyze, compress = (np.subtract(*peaks[::-1]) / 64).tolist()
-    assert analyze < 4.5
-    assert compress < 5.5
+    # Per MiB that the largest tensor grows by: three copies of it, of a file that has four such
+    # tensors. The tolerance is for what allocators keep, which differs from run to run by 30 MiB.
+    growth, tolerance = np.subtract(*peaks[::-1]), 32
+    assert (growth < 3 * 64 + tolerance).all(), growth
