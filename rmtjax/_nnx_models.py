@@ -1,7 +1,7 @@
 """Models of `flax.nnx` as trees of parameters, and back."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args, Literal
 
 import jax
@@ -128,12 +128,19 @@ def _rewriters(opened: nnx.Module) -> list[Any]:
     return [module for module in _modules(opened) if isinstance(module, kinds)]
 
 
-def _others(module: nnx.Module) -> list[nnx.Param]:
+def _params_in(value: Any) -> Iterator[nnx.Param]:
+    """The parameters in an attribute of a module, but for those of other modules."""
+    if isinstance(value, nnx.Param):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _params_in(part)
+
+
+def _others(module: nnx.Module) -> Iterator[nnx.Param]:
     """The parameters that a module itself holds, but for the kernels that it is known to have."""
-    known = kernels(module)
-    held = [value for name, value in vars(module).items() if name not in known]
-    stop = lambda node: isinstance(node, nnx.Module | nnx.Variable)
-    return [node for node in jax.tree.leaves(held, is_leaf=stop) if isinstance(node, nnx.Param)]
+    known, held = kernels(module), vars(module)
+    return _params_in([value for name, value in held.items() if name not in known])
 
 
 def undivided(opened: nnx.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ from test_nnx_layers import draw, Experts, LAYERS, linear, models, RANK, rngs
 
 import rmtjax
 from rmtjax import nnx as rmt_nnx
+from rmtjax._nnx_layers import write
 
 
 @pytest.mark.parametrize("name", ["Linear", "LinearGeneral, batch", "Einsum", "Conv", "GRUCell"])
@@ -54,6 +55,23 @@ def test_who_reads_the_kernel_of_a_thin_layer_gets_the_product():
         else:
             one, other = truncated.kernel, thin.kernel
         close(other[...], one[...])
+
+
+@pytest.mark.parametrize("name", ["Linear", "Embed", "OptimizedLSTMCell"])
+def test_who_writes_to_the_kernel_of_a_thin_layer_is_told_where(name):
+    thin = models(name, "fused")[3]
+    layer = {"Embed": lambda: thin.table, "OptimizedLSTMCell": lambda: thin.cell.dense_i}
+    layer = layer.get(name, lambda: thin)()
+    kernel = layer.embedding if name == "Embed" else layer.kernel
+    before = kernel[...]
+    writes = [
+        lambda: kernel.__setitem__(..., jnp.zeros_like(before)),
+        lambda: write(kernel, jnp.zeros_like(before)),
+    ]
+    for one in writes:
+        with pytest.raises(TypeError, match=r"`left_factor` and `right_factor`.*nnx.replace"):
+            one()
+    np.testing.assert_array_equal(kernel[...], before)
 
 
 def test_an_adapter_goes_over_a_factor():

@@ -1,13 +1,19 @@
 """Layers of one's own in nnx, told by one call: thin without a change to their code."""
 
+import copy
+import functools
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from nnx_checks import close
 
 import rmtjax
 from rmtjax import nnx as rmt_nnx
+from rmtjax._nnx_layers import read, write
 
 OPTIONS = {"rule": rmtjax.ranks.fixed(3), "multiple": 1, "min_size": 2}
 X = jax.random.normal(jax.random.key(1), (64, 20))
@@ -61,12 +67,16 @@ rmtjax.register_layer(
 rmtjax.register_layer(Weighed, {"weight": rmtjax.KernelAxes((0,), (1,))})
 
 
+def both(model):
+    """The model truncated, and made thin."""
+    plan = rmt_nnx.plan(model, **OPTIONS)
+    assert {row.action for row in plan.values()} == {"factorize"}
+    return rmt_nnx.truncate(model, plan), rmt_nnx.factorize(model, plan)
+
+
 @pytest.fixture(scope="module")
 def models():
-    model = Net()
-    plan = rmt_nnx.plan(model, **OPTIONS)
-    assert [row.action for row in plan.values()] == ["factorize"] * 2
-    return rmt_nnx.truncate(model, plan), rmt_nnx.factorize(model, plan)
+    return both(Net())
 
 
 def test_a_registered_layer_is_found(models):
@@ -122,3 +132,108 @@ def test_what_does_more_than_products_runs_right_with_a_warning():
     with pytest.warns(UserWarning, match="`Weighed.__call__` runs with a kernel multiplied out"):
         outputs = thin(X)
     np.testing.assert_allclose(outputs, rmt_nnx.merge(thin)(X), rtol=0, atol=1e-5)
+
+
+class Drops(nnx.Module):
+    """A layer that is handed random numbers, and a count to write to."""
+
+    def __init__(self):
+        self.w = nnx.Param(jax.random.normal(jax.random.key(0), (20, 24)))
+        self.drop = nnx.Dropout(0.5)
+
+    def __call__(self, x, count, *, rngs):
+        write(count, read(count) + 1)
+        return self.drop(x @ self.w[...], rngs=rngs)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_it_draws_from_and_writes_to_what_it_is_handed(compiled):
+    run = lambda model, x, count, rngs: model(x, count, rngs=rngs)
+    run = nnx.jit(run) if compiled else run
+    found = []
+    for model in both(Drops()):
+        rngs, count = nnx.Rngs(0), nnx.BatchStat(jnp.zeros(()))
+        outputs = [run(model, X, count, rngs) for _ in range(2)]
+        assert (outputs[0] != outputs[1]).any()
+        found.append((outputs, jax.tree.leaves(nnx.state((rngs, count), nnx.Not(nnx.RngKey)))))
+    assert [int(leaf) for leaf in found[1][1]] == [int(leaf) for leaf in found[0][1]] == [2, 2]
+    for one, other in zip(*(outputs for outputs, _ in found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+class Read(nnx.Module):
+    """A layer whose kernel is read by more than its public methods."""
+
+    def __init__(self):
+        self.w = nnx.Param(jax.random.normal(jax.random.key(0), (20, 24)))
+
+    @nnx.jit
+    def __call__(self, x):
+        return x @ self.w[...]
+
+    def scaled(self, x, scale):
+        return x @ self.w[...] * scale
+
+    doubled = functools.partialmethod(scaled, scale=2.0)
+    act = staticmethod(jnp.tanh)
+
+    @property
+    def table(self):
+        return self.w[...].T
+
+    def _rows(self, x):
+        return self.w[...] @ x.T
+
+
+for layer in (Drops, Read):
+    rmtjax.register_layer(layer, {"w": rmtjax.KernelAxes((0,), (1,))})
+READS = {
+    "a compiled call": lambda layer: layer(X),
+    "a part of a method": lambda layer: layer.doubled(X),
+    "a static method": lambda layer: layer.act(X),
+    "a property": lambda layer: layer.table,
+    "a private method": lambda layer: layer._rows(X[:, :1].repeat(24, 1)),
+    "a parent that ties": lambda layer: layer(X) @ layer.w[...].T,
+    "its attributes": lambda layer: (layer(X) @ layer.w.T, X @ layer.w, layer.w.sum(0)),
+    "its value": lambda layer: (
+        layer.w.get_value() if hasattr(layer.w, "get_value") else layer.w.value
+    ),
+    "an index": lambda layer: layer.w[3, 1:],
+    "an array": lambda layer: jnp.asarray(layer.w) * np.ones(layer.w.shape, layer.w.dtype),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_its_kernel_is_read_from_anywhere(name):
+    truncated, thin = both(Read())
+    one, other = READS[name](thin), READS[name](truncated)
+    close(one, other)
+    close(nnx.jit(READS[name])(thin), other)
+
+
+def test_its_compiled_call_runs_with_thin_products():
+    _, thin = both(Read())
+    graphdef, state = nnx.split(thin)
+    program = str(jax.make_jaxpr(lambda state: nnx.merge(graphdef, state)(X))(state))
+    assert "20,24" not in program
+    assert "20,3" in program
+
+
+def test_who_writes_to_its_kernel_is_told_where():
+    _, thin = both(Read())
+    writes = [lambda w: w.__setitem__(..., 0.0), lambda w: w.set_value(0.0)]
+    writes.append(lambda w: setattr(w, "value", 0.0))
+    before = thin(X)
+    for one in writes:
+        with pytest.raises(TypeError, match=r"`left` and `right`.*`rmtjax.nnx.replace`"):
+            one(thin.w)
+    np.testing.assert_array_equal(thin(X), before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_it_is_copied_and_pickled(copied):
+    _, thin = both(Read())
+    other = copied(thin)
+    assert type(other) is type(thin)
+    assert nnx.graphdef(other) == nnx.graphdef(thin)
+    np.testing.assert_array_equal(other(X), thin(X))

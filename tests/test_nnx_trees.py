@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from test_nnx import make_thin, net, X
 
 import rmtjax
 from rmtjax import nnx as rmt_nnx
+from rmtjax._nnx_layers import read
+
+OPTIONS = {"rule": rmtjax.ranks.fixed(4), "multiple": 1, "min_size": 2}
 
 
 class Tied(nnx.Module):
@@ -39,6 +43,65 @@ def test_layers_that_share_a_kernel_share_its_factors():
 def test_a_kernel_that_something_else_holds_too_is_refused():
     with pytest.raises(ValueError, match="Tied cannot run with them"):
         make_thin(Tied(other=True))
+
+
+@pytest.mark.parametrize("hold", [lambda kernel: kernel, lambda kernel: nnx.Dict(it=kernel)])
+def test_a_kernel_that_something_else_holds_too_is_planned_in_place(hold):
+    model = Tied()
+    model.other = hold(model.one.kernel)
+    model.three = nnx.Linear(20, 20, rngs=nnx.Rngs(2))
+    plan = rmt_nnx.plan(model, **OPTIONS)
+    assert {row.action for row in plan.values()} == {"truncate", "factorize"}
+    (path,) = (path for path, row in plan.items() if row.action == "truncate")
+    assert path != "three/kernel"
+    holder = "Tied" if hold(0) == 0 else "Dict"
+    assert plan[path].reason.startswith(f"truncated: `{holder}` holds it too, and is no layer")
+    thin = rmt_nnx.factorize(model, plan)
+    assert thin.one.kernel is thin.two.kernel
+    np.testing.assert_array_equal(thin.one(X), rmt_nnx.truncate(model, plan).one(X))
+    assert thin.three.left_factor.kernel.shape == (20, 4)
+
+
+def test_kernels_that_are_normalized_at_each_call_are_planned_in_place():
+    # Older Flax has none of these.
+    wrappers = [name for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)]
+    make = lambda name, inner: getattr(nnx, name)(inner, rngs=nnx.Rngs(1))
+    layer = lambda: nnx.Sequential(nnx.Linear(20, 24, rngs=nnx.Rngs(0)), jnp.tanh)
+    models = {name: make(name, layer().layers[0]) for name in wrappers} | {None: layer()}
+    for name, model in models.items():
+        ((_, row),) = (plan := rmt_nnx.plan(model, **OPTIONS)).items()
+        words = f"truncated: `{name}` rewrites it at each call" if name else "factorized"
+        assert row.reason.startswith(words)
+        thin, truncated = rmt_nnx.factorize(model, plan), rmt_nnx.truncate(model, plan)
+        np.testing.assert_allclose(thin(X), truncated(X), atol=1e-5)  # some dozen roundings
+
+
+class Odd(nnx.Module):
+    """Parameters that are no single array beside a layer, and in the place of its kernel."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(20, 24, rngs=nnx.Rngs(0))
+        self.odd = nnx.Linear(20, 24, rngs=nnx.Rngs(0))
+        self.odd.kernel = nnx.Param({"halves": [jnp.ones((20, 12)), jnp.zeros((20, 12))]})
+        self.pair, self.none = nnx.Param({"a": jnp.ones(3), "b": jnp.zeros(2)}), nnx.Param(None)
+
+
+def test_parameters_that_are_no_single_array_stay_out_of_the_tree_and_as_they_are():
+    model = Odd()
+    tree = rmt_nnx.params(model)
+    assert {name: set(part) for name, part in tree.items()} == {
+        "layer": {"kernel", "bias"},
+        "odd": {"bias"},
+    }
+    plan = rmt_nnx.plan(model, **OPTIONS)
+    assert plan.keys() == {"layer/kernel"}
+    thin = rmt_nnx.factorize(model, plan)
+    assert thin.layer.left_factor.kernel.shape == (20, 4)
+    for other in (thin, rmt_nnx.merge(thin), rmt_nnx.replace(model, tree)):
+        assert read(other.none) is None
+        for find in (lambda model: model.pair, lambda model: model.odd.kernel):
+            leaves = zip(*(jax.tree.leaves(read(find(one))) for one in (other, model)), strict=True)
+            assert all(one is another for one, another in leaves)
 
 
 class Own(nnx.Module):
