@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from rmtjax import _manifest, _names, ranks
 from rmtjax._change import Changed, noise_levels, read_leaf, tell
 from rmtjax._files import check_regular, check_target, open_tensors, Tensors, write_tensors
+from rmtjax._manifest import Manifest
 from rmtjax._names import choose, find_leaves, read_manifest
 from rmtjax._plan import Plan, plan
 from rmtjax._truncate import in_place
@@ -59,18 +60,40 @@ class _Steps:
         self.done += 1
 
 
-def _plan_kernels(
+class _Planned(NamedTuple):
+    """A file, and what is planned for its kernels.
+
+    Attributes:
+      told: What it says of itself.
+      leaves: Its tensors by path, factors as one.
+      rows: The plan.
+      steps: Of which those of planning are done.
+    """
+
+    told: Manifest | None
+    leaves: dict[str, Any]
+    rows: Plan
+    steps: _Steps
+
+
+def _plan_file(
     tensors: Tensors,
-    kernels: Mapping[str, Any],
-    steps: _Steps,
     *,
-    dtype: np.dtype | None,
+    where: Where | None,
     axes: Axes | None,
-    fits: Mapping[str, BulkFit],
+    fits: Mapping[str, BulkFit] | None,
     batch: int | Mapping[str, int] | None,
+    dtype: np.dtype | None,
+    progress: Progress | None,
+    writes: bool = False,
     **options: Any,
-) -> Plan:
-    """The plan of a file, a kernel at a time: each shape is compiled once for all."""
+) -> _Planned:
+    """Plans a kernel at a time: each shape is compiled once for all."""
+    told = read_manifest(tensors)
+    leaves = find_leaves(tensors, told)
+    kernels = choose(leaves, where, axes)
+    steps = _Steps(progress, len(kernels) + writes * len(leaves))
+    levels = noise_levels(told, leaves, fits)
     name_axes = axes if callable(axes) else _names.kernel_axes
     rows = Plan()
     for path, spec in kernels.items():
@@ -79,11 +102,27 @@ def _plan_kernels(
             {path: read_leaf(tensors, path, spec, dtype)},
             where=lambda path, leaf: True,
             axes=(_at(path, axes) if isinstance(axes, Mapping) else None) or name_axes,
-            fits=_at(path, fits),
+            fits=_at(path, levels),
             batch=_at(path, batch),
             **options,
         )
-    return rows
+    return _Planned(told, leaves, rows, steps)
+
+
+def _write(
+    tensors: Tensors, planned: _Planned, out: FilePath, rule: ranks.RankRule, dtype: np.dtype | None
+) -> None:
+    """Writes the file that a plan makes of another, a tensor at a time."""
+    told, leaves, rows, steps = planned
+    changed = Changed(tensors, leaves, rows, dtype)
+    steps.total = steps.done + len(changed.entries)
+    metadata = {**tensors.metadata, _manifest.KEY: tell(told, rows, rule, changed)}
+
+    def read(name: str) -> np.ndarray:
+        steps(name)
+        return changed.read(name)
+
+    write_tensors(out, changed.entries, read, metadata)
 
 
 def analyze_file(
@@ -137,21 +176,10 @@ def analyze_file(
       ...     print(checkpoint.analyze_file(path).rows[0].reason)
       factorized: 1 of 200 are signal, rank 1
     """
+    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
+    options |= {"batch": batch, "dtype": _check_dtype(dtype), "progress": progress}
     with open_tensors(path) as tensors:
-        told = read_manifest(tensors)
-        leaves = find_leaves(tensors, told)
-        kernels = choose(leaves, where, axes)
-        options = {"rule": rule, "min_size": min_size, "batch": batch, "multiple": 1}
-        found = _plan_kernels(
-            tensors,
-            kernels,
-            _Steps(progress, len(kernels)),
-            dtype=_check_dtype(dtype),
-            axes=axes,
-            fits=noise_levels(told, leaves, fits),
-            **options,
-        )
-    return Report(found)
+        return Report(_plan_file(tensors, **options, multiple=1).rows)
 
 
 def compress_file(
@@ -223,37 +251,15 @@ def compress_file(
     if mode not in ("factorize", "truncate"):
         raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
     check_regular(Path(out), "out")
-    dtype = _check_dtype(dtype)
+    found = _check_dtype(dtype)
+    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
+    options |= {"batch": batch, "dtype": found, "progress": progress, "keep": keep}
+    options |= {"shrink": shrink, "min_rank": min_rank, "multiple": multiple}
     with open_tensors(path) as tensors:
         check_target(tensors, out, "`out`")
-        told = read_manifest(tensors)
-        leaves = find_leaves(tensors, told)
-        kernels = choose(leaves, where, axes)
-        steps = _Steps(progress, len(kernels) + len(leaves))
-        found = _plan_kernels(
-            tensors,
-            kernels,
-            steps,
-            dtype=dtype,
-            axes=axes,
-            fits=noise_levels(told, leaves, fits),
-            batch=batch,
-            rule=rule,
-            keep=keep,
-            shrink=shrink,
-            min_rank=min_rank,
-            multiple=multiple,
-            min_size=min_size,
-        )
+        planned = _plan_file(tensors, **options, writes=True)
         if mode == "truncate":
-            found = Plan({path: in_place(row) for path, row in found.items()})
-        changed = Changed(tensors, leaves, found, dtype)
-        steps.total = len(kernels) + len(changed.entries)
-        metadata = {**tensors.metadata, _manifest.KEY: tell(told, found, rule, changed)}
-
-        def read(name: str) -> np.ndarray:
-            steps(name)
-            return changed.read(name)
-
-        write_tensors(out, changed.entries, read, metadata)
-    return Report(found)
+            rows = {path: in_place(row) for path, row in planned.rows.items()}
+            planned = planned._replace(rows=Plan(rows))
+        _write(tensors, planned, out, rule, found)
+    return Report(planned.rows)
