@@ -121,7 +121,7 @@ def split_long(
 
     The triangle R of A = Q R has the singular values and the right vectors V of A, and
     A V S^-1 are its left ones. The decomposition is that of the shorter side, and neither Q
-    nor the vectors that are cut are formed: no more than two copies of the matrix.
+    nor the long vectors that are cut are formed.
     """
     if matrix.shape[-2] < matrix.shape[-1]:
         right, left = split_long(matrix.mT, rank, change)

@@ -67,8 +67,10 @@ def save(
       path: A name in .safetensors, which replaces the file that is there; else the folder for
         orbax, which must not exist.
       params: Nested dictionaries of arrays, dense or factorized; boxed (`nn.Partitioned`,
-        `nnx.State`) they are saved without their boxes. Anything else, such as a list, has to be
-        restored into a tree that is `like` it. For a file, sharded arrays are gathered one by one.
+        `nnx.State`) they are saved without their boxes. Of a thin nnx model, give
+        `rmtjax.nnx.params(model)`: its state has no `Factors`. Anything else, such as a list, has
+        to be restored into a tree that is `like` it. For a file, sharded arrays are gathered one by
+        one.
       plan: The plan of the tree: what was decided, why, and by which noise levels.
       rule: The rank rule by which the plan was made, for the record.
 
@@ -149,7 +151,8 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
         of its type, if one of its kind was saved, of however many bits.
 
     Returns:
-      A tree such as `like`; by default nested dictionaries, with `Factors` where they were saved.
+      A tree such as `like`; by default nested dictionaries, of names that are split at "/"
+      (Torch's, with dots, stay whole), with `Factors` where they were saved.
       The leaves are jax arrays of the dtypes saved; of 64 bits, where jax has these switched off,
       NumPy arrays.
 

@@ -8,6 +8,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import hypothesis
 import jax
 import jax.experimental
+import pytest
 
 if not hasattr(jax, "enable_x64"):  # its name before jax 0.8
     jax.enable_x64 = jax.experimental.enable_x64
@@ -15,3 +16,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A first example compiles, which no deadline allows for.
 hypothesis.settings.register_profile("rmtjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rmtjax")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder():
+    """The pretrained encoder's files; skips, or fails where data are required, without them."""
+    from experiments.minilm import weights
+
+    try:
+        return weights.find_folder()
+    except FileNotFoundError as error:
+        if os.environ.get("RMTJAX_REQUIRE_DATA") == "1":
+            raise
+        pytest.skip(str(error))

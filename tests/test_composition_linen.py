@@ -1,42 +1,20 @@
 """Factorized trees of linen in the hands of JAX, Flax and optax."""
 
 import functools
-import os
-import subprocess
-import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composition_models import Net, run_on_eight_devices
 from flax.training.train_state import TrainState
-from linen_checks import assert_close, check, draw, make_thin, RANK
+from linen_checks import assert_close, check, draw, Fixed, make_thin, RANK
 
 import rmtjax
 from rmtjax import linen
 
 X = jnp.asarray(draw(4, 6, 6, 8))
-
-
-class Net(nn.Module):
-    """A convolution and two dense layers."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(24, (3, 3))(x)).mean((1, 2))
-        x = nn.tanh(nn.Dense(20)(x))
-        return nn.Dense(16)(x)
-
-
-class Fixed(rmtjax.ranks.fixed):
-    """Without a fit, which compiles for long and is not needed here."""
-
-    def fit(self, spectrum, rank=None):
-        del rank
-        ones = [jnp.ones_like(spectrum.ratio)] * 4
-        return rmtjax.BulkFit(*ones, num_spikes=jnp.asarray(0, jnp.int32))
 
 
 NET = Net()
@@ -175,9 +153,4 @@ print(jax.tree.leaves(found)[1].sharding.shard_shape((80, 16)))
 
 
 def test_placed_on_a_mesh_of_devices_the_tree_stays_there():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(80, 4)"
+    assert run_on_eight_devices(SHARDED) == "(80, 4)"

@@ -1,14 +1,11 @@
 """Thin models of nnx in the hands of JAX, Flax and optax."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from composition_models import NnxNet, run_on_eight_devices
 from flax import nnx
 from flax.training.train_state import TrainState
 from linen_checks import assert_close, draw, Fixed, RANK
@@ -16,18 +13,6 @@ from linen_checks import assert_close, draw, Fixed, RANK
 from rmtjax import nnx as rmt_nnx
 
 X = jnp.asarray(draw(3, 5, 32))
-
-
-class Net(nnx.Module):
-    """Attention, and a dense layer."""
-
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.attention = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
-        self.linear = nnx.Linear(32, 24, rngs=rngs)
-
-    def __call__(self, x):
-        return self.linear(jnp.tanh(self.attention(x)))
 
 
 def factorize(model):
@@ -38,7 +23,7 @@ def factorize(model):
 
 @pytest.fixture(scope="module")
 def thin():
-    return factorize(Net())
+    return factorize(NnxNet())
 
 
 def loss(model, x=X):
@@ -200,9 +185,4 @@ print(rmtjax.nnx.params(placed)["layers"][0]["kernel"].left.sharding.shard_shape
 
 
 def test_placed_on_a_mesh_of_devices_the_model_stays_there():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(80, 4)"
+    assert run_on_eight_devices(SHARDED) == "(80, 4)"

@@ -1,11 +1,11 @@
 """Factorized models in the hands of qwix: int8 weights and products, and adapters."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from composition_models import Net, NnxNet
 from flax import nnx
 from linen_checks import assert_close, draw, Fixed, make_thin, RANK
 
@@ -16,28 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 X = jnp.asarray(draw(4, 6, 6, 8))
 SEQUENCE = jnp.asarray(draw(3, 5, 32))
-
-
-class Net(nn.Module):
-    """A convolution and two dense layers."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(24, (3, 3))(x)).mean((1, 2))
-        x = nn.tanh(nn.Dense(20)(x))
-        return nn.Dense(16)(x)
-
-
-class NnxNet(nnx.Module):
-    """Attention, and a dense layer."""
-
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.attention = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
-        self.linear = nnx.Linear(32, 24, rngs=rngs)
-
-    def __call__(self, x):
-        return self.linear(jnp.tanh(self.attention(x)))
 
 
 NET = Net()

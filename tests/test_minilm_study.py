@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from io import StringIO
@@ -62,15 +61,9 @@ def write_folder(folder):
 
 
 @pytest.fixture(scope="module")
-def pretrained():
-    """Folder and parameters; skips, or fails where data are required, without the package."""
-    try:
-        folder = weights.find_folder()
-    except FileNotFoundError as error:
-        if os.environ.get("RMTJAX_REQUIRE_DATA") == "1":
-            raise
-        pytest.skip(str(error))
-    return folder, weights.read_params(folder)
+def pretrained(minilm_folder):
+    """Folder and parameters."""
+    return minilm_folder, weights.read_params(minilm_folder)
 
 
 def test_every_kernel_has_a_row_and_the_pooler_is_noise(pretrained):

@@ -5,18 +5,12 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from linen_checks import Fixed
 
 import rmtjax
-from rmtjax import _cost, _plan, BulkFit, Factors, KernelAxes, ranks
+from rmtjax import _cost, _plan, Factors, KernelAxes, ranks
 
 GENERAL = KernelAxes((0, 1), (2, 3))
-
-
-class Fixed(ranks.fixed):
-    """Without a noise level, which is not needed here and compiles for long."""
-
-    def fit(self, spectrum, rank=None):
-        return BulkFit(*[jnp.ones_like(spectrum.ratio)] * 4, num_spikes=jnp.asarray(0, jnp.int32))
 
 
 class Clock:

@@ -1,9 +1,6 @@
-"""Files analyzed and compressed a kernel at a time: what becomes of the tree, and of the memory."""
+"""Files analyzed and compressed a kernel at a time: what becomes of the tree."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -50,51 +47,6 @@ def tree():
         "Embed_0": {"embedding": spiked(3).astype(jnp.bfloat16)},
         "step": names,
     }
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "axes"),
-    [
-        ("Dense_0/kernel", (80, 60), KernelAxes((0,), (1,))),
-        ("Conv_0.kernel", (3, 3, 8, 60), KernelAxes((0, 1, 2), (3,))),
-        ("layers/kernel", (4, 80, 60), None),  # a stack, by nothing told from a convolution
-        ("embeddings.word_embeddings.weight", (80, 60), KernelAxes((0,), (1,))),
-        ("conv1.weight", (60, 8, 3, 3), KernelAxes((0,), (1, 2, 3))),
-        ("depthwise.weight", (60, 1, 3, 3), None),
-        ("experts.weight", (64, 96, 64), None),  # a stack
-        ("conv.weight", (64, 96, 64), KernelAxes((0,), (1, 2))),
-        ("proj.weight", (64, 96, 16), KernelAxes((0,), (1, 2))),  # as long as a window
-        ("self_attn.in_proj_weight", (180, 60), KernelAxes((0,), (1,))),
-        ("lstm.weight_hh_l1_reverse", (240, 60), KernelAxes((0,), (1,))),
-    ],
-)
-def test_kernels_are_known_by_name(name, shape, axes):
-    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert _names.is_kernel(name, leaf)
-    assert _names.kernel_axes(name, leaf) == axes
-
-
-@pytest.mark.parametrize("name", ["norm.weight", "lstm.bias_hh_l0", "position_ids", "weight_g"])
-def test_what_is_no_kernel_has_no_row(name):
-    assert not _names.is_kernel(name, jax.ShapeDtypeStruct((60,), jnp.float32))
-    assert not _names.is_kernel("attention.masked_bias", jax.ShapeDtypeStruct((80, 60), jnp.int8))
-
-
-@pytest.mark.parametrize(
-    ("name", "moment"),
-    [
-        ("opt_state/0/mu/Dense_0/kernel", True),
-        ("opt_state.0.nu.fc.weight", True),
-        ("state/opt_state/inner_states/a/inner_state/0/trace/kernel", True),
-        ("0/mu/Dense_0/kernel", True),
-        ("1/0/nu/Embed_0/embedding", True),
-        ("encoder/mu/kernel", False),  # a layer of an autoencoder
-        ("layers.0.mu.weight", False),
-        ("params/mu/kernel", False),
-    ],
-)
-def test_moments_of_an_optimizer_are_no_kernels(name, moment):
-    assert _names.is_kernel(name, jax.ShapeDtypeStruct((80, 60), jnp.float32)) != moment
 
 
 @settings(max_examples=10)
@@ -282,34 +234,3 @@ def test_a_lost_factor_is_named(tmp_path):
     half = {name: array for name, array in read(out).items() if name.endswith("right")}
     with pytest.raises(ValueError, match=r"lacks 'a\.weight/left'"):
         checkpoint.analyze_file(write(tmp_path / "c.safetensors", half, **metadata))
-
-
-MEASURE = """
-import sys
-from rmtjax import checkpoint, ranks
-from rmtjax._files import Entry, write_tensors
-import numpy as np
-entry = Entry((int(sys.argv[2]), 256), np.dtype(np.float32))
-draw = lambda name: np.random.default_rng(0).standard_normal(entry.shape, np.float32)
-write_tensors(sys.argv[1], {"a.weight": entry, "b": entry, "c": entry, "d": entry}, draw, {})
-peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024
-checkpoint.analyze_file(sys.argv[1])
-analyzed = peak()
-for mode in ("factorize", "truncate"):
-    checkpoint.compress_file(sys.argv[1], sys.argv[1] + ".out", rule=ranks.fixed(8), mode=mode)
-print(analyzed, peak())
-"""
-
-
-def test_memory_grows_with_the_largest_tensor_and_not_with_the_file(tmp_path):
-    # Large arrays go back to the system at once, so that the peak is that of what is in use.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}
-    peaks = []
-    for rows in (2**15, 3 * 2**15):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / "big.safetensors"), str(rows)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        peaks.append([float(peak) for peak in done.stdout.split()])
-    # Per MiB that the largest tensor grows by: three copies of it, of a file that has four such
-    # tensors. The tolerance is for what allocators keep, which differs from run to run by 30 MiB.
-    growth, tolerance = np.subtract(*peaks[::-1]), 32
-    assert (growth < 3 * 64 + tolerance).all(), growth
