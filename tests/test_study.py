@@ -19,11 +19,15 @@ from experiments.study.options import Options
 SHORT = {  # options of a shortened run, and the number of its runs
     "truncation": ("--datasets fashion_mnist --seeds 0 1 --widths 64 --epochs 2", 2),
     "memorisation": (
-        "--dataset fashion_mnist --other-datasets --images 900 --validation 100 --seeds 0 1 "
-        "--other-seeds 0 --other-noises 0 --widths 96 --epochs 3 --prune-start 2 --cuts 2 "
-        "--full-epochs 1 --weight-decays 1e-3 1e-1 --dropouts 0.5 --other-arms nothing "
+        "--dataset fashion_mnist --images 900 --validation 100 --seeds 0 1 --widths 96 "
+        "--epochs 3 --prune-start 2 --cuts 2 --weight-decays 1e-3 1e-1 --dropouts 0.5 "
         "--arms nothing weight_decay dropout RMT RMT,_weight_decay RMT,_weight_decay_5e-4",
-        2 + 1 + 2 + 2 * 6 + 2,
+        2 + 1 + 2 + 2 * 6,
+    ),
+    "elsewhere": (
+        "--dataset fashion_mnist --datasets --images 600 --validation 100 --seeds 0 --noises 0 0.4 "
+        "--widths 64 --epochs 2 --prune-start 1 --cuts --full-epochs 1 --arms nothing",
+        2 + 1,
     ),
     "pilot": (
         "--dataset fashion_mnist --images 600 --validation 100 --seeds 0 --widths 64 --epochs 2 "
@@ -187,7 +191,7 @@ def test_an_interrupted_part_goes_on_where_it_stopped(tmp_path):
     [
         (["cnn", "--show-only"], "cnn.json, which is not there"),
         (["memorisation", "--arms", "magic"], "`arms` must be of nothing, weight decay"),
-        (["memorisation", "--other-seeds", "100"], "`tuning_seed` must not be among the seeds"),
+        (["memorisation", "--seeds", "100"], "`tuning_seed` must not be among the seeds"),
         (["cnn", "--noises", "1.5"], "`noises` must be in [0, 1]"),
         (["clean", "--epochs", "0"], "`epochs` must be at least 1"),
         (["clean", "--source", "sample"], "needs `name="),

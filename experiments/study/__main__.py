@@ -7,11 +7,21 @@ import tyro
 from rich.console import Console
 from tyro.conf import subcommand
 
-from experiments.study import artefact, clean, cnn, driver, memorisation, pilot, truncation
+from experiments.study import (
+    artefact,
+    clean,
+    cnn,
+    driver,
+    elsewhere,
+    memorisation,
+    pilot,
+    truncation,
+)
 
 PARTS = {
     "truncation": truncation,
     "memorisation": memorisation,
+    "elsewhere": elsewhere,
     "pilot": pilot,
     "clean": clean,
     "artefact": artefact,
@@ -20,6 +30,7 @@ PARTS = {
 Command = (
     Annotated[truncation.Config, subcommand("truncation")]
     | Annotated[memorisation.Config, subcommand("memorisation")]
+    | Annotated[elsewhere.Config, subcommand("elsewhere")]
     | Annotated[pilot.Config, subcommand("pilot")]
     | Annotated[clean.Config, subcommand("clean")]
     | Annotated[artefact.Config, subcommand("artefact")]

@@ -1,6 +1,7 @@
 """The figure of each part, drawn from its records."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,11 @@ def draw_wrong(ax: Axes, arms: dict[str, Records]) -> None:
     ax.set(xlabel="epoch", ylabel="wrong labels learnt, %")
 
 
-def draw_by_noise(ax: Axes, records: Records, core: Task) -> None:
+def draw_by_noise(ax: Axes, records: Records) -> None:
     """Final test accuracy against the share of the labels redrawn, dots for the seeds."""
     found = outcomes(records)
-    alike = lambda task: (task.dataset, task.images) == (core.dataset, core.images)
     for arm in (PLAIN, EARLY_STOPPING, "fixed rank 10", "RMT", RMT_AT_END):
-        own = [one for one in found if one.arm == arm and alike(one.task)]
+        own = [one for one in found if one.arm == arm]
         noises = sorted({one.task.label_noise for one in own})
         means = [np.mean([o.test for o in own if o.task.label_noise == noise]) for noise in noises]
         ax.plot([100 * noise for noise in noises], means, color=COLOURS[arm], label=arm)
@@ -91,17 +91,29 @@ def draw_by_noise(ax: Axes, records: Records, core: Task) -> None:
 
 
 def memorisation(records: Records) -> Figure:
-    """Accuracy and wrong labels by epoch in the core task; accuracy against the noise."""
-    core, *others = tasks(outcomes(records))
-    panels = 3 if others else 2
-    figure = Figure(figsize=(4.4 * panels, 4), layout="constrained")
-    left, middle, *right = figure.subplots(1, panels)
-    draw_accuracy(left, of_task(records, core))
-    draw_wrong(middle, of_task(records, core))
-    for ax in right:
-        draw_by_noise(ax, records, core)
-    more = "; right, all shares of them" if others else ""
-    figure.suptitle(f"{core.title()}: mean and range of the seeds{more}")
+    """Accuracy and wrong labels by epoch."""
+    (task,) = tasks(outcomes(records))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_accuracy(left, of_task(records, task))
+    draw_wrong(right, of_task(records, task))
+    figure.suptitle(f"{task.title()}: mean and range of the seeds")
+    return figure
+
+
+def elsewhere(records: Records) -> Figure:
+    """Accuracy against the share of the labels redrawn; by epoch in the other tasks."""
+    found = tasks(outcomes(records))
+    alike = lambda task: (task.dataset, task.images) == (found[0].dataset, found[0].images)
+    others = [task for task in found if not alike(task)]
+    figure = Figure(figsize=(4.4 * (1 + len(others)), 4), layout="constrained")
+    left, *right = figure.subplots(1, 1 + len(others), squeeze=False)[0]
+    draw_by_noise(left, [r for r in records if alike(Task(**r["settings"]["task"]))])
+    left.set_title(replace(found[0], label_noise=0.0).title(), fontsize="medium")
+    for ax, task in zip(right, others, strict=True):
+        draw_accuracy(ax, of_task(records, task))
+        ax.set_title(task.title(), fontsize="medium")
+    figure.suptitle("Mean and range of the seeds")
     return figure
 
 
@@ -176,6 +188,7 @@ def clean(records: Records) -> Figure:
 PARTS = {
     "truncation": truncation,
     "memorisation": memorisation,
+    "elsewhere": elsewhere,
     "pilot": memorisation,
     "clean": clean,
     "artefact": artefact,

@@ -35,30 +35,30 @@ CHOICES = (PLAIN, *TUNED, *ARMS, *UNTUNED)
 REFERENCES = (PLAIN, EARLY_STOPPING, "fixed rank 10", DECAY)
 
 
+class Cell(NamedTuple):
+    """A task, and how long all arms train on it."""
+
+    task: Task
+    epochs: int
+    prune_start: int
+
+
 @dataclass(frozen=True)
 class Config(Options):
     """Redraws a share of the labels at random, and looks who learns them by heart."""
 
     dataset: DatasetName = "mnist"
-    """Of the core task."""
-    other_datasets: tuple[DatasetName, ...] = ("fashion_mnist",)
-    """Further ones, with the label noise of the core task."""
+    """Which images."""
     images: int = 10_000
     """Training images."""
     validation: int = 1_000
     """Training images held out in all arms, with clean labels."""
     label_noise: float = 0.4
-    """Share of the labels redrawn, core task."""
-    other_noises: tuple[float, ...] = (0.0, 0.2, 0.6)
-    """Further shares, with the data set of the core task."""
+    """Share of the labels redrawn."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of the core task."""
-    other_seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the others."""
+    """A run of each arm for each."""
     arms: tuple[str, ...] = CHOICES
-    """Of the core task; early stopping and the single cuts come with `nothing`."""
-    other_arms: tuple[str, ...] = (PLAIN, "fixed rank 10", "RMT")
-    """Of the others."""
+    """What is compared; early stopping and the single cuts come with `nothing`."""
     widths: tuple[int, ...] = (512, 512)
     """Of the hidden layers."""
     initial_variance: float = 1 / 3
@@ -77,10 +77,6 @@ class Config(Options):
     """Epoch after which the first pruning comes, then after each."""
     cuts: tuple[int, ...] = (5, 10, 20, 40)
     """Epochs after which a copy of the plain network is cut once; the last is one anyway."""
-    full_epochs: int = 20
-    """Epochs on all images of the core data set; 0 leaves this task out."""
-    full_prune_start: int = 1
-    """Epoch of the first pruning there, after about as many steps as in the core task."""
     weight_decays: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """To choose from."""
     dropouts: tuple[float, ...] = (0.2, 0.5, 0.8)
@@ -90,37 +86,16 @@ class Config(Options):
 
     def __post_init__(self):
         check_positive(self, "images", "validation", "widths", "epochs", "batch_size")
-        check_positive(self, "prune_start", "full_prune_start")
-        check_shares(self, "label_noise", "other_noises", "dropouts")
-        for name in ("arms", "other_arms"):
-            check_choices(self, name, CHOICES if name == "arms" else (PLAIN, *ARMS))
-        if self.tuning_seed in (*self.seeds, *self.other_seeds):
+        check_positive(self, "prune_start")
+        check_shares(self, "label_noise", "dropouts")
+        check_choices(self, "arms", CHOICES)
+        if self.tuning_seed in self.seeds:
             raise ValueError(f"`tuning_seed` must not be among the seeds, got {self.tuning_seed}.")
 
-
-class Cell(NamedTuple):
-    """A task, and what is done on it."""
-
-    task: Task
-    arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-    epochs: int
-    prune_start: int
-
-
-def cells(config: Config) -> list[Cell]:
-    """All tasks, the core one first."""
-    task = lambda dataset, noise: Task(dataset, config.images, config.validation, noise)
-    usual = config.epochs, config.prune_start
-    others = [task(config.dataset, noise) for noise in config.other_noises]
-    others += [task(dataset, config.label_noise) for dataset in config.other_datasets]
-    small = config.other_arms, config.other_seeds
-    core = Cell(task(config.dataset, config.label_noise), config.arms, config.seeds, *usual)
-    found = [core, *(Cell(other, *small, *usual) for other in others)]
-    if config.full_epochs:
-        full = Task(config.dataset, None, config.validation, config.label_noise)
-        found.append(Cell(full, *small, config.full_epochs, config.full_prune_start))
-    return found
+    def cells(self) -> list[Cell]:
+        """The tasks; what is tuned is tuned on the first."""
+        task = Task(self.dataset, self.images, self.validation, self.label_noise)
+        return [Cell(task, self.epochs, self.prune_start)]
 
 
 def ingredients(arm: str, value: float) -> tuple[str, float, float]:
@@ -159,7 +134,7 @@ Find = Callable[[Any], dict[str, Any] | None]
 
 def grids(config: Config) -> dict[str, dict[float, Run]]:
     """The runs that choose the value of each tuned arm, by value."""
-    core = cells(config)[0]
+    core = config.cells()[0]
     values = lambda arm: config.dropouts if arm == DROPOUT else config.weight_decays
     make = lambda arm, value: make_run(config, core, f"{arm}, tuning", config.tuning_seed, value)
     return {
@@ -181,9 +156,9 @@ def plan_runs(config: Config, find: Find) -> list[Run]:
     tuning = grids(config)
     found = [run for grid in tuning.values() for run in grid.values()]
     chosen = {arm: choose(grid, find) for arm, grid in tuning.items()}
-    for cell in cells(config):
-        for seed in cell.seeds:
-            for arm in cell.arms:
+    for cell in config.cells():
+        for seed in config.seeds:
+            for arm in config.arms:
                 value = chosen.get(arm, 0.0)
                 if value is not None:
                     found.append(make_run(config, cell, arm, seed, value))

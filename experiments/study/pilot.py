@@ -1,14 +1,13 @@
 """Part f: the setting in which truncation was first seen to stop memorisation.
 
-A deeper network with three times the initial variance and centred inputs, on the core task
-of `memorisation` alone. Noise that is louder hides more: fewer spikes are found, and less
+A deeper network with three times the initial variance and centred inputs, on the task
+of `memorisation`. Noise that is louder hides more: fewer spikes are found, and less
 is learnt by heart.
 """
 
 from dataclasses import dataclass
 
 from experiments.study import memorisation
-from experiments.study.options import DatasetName
 from experiments.study.outcomes import PLAIN
 
 plan_runs, perform, tables = memorisation.plan_runs, memorisation.perform, memorisation.tables
@@ -16,7 +15,7 @@ plan_runs, perform, tables = memorisation.plan_runs, memorisation.perform, memor
 
 @dataclass(frozen=True)
 class Config(memorisation.Config):
-    """Repeats the core task of `memorisation` in the setting of the pilot."""
+    """Repeats `memorisation` in the setting of the pilot."""
 
     widths: tuple[int, ...] = (512, 512, 512)
     """Of the hidden layers."""
@@ -25,10 +24,4 @@ class Config(memorisation.Config):
     centred: bool = True
     """Whether the inputs are in [-1, 1] and not in [0, 1]."""
     arms: tuple[str, ...] = (PLAIN, "fixed rank 10", "RMT", "RMT, floor 10")
-    """Of the core task; early stopping and the single cuts come with `nothing`."""
-    other_datasets: tuple[DatasetName, ...] = ()
-    """Further ones; the part has none."""
-    other_noises: tuple[float, ...] = ()
-    """Further shares; the part has none."""
-    full_epochs: int = 0
-    """Epochs on all images; 0 leaves this task out."""
+    """What is compared; early stopping and the single cuts come with `nothing`."""
