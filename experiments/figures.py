@@ -28,12 +28,13 @@ def accuracy(results: output.Results) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     for index, found in enumerate(results.seeds.values()):
-        for color, network in (("C0", "baseline"), ("C1", "pruned")):
+        for color, line_style, network in (("C0", "--", "baseline"), ("C1", "-", "pruned")):
             names = (network, "pruned, factorized") if network == "pruned" else (network,)
             line = [entry for entry in found.history if entry["network"] in names]
             epochs, values = zip(*((e["epoch"], e["test_accuracy"]) for e in line), strict=True)
             label = network if index == 0 else None
-            ax.plot(epochs, values, color=color, label=label, alpha=0.8, marker=".")
+            style = {"color": color, "linestyle": line_style, "marker": "."}
+            ax.plot(epochs, values, label=label, alpha=0.8, **style)
     ax.axvline(results.config.epochs + 0.5, color="0.6", linestyle=":")
     ax.annotate(
         "fine-tuning", (results.config.epochs + 0.6, 0.02), xycoords=("data", "axes fraction")
@@ -55,7 +56,8 @@ def truncation(results: output.Results) -> Figure:
         ranks, values = (
             zip(*found.curve["points"], strict=True) if found.curve["points"] else ((), ())
         )
-        ax.plot(ranks, values, color=f"C{index}", marker=".", label=f"seed {seed}")
+        marker = "os^Dv"[index % 5]
+        ax.plot(ranks, values, color=f"C{index}", marker=marker, label=f"seed {seed}")
         if found.curve["spikes"] is not None:
             ax.axvline(found.curve["spikes"], color=f"C{index}", linestyle="--")
     path = next(iter(results.seeds.values())).curve["path"]

@@ -1,6 +1,7 @@
 """Random matrix theory for the weights of neural networks, in JAX."""
 
 from rmtjax import (
+    certificate as certificate,
     checkpoint as checkpoint,
     linen as linen,
     marchenko_pastur as marchenko_pastur,
@@ -19,6 +20,7 @@ from rmtjax._factors import (
     truncate_matrix as truncate_matrix,
 )
 from rmtjax._layers import register_layer as register_layer
+from rmtjax._metrics import metrics as metrics
 from rmtjax._opt_state import transfer as transfer
 from rmtjax._penalty import penalty as penalty
 from rmtjax._plan import (

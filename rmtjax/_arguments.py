@@ -72,6 +72,16 @@ def matcher(pattern: str) -> Callable[[str], Any]:
         raise UsageError(f"{pattern!r} is no regular expression: {error}.") from error
 
 
+def pattern_hint(pattern: str) -> str:
+    """What a glob that matches nothing may have lacked."""
+    if pattern.startswith("re:"):
+        return ""
+    return (
+        " A glob must match the whole name, and '*' stands for anything: "
+        f"'*{pattern.strip('*')}*' finds it anywhere in a name."
+    )
+
+
 def is_stdout(path: str) -> bool:
     """Whether a report is to go where the table would, by the name "-" or another one."""
     try:
@@ -109,7 +119,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise IsADirectoryError(f"{path!r} is a folder: give the path of a file.")
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add = command.add_argument
     add("file", metavar="FILE", help=".safetensors file, sharded folder or orbax checkpoint")
     add(
@@ -124,11 +134,19 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="kernels with such a name only; a glob, or a regular expression after 're:'; may be "
-        "given again; a name in full makes a kernel of any tensor",
+        help="kernels with such a name only; a glob of the whole name, as '*attention*', or a "
+        "regular expression after 're:'; may be given again; a name in full makes a kernel of any "
+        "tensor",
     )
     add("--exclude", action="append", default=[], metavar="PATTERN", help="no such kernels")
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
+    add(
+        "--multiple",
+        type=int,
+        default=multiple,
+        help="ranks are rounded up to it; default 1 in analyze, which tells them as they are, and "
+        "8 in compress, so that few shapes are compiled",
+    )
     add("--batch", type=int, help="rows to time each kernel with: keeps what factors do not win")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
@@ -143,7 +161,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 def _add_compress(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--out", required=True, metavar="OUT", help=".safetensors file to write")
+    add("--out", required=True, metavar="OUT", help="file to write, NAME.safetensors")
     add("--force", action="store_true", help="replaces OUT if it is there")
     add(
         "--mode",
@@ -155,7 +173,6 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     add("--keep", type=float, default=0.0, help="share of the noise directions that stay, 0 to 1")
     add("--shrink", choices=("frobenius", "operator", "nuclear"), help="shrinks what is kept")
     add("--min-rank", type=int, default=1, help="smallest rank, default 1")
-    add("--multiple", type=int, default=8, help="ranks are rounded up to it, default 8")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -168,9 +185,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rmtjax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text, add_own in (
-        ("analyze", "a row for each kernel: its noise, its spikes, its rank", None),
-        ("compress", "writes a checkpoint whose kernels are cut to their spikes", _add_compress),
+    for name, text, multiple, add_own in (
+        ("analyze", "a row for each kernel: its noise, its spikes, its rank", 1, None),
+        ("compress", "writes a checkpoint whose kernels are cut to their spikes", 8, _add_compress),
     ):
         command = commands.add_parser(
             name,
@@ -179,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        _add_common(command)
+        _add_common(command, multiple)
         if add_own is not None:
             add_own(command)
         command.set_defaults(refuse=command.error)

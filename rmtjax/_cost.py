@@ -1,10 +1,12 @@
 """What kernels cost, as they are and as thinner factors: numbers, multiply-adds, measured time."""
 
+import contextlib
 import math
 import operator
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial, reduce
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import cache, partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +74,9 @@ class Product(NamedTuple):
     ranks: tuple[int | None, ...]
 
 
-# Milliseconds of each alternative, round by round; `plan` remembers what it has timed.
+# Milliseconds of each alternative, round by round.
 Clock = Callable[[Product], Float[np.ndarray, "rounds alternatives"]]
+_SHARED: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
 
 def check_batch(batch: int | Mapping[str, int] | None, paths: Collection[str]) -> dict[str, int]:
@@ -150,6 +153,21 @@ def time_products(product: Product) -> Float[np.ndarray, "rounds alternatives"]:
         for k in range(len(calls))[:: 1 if i % 2 else -1]:
             seconds[i, k] = _burst(calls[k], sizes[k])
     return 1e3 * seconds * (product.rows / bound.rows)
+
+
+def make_clock() -> Clock:
+    """`time_products`, which remembers what it has timed: since `timing_once`, if within it."""
+    return _SHARED.get() or cache(time_products)
+
+
+@contextlib.contextmanager
+def timing_once() -> Iterator[None]:
+    """Within it, plans that are made one after another time what they have in common once."""
+    token = _SHARED.set(cache(time_products))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
 
 
 def is_faster(milliseconds: Float[np.ndarray, "rounds 2"]) -> bool:

@@ -1,6 +1,6 @@
 """Layers of one's own, told by one call."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from rmtjax._typing import KernelAxes
 
@@ -23,8 +23,9 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
         the transpose is taken, which has the same spectrum.
 
     Raises:
-      TypeError: `layer` is no class, or an entry no `KernelAxes`.
-      ValueError: `kernels` is empty, or two axes of an entry are the same.
+      TypeError: `layer` is no class, `kernels` no mapping, or an entry no `KernelAxes`.
+      ValueError: `kernels` is empty, or two axes of an entry are the same. Where axes are asked
+        for, or a plan: a layer of the model has no parameter of such a name.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
@@ -46,6 +47,11 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
     """
     if not isinstance(layer, type):
         raise TypeError(f"`layer` must be a class, got {layer!r}: give its type.")
+    if not isinstance(kernels, Mapping):
+        raise TypeError(
+            "`kernels` must map names of parameters to their `rmtjax.KernelAxes`, as "
+            f'{{"weight": axes}} does, got {kernels!r}.'
+        )
     if not kernels:
         raise ValueError("`kernels` must name at least one parameter of the layer, got none.")
     for name, axes in kernels.items():
@@ -70,3 +76,14 @@ def _in_order(axes: KernelAxes) -> KernelAxes:
 def registered(layer: type) -> dict[str, KernelAxes] | None:
     """The kernels of a layer by name; None where it has not been registered."""
     return _KERNELS.get(layer)
+
+
+def check_names(layer: type, held: Collection[str]) -> None:
+    """Refuses a kernel that was told under a name which the layer does not have."""
+    missing = min((registered(layer) or {}).keys() - set(held), default=None)
+    if missing is not None:
+        raise ValueError(
+            f"`rmtjax.register_layer` was told a kernel {missing!r} of `{layer.__name__}`, whose "
+            f"parameters are {', '.join(map(repr, sorted(held))) or 'none'}: register it again, "
+            "by the names that are there."
+        )

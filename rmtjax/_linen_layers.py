@@ -1,15 +1,17 @@
 """The layers of `flax.linen` that hold kernels: along which axes, and how two run for one."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from rmtjax import _kernels
 from rmtjax._einsum import einsum_axes, split_einsum
-from rmtjax._factors import Factors, is_factors
-from rmtjax._layers import registered
+from rmtjax._factors import Factors, is_factors, multiply
+from rmtjax._layers import check_names, registered
 from rmtjax._typing import KernelAxes
 
 KNOWN = (
@@ -66,7 +68,11 @@ def own_kernels(module: nn.Module, args, kwargs) -> dict[str, tuple[KernelAxes |
     shape = lambda name: jnp.shape(nn.unbox(module.get_variable("params", name)))
     mine = registered(type(module))
     if mine is not None:
-        return {name: (axes, shape(name)) for name, axes in mine.items() if has(module, name)}
+        held = module.variables.get("params", {})
+        check_names(
+            type(module), [name for name, leaf in held.items() if not isinstance(leaf, Mapping)]
+        )
+        return {name: (axes, shape(name)) for name, axes in mine.items()}
     if type(module) not in KNOWN:
         return {}
     call = call_inputs(module, args, kwargs)
@@ -78,6 +84,35 @@ def own_kernels(module: nn.Module, args, kwargs) -> dict[str, tuple[KernelAxes |
 def has(module: nn.Module, name: str) -> bool:
     """Whether a module has a parameter of this name."""
     return module.has_variable("params", name)
+
+
+def _stack_axes(stored: tuple[int, ...], used: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that a lifted transformation took away, the leading ones if several fit."""
+    ndim = len(stored)
+    for taken in itertools.combinations(range(ndim), ndim - len(used)):
+        if tuple(stored[axis] for axis in range(ndim) if axis not in taken) == used:
+            return taken
+    raise ValueError(f"no axes of {stored} can be taken away to leave {used}")
+
+
+def lift_axes(axes: KernelAxes, stored: tuple[int, ...], used: tuple[int, ...]) -> KernelAxes:
+    """Axes of a kernel of the shape used, told as axes of one of the shape stored."""
+    taken = _stack_axes(stored, used)
+    left = [axis for axis in range(len(stored)) if axis not in taken]
+    move = lambda group: tuple(left[axis] for axis in group)
+    return KernelAxes(move(axes.inputs), move(axes.outputs), (*taken, *move(axes.batch)))
+
+
+def form_kernels(module: nn.Module, params: Mapping[str, Any], remedy: str) -> dict[str, Any]:
+    """The parameters of a module, factors multiplied out; the remedy is for who has odd ones."""
+    own = {name: nn.unbox(leaf) for name, leaf in params.items()}
+    for name, leaf in own.items():
+        if is_factors(leaf) and not jax.tree_util.all_leaves(leaf):  # as qwix holds them
+            raise TypeError(
+                f"{type(module).__name__} {'/'.join(module.path)!r} cannot multiply out factors "
+                f"that are no arrays, got {type(leaf.left).__name__} in {name!r}. {remedy}"
+            )
+    return {name: multiply(leaf) if is_factors(leaf) else leaf for name, leaf in own.items()}
 
 
 def _einsum_stages(module: nn.Einsum, factors: Factors, equation: str | None):

@@ -32,13 +32,18 @@ def _is_torch(name: str) -> bool:
     return bool(_TORCH.fullmatch(_flax_path(name).rpartition("/")[2]))
 
 
+def is_moment(name: str) -> bool:
+    """Whether it is that of a moment of an optimizer, which has the name of what it is of."""
+    return bool(_MOMENT.fullmatch(_flax_path(name)))
+
+
 def is_kernel(name: str, leaf: Any) -> bool:
     """Chooses Flax's `kernel` and `embedding`, and Torch's weights of two axes or more.
 
     A Torch weight with one axis is the scale of a normalization. The moments of an optimizer,
     named as the kernels that they are of, are none.
     """
-    if _MOMENT.fullmatch(_flax_path(name)):
+    if is_moment(name):
         return False
     if _kernels.is_kernel(_flax_path(name), leaf):
         return True

@@ -160,8 +160,12 @@ def folded_shape(layer: nnx.Module | None, shape: Shape) -> Shape:
 
 def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
     """The kernels that a layer is known to have, by name."""
-    names = (NAMES[type(layer)],) if type(layer) in NAMES else _layers.registered(type(layer))
-    held = {name: vars(layer).get(name) for name in names or ()}
+    kind, values = type(layer), vars(layer)
+    names = (NAMES[kind],) if kind in NAMES else _layers.registered(kind)
+    if kind not in NAMES:  # one that a layer can do without is None
+        maybe = lambda value: value is None or isinstance(value, nnx.Variable)
+        _layers.check_names(kind, [name for name, value in values.items() if maybe(value)])
+    held = {name: values.get(name) for name in names or ()}
     found = {name: kernel for name, kernel in held.items() if isinstance(kernel, nnx.Param)}
     return {name: kernel for name, kernel in found.items() if is_single(read(kernel))}
 

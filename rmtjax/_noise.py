@@ -16,7 +16,7 @@ _SIGNIFICANCES = (0.001, 0.01, 0.05, 0.1, 0.5)
 _DISTANCES = (1.67, 1.32, 1.0, 0.84, 0.38)
 
 
-def bulk_law(ratio: Float[Array, ""], size: int, spikes: Int[Array, ""]):
+def bulk_law(ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""]):
     """Aspect ratio, and variance at unit noise, of the law that the bulk follows.
 
     Each of K spikes takes a row and a column from the noise: (p - K) x (n - K) are left, on

@@ -1,6 +1,5 @@
 """A plan: the rank of each kernel and the reason, decided before anything is changed."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +52,14 @@ class Plan(dict[str, LayerPlan]):
     def __str__(self) -> str:
         width = max(map(len, self), default=0)
         return "\n".join(f"{path:<{width}}  {row.reason}" for path, row in self.items())
+
+
+def check_plan(plan: Any) -> None:
+    """Refuses what is no plan, under the name that all functions have for it."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"`plan` must be a `rmtjax.Plan`, as `rmtjax.plan` makes it, got {type(plan).__name__}."
+        )
 
 
 def _obstacle(leaf: Any, axes: KernelAxes | None, min_size: int, known: bool) -> str | None:
@@ -238,7 +245,7 @@ def plan(
     }
     check_fits(given, matrices)
     measured = measure(matrices, rule, given)
-    clock = functools.cache(_cost.time_products)  # kernels that are alike, once a plan
+    clock = _cost.make_clock()
     rows = Plan()
     for path, (leaf, named) in found.items():
         if path in matrices:

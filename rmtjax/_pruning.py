@@ -24,6 +24,7 @@ class Memory(NamedTuple):
     fits: BulkFit  # an entry for each matrix of a stack
     rank: Int[Array, ""]
     signal: Int[Array, ""]
+    removed: Float[Array, ""]
 
 
 class How(NamedTuple):
@@ -42,7 +43,8 @@ def unpruned(kernel, axes: KernelAxes) -> Memory:
     # Each its own array: a buffer that appears twice cannot be donated to `jit`.
     nans = (jnp.full(shape, jnp.nan, dtype) for _ in range(4))
     fits = BulkFit(*nans, num_spikes=jnp.zeros(shape, jnp.int32))
-    return Memory(fits, jnp.asarray(min(sides), jnp.int32), jnp.zeros((), jnp.int32))
+    rank, signal = jnp.asarray(min(sides), jnp.int32), jnp.zeros((), jnp.int32)
+    return Memory(fits, rank, signal, jnp.zeros((), dtype))
 
 
 def _known_noise(spectra: Spectrum, memory: Memory, how: How):
@@ -78,8 +80,10 @@ def _prune_stack(
         waits = ~ready & (memory.rank == size)
         fits = jax.tree.map(lambda new, old: jnp.where(waits, old, new), fits, memory.fits)
     kept = ranks.kept_rank(signal, size, keep, min_rank)
+    lost = jnp.sum(jnp.where(jnp.arange(size) < kept, 0, s**2)) / jnp.sum(s**2)
+    lost = jnp.where(ready, lost, 0).astype(memory.removed.dtype)
     # A kernel that is passed over has been truncated none the less, if it was before.
-    memory = Memory(fits, jnp.where(ready, kept, memory.rank), signal)
+    memory = Memory(fits, jnp.where(ready, kept, memory.rank), signal, lost)
     return compose(u, s, vt, kept), ready & (kept < size), memory
 
 

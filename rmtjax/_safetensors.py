@@ -121,7 +121,9 @@ def _naming(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[Tensors]:
     """Opens one .safetensors file; see `rmtjax._files.open_tensors`."""
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    if not path.exists():
+        raise FileNotFoundError(f"there is nothing at {str(path)!r}: give a path that is there.")
+    if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"cannot read {str(path)!r}: it is no regular file. Give a file's path.")
     with open(path, "rb") as file:
         with _naming(path):

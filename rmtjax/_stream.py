@@ -11,7 +11,15 @@ from jax.typing import DTypeLike
 
 from rmtjax import _manifest, _names, ranks
 from rmtjax._change import Changed, noise_levels, read_leaf, tell
-from rmtjax._files import check_regular, check_target, open_tensors, Tensors, write_tensors
+from rmtjax._cost import timing_once
+from rmtjax._files import (
+    check_regular,
+    check_target,
+    open_tensors,
+    SUFFIX,
+    Tensors,
+    write_tensors,
+)
 from rmtjax._manifest import Manifest
 from rmtjax._names import choose, find_leaves, read_manifest
 from rmtjax._plan import Plan, plan
@@ -76,6 +84,7 @@ class _Planned(NamedTuple):
     steps: _Steps
 
 
+@timing_once()
 def _plan_file(
     tensors: Tensors,
     *,
@@ -132,6 +141,7 @@ def analyze_file(
     where: Where | None = None,
     axes: Axes | None = None,
     fits: Mapping[str, BulkFit] | None = None,
+    multiple: int = 1,
     min_size: int = 50,
     batch: int | Mapping[str, int] | None = None,
     dtype: DTypeLike | None = None,
@@ -153,6 +163,8 @@ def analyze_file(
         of Torch, three axes of which the last is over 16, without "conv" in the layer's name.
       fits: Noise levels to use instead of new fits, as in `rmtjax.plan`. What `compress_file`
         has cut is judged by those in the file.
+      multiple: Ranks are rounded up to a multiple of it: 1 tells them as they are, 8 as
+        `compress_file` makes them.
       min_size: Kernels with a shorter short side get a row without a fit.
       batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
       dtype: float32 or float64, in which spectra are computed; by default that of the kernel,
@@ -179,7 +191,7 @@ def analyze_file(
     options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
     options |= {"batch": batch, "dtype": _check_dtype(dtype), "progress": progress}
     with open_tensors(path) as tensors:
-        return Report(_plan_file(tensors, **options, multiple=1).rows)
+        return Report(_plan_file(tensors, **options, multiple=multiple).rows)
 
 
 def compress_file(
@@ -211,8 +223,8 @@ def compress_file(
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
-      out: The .safetensors file to write; it takes the place of the file that is there, and has
-        its mode. A link is followed.
+      out: The file to write, a name in .safetensors; it takes the place of the file that is
+        there, and has its mode. A link is followed.
       rule: As in `analyze_file`.
       keep: As in `rmtjax.plan`.
       shrink: As in `rmtjax.plan`.
@@ -233,8 +245,8 @@ def compress_file(
       A `Report` of what has been done.
 
     Raises:
-      ValueError: As `analyze_file`; or `out` is read, lies in the folder that is read, or is no
-        regular file; or a factor would have the name of another tensor.
+      ValueError: As `analyze_file`; or `out` is read, lies in the folder that is read, has no name
+        in .safetensors, or is no regular file; or a factor would have the name of another tensor.
       OSError: The input cannot be read, or the output not written.
 
     Examples:
@@ -257,6 +269,11 @@ def compress_file(
     options |= {"shrink": shrink, "min_rank": min_rank, "multiple": multiple}
     with open_tensors(path) as tensors:
         check_target(tensors, out, "`out`")
+        if Path(out).suffix != SUFFIX:  # by which `checkpoint.save` tells a file from a folder
+            raise ValueError(
+                f"`out` must end in {SUFFIX}, which is what is written, got {os.fspath(out)!r}: "
+                f"give {os.fspath(out) + SUFFIX!r}."
+            )
         planned = _plan_file(tensors, **options, writes=True)
         if mode == "truncate":
             rows = {path: in_place(row) for path, row in planned.rows.items()}

@@ -28,12 +28,15 @@ class PruneState(NamedTuple):
       ranks: Path to the rank after the last pruning; full before.
       signal: Path to the number of signal directions at the last pruning step, whether the
         kernel was pruned then or not; 0 before.
+      removed: Path to the share of the squares of its entries that the last pruning step has
+        taken from the kernel, in [0, 1); 0 before, and where it was passed over.
     """
 
     step: Int[Array, ""]
     fits: dict[str, BulkFit]
     ranks: dict[str, Int[Array, ""]]
     signal: dict[str, Int[Array, ""]]
+    removed: dict[str, Float[Array, ""]]
 
 
 def _check(every, start, keep, noise, settled, min_rank, min_size) -> None:
@@ -73,7 +76,7 @@ def _matrices(params: PyTree, where, axes, min_size: int) -> dict[str, tuple[Any
 
 def _by_field(memories: dict[str, Memory]) -> list[dict[str, Any]]:
     """Memories by path as dictionaries by path, one for each field."""
-    return [{path: memory[i] for path, memory in memories.items()} for i in range(3)]
+    return [{path: memory[i] for path, memory in memories.items()} for i in range(4)]
 
 
 def prune_spectrum(
@@ -179,7 +182,7 @@ def prune_spectrum(
         _kernels.map_kernels(chosen.setdefault, updates, found)
         step = jnp.asarray(optax.safe_increment(state.step))
         due = is_due(step, every, start)
-        parts = state.fits, state.ranks, state.signal
+        parts = state.fits, state.ranks, state.signal, state.removed
         chosen, memories = prune_if(
             due,
             {path: found[path][0] for path in chosen},

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax import _flat, _manifest, _orbax, ranks
+from rmtjax import _flat, _kernels, _manifest, _orbax, ranks
 from rmtjax._factors import Factors, is_factors, kernel_shape
 from rmtjax._files import Entry, open_tensors, Tensors, write_tensors
 from rmtjax._manifest import Manifest
-from rmtjax._names import check_factors, find_leaves, halves, read_manifest
-from rmtjax._plan import Plan
+from rmtjax._names import check_factors, find_leaves, halves, is_moment, read_manifest
+from rmtjax._plan import check_plan, Plan
 from rmtjax._stream import analyze_file as analyze_file, compress_file as compress_file
 
 FilePath = str | os.PathLike[str]
@@ -42,6 +42,24 @@ def _check_plan(plan: Plan, leaves: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"the plan gives {path!r} rank {row.rank}, and it has {leaf.left.shape[-1]}"
             )
+
+
+def _check_whole(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Refuses the state of a thin nnx model: nothing would tell that its factors are such.
+
+    Their moments in the state of an optimizer may stand by themselves: they are restored into it.
+    """
+    layers = [
+        path
+        for path in leaves
+        if not is_moment(path) and not {*path.split("/")}.isdisjoint(_kernels.FACTORS)
+    ]
+    alone = layers + [half for path in plan for half in halves(path) if half in leaves]
+    if alone:
+        raise ValueError(
+            f"the tree has {alone[0]!r}, a factor by itself: of a thin nnx model save "
+            "`rmtjax.nnx.params(model)`, and not its state."
+        )
 
 
 def _compare(found: Mapping[str, Entry], wanted: Mapping[str, Entry], name: str) -> None:
@@ -76,7 +94,8 @@ def save(
 
     Raises:
       ValueError: A leaf is no array of numbers, two leaves have one path, two factors are not those
-        of one kernel, the plan is not that of the tree, or the folder exists.
+        of one kernel, or stand by themselves as in the state of a thin nnx model, the plan is not
+        that of the tree, or the folder exists.
       TypeError: `plan` is no plan, or `rule` no rank rule.
 
     Examples:
@@ -89,11 +108,12 @@ def save(
       ...     print(rmtjax.checkpoint.plan(path))
       Dense_0/kernel  factorized: 16 of 200 are signal, rank 16
     """
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(f"`plan` must be a `rmtjax.Plan`, got {type(plan).__name__}.")
+    if plan is not None:
+        check_plan(plan)
     if rule is not None:
         ranks.check_rule(rule)
     leaves, arrays, keys = _flat.flatten(params)
+    _check_whole(leaves, plan or {})
     for name, leaf in leaves.items():
         if is_factors(leaf):
             check_factors(name, leaf)

@@ -8,7 +8,6 @@ one's own join by `rmtjax.register_layer`. Under `jit` all of this happens while
 costs nothing.
 """
 
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,14 +23,23 @@ from jaxtyping import PyTree
 from rmtjax import _kernels
 from rmtjax._factors import is_factors, multiply
 from rmtjax._layers import registered
-from rmtjax._linen_layers import call_inputs, own_kernels, run_cell, run_embed, run_layer
+from rmtjax._linen_layers import (
+    call_inputs,
+    form_kernels,
+    lift_axes,
+    own_kernels,
+    run_cell,
+    run_embed,
+    run_layer,
+)
 from rmtjax._products import evaluate
 from rmtjax._typing import KernelAxes
 
 UNKNOWN = (
     "If it is a layer of Flax's own, make the plan with `axes=rmtjax.linen.kernel_axes(module, "
-    "variables, inputs)`; if it is one of your own that only multiplies by its kernel, tell it to "
-    "`rmtjax.register_layer`; else leave the kernel out"
+    "variables, inputs)`; if qwix has made a subclass of it, as of a model that is one layer, put "
+    "the layer into `nn.Sequential([layer])` first; if it is one of your own that only multiplies "
+    "by its kernel, tell it to `rmtjax.register_layer`; else leave the kernel out"
 )
 
 
@@ -47,10 +55,9 @@ def _warn_formed(module: nn.Module, cause: str = UNKNOWN) -> None:
 def _run_merged(module: nn.Module, method: str, args, kwargs):
     """Any other module: with its own kernels multiplied out."""
     _warn_formed(module)
-    dense = lambda leaf: multiply(leaf) if is_factors(leaf) else leaf
-    own = lambda params: {name: dense(nn.unbox(leaf)) for name, leaf in params.items()}
+    remedy = f"{UNKNOWN} with `where`."
     run = lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
-    merge = lambda variables: {"params": own(variables["params"])}
+    merge = lambda variables: {"params": form_kernels(module, variables["params"], remedy)}
     return nn.map_variables(run, "params", merge)(module, *args, **kwargs)
 
 
@@ -136,6 +143,18 @@ def factorized() -> Iterator[None]:
         yield
 
 
+def _check_variables(variables: PyTree) -> None:
+    """Refuses parameters in the place of all variables."""
+    if "params" not in variables and any(
+        map(is_factors, jax.tree.leaves(variables, is_leaf=is_factors))
+    ):
+        some = ", ".join(map(repr, list(variables)[:5]))
+        raise ValueError(
+            '`variables` must be {"params": tree}, with other collections beside it, got a tree '
+            f"of parameters, of {some}: wrap it."
+        )
+
+
 def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
     """`module.apply(variables, ...)` for a factorized tree.
 
@@ -158,6 +177,10 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
       UserWarning: A module runs with its factors multiplied out, because it is none of
         the layers named at the head of this file or its factors have other axes.
 
+    Raises:
+      ValueError: `variables` is the tree without `{"params": tree}` around it.
+      TypeError: Such a module has factors that are no arrays, as quantized ones.
+
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
       >>> module, inputs = nn.Dense(60), jnp.ones((2, 80))
@@ -167,24 +190,9 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
       >>> rmtjax.linen.apply(module, {"params": thin}, inputs).shape
       (2, 60)
     """
+    _check_variables(variables)
     with factorized():
         return module.apply(variables, *args, **kwargs)
-
-
-def _stack_axes(stored: tuple[int, ...], used: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that a lifted transformation took away, the leading ones if several fit."""
-    ndim = len(stored)
-    for taken in itertools.combinations(range(ndim), ndim - len(used)):
-        if tuple(stored[axis] for axis in range(ndim) if axis not in taken) == used:
-            return taken
-    raise ValueError(f"no axes of {stored} can be taken away to leave {used}")
-
-
-def _lift_axes(axes: KernelAxes, taken: tuple[int, ...], ndim: int) -> KernelAxes:
-    """Axes of a kernel as used, told as axes of the kernel as stored."""
-    left = [axis for axis in range(ndim) if axis not in taken]
-    move = lambda group: tuple(left[axis] for axis in group)
-    return KernelAxes(move(axes.inputs), move(axes.outputs), (*taken, *move(axes.batch)))
 
 
 class KernelTable(dict[str, KernelAxes | None]):
@@ -206,7 +214,7 @@ class KernelTable(dict[str, KernelAxes | None]):
             return _kernels.kernel_axes(path, leaf)
         named, used = self.seen[path]
         stored = jnp.shape(leaf)
-        return named and _lift_axes(named, _stack_axes(stored, used), len(stored))
+        return named and lift_axes(named, stored, used)
 
 
 def kernel_axes(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> KernelTable:

@@ -4,8 +4,9 @@
 and `replace` gives a copy of the model with the parameters of such a tree, and thin layers where
 it has factors. The other functions are those of the same names for trees, between these two:
 they leave the given model as it was, and a new one shares the arrays that do not change. A model
-made thin is a model like any: it splits, compiles, trains and is saved. Kernels are those of
-Flax's own layers and of those told by `rmtjax.register_layer`.
+made thin is a model like any: it splits, compiles and trains; what `rmtjax.checkpoint` saves of it
+is `params`, not its state. Kernels are those of Flax's own layers and of those told by
+`rmtjax.register_layer`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from jaxtyping import PyTree
 from rmtjax import _nnx_models, _plan, _truncate, report
 from rmtjax._nnx_layers import read
 from rmtjax._nnx_models import Gates
-from rmtjax._plan import Plan
+from rmtjax._plan import check_plan, Plan
 from rmtjax._truncate import in_place
 from rmtjax._typing import BulkFit, KernelAxes
 
@@ -32,6 +33,7 @@ def _arrays(fits: Mapping[str, BulkFit] | None) -> Mapping[str, BulkFit] | None:
 
 def _planned(model: nnx.Module, plan: Plan) -> dict:
     """The parameters of a model, with gates apart where they were when the plan was made."""
+    check_plan(plan)
     opened = _nnx_models.open_layers(model)
     return _nnx_models.to_tree(opened, _nnx_models.planned(opened, plan))
 
@@ -195,6 +197,7 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
 
     Raises:
       ValueError: The plan is for another model.
+      TypeError: `plan` is no plan, or `model` no module.
 
     Examples:
       >>> import jax, rmtjax
@@ -222,6 +225,7 @@ def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
 
     Raises:
       ValueError: The plan is for another model.
+      TypeError: `plan` is no plan, or `model` no module.
 
     Examples:
       >>> import jax.numpy as jnp, rmtjax

@@ -5,7 +5,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import rmtjax
 from rmtjax import _manifest, checkpoint, Factors, KernelAxes, LayerPlan
@@ -171,6 +173,26 @@ def test_a_plan_of_another_tree_is_not_saved(path):
         checkpoint.save(path, THIN, rmtjax.Report(PLAN))
     with pytest.raises(TypeError, match="rule"):
         checkpoint.save(path, THIN, PLAN, "bema")
+
+
+def test_the_state_of_a_thin_nnx_model_is_refused_and_its_params_are_saved(path):
+    linear = nnx.Sequential(nnx.Linear(80, 60, rngs=nnx.Rngs(0)))
+    plan = rmtjax.nnx.plan(linear, rule=rmtjax.ranks.fixed(8))
+    thin = rmtjax.nnx.factorize(linear, plan)
+    for how in ([], [plan]):
+        words = r"kernel', a factor by itself: of a thin .* save `rmtjax\.nnx\.params\(model\)`"
+        with pytest.raises(ValueError, match=words):
+            checkpoint.save(path, nnx.state(thin), *how)
+    told = nnx.State({"layers": {0: {"kernel": {"left": jnp.ones(1), "right": jnp.ones(1)}}}})
+    with pytest.raises(ValueError, match="'layers/0/kernel/left', a factor by itself"):
+        checkpoint.save(path, told, plan)  # as a registered layer holds them
+    assert [*path.parent.iterdir()] == []
+    optimizer = nnx.Optimizer(thin, optax.adam(1e-3), wrt=nnx.Param)
+    tree = {"params": rmtjax.nnx.params(thin), "opt_state": nnx.state(optimizer)["opt_state"]}
+    checkpoint.save(path, tree)
+    restored = checkpoint.restore(path, like=tree)
+    assert jax.tree.structure(restored) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, restored, tree)
 
 
 def test_a_file_from_elsewhere_is_nested_by_its_slashes(tmp_path):

@@ -1,5 +1,6 @@
 """Factorized models in the hands of qwix: int8 weights and products, and adapters."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,15 +50,17 @@ def thin():
 INT8 = [qwix.QuantizationRule(weight_qtype="int8", act_qtype="int8")]
 
 
-def quantize(thin, quantized):
+def quantize(thin, quantized, inputs=X):
     """Factors in the boxes of qwix, and the other kernels by qwix itself."""
-    like = jax.eval_shape(lambda: quantized.init(jax.random.key(0), X))["params"]
+    like = jax.eval_shape(lambda: quantized.init(jax.random.key(0), inputs))["params"]
 
     def box(factor, wanted, axes):
         return wanted.replace(array=qwix.quantize(factor, "int8", channelwise_axes=axes))
 
     def visit(leaf, wanted):
         if not is_factors(leaf):
+            if not hasattr(wanted, "how"):  # a bias
+                return leaf
             return qwix.quantize_params({"kernel": leaf}, {"kernel": wanted})["kernel"]
         left, right = leaf  # a scale for each output of the one, and of the other
         channels = (left.ndim - 1,), tuple(range(1, right.ndim))
@@ -107,6 +110,24 @@ def test_qwix_says_that_factors_are_not_quantized(trees):
         linen.apply(quantized, {"params": thin}, X)
     with pytest.raises(TypeError, match="Factors"):
         qwix.quantize_params(thin, quantized.init(jax.random.key(0), X)["params"])
+
+
+def test_a_model_that_is_one_layer_is_put_into_another_first():
+    inputs = jnp.asarray(draw(4, 30))
+    alone, inside = nn.Dense(24), nn.Sequential([nn.Dense(24)])
+    thin, _, _ = make_thin(alone, inputs)
+    quantized = qwix.quantize_model(alone, qwix.PtqProvider(INT8))
+    boxes = quantize(thin["params"], quantized, inputs)
+    with (
+        pytest.warns(UserWarning, match="multiplied out"),
+        pytest.raises(TypeError, match=r"no arrays, got WithAux .*`nn\.Sequential\(\[layer\]\)`"),
+    ):
+        linen.apply(quantized, {"params": boxes}, inputs)
+    quantized = qwix.quantize_model(inside, qwix.PtqProvider(INT8))
+    outputs = linen.apply(quantized, {"params": {"layers_0": boxes}}, inputs)
+    wanted = linen.apply(alone, thin, inputs)
+    # An entry is off by 1 / 254 of the largest of its channel at most, twice in two products.
+    assert 0 < jnp.linalg.norm(outputs - wanted) < 0.03 * jnp.linalg.norm(wanted)
 
 
 def test_int8_of_a_thin_model(thin):

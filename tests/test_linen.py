@@ -186,6 +186,15 @@ def test_a_frozen_tree_runs_too():
     assert_close(outputs, DENSE.apply(dense, INPUTS))
 
 
+@pytest.mark.parametrize("freeze", [lambda tree: tree, flax.core.freeze])
+def test_a_tree_in_the_place_of_all_variables_is_refused(freeze):
+    module = nn.Sequential([nn.Dense(24), nn.tanh, nn.Dense(20)])
+    thin, _, _ = make_thin(module, INPUTS)
+    words = r"`variables` must be \{\"params\": tree\}, .* 'layers_0', 'layers_2': wrap it"
+    with pytest.raises(ValueError, match=words):
+        linen.apply(module, freeze(thin["params"]), INPUTS)
+
+
 def test_training_goes_on_in_the_factors():
     module, targets = nn.Sequential([nn.Dense(24), nn.relu, nn.Dense(20)]), draw(5, 20)
     thin, _, _ = make_thin(module, INPUTS)

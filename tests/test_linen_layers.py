@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from linen_checks import assert_close, check, draw, Fixed, grads, KEY, make_thin, make_variables
@@ -211,6 +212,26 @@ def test_register_layer_refuses(layer, kernels, message):
     # Under the type checker of the tests its message comes first.
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
         rmtjax.register_layer(layer, kernels)
+
+
+@pytest.mark.parametrize("kernels", [AXES, "weight", None])
+def test_register_layer_wants_names(kernels, monkeypatch):
+    # As users have it: the type checker of the tests would speak first, in its own words.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(TypeError, match="`kernels` must map names of parameters to their"):
+        rmtjax.register_layer(Mixer, kernels)
+
+
+def test_a_misspelt_name_is_told_when_the_layer_is_met():
+    class Misspelt(Mixer):
+        pass
+
+    rmtjax.register_layer(Misspelt, {"wieght": AXES, "gate": AXES})
+    module = nn.Sequential([nn.Dense(30), Misspelt()])
+    variables = make_variables(module, draw(5, 20))
+    words = r"a kernel 'wieght' of `Misspelt`, whose parameters are 'gate', 'weight': register"
+    with pytest.raises(ValueError, match=words):
+        linen.kernel_axes(module, variables, draw(5, 20))
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,24 @@ class Net(nnx.Module):
         return self.gated(x, scale=0.5)
 
 
-rmtjax.register_layer(
-    Gated, {"up": rmtjax.KernelAxes((0,), (1,)), "down": rmtjax.KernelAxes((0,), (1,))}
-)
-rmtjax.register_layer(Weighed, {"weight": rmtjax.KernelAxes((0,), (1,))})
+AXES = rmtjax.KernelAxes((0,), (1,))
+rmtjax.register_layer(Gated, {"up": AXES, "down": AXES})
+rmtjax.register_layer(Weighed, {"weight": AXES})
+
+
+def test_a_misspelt_name_is_told_when_the_layer_is_met():
+    class Misspelt(Weighed):
+        def __init__(self):
+            super().__init__()
+            self.bias = None  # what is not there is not misspelt
+
+    rmtjax.register_layer(Misspelt, dict.fromkeys(("weight", "bias"), AXES))
+    assert rmt_nnx.kernel_axes(Misspelt()) == {"weight": AXES}
+    rmtjax.register_layer(Misspelt, {"wieght": AXES})
+    words = r"a kernel 'wieght' of `Misspelt`, whose parameters are 'bias', 'weight': register"
+    for use in (rmt_nnx.kernel_axes, rmt_nnx.plan):
+        with pytest.raises(ValueError, match=words):
+            use(nnx.Sequential(Misspelt()))
 
 
 def both(model):
@@ -81,7 +95,7 @@ def models():
 
 def test_a_registered_layer_is_found(models):
     axes = rmt_nnx.kernel_axes(models[0])
-    assert axes == dict.fromkeys(("gated/up", "gated/down"), rmtjax.KernelAxes((0,), (1,)))
+    assert axes == dict.fromkeys(("gated/up", "gated/down"), AXES)
     assert {row.path for row in rmt_nnx.analyze(models[1]).rows} == axes.keys()
 
 
@@ -186,7 +200,7 @@ class Read(nnx.Module):
 
 
 for layer in (Drops, Read):
-    rmtjax.register_layer(layer, {"w": rmtjax.KernelAxes((0,), (1,))})
+    rmtjax.register_layer(layer, {"w": AXES})
 READS = {
     "a compiled call": lambda layer: layer(X),
     "a part of a method": lambda layer: layer.doubled(X),

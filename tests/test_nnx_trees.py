@@ -4,6 +4,7 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -74,6 +75,14 @@ def test_kernels_that_are_normalized_at_each_call_are_planned_in_place():
         assert row.reason.startswith(words)
         thin, truncated = rmt_nnx.factorize(model, plan), rmt_nnx.truncate(model, plan)
         np.testing.assert_allclose(thin(X), truncated(X), atol=1e-5)  # some dozen roundings
+
+
+@pytest.mark.parametrize("change", [rmt_nnx.truncate, rmt_nnx.factorize])
+def test_what_is_no_plan_is_refused(change, monkeypatch):
+    # As users have it: the type checker of the tests would speak first, in its own words.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(TypeError, match=r"`plan` must be a `rmtjax\.Plan`, .* got NoneType"):
+        change(nnx.Linear(20, 24, rngs=nnx.Rngs(0)), None)
 
 
 class Odd(nnx.Module):

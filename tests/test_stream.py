@@ -92,6 +92,15 @@ def test_compress_then_restore_is_the_change_of_the_tree(tmp_path, tree, mode, s
     assert [done for done, _, _ in steps] == list(range(steps[-1][1]))
 
 
+def test_analyze_rounds_ranks_as_compress_does_where_asked(tmp_path, tree):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, tree)
+    reasons = lambda report: [row.reason for row in report.rows]
+    cut = reasons(checkpoint.compress_file(path, tmp_path / "b.safetensors"))
+    assert reasons(checkpoint.analyze_file(path, multiple=8)) == cut
+    assert reasons(checkpoint.analyze_file(path)) == reasons(rmtjax.analyze(tree)) != cut
+
+
 def test_what_was_compressed_is_judged_by_its_own_noise(tmp_path, tree):
     path, thin, again = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
     checkpoint.save(path, tree)
@@ -166,6 +175,7 @@ def test_torch_kernels_keep_their_order_and_the_rest_its_bits(tmp_path):
         ({"dtype": "float16"}, "`dtype` must be float32 or float64, got float16"),
         ({"dtype": "float64"}, "jax_enable_x64"),
         ({"mode": "shrink"}, "mode"),
+        ({"multiple": 0}, "`multiple` must be an integer of at least 1"),
         ({"keep": 2.0}, "`keep` must be in"),
         ({"axes": {"Dense_0/kernel": KernelAxes((0,), (0,))}}, "`axes` must name each of the 2"),
     ],
@@ -173,8 +183,17 @@ def test_torch_kernels_keep_their_order_and_the_rest_its_bits(tmp_path):
 def test_wrong_options_are_refused_and_nothing_is_written(tmp_path, tree, options, message):
     checkpoint.save(tmp_path / "a.safetensors", tree)
     with pytest.raises((TypeError, ValueError), match=message):
-        checkpoint.compress_file(tmp_path / "a.safetensors", tmp_path / "out", **options)
+        checkpoint.compress_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["out", "out.st", "out.safetensors.old"])
+def test_the_name_of_the_output_tells_its_format(tmp_path, name):
+    path = write(tmp_path / "a.safetensors", {"fc.weight": spiked(0)})
+    words = rf"`out` must end in \.safetensors, .* got '.*{name}': give '.*{name}\.safetensors'"
+    with pytest.raises(ValueError, match=words):
+        checkpoint.compress_file(path, tmp_path / name)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_the_input_is_never_written_over(tmp_path):
@@ -227,7 +246,8 @@ def test_a_factor_takes_no_name_that_is_there(tmp_path):
 
 
 def test_a_lost_factor_is_named(tmp_path):
-    path, out = write(tmp_path / "a.safetensors", {"a.weight": spiked(0)}), tmp_path / "b"
+    path, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b"))
+    write(path, {"a.weight": spiked(0)})
     checkpoint.compress_file(path, out, rule=FIXED)
     with open_tensors(out) as opened:
         metadata = dict(opened.metadata)

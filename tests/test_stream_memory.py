@@ -18,7 +18,8 @@ peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split
 checkpoint.analyze_file(sys.argv[1])
 analyzed = peak()
 for mode in ("factorize", "truncate"):
-    checkpoint.compress_file(sys.argv[1], sys.argv[1] + ".out", rule=ranks.fixed(8), mode=mode)
+    out = sys.argv[1].replace("big", "out")
+    checkpoint.compress_file(sys.argv[1], out, rule=ranks.fixed(8), mode=mode)
 print(analyzed, peak())
 """
 
