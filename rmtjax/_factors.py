@@ -12,9 +12,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax._kernels import matrix_shape, to_matrices
-from rmtjax._spectrum import check_matrix, each, lift
+from rmtjax._leading import block_size, leading, pays
+from rmtjax._spectrum import check_matrix, each, lift, triangle
 from rmtjax._typing import KernelAxes
 
+_MATRIX = KernelAxes((0,), (1,))
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -108,32 +110,73 @@ def compose(u, s, vt, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
     return _product(u * kept[..., None, :], vt)
 
 
-def split(u, s, vt, rank: int) -> Factors:
-    """The first `rank` directions as factors: half to each, so that they train alike."""
-    root = jnp.sqrt(s[..., :rank])
-    return Factors(u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :])
-
-
-def split_long(
-    matrix: Float[Array, "*batch m n"], rank: int, change: Callable[[Array], Array]
-) -> Factors:
-    """As `split` of the decomposition, its values changed, of a matrix of unequal sides.
+def _svd_of_long(matrix: Float[Array, "m n"], count: int) -> tuple[Array, Array, Array]:
+    """The first directions of a matrix with more rows than columns.
 
     The triangle R of A = Q R has the singular values and the right vectors V of A, and
     A V S^-1 are its left ones. The decomposition is that of the shorter side, and neither Q
     nor the long vectors that are cut are formed.
     """
-    if matrix.shape[-2] < matrix.shape[-1]:
-        right, left = split_long(matrix.mT, rank, change)
-        return Factors(left.mT, right.mT)
-    long = lift(matrix)
-    triangle = partial(jnp.linalg.qr, mode="r")
-    _, s, vt = svd(each(triangle, long) if long.ndim > 2 else triangle(long))
-    root = jnp.sqrt(change(s)[..., :rank])
-    s, vt = s[..., :rank], vt[..., :rank, :]
+    _, s, vt = svd(triangle(matrix))
+    s, vt = s[:count], vt[:count]
     # A direction of nothing has no left vector, and needs none.
-    weight = jnp.where(s > 0, root / jnp.where(s > 0, s, 1), 0)
-    return Factors(_product(long, weight[..., None, :] * vt.mT), root[..., :, None] * vt)
+    return _product(matrix, vt.T / jnp.where(s > 0, s, jnp.inf)[None]), s, vt
+
+
+def _first(matrix: Float[Array, "m n"], count: int) -> tuple[Array, Array, Array]:
+    """The first directions by a decomposition that has them all."""
+    rows, columns = matrix.shape
+    if rows < columns:
+        u, s, vt = _first(matrix.T, count)
+        return vt.T, s, u.T
+    if rows >= 2 * columns:
+        return _svd_of_long(matrix, count)
+    u, s, vt = svd(matrix)
+    return u[:, :count], s[:count], vt[:count]
+
+
+def _leading_or_first(matrix: Float[Array, "m n"], rank, block: int):
+    """The first directions by iteration, and where this does not converge by a decomposition."""
+    (rows, columns), dtype = matrix.shape, matrix.dtype
+
+    def iterate():
+        found = leading(matrix, rank, block)
+        iterated = lambda: (found.u, found.s, found.vt)
+        return lax.cond(found.converged, iterated, lambda: _first(matrix, block))
+
+    def nothing():
+        vectors = jnp.zeros((rows, block), dtype), jnp.zeros((block, columns), dtype)
+        return vectors[0], jnp.full((block,), jnp.nan, dtype), vectors[1]
+
+    # A branch, for which the matrix is not copied.
+    return lax.cond(jnp.isfinite(matrix).all(), iterate, nothing)
+
+
+# Compiled for the size of a block, of which many ranks have one.
+@partial(jax.jit, static_argnames=("axes", "block"))
+def _directions(kernel, rank, *, axes: KernelAxes, block: int):
+    stack = to_stack(kernel, axes)
+    if isinstance(stack, Factors):
+        return svd(stack)
+    stack = lift(stack)
+    if not pays(block, stack.shape[-2:]):
+        return each(partial(_first, count=block), stack)
+    return each(partial(_leading_or_first, rank=rank, block=block), stack, branches=True)
+
+
+def first_directions(kernel, axes: KernelAxes, rank: int) -> tuple[Array, Array, Array]:
+    """The first `rank` singular directions of each matrix of a kernel, in float32 at least.
+
+    Those left out are not computed where that is cheaper. s is NaN where not finite.
+    """
+    u, s, vt = _directions(kernel, rank, axes=axes, block=block_size(rank))
+    return u[..., :rank], s[..., :rank], vt[..., :rank, :]
+
+
+def split(u, s, vt) -> Factors:
+    """Directions as factors: half of each value to each, so that they train alike."""
+    root = jnp.sqrt(s)
+    return Factors(u * root[..., None, :], root[..., :, None] * vt)
 
 
 def shrink_values(
@@ -175,7 +218,9 @@ def truncate_matrix(
     """
     matrix = jnp.asarray(matrix)
     check_matrix("truncate_matrix", matrix)
-    return compose(*svd(matrix), rank).astype(matrix.dtype)
+    if isinstance(rank, jax.Array) or not 1 <= rank <= min(matrix.shape):
+        return compose(*svd(matrix), rank).astype(matrix.dtype)
+    return compose(*first_directions(matrix, _MATRIX, rank), rank)[0].astype(matrix.dtype)
 
 
 def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
@@ -206,8 +251,8 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     """
     matrix = jnp.asarray(matrix)
     check_matrix("factorize_matrix", matrix)
-    left, right = split(*svd(matrix), check_rank(rank, matrix.shape))
-    return Factors(left.astype(matrix.dtype), right.astype(matrix.dtype))
+    factors = split(*first_directions(matrix, _MATRIX, check_rank(rank, matrix.shape)))
+    return jax.tree.map(lambda stack: stack[0].astype(matrix.dtype), factors)
 
 
 def multiply(factors: Factors) -> Float[Array, "..."]:

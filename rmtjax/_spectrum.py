@@ -1,6 +1,7 @@
 """Exact spectra of matrices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,23 +49,41 @@ def from_singular_values(
     return Spectrum(eigenvalues=eigenvalues, ratio=aspect_ratio(matrix))
 
 
-def each(function: Callable[[Any], Any], stack: PyTree) -> PyTree:
+def each(function: Callable[[Any], Any], stack: PyTree, *, branches: bool = False) -> PyTree:
     """Applies a decomposition to each matrix of a stack, of arrays with a leading axis.
 
     Not at once on CPU: there LAPACK's calls for a stack wait for one another in XLA's own
-    threads, and two stacks in a program may wait for ever.
+    threads, and two stacks in a program may wait for ever. Nor, anywhere, what `branches`:
+    at once, both branches would be computed.
     """
     if len(jax.tree.leaves(stack)[0]) == 1:
-        return jax.vmap(function)(stack)
+        found = function(jax.tree.map(lambda array: array[0], stack))
+        return jax.tree.map(lambda array: array[None], found)
     one_by_one = lambda stack: lax.map(function, stack)
+    if branches:
+        return one_by_one(stack)
     return lax.platform_dependent(stack, cpu=one_by_one, default=jax.vmap(function))
+
+
+def triangle(matrix: Float[Array, "m n"]) -> Float[Array, "n n"]:
+    """R of the decomposition A = Q R, with the singular values and right vectors of A.
+
+    That of the triangles of some equal parts of the rows, one by one, is that of the whole:
+    one part is copied at a time.
+    """
+    rows, columns = matrix.shape
+    parts = next(k for k in range(max(rows // (2 * columns), 1), 0, -1) if rows % k == 0)
+    of_part = partial(jnp.linalg.qr, mode="r")
+    if parts == 1:
+        return of_part(matrix)
+    return of_part(lax.map(of_part, matrix.reshape(parts, -1, columns)).reshape(-1, columns))
 
 
 def _core(matrix: Float[Array, "m n"]) -> Float[Array, "k k2"]:
     """A smaller matrix with the same singular values: the triangle of a long one."""
     rows, columns = matrix.shape
     long = matrix.T if rows < columns else matrix
-    return jnp.linalg.qr(long, mode="r") if len(long) >= 2 * min(rows, columns) else matrix
+    return triangle(long) if len(long) >= 2 * min(rows, columns) else matrix
 
 
 def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:

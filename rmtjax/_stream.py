@@ -218,8 +218,9 @@ def compress_file(
     bit by bit. The output is there when all of it has been written, and carries its plan: it can be
     analyzed and compressed again, and `rmtjax.checkpoint.restore` makes a tree of it.
 
-    Memory is about three times the largest tensor, for a kernel that is nearly square (sides within
-    2:1), whose singular vectors are all computed, up to about seven times that kernel in float32.
+    Memory is about three times the largest tensor; but up to seven times a kernel in float32 with
+    sides within 2:1 of which more than a sixteenth of the directions is kept: these are all
+    computed, where fewer are found by iteration.
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.

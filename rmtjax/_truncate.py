@@ -1,5 +1,6 @@
 """What a plan does to a parameter tree: truncate, factorize; and merge, the way back."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,14 +12,12 @@ from rmtjax._cost import Cost
 from rmtjax._factors import (
     factored_axes,
     Factors,
+    first_directions,
     is_factors,
     kernel_shape,
     multiply,
     shrink_values,
     split,
-    split_long,
-    svd,
-    to_stack,
 )
 from rmtjax._kernels import map_kernels
 from rmtjax._plan import LayerPlan, Plan
@@ -51,16 +50,11 @@ def _check_plan(params: PyTree, plan: Plan) -> None:
 
 def _split(kernel, row: LayerPlan, axes: KernelAxes, rank: int) -> Factors:
     """The factors of each matrix of a kernel, shrunk as planned."""
-    matrices = to_stack(kernel, axes)
-    _, rows, columns = _kernels.matrix_shape(row.shape, axes)
-    change, shrink = lambda s: s, row.shrink
-    if shrink is not None and row.fit is not None:
-        variance = jnp.ravel(row.fit.variance)
-        change = lambda s: shrink_values(s, shrink, variance, (rows, columns))
-    if not isinstance(matrices, Factors) and max(rows, columns) >= 2 * min(rows, columns):
-        return split_long(matrices, rank, change)
-    u, s, vt = svd(matrices)
-    return split(u, change(s), vt, rank)
+    u, s, vt = first_directions(kernel, axes, rank)
+    if row.shrink is not None and row.fit is not None:
+        sides = _kernels.matrix_shape(row.shape, axes)[1:]
+        s = shrink_values(s, row.shrink, jnp.ravel(row.fit.variance), sides)
+    return split(u, s, vt)
 
 
 def _fold(factors: Factors, kernel, axes: KernelAxes) -> Factors:
@@ -75,11 +69,17 @@ def _fold(factors: Factors, kernel, axes: KernelAxes) -> Factors:
     return Factors(left.astype(dtype), right.astype(dtype))
 
 
+@partial(jax.jit, static_argnames=("shape", "axes", "dtype"))
+def _unfold(factors: Factors, shape: tuple[int, ...], axes: KernelAxes, dtype):
+    """The kernel of a shape that factors of stacks of matrices stand for."""
+    return _kernels.from_matrices(multiply(factors), shape, axes).astype(dtype)
+
+
 def _truncate_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
     left, right = _split(kernel, row, axes, rank)
     if not is_factors(kernel):
-        lower = multiply(Factors(left, right))
-        return _kernels.from_matrices(lower, row.shape, axes).astype(jnp.result_type(kernel))
+        dtype = jnp.result_type(kernel)
+        return _unfold(Factors(left, right), shape=row.shape, axes=axes, dtype=dtype)
     cut = (0, kernel.left.shape[-1] - rank)
     left, right = jnp.pad(left, ((0, 0), (0, 0), cut)), jnp.pad(right, ((0, 0), cut, (0, 0)))
     return _fold(Factors(left, right), kernel, axes)

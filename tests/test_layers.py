@@ -14,6 +14,7 @@ import rmtjax
 
 # A file imports only from lower layers. A new file has none: its author gives it one.
 LAYER = {
+    "_leading": 0,
     "_steps": 0,
     "_tensors": 0,
     "_typing": 0,
