@@ -20,7 +20,7 @@ from rmtjax._factors import (
     split,
 )
 from rmtjax._kernels import map_kernels
-from rmtjax._plan import LayerPlan, Plan
+from rmtjax._plan import check_plan, LayerPlan, Plan
 from rmtjax._typing import KernelAxes
 
 
@@ -36,7 +36,8 @@ def _mismatch(leaf: Any, row: LayerPlan) -> str | None:
 
 
 def _check_plan(params: PyTree, plan: Plan) -> None:
-    """Refuses a plan that was made for another tree."""
+    """Refuses what is no plan, and one that was made for another tree."""
+    check_plan(plan)
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
     found = {_kernels.path_name(key): leaf for key, leaf in leaves}
     for path, row in plan.items():
@@ -132,6 +133,7 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
 
     Raises:
       ValueError: The plan is for another tree.
+      TypeError: It is no plan.
 
     Examples:
       >>> import jax, rmtjax
@@ -161,6 +163,7 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
 
     Raises:
       ValueError: The plan is for another tree.
+      TypeError: It is no plan.
 
     Examples:
       >>> import jax, rmtjax
