@@ -28,13 +28,12 @@ def accuracy(results: output.Results) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
     for index, found in enumerate(results.seeds.values()):
-        for color, line_style, network in (("C0", "--", "baseline"), ("C1", "-", "pruned")):
+        for color, style, network in (("C0", ".--", "baseline"), ("C1", ".-", "pruned")):
             names = (network, "pruned, factorized") if network == "pruned" else (network,)
             line = [entry for entry in found.history if entry["network"] in names]
             epochs, values = zip(*((e["epoch"], e["test_accuracy"]) for e in line), strict=True)
             label = network if index == 0 else None
-            style = {"color": color, "linestyle": line_style, "marker": "."}
-            ax.plot(epochs, values, label=label, alpha=0.8, **style)
+            ax.plot(epochs, values, style, color=color, label=label, alpha=0.8)
     ax.axvline(results.config.epochs + 0.5, color="0.6", linestyle=":")
     ax.annotate(
         "fine-tuning", (results.config.epochs + 0.6, 0.02), xycoords=("data", "axes fraction")

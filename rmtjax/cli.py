@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import html
 import math
 import os
 import signal
@@ -18,40 +17,11 @@ from rmtjax import _arguments, _names, shrinkage
 from rmtjax._arguments import is_stdout, make_parser, matcher, reports, UsageError
 from rmtjax._files import check_target, open_tensors, replacing, Tensors
 from rmtjax._names import find_leaves, read_manifest
-from rmtjax._plan import Plan, plan
+from rmtjax._plan import plan
 from rmtjax._stream import analyze_file, compress_file
 from rmtjax._tensors import printable
 from rmtjax._typing import Where
 from rmtjax.report import Report
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 14px/1.5 system-ui, sans-serif; margin: 2em; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.2em 0.8em; text-align: left; border-bottom: 1px solid #8884; }}
-thead th {{ position: sticky; top: 0; background: Canvas; }}
-tfoot td {{ font-weight: 600; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{table}
-<p>{legend}</p>
-</body>
-</html>
-"""
-_LEGEND = (
-    "A spike is an eigenvalue of the kernel's matrix, s\u00b2/n, above the threshold, which noise "
-    "alone would pass with the probability --level; the distance is how far the bulk is from the "
-    "law of Marchenko and Pastur."
-)
 
 
 def _select(tensors: Tensors, include: list[str], exclude: list[str]) -> Where:
@@ -61,7 +31,8 @@ def _select(tensors: Tensors, include: list[str], exclude: list[str]) -> Where:
     for pattern, matches in matchers.items():
         if not any(map(matches, names)):
             some = ", ".join(map(repr, names[:5])) or "none"
-            raise ValueError(f"{pattern!r} matches no tensor, of {len(names)} such as {some}.")
+            cause = f"{pattern!r} matches no tensor, of {len(names)} such as {some}."
+            raise ValueError(cause + _arguments.pattern_hint(pattern))
 
     def where(name: str, leaf: Any) -> bool:
         if any(matchers[pattern](name) for pattern in exclude):
@@ -103,24 +74,18 @@ def _write_text(path: str, text: str) -> None:
         file.write(text.encode())
 
 
-def _page(report: Report, title: str) -> str:
-    fields = {"title": html.escape(title), "legend": html.escape(_LEGEND)}
-    return _PAGE.format(table=report.to_html(), **fields)
-
-
 def _show(report: Report, args: argparse.Namespace) -> None:
     """Writes the files asked for, then the table, where stdout is free for it."""
     title = f"rmtjax {args.command} {printable(args.file)}"
     text = {
         "json": lambda: report.to_json() + "\n",
         "csv": report.to_csv,
-        "html": lambda: _page(report, title),
+        "html": lambda: report.to_page(title),
     }
     for form, path in reports(args).items():
         _write_text(path, text[form]())
     if not args.quiet:
-        rows = {printable(path): row for path, row in report.plan.items()}
-        print(Report(Plan(rows)).table(), flush=True)
+        print(report.table(), flush=True)
 
 
 def _size(path: str) -> str:
@@ -133,9 +98,9 @@ def _size(path: str) -> str:
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What both commands tell the library; what it would refuse at any file is wrong usage."""
     options: dict[str, Any] = {"rule": _arguments.parse_rule(args.rule, args.level, args.trim)}
-    options |= {"min_size": args.min_size, "batch": args.batch}
+    options |= {"min_size": args.min_size, "batch": args.batch, "multiple": args.multiple}
     if args.command == "compress":
-        options |= {"keep": args.keep, "min_rank": args.min_rank, "multiple": args.multiple}
+        options |= {"keep": args.keep, "min_rank": args.min_rank}
         options["shrink"] = getattr(shrinkage, args.shrink) if args.shrink else None
     try:
         plan({}, **options)

@@ -4,98 +4,23 @@ import csv
 import html
 import io
 import json
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, TYPE_CHECKING
 
-import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax import ranks
+from rmtjax import _page, ranks
 from rmtjax._cost import add_costs, Cost
-from rmtjax._plan import LayerPlan, Plan, plan
+from rmtjax._plan import Plan, plan
+from rmtjax._rows import make_row, Row, to_cell, to_text
 from rmtjax._tensors import printable
 from rmtjax._typing import Axes, BulkFit, Where
 
-
-class Row(NamedTuple):
-    r"""One kernel. Numbers are None where there is no spectrum, or where it is not finite.
-
-    For a stack of matrices these are the mean variance, edge and threshold, and the largest
-    distance and number of spikes.
-
-    Attributes:
-      path: Place in the tree.
-      shape: Of the kernel.
-      action: "factorize", "truncate" or "keep".
-      reason: Why.
-      ratio: Aspect ratio $p / n$ of its matrix.
-      variance: $\sigma^2$ of the noise.
-      edge: End of the Marchenko-Pastur bulk, on the scale of the eigenvalues $s^2 / n$.
-      threshold: The cut for a spike.
-      spikes: Number of eigenvalues above it.
-      distance: Kolmogorov distance between bulk and law, when the noise was fitted.
-      rank: Rank that the plan gives the kernel.
-      parameters: Numbers in the kernel.
-      multiply_adds: For the rows of `batch`, or for one row without it.
-      milliseconds: Measured time of one call; None where it was not timed.
-      parameters_after: The same after the plan, where factors stand for the kernel.
-      multiply_adds_after: As `parameters_after`.
-      milliseconds_after: As `parameters_after`.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    action: str
-    reason: str
-    ratio: float | None = None
-    variance: float | None = None
-    edge: float | None = None
-    threshold: float | None = None
-    spikes: int | None = None
-    distance: float | None = None
-    rank: int | None = None
-    parameters: int | None = None
-    multiply_adds: int | None = None
-    milliseconds: float | None = None
-    parameters_after: int | None = None
-    multiply_adds_after: int | None = None
-    milliseconds_after: float | None = None
-
-
-def _number(value: Any) -> float | None:
-    """A Python number, for JSON too, which knows no NaN."""
-    return float(value) if math.isfinite(value) else None
-
-
-def _row(path: str, layer: LayerPlan) -> Row:
-    fit, spectrum = layer.fit, layer.spectrum
-    costs = layer.cost._asdict() if layer.cost else {}
-    row = Row(path, layer.shape, layer.action, layer.reason, **costs)
-    if fit is None or spectrum is None:
-        return row
-    distance = _number(np.max(fit.distance))
-    return row._replace(
-        ratio=_number(spectrum.ratio),
-        variance=_number(np.mean(fit.variance)),
-        edge=_number(np.mean(fit.edge)),
-        threshold=_number(np.mean(fit.threshold)),
-        spikes=None if distance is None else int(np.max(fit.num_spikes)),
-        distance=distance,
-        rank=layer.rank,
-    )
-
-
-def _text(value: Any) -> str:
-    """A cell; four digits are what the eye can use."""
-    if value is None:
-        return "-"
-    if isinstance(value, tuple):
-        return "x".join(map(str, value)) or "()"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else value
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.table import Table
 
 
 def _plain(value: Any) -> Any:
@@ -109,15 +34,12 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _cell(row: Row | Cost, name: str) -> str:
-    """A field as text, with what becomes of it."""
-    value = getattr(row, name)
-    after = getattr(row, f"{name}_after", value)
-    return _text(value) if after == value else f"{_text(value)} -> {_text(after)}"
-
-
 _COLUMNS = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "reason")
 _TIMED = (*_COLUMNS[:-1], "parameters", "multiply_adds", "milliseconds", "reason")
+
+
+# What Markdown would take for a sign of its own; an underscore within a word is none.
+_SIGNS = re.compile(r"[\\`*\[\]~|]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def _check_columns(columns: tuple[str, ...]) -> None:
@@ -130,6 +52,9 @@ def _check_columns(columns: tuple[str, ...]) -> None:
 @dataclass(frozen=True)
 class Report:
     """What `rmtjax.analyze` found: a view of a plan.
+
+    A notebook shows it as a table, and so does `rich.print`. Names of kernels are data: whatever
+    they hold, they steer no terminal, and are no markup.
 
     Tables have the columns that are named, fields of `Row`; by default what was fitted, and the
     costs where these were timed. A cost that the plan changes stands as `before -> after`, and
@@ -144,7 +69,7 @@ class Report:
     @property
     def rows(self) -> tuple[Row, ...]:
         """A `Row` for each kernel, in the order of the tree."""
-        return tuple(_row(path, layer) for path, layer in self.plan.items())
+        return tuple(make_row(path, layer) for path, layer in self.plan.items())
 
     @property
     def totals(self) -> Cost:
@@ -154,14 +79,14 @@ class Report:
     def cells(self, *columns: str) -> list[list[str]]:
         """The rows as text, for a table of one's own: the fields of `Row` named."""
         _check_columns(columns)
-        return [[_cell(row, name) for name in columns] for row in self.rows]
+        return [[to_cell(row, name) for name in columns] for row in self.rows]
 
     def _lines(self, columns: tuple[str, ...]) -> tuple[list[str], list[list[str]], list[str]]:
         """Head, rows and totals of a table; without costs, or without kernels, no totals."""
         totals = self.totals
         columns = columns or (_COLUMNS if totals.milliseconds is None else _TIMED)
         rows = self.cells(*columns)
-        foot = [_cell(totals, name) if name in Cost._fields else "" for name in columns]
+        foot = [to_cell(totals, name) if name in Cost._fields else "" for name in columns]
         total = [foot[0] or "total", *foot[1:]] if rows and any(foot) else []
         return list(columns), rows, total
 
@@ -196,7 +121,7 @@ class Report:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in self.rows:
-            values = row._replace(shape=_text(row.shape))._asdict()
+            values = row._replace(shape=to_text(row.shape))._asdict()
             writer.writerow([_plain(values[name]) for name in columns])
         return file.getvalue()
 
@@ -204,9 +129,9 @@ class Report:
         """The rows as a Markdown table, escaped."""
         head, rows, foot = self._lines(columns)
         lines = [head, ["---"] * len(head), *rows, *([foot] if foot else [])]
-        escape = str.maketrans({"&": "&amp;", "<": "&lt;", "|": r"\|"})
-        cells = lambda line: (cell.translate(escape) for cell in line)
-        return "\n".join(f"| {' | '.join(cells(line))} |" for line in lines)
+        entities = str.maketrans({"&": "&amp;", "<": "&lt;"})
+        escape = lambda cell: _SIGNS.sub(r"\\\g<0>", cell.translate(entities))
+        return "\n".join(f"| {' | '.join(map(escape, line))} |" for line in lines)
 
     def to_html(self, *columns: str) -> str:
         """The rows as an HTML table, escaped, without a style of its own."""
@@ -216,11 +141,58 @@ class Report:
         body = "\n".join(map(line, rows))
         tail = f"\n<tfoot>{line(foot)}</tfoot>" if foot else ""
         head = f"<thead>{line(head, 'th')}</thead>"
-        return f"<table>\n{head}\n<tbody>\n{body}\n</tbody>{tail}\n</table>"
+        # The classes by which notebooks leave out what they would take for mathematics.
+        table = '<table class="tex2jax_ignore mathjax_ignore">'
+        return f"{table}\n{head}\n<tbody>\n{body}\n</tbody>{tail}\n</table>"
 
     def _repr_html_(self) -> str:
         """How a notebook shows the report."""
         return self.to_html()
+
+    def __rich__(self) -> "Table":
+        """How `rich` shows the report."""
+        from rich.table import Table
+        from rich.text import Text
+
+        timed = () if self.totals.milliseconds is None else ("milliseconds",)
+        # What 80 columns of a terminal have room for.
+        columns = ("path", "spikes", "distance", "parameters", *timed, "reason")
+        head, rows, foot = self._lines(columns)
+        table = Table(box=None, show_footer=bool(foot), header_style="bold", footer_style="bold")
+        for name, total in zip(head, foot or [""] * len(head), strict=True):
+            side = "left" if name in ("path", "reason") else "right"
+            table.add_column(name, Text(total), justify=side, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))  # a `Text` has no markup
+        return table
+
+    def to_pandas(self) -> "DataFrame":
+        """The rows as a `pandas.DataFrame` with the fields of `Row`; what is not known is missing.
+
+        Raises:
+          ModuleNotFoundError: pandas is not installed: `pip install 'rmtjax[pandas]'`.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "`Report.to_pandas` needs pandas: pip install 'rmtjax[pandas]'"
+            ) from error
+        dtypes = {int | None: "Int64", float | None: "float64"}
+        kinds = {name: dtypes[kind] for name, kind in Row.__annotations__.items() if kind in dtypes}
+        return pandas.DataFrame.from_records(self.rows, columns=Row._fields).astype(kinds)
+
+    def to_page(self, title: str = "rmtjax") -> str:
+        """A whole HTML page that needs no network: totals, a table of kernels, their spectra.
+
+        The table can be sorted and filtered, and each kernel opened, by keyboard too; without
+        JavaScript it is a table still. Spectra are drawn from histograms: a page of 3,000 kernels
+        has some megabytes.
+
+        Args:
+          title: Its heading.
+        """
+        return _page.render(title, self.rows, self.totals, self.plan)
 
 
 def analyze(
@@ -246,8 +218,8 @@ def analyze(
 
     Returns:
       A `Report`: `.rows`, `.totals`, `.table()`, `.to_dict()`, `.to_json()`, `.to_csv()`,
-      `.to_markdown()`, `.to_html()`, and `.plan` with the spectra. Its ranks are exact, not rounded
-      up to a multiple.
+      `.to_markdown()`, `.to_html()`, `.to_pandas()`, `.to_page()`, and `.plan` with the spectra.
+      Its ranks are exact, not rounded up to a multiple.
 
     Raises:
       ValueError: An option is out of range, or `axes` or `batch` does not fit the tree.

@@ -168,8 +168,6 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=["json", "figure", "tensorboard"])
 def test_examples_print_what_stands_under_them(code, printed, folder, monkeypatch):
-    if "tensorboardX" in code:
-        pytest.importorskip("tensorboardX")
     monkeypatch.chdir(folder)
     with redirect_stdout(output := StringIO()):
         exec(compile(code, "training_live.md", "exec"), {})
