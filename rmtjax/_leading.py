@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-# Gain of a filter on the largest value: more would drown the weakest in rounding.
+# By how much a filter may lift what a vector has of another direction: more would drown it.
 _MAX_GAIN = 1e4
 _MAX_ROUNDS = 60
 _MIN_SIDE = 1000  # below, a decomposition takes less time than to compile an iteration
@@ -38,6 +38,7 @@ class Leading(NamedTuple):
 class _State(NamedTuple):
     v: Float[Array, "n b"]
     found: Leading
+    norms: Float[Array, " b"]  # of the residuals of all directions
     rounds: Int[Array, ""]
 
 
@@ -66,17 +67,23 @@ def _ritz(matrix, v, rank) -> _State:
     residual = jnp.max(jnp.where(jnp.arange(len(s)) < rank, norms, 0))
     tolerance = 20 * jnp.finfo(s.dtype).eps
     found = Leading(u, s, v.T, residual, residual <= tolerance)
-    return _State(v, found, jnp.zeros((), jnp.int32))
+    return _State(v, found, norms, jnp.zeros((), jnp.int32))
 
 
-def _degree(s: Float[Array, " b"]) -> Int[Array, ""]:
-    """Of the polynomial whose gain on the largest value is as large as rounding allows."""
-    growth = jnp.arccosh(2 * jnp.maximum(s[0] / s[-1], 1 + 1e-3) ** 2 - 1)
-    return jnp.clip(jnp.log(2 * _MAX_GAIN) / growth, 1, 30).astype(jnp.int32)
+def _degree(s: Float[Array, " b"], norms: Float[Array, " b"]) -> Int[Array, ""]:
+    """Of the polynomial that lifts as much as rounding allows.
+
+    A direction that is nearly found, with a small residual, is hardly in the vectors of the
+    others, and may be lifted further.
+    """
+    growth = jnp.arccosh(2 * jnp.maximum(s / s[-1], 1 + 1e-3) ** 2 - 1)
+    room = jnp.log(2 * _MAX_GAIN / jnp.clip(norms, jnp.finfo(s.dtype).eps, 1))
+    return jnp.clip(jnp.min(room / growth), 1, 30).astype(jnp.int32)
 
 
-def _filter(matrix, v, s):
+def _filter(matrix, state: _State):
     """Chebyshev's polynomial of A^T A, at most 1 up to the least value of the block, on v."""
+    v, s = state.v, state.found.s
     middle = jnp.maximum(s[-1] / s[0], jnp.finfo(s.dtype).eps) ** 2 / 2
     step = lambda x: _product(matrix.T, _product(matrix, x) / s[0]) / s[0] / middle - x
 
@@ -84,7 +91,7 @@ def _filter(matrix, v, s):
         before, now = pair
         return now, 2 * step(now) - before
 
-    return lax.fori_loop(1, _degree(s), climb, (v, step(v)))[1]
+    return lax.fori_loop(1, _degree(s, state.norms), climb, (v, step(v)))[1]
 
 
 @partial(jax.jit, static_argnames="block")
@@ -114,7 +121,7 @@ def leading(matrix: Float[Array, "m n"], rank: Int[Array, ""] | int, block: int)
         return ~state.found.converged & (state.rounds < _MAX_ROUNDS)
 
     def improve(state: _State):
-        v = _filter(matrix, state.v, state.found.s)
+        v = _filter(matrix, state)
         v, _ = jnp.linalg.qr(v / jnp.linalg.norm(v, axis=0, keepdims=True))
         return _ritz(matrix, v, rank)._replace(rounds=state.rounds + 1)
 
