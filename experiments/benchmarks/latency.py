@@ -9,6 +9,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -37,7 +38,7 @@ def compare(width: int, rank: int, batch: int, rounds: int) -> dict[str, object]
     layer = nn.Dense(width, use_bias=False)
     inputs = jax.random.normal(jax.random.key(0), (batch, width))
     params = layer.init(jax.random.key(1), inputs)["params"]
-    thin = {"kernel": rmtjax.factorize_matrix(params["kernel"], rank)}
+    thin = {"kernel": rmtjax.factorize_matrix(jnp.asarray(params["kernel"]), rank)}
     run = jax.jit(lambda params, x: rmtjax.linen.apply(layer, {"params": params}, x))
     times = timing.in_turns(
         {"dense": lambda: run(params, inputs), "thin": lambda: run(thin, inputs)}, rounds
