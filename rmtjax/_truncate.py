@@ -38,6 +38,7 @@ def _mismatch(leaf: Any, row: LayerPlan) -> str | None:
 def _check_plan(params: PyTree, plan: Plan) -> None:
     """Refuses what is no plan, and one that was made for another tree."""
     check_plan(plan)
+    _kernels.check_tree(params)
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
     found = {_kernels.path_name(key): leaf for key, leaf in leaves}
     for path, row in plan.items():
