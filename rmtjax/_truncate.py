@@ -127,7 +127,8 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
 
     Args:
       params: The tree that the plan was made from, or one of the same shapes.
-      plan: From `rmtjax.plan`. Works under `jit` with the plan held fixed.
+      plan: From `rmtjax.plan`. Works under `jit` with the plan held fixed; derivatives do not go
+        through it.
 
     Returns:
       The tree; leaves that are kept are the same objects.

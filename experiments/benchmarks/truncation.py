@@ -1,8 +1,8 @@
 """What it costs to cut a kernel to its signal, beside `jnp.linalg.svd` of it.
 
 The kernel is noise with planted directions, from a little above the detection limit to twenty
-times that. `truncate_matrix` is given their number; the decomposition is that which a program
-without this library would call. Both take turns.
+times that. `rmtjax.truncate` is given their number by a plan; the decomposition is that which a
+program without this library would call. Both take turns.
 """
 
 from dataclasses import dataclass
@@ -43,18 +43,18 @@ def compare(size: int, rank: int, rounds: int) -> dict[str, object]:
     """A row: both times, their ratio, and how far the results are apart."""
     kernel = planted(size, rank)
     decompose = jax.jit(lambda a: jnp.linalg.svd(a, full_matrices=False))
-    truncate = jax.jit(rmtjax.truncate_matrix, static_argnums=1)
-    times = timing.in_turns(
-        {"svd": lambda: decompose(kernel), "ours": lambda: truncate(kernel, rank)}, rounds
-    )
+    params = {"kernel": kernel}
+    plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(rank), multiple=1)
+    truncate = lambda: rmtjax.truncate(params, plan)["kernel"]
+    times = timing.in_turns({"svd": lambda: decompose(kernel), "ours": truncate}, rounds)
     u, s, vt = decompose(kernel)
     exact = (u[:, :rank] * s[:rank]) @ vt[:rank]
-    apart = jnp.linalg.norm(truncate(kernel, rank) - exact) / jnp.linalg.norm(exact)
+    apart = jnp.linalg.norm(truncate() - exact) / jnp.linalg.norm(exact)
     return {
         "side": size,
         "rank": rank,
         "jnp.linalg.svd, ms": timing.spread(times["svd"]),
-        "truncate_matrix, ms": timing.spread(times["ours"]),
+        "rmtjax.truncate, ms": timing.spread(times["ours"]),
         "ratio": float(np.median(times["svd"] / times["ours"])),
         "relative difference": float(apart),
     }
