@@ -64,8 +64,9 @@ def check_activation(activation: Callable[[Array], Array]) -> None:
         # At no period of its own, and far out too.
         half = jnp.concatenate([jnp.geomspace(1e-3, 1, 200), jnp.geomspace(1, 1e4, 2000)])
         grid = jnp.concatenate([-half[::-1], half])
-        slope = float(jnp.max(jnp.abs(jax.vmap(jax.grad(activation))(grid))))
-        alone = bool(jnp.allclose(activation(grid), jax.vmap(activation)(grid), equal_nan=True))
+        one = lambda entry: activation(entry[None])[0]
+        slope = float(jnp.max(jnp.abs(jax.vmap(jax.grad(one))(grid))))
+        alone = bool(jnp.allclose(activation(grid), jax.vmap(one)(grid), equal_nan=True))
     if not alone:
         raise ValueError("`activation` must act on each entry by itself, which softmax does not.")
     if not slope < 1.001:
