@@ -42,3 +42,42 @@ from rmtjax._typing import (
 )
 from rmtjax._version import __version__ as __version__
 from rmtjax.report import analyze as analyze, Report as Report, Row as Row
+
+# So that `help(rmtjax)` tells them.
+__all__ = [
+    "BulkFit",
+    "Cost",
+    "Factors",
+    "KernelAxes",
+    "LayerPlan",
+    "Plan",
+    "PruneEntriesState",
+    "PruneState",
+    "Report",
+    "Row",
+    "Spectrum",
+    "analyze",
+    "certificate",
+    "checkpoint",
+    "factorize",
+    "factorize_matrix",
+    "fit_bema",
+    "linen",
+    "marchenko_pastur",
+    "merge",
+    "metrics",
+    "nnx",
+    "penalty",
+    "plan",
+    "prune_entries",
+    "prune_spectrum",
+    "ranks",
+    "register_layer",
+    "shrinkage",
+    "sparsity",
+    "spectrum",
+    "tracy_widom",
+    "transfer",
+    "truncate",
+    "truncate_matrix",
+]

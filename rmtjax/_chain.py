@@ -59,10 +59,16 @@ def check_chain(old: list[Layer], new: list[Layer], inputs: Array) -> None:
 
 
 def check_activation(activation: Callable[[Array], Array]) -> None:
-    """Refuses what is plainly steeper than 1 somewhere, such as gelu."""
+    """Refuses what is plainly steeper than 1 somewhere, such as gelu, or not elementwise."""
     with jax.ensure_compile_time_eval():
-        grid = jnp.arange(-512, 513) / 64
-        slope = float(jnp.max(jnp.abs(jnp.diff(activation(grid))))) * 64
+        # At no period of its own, and far out too.
+        half = jnp.concatenate([jnp.geomspace(1e-3, 1, 200), jnp.geomspace(1, 1e4, 2000)])
+        grid = jnp.concatenate([-half[::-1], half])
+        one = lambda entry: activation(entry[None])[0]
+        slope = float(jnp.max(jnp.abs(jax.vmap(jax.grad(one))(grid))))
+        alone = bool(jnp.allclose(activation(grid), jax.vmap(one)(grid), equal_nan=True))
+    if not alone:
+        raise ValueError("`activation` must act on each entry by itself, which softmax does not.")
     if not slope < 1.001:
         raise ValueError(
             f"`activation` must have slopes in [-1, 1], as relu and tanh, got {slope:.3f}. Divide "

@@ -16,7 +16,6 @@ from rmtjax._leading import block_size, leading, pays
 from rmtjax._spectrum import check_matrix, each, lift, triangle
 from rmtjax._typing import KernelAxes
 
-_MATRIX = KernelAxes((0,), (1,))
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -161,7 +160,8 @@ def _directions(kernel, rank, *, axes: KernelAxes, block: int):
     stack = lift(stack)
     if not pays(block, stack.shape[-2:]):
         return each(partial(_first, count=block), stack)
-    return each(partial(_leading_or_first, rank=rank, block=block), stack, branches=True)
+    # Not `vmap`, which would compute both branches.
+    return lax.map(partial(_leading_or_first, rank=rank, block=block), stack)
 
 
 def first_directions(kernel, axes: KernelAxes, rank: int) -> tuple[Array, Array, Array]:
@@ -207,6 +207,10 @@ def truncate_matrix(
       matrix: Real matrix of any floating dtype.
       rank: Number of singular values kept, at least 0; may be traced by `jit`.
 
+    Raises:
+      ValueError: `matrix` is no matrix, or `rank` is negative.
+      TypeError: `rank` is no integer, or `matrix` is not floating.
+
     Examples:
       >>> import jax, jax.numpy as jnp, rmtjax
       >>> matrix = jax.random.normal(jax.random.key(0), (6, 4))
@@ -218,9 +222,9 @@ def truncate_matrix(
     """
     matrix = jnp.asarray(matrix)
     check_matrix("truncate_matrix", matrix)
-    if isinstance(rank, jax.Array) or not 1 <= rank <= min(matrix.shape):
-        return compose(*svd(matrix), rank).astype(matrix.dtype)
-    return compose(*first_directions(matrix, _MATRIX, rank), rank)[0].astype(matrix.dtype)
+    if not isinstance(rank, jax.Array) and operator.index(rank) < 0:
+        raise ValueError(f"`rank` must be at least 0, got {rank}.")
+    return compose(*svd(matrix), rank).astype(matrix.dtype)
 
 
 def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
@@ -251,8 +255,10 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     """
     matrix = jnp.asarray(matrix)
     check_matrix("factorize_matrix", matrix)
-    factors = split(*first_directions(matrix, _MATRIX, check_rank(rank, matrix.shape)))
-    return jax.tree.map(lambda stack: stack[0].astype(matrix.dtype), factors)
+    rank = check_rank(rank, matrix.shape)
+    u, s, vt = svd(matrix)
+    left, right = split(u[:, :rank], s[:rank], vt[:rank])
+    return Factors(left.astype(matrix.dtype), right.astype(matrix.dtype))
 
 
 def multiply(factors: Factors) -> Float[Array, "..."]:

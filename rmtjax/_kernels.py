@@ -88,6 +88,17 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path[: len(path) - boxed], simple=True, separator="/")
 
 
+def check_tree(params: PyTree) -> None:
+    """Refuses a model of nnx, which is a tree for JAX too, but runs by its layers."""
+    if any(kind.__module__.startswith("flax.nnx") for kind in type(params).__mro__) and callable(
+        getattr(params, "set_attributes", None)
+    ):
+        raise TypeError(
+            f"`params` must be a tree of parameters, got the model {type(params).__name__}: call "
+            "the function of this name in `rmtjax.nnx`, or give `rmtjax.nnx.params(model)`."
+        )
+
+
 def find_kernels(
     params: PyTree, where: Where | None = None, axes: Axes | None = None, is_leaf=None
 ) -> dict[str, tuple[Any, KernelAxes | None]]:
@@ -102,6 +113,7 @@ def find_kernels(
         dictionary does not have, `kernel_axes`.
       is_leaf: As in `jax.tree.map`.
     """
+    check_tree(params)
     found = {}
     by_path = axes if isinstance(axes, Mapping) else {}
     name_axes = axes if callable(axes) else kernel_axes

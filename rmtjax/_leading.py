@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-# Gain of a filter on the largest value: more would drown the weakest in rounding.
+# By how much a filter may lift what a vector has of another direction: more would drown it.
 _MAX_GAIN = 1e4
-_MAX_ROUNDS = 60
+# Of multiplications by the matrix, for all its columns: a decomposition costs about as much.
+_MAX_WORK = 12
 _MIN_SIDE = 1000  # below, a decomposition takes less time than to compile an iteration
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -38,7 +39,8 @@ class Leading(NamedTuple):
 class _State(NamedTuple):
     v: Float[Array, "n b"]
     found: Leading
-    rounds: Int[Array, ""]
+    norms: Float[Array, " b"]  # of the residuals of all directions
+    products: Int[Array, ""]  # with the matrix or its transpose, so far
 
 
 def block_size(rank: int) -> int:
@@ -50,9 +52,11 @@ def pays(block: int, shape: tuple[int, ...]) -> bool:
     """Whether so many directions alone are cheaper than all: measured, on two cores.
 
     At a tenth of the shorter side both cost the same if the last direction lies in the bulk,
-    where iteration is slowest.
+    where iteration is slowest. A long matrix is iterated in all its length, and decomposed by
+    its triangle.
     """
-    return min(shape) >= _MIN_SIDE and 10 * block <= min(shape)
+    short, long = sorted(shape)
+    return short >= _MIN_SIDE and 10 * block <= short and long < 2 * short
 
 
 def _ritz(matrix, v, rank) -> _State:
@@ -66,16 +70,21 @@ def _ritz(matrix, v, rank) -> _State:
     residual = jnp.max(jnp.where(jnp.arange(len(s)) < rank, norms, 0))
     tolerance = 20 * jnp.finfo(s.dtype).eps
     found = Leading(u, s, v.T, residual, residual <= tolerance)
-    return _State(v, found, jnp.zeros((), jnp.int32))
+    return _State(v, found, norms, jnp.full((), 2, jnp.int32))
 
 
-def _degree(s: Float[Array, " b"]) -> Int[Array, ""]:
-    """Of the polynomial whose gain on the largest value is as large as rounding allows."""
-    growth = jnp.arccosh(2 * jnp.maximum(s[0] / s[-1], 1 + 1e-3) ** 2 - 1)
-    return jnp.clip(jnp.log(2 * _MAX_GAIN) / growth, 1, 30).astype(jnp.int32)
+def _degree(s: Float[Array, " b"], norms: Float[Array, " b"]) -> Int[Array, ""]:
+    """Of the polynomial that lifts as much as rounding allows.
+
+    A direction that is nearly found, with a small residual, is hardly in the vectors of the
+    others, and may be lifted further.
+    """
+    growth = jnp.arccosh(2 * jnp.maximum(s / s[-1], 1 + 1e-3) ** 2 - 1)
+    room = jnp.log(2 * _MAX_GAIN / jnp.clip(norms, jnp.finfo(s.dtype).eps, 1))
+    return jnp.clip(jnp.min(room / growth), 1, 30).astype(jnp.int32)
 
 
-def _filter(matrix, v, s):
+def _filter(matrix, v, s, degree):
     """Chebyshev's polynomial of A^T A, at most 1 up to the least value of the block, on v."""
     middle = jnp.maximum(s[-1] / s[0], jnp.finfo(s.dtype).eps) ** 2 / 2
     step = lambda x: _product(matrix.T, _product(matrix, x) / s[0]) / s[0] / middle - x
@@ -84,7 +93,7 @@ def _filter(matrix, v, s):
         before, now = pair
         return now, 2 * step(now) - before
 
-    return lax.fori_loop(1, _degree(s), climb, (v, step(v)))[1]
+    return lax.fori_loop(1, degree, climb, (v, step(v)))[1]
 
 
 @partial(jax.jit, static_argnames="block")
@@ -95,7 +104,8 @@ def leading(matrix: Float[Array, "m n"], rank: Int[Array, ""] | int, block: int)
     under $c$ at 1 and lifts the rest, and is replaced by the Ritz vectors of its span, until
     $\max_{i \le r} \|A^T u_i - s_i v_i\| \le 20 \epsilon s_1$. $c$ is the square of the least
     Ritz value of the block, $d$ as large as rounding allows. Costs O(m n b) a product with A,
-    where the decomposition costs O(m n^2), and room for a few blocks.
+    where the decomposition costs O(m n^2), and room for a few blocks. It gives up when it has
+    cost about as much. Reverse-mode derivatives do not go through it.
 
     Args:
       matrix: Finite, of float32 or float64.
@@ -111,12 +121,15 @@ def leading(matrix: Float[Array, "m n"], rank: Int[Array, ""] | int, block: int)
     start = jax.random.normal(jax.random.key(0), (matrix.shape[1], block), matrix.dtype)
 
     def more(state: _State):
-        return ~state.found.converged & (state.rounds < _MAX_ROUNDS)
+        affordable = state.products * block < _MAX_WORK * matrix.shape[1]
+        return ~state.found.converged & affordable
 
     def improve(state: _State):
-        v = _filter(matrix, state.v, state.found.s)
+        degree = _degree(state.found.s, state.norms)
+        v = _filter(matrix, state.v, state.found.s, degree)
         v, _ = jnp.linalg.qr(v / jnp.linalg.norm(v, axis=0, keepdims=True))
-        return _ritz(matrix, v, rank)._replace(rounds=state.rounds + 1)
+        products = state.products + 2 * degree + 2
+        return _ritz(matrix, v, rank)._replace(products=products)
 
     first = _ritz(matrix, jnp.linalg.qr(start)[0], rank)
     return lax.while_loop(more, improve, first).found

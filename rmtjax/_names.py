@@ -83,7 +83,7 @@ def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) ->
         some = ", ".join(map(repr, list(leaves)[:5])) or "none"
         raise ValueError(
             f"no tensor is chosen as a kernel, of {len(leaves)} with names such as {some}. "
-            "Choose by `where`, a function of name and leaf."
+            "Choose others: matrices, by `where`, or in a shell by --include and --exclude."
         )
     return chosen
 

@@ -100,18 +100,36 @@ def _prune_kernel(kernel, update, memory: Memory, axes: KernelAxes, *options):
     return update, jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), new, memory)
 
 
+def _group(leaves, axes) -> list[tuple[KernelAxes, list[str]]]:
+    """The paths of kernels that are alike, with their axes."""
+    groups: dict[tuple, list[str]] = {}
+    for path, named in axes:
+        kernel, update, _ = leaves[path]
+        groups.setdefault((named, kernel.shape, kernel.dtype, update.dtype), []).append(path)
+    return [(named, paths) for (named, *_), paths in groups.items()]
+
+
+def _one_by_one(function, arguments):
+    """A function of each of some trees that are alike, by path: compiled once for all of them."""
+    if len(arguments) == 1:
+        return {path: function(own) for path, own in arguments.items()}
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arguments.values())
+    found = jax.lax.map(function, stacked)
+    at = lambda index: jax.tree.map(lambda leaf: leaf[index], found)
+    return {path: at(index) for index, path in enumerate(arguments)}
+
+
 # Compiled here, so that it is compiled once for those who call `update` outside `jit` too.
 @partial(jax.jit, static_argnames=("axes", "how"))
 def prune_if(due, kernels, updates, memories, keep, min_rank, settled, *, axes, how: How):
     """Updates and memories by path after a step: pruned if it is due, else the same."""
 
     def prune(updates, memories):
-        pruned = {
-            path: _prune_kernel(
-                kernels[path], updates[path], memories[path], named, keep, min_rank, settled, how
-            )
-            for path, named in axes
-        }
+        pruned = {}
+        leaves = {path: (kernels[path], updates[path], memories[path]) for path, _ in axes}
+        for named, paths in _group(leaves, axes):
+            one = lambda own, named=named: _prune_kernel(*own, named, keep, min_rank, settled, how)
+            pruned |= _one_by_one(one, {path: leaves[path] for path in paths})
         both = ({path: pair[i] for path, pair in pruned.items()} for i in (0, 1))
         return tuple(both)
 

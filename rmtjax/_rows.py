@@ -28,6 +28,8 @@ class Row(NamedTuple):
       spikes: Number of eigenvalues above it.
       distance: Kolmogorov distance between bulk and law, when the noise was fitted.
       rank: Rank that the plan gives the kernel.
+      removed: Share of the sum of the squares of its entries that the plan takes away, in [0, 1);
+        what shrinkage takes besides is not counted.
       parameters: Numbers in the kernel.
       multiply_adds: For the rows of `batch`, or for one row without it.
       milliseconds: Measured time of one call; None where it was not timed.
@@ -47,6 +49,7 @@ class Row(NamedTuple):
     spikes: int | None = None
     distance: float | None = None
     rank: int | None = None
+    removed: float | None = None
     parameters: int | None = None
     multiply_adds: int | None = None
     milliseconds: float | None = None
@@ -58,6 +61,14 @@ class Row(NamedTuple):
 def _number(value: Any) -> float | None:
     """A Python number, for JSON too, which knows no NaN."""
     return float(value) if math.isfinite(value) else None
+
+
+def _removed(layer: LayerPlan) -> float:
+    """The share of the eigenvalues beyond the rank, of all matrices of a stack."""
+    if layer.action == "keep" or layer.spectrum is None:
+        return 0.0
+    eigenvalues = np.asarray(layer.spectrum.eigenvalues, np.float64)
+    return float(eigenvalues[..., layer.rank :].sum() / eigenvalues.sum())
 
 
 def make_row(path: str, layer: LayerPlan) -> Row:
@@ -76,6 +87,7 @@ def make_row(path: str, layer: LayerPlan) -> Row:
         spikes=None if distance is None else int(np.max(fit.num_spikes)),
         distance=distance,
         rank=layer.rank,
+        removed=_number(_removed(layer)),
     )
 
 

@@ -49,19 +49,16 @@ def from_singular_values(
     return Spectrum(eigenvalues=eigenvalues, ratio=aspect_ratio(matrix))
 
 
-def each(function: Callable[[Any], Any], stack: PyTree, *, branches: bool = False) -> PyTree:
+def each(function: Callable[[Any], Any], stack: PyTree) -> PyTree:
     """Applies a decomposition to each matrix of a stack, of arrays with a leading axis.
 
     Not at once on CPU: there LAPACK's calls for a stack wait for one another in XLA's own
-    threads, and two stacks in a program may wait for ever. Nor, anywhere, what `branches`:
-    at once, both branches would be computed.
+    threads, and two stacks in a program may wait for ever.
     """
     if len(jax.tree.leaves(stack)[0]) == 1:
         found = function(jax.tree.map(lambda array: array[0], stack))
         return jax.tree.map(lambda array: array[None], found)
     one_by_one = lambda stack: lax.map(function, stack)
-    if branches:
-        return one_by_one(stack)
     return lax.platform_dependent(stack, cpu=one_by_one, default=jax.vmap(function))
 
 
@@ -72,7 +69,8 @@ def triangle(matrix: Float[Array, "m n"]) -> Float[Array, "n n"]:
     one part is copied at a time.
     """
     rows, columns = matrix.shape
-    parts = next(k for k in range(max(rows // (2 * columns), 1), 0, -1) if rows % k == 0)
+    most = min(16, max(rows // (2 * columns), 1))
+    parts = next(count for count in range(most, 0, -1) if rows % count == 0)
     of_part = partial(jnp.linalg.qr, mode="r")
     if parts == 1:
         return of_part(matrix)

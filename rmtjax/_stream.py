@@ -218,9 +218,9 @@ def compress_file(
     bit by bit. The output is there when all of it has been written, and carries its plan: it can be
     analyzed and compressed again, and `rmtjax.checkpoint.restore` makes a tree of it.
 
-    Memory is about three times the largest tensor; but up to seven times a kernel in float32 with
-    sides within 2:1 of which more than a sixteenth of the directions is kept: these are all
-    computed, where fewer are found by iteration.
+    Memory, on CPU, is about three times the largest tensor; but up to seven times a kernel in
+    float32 with sides within 2:1 of which more than a sixteenth of the directions is kept, or
+    directions of the bulk: these are all computed, where few that stand out are iterated.
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.

@@ -20,7 +20,7 @@ from rmtjax._factors import (
     split,
 )
 from rmtjax._kernels import map_kernels
-from rmtjax._plan import LayerPlan, Plan
+from rmtjax._plan import check_plan, LayerPlan, Plan
 from rmtjax._typing import KernelAxes
 
 
@@ -36,7 +36,9 @@ def _mismatch(leaf: Any, row: LayerPlan) -> str | None:
 
 
 def _check_plan(params: PyTree, plan: Plan) -> None:
-    """Refuses a plan that was made for another tree."""
+    """Refuses what is no plan, and one that was made for another tree."""
+    check_plan(plan)
+    _kernels.check_tree(params)
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
     found = {_kernels.path_name(key): leaf for key, leaf in leaves}
     for path, row in plan.items():
@@ -125,13 +127,15 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
 
     Args:
       params: The tree that the plan was made from, or one of the same shapes.
-      plan: From `rmtjax.plan`. Works under `jit` with the plan held fixed.
+      plan: From `rmtjax.plan`. Works under `jit` with the plan held fixed; derivatives do not go
+        through it.
 
     Returns:
       The tree; leaves that are kept are the same objects.
 
     Raises:
       ValueError: The plan is for another tree.
+      TypeError: It is no plan.
 
     Examples:
       >>> import jax, rmtjax
@@ -161,6 +165,7 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
 
     Raises:
       ValueError: The plan is for another tree.
+      TypeError: It is no plan.
 
     Examples:
       >>> import jax, rmtjax

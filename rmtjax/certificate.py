@@ -15,7 +15,7 @@ So the bound is exact where the last kernel alone is changed. Further up it is l
 a factor for each layer between: products of operator norms suppose that each layer
 stretches the worst there is.
 
-The bounds are on the networks in exact arithmetic, with the parameters as they are stored. The
+The bounds are on the networks in exact arithmetic, with the parameters as JAX holds them. The
 rounding of what is computed here is bounded and added: for a sum of n products
 $(n + 8)\, \epsilon$ of the sum of magnitudes, for a norm $(n + 8)\, \epsilon$ and for an
 operator norm $2 \max(m, n)\, \epsilon$ of itself. Numbers below the least normal one count
@@ -239,5 +239,6 @@ def certify(
     hidden = _Hidden(values, zero, zero, exact=True)
     for pair in zip(old[:-1], new[:-1], strict=True):
         hidden = _pass(hidden, *pair, activation)
-    removed = [lost_squares(a.kernel, b.kernel) for a, b in zip(old, new, strict=True)]
+    once = dict(zip(layers, zip(old, new, strict=True), strict=True))  # one may come again
+    removed = [lost_squares(a.kernel, b.kernel) for a, b in once.values()]
     return Certificate(*_bound(hidden, old[-1], new[-1], labels), sum(removed, zero[0]))

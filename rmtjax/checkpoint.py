@@ -25,6 +25,8 @@ from rmtjax._names import check_factors, find_leaves, halves, is_moment, read_ma
 from rmtjax._plan import check_plan, Plan
 from rmtjax._stream import analyze_file as analyze_file, compress_file as compress_file
 
+__all__ = ["analyze_file", "compress_file", "plan", "restore", "save"]
+
 FilePath = str | os.PathLike[str]
 
 

@@ -228,7 +228,7 @@ def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
       TypeError: `plan` is no plan, or `model` no module.
 
     Examples:
-      >>> import jax.numpy as jnp, rmtjax
+      >>> import jax, jax.numpy as jnp, rmtjax
       >>> from flax import nnx
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))

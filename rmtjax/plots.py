@@ -28,3 +28,5 @@ from rmtjax._spectrum_plots import (
     quantiles as quantiles,
     singular_values as singular_values,
 )
+
+__all__ = ["accuracy", "certificate", "esd", "layers", "quantiles", "singular_values", "training"]

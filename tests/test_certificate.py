@@ -301,6 +301,12 @@ WRONG = {  # arguments in place of the right ones, and what is said
     "bytes": ({"inputs": INPUTS.astype(jnp.uint8)}, "inputs"),
     "labels": ({"labels": jnp.zeros(4, jnp.int32)}, "labels"),
     "one-hot": ({"labels": jnp.zeros((3, 10), jnp.int32)}, "labels"),
+    "steep far out": (
+        {"activation": lambda x: jnp.where(jnp.abs(x) > 9, 10 * x, x)},
+        r"slopes .* got 10\.0",
+    ),
+    "oscillating": ({"activation": lambda x: jnp.sin(128 * jnp.pi * x)}, "slopes"),
+    "not elementwise": ({"activation": jax.nn.softmax}, "by itself, which softmax does not"),
     "steep": ({"activation": jax.nn.gelu}, r"`activation` must have slopes .* got 1\.129"),
 }
 
@@ -317,6 +323,13 @@ def test_a_steep_activation_divided_by_its_slope():
     after = change_kernels(params, {"Dense_0"}, halve)
     gentle = lambda x: jax.nn.gelu(x) / 1.13
     assert certify(params, after, inputs, layers=LAYERS, activation=gentle).change.all()
+
+
+def test_a_layer_that_comes_twice_is_removed_once():
+    params = {"D": {"kernel": jnp.diag(jnp.array([1.0, 0.5]))}}
+    after = {"D": {"kernel": jnp.diag(jnp.array([1.0, 0.0]))}}
+    found = certify(params, after, jnp.ones((3, 2)), layers=["D", "D"])
+    np.testing.assert_allclose(found.removed, 0.25, rtol=1e-5)
 
 
 # Real data, and the experiment

@@ -223,3 +223,20 @@ def test_first_directions_are_those_of_the_decomposition(shape, dtype):
         products = [multiply(split(*parts)) for parts in (found, wanted)]
         np.testing.assert_allclose(*products, rtol=0, atol=1e-5 * float(s.max()))
         np.testing.assert_allclose(found[1], wanted[1], rtol=0, atol=1e-5 * float(s.max()))
+
+
+def test_a_rank_that_is_none_is_told():
+    matrix = matrix_of((6, 4))
+    with pytest.raises(ValueError, match="`rank` must be at least 0, got -1"):
+        rmtjax.truncate_matrix(matrix, -1)
+    with pytest.raises(TypeError):
+        rmtjax.truncate_matrix(matrix, 2.5)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(rmtjax.truncate_matrix(matrix, 0), jnp.zeros((6, 4)))
+    np.testing.assert_allclose(rmtjax.truncate_matrix(matrix, 9), matrix, atol=1e-5)
+
+
+def test_derivatives_go_through_the_truncation_of_a_matrix():
+    """Half the sum of the squares of the kept values has the truncated matrix as its gradient."""
+    matrix = matrix_of((7, 5))
+    squares = lambda a: (rmtjax.truncate_matrix(a, 2) ** 2).sum() / 2
+    np.testing.assert_allclose(jax.grad(squares)(matrix), numpy_truncation(matrix, 2)[0], atol=1e-4)
