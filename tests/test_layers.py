@@ -134,13 +134,17 @@ def test_the_package_needs_none_of_its_extras():
 
 
 def test_the_face_of_the_package_is_a_docstring_and_names():
-    docstring, *imports = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    docstring, *imports, names = ast.parse((PACKAGE / "__init__.py").read_text()).body
     assert isinstance(docstring, ast.Expr)
     assert isinstance(docstring.value.value, str)
     for node in imports:
         assert isinstance(node, ast.ImportFrom)
         assert node.module.partition(".")[0] == "rmtjax"
         assert all(alias.asname == alias.name for alias in node.names)
+    # `help` tells what is listed, of whatever file.
+    told = {alias.name for node in imports for alias in node.names} - {"__version__"}
+    assert isinstance(names, ast.Assign)
+    assert ast.literal_eval(names.value) == sorted(told)
 
 
 def public_objects():
