@@ -29,3 +29,11 @@ def minilm_folder():
         if os.environ.get("RMTJAX_REQUIRE_DATA") == "1":
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def compile_in_half_the_time():
+    """For tests whose time is that of the compiler."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

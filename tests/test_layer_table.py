@@ -21,11 +21,7 @@ from rmtjax._factors import is_factors
 PAGE = (Path(__file__).parents[1] / "docs" / "layers.md").read_text()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_in_half_the_time():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
 
 
 each_layer = pytest.mark.parametrize("name", CASES)

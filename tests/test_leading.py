@@ -63,10 +63,10 @@ def test_in_float64_they_are_found_to_its_rounding():
         assert_leads(spiked((300, 400), [200, 100, 60], dtype=np.float64), 3, rtol=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     scale=st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e30]),
-    rank=st.integers(1, 12),
+    rank=st.sampled_from([1, 5, 12]),  # of two blocks, each compiled once
     top=st.floats(70, 1e5),
     seed=st.integers(0, 99),
 )

@@ -19,6 +19,7 @@ import rmtjax
 PAGE = (Path(__file__).parents[1] / "docs" / "training_live.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
 KINDS = {"rank", "signal", "threshold", "distance", "removed"}
+pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
 
 
 def noise(seed, shape=(60, 90)):

@@ -5,7 +5,6 @@ import os
 import re
 from pathlib import Path
 
-import jax
 import matplotlib.pyplot as plt
 import pytest
 
@@ -16,11 +15,7 @@ FOLDER = Path(experiments.__file__).parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_in_half_the_time():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ HOSTILE = [
     "x" * 3000,
     "",
 ]
+pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
 
 
 @pytest.fixture(scope="module")
