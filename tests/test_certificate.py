@@ -29,7 +29,6 @@ CHAINS = [  # of width 1 norms are attained
     ((7, 5, 4), "sigmoid"),
     ((40, 30, 20, 3), "relu"),
 ]
-pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
 
 
 def make_chain(widths, rng, scale=1.0, dtype=jnp.float32):

@@ -18,7 +18,6 @@ EXAMPLES = {page: EXAMPLE.findall(text) for page, text in PAGES.items()}
 ELSEWHERE = {"layers", "training_live"}  # run by `test_layer_table.py` and `test_metrics.py`
 RUN = [page for page, examples in EXAMPLES.items() if examples and page not in ELSEWHERE]
 TOLD = set(re.findall(r"^::: (\S+)", "\n".join(p.read_text() for p in DOCS.glob("api/*.md")), re.M))
-pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
 
 
 @pytest.mark.parametrize("page", PAGES)

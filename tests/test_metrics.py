@@ -19,7 +19,6 @@ import rmtjax
 PAGE = (Path(__file__).parents[1] / "docs" / "training_live.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
 KINDS = {"rank", "signal", "threshold", "distance", "removed"}
-pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
 
 
 def noise(seed, shape=(60, 90)):
@@ -106,6 +105,10 @@ def test_each_matrix_of_a_stack_has_its_own_fit():
     found = rmtjax.metrics(after_a_step(rmtjax.prune_spectrum(every=1, axes=axes), stack))
     assert found.pop("rank/layers/kernel") == 5  # one rank, that of the richest
     assert found.pop("signal/layers/kernel") == 5
+    # Of the sum of the squares of both, what lies beyond that rank.
+    values = np.linalg.svd(np.asarray(stack["layers"]["kernel"]), compute_uv=False) ** 2
+    lost = values[:, 5:].sum() / values.sum()
+    np.testing.assert_allclose(found.pop("removed/layers/kernel"), lost, rtol=1e-4)
     alone = rmtjax.metrics(after_a_step(PRUNE))
     for index, path in enumerate(("a/kernel", "b/kernel")):
         for kind in ("threshold", "distance"):

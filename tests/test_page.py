@@ -29,7 +29,6 @@ HOSTILE = [
     "x" * 3000,
     "",
 ]
-pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
 
 
 @pytest.fixture(scope="module")
