@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from rmtjax._typing import Axes, KernelAxes, Where
 
+Kernel = Float[Array, "..."] | Float[np.ndarray, "..."]
 NAMES = ("kernel", "embedding")
 # Flax's attention projects to (heads, head_dim) with these, and back with "out".
 HEAD_PROJECTIONS = ("query", "key", "value")
@@ -63,10 +65,10 @@ def matrix_shape(shape: tuple[int, ...], axes: KernelAxes) -> tuple[int, int, in
     return batch, rows, columns
 
 
-def to_matrices(kernel: Float[Array, "..."], axes: KernelAxes) -> Float[Array, "b m n"]:
-    """A kernel as a stack of matrices of shape (inputs, outputs)."""
+def to_matrices(kernel: Kernel, axes: KernelAxes) -> Any:
+    """A kernel as a stack of shape (batch, inputs, outputs), in JAX or NumPy as it was."""
     order = (*axes.batch, *axes.inputs, *axes.outputs)
-    return jnp.transpose(kernel, order).reshape(matrix_shape(kernel.shape, axes))
+    return kernel.transpose(order).reshape(matrix_shape(kernel.shape, axes))
 
 
 def from_matrices(

@@ -1,4 +1,4 @@
-"""Spectra, noise and signal of the kernels of a tree, those of one shape at once."""
+"""Spectra, noise and signal of the kernels of a tree."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +15,7 @@ from rmtjax._bulk import above_rounding, count_above
 from rmtjax._factors import is_factors, kernel_shape, svd, to_stack
 from rmtjax._spectrum import each, spectrum
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
+from rmtjax._values import host_spectra, on_host
 
 Kernels = dict[str, tuple[Any, KernelAxes]]
 
@@ -25,6 +26,7 @@ class Measurement(NamedTuple):
     Attributes:
       spectra: Those of factors end in the zeros that the dense kernel would have.
       fits: The noise in force; NaN for factors that were given none.
+      noisy: Whether there is noise above rounding.
       accepted: Whether the rule may be believed.
       signal: Number of signal directions.
       populated: Number of directions that may be kept: of factors, those that are not zero.
@@ -32,6 +34,7 @@ class Measurement(NamedTuple):
 
     spectra: Spectrum
     fits: BulkFit
+    noisy: Bool[Array, " b"]
     accepted: Bool[Array, " b"]
     signal: Int[Array, " b"]
     populated: Int[Array, " b"]
@@ -77,12 +80,18 @@ def _find_spectra(kernels: list, axes: tuple[KernelAxes, ...]):
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _judge(spectra: Spectrum, fits: BulkFit | None, rule, thin: bool):
-    """The noise in force, whether the rule may be believed, and what it finds."""
+    """What a `Measurement` says besides the spectrum."""
     if fits is None:
-        fits = _unfitted(spectra) if thin else jax.vmap(rule.fit)(spectra)
+        # One by one on CPU, where those that are soon done would else go on with the slowest.
+        fits = _unfitted(spectra) if thin else each(rule.fit, spectra)
     # A fit that was given counted the spikes of its own day.
     counted = fits._replace(num_spikes=jax.vmap(count_above)(spectra, fits.threshold))
-    return counted, jax.vmap(rule.accepts)(spectra, fits), jax.vmap(rule)(spectra, fits)
+    return {
+        "fits": counted,
+        "noisy": jax.vmap(above_rounding)(spectra, fits.variance),
+        "accepted": jax.vmap(rule.accepts)(spectra, fits),
+        "signal": jax.vmap(rule)(spectra, fits),
+    }
 
 
 def _group(leaf: Any, axes: KernelAxes) -> tuple:
@@ -112,24 +121,41 @@ def _share(paths: list[str], sizes: list[int], results) -> dict[str, Any]:
     return {p: cut(*pair) for p, pair in zip(paths, itertools.pairwise(ends), strict=True)}
 
 
-def measure(kernels: Kernels, rule, given: Mapping[str, BulkFit]) -> dict[str, Measurement]:
-    """Measures all kernels, with the noise levels that are given for some of them."""
-    found: dict[str, tuple[Spectrum, Any]] = {}
+def _measure_here(kernel, axes: KernelAxes, rule, given: BulkFit | None) -> Measurement:
+    """Measures a kernel by itself; JAX judges it while the host goes on to the next."""
+    spectra = host_spectra(kernel, axes)
+    stack, size = spectra.eigenvalues.shape
+    fits = None if given is None else _stack_fits([given])
+    populated: Any = np.full(stack, size, np.int32)
+    return Measurement(spectra, **_judge(spectra, fits, rule, False), populated=populated)
+
+
+def _measure_there(kernels: Kernels, rule, given: Mapping[str, BulkFit]):
+    """Measures kernels in compiled programs, those that have a shape in common at once."""
+    found, measured = {}, {}
     for paths in _collect(kernels, lambda path: _group(*kernels[path])):
         own = [kernels[path] for path in paths]
         arrays = [jax.tree.map(jnp.asarray, leaf) for leaf, _ in own]
         sizes = [_kernels.matrix_shape(kernel_shape(leaf), named)[0] for leaf, named in own]
         found |= _share(paths, sizes, _find_spectra(arrays, tuple(a for _, a in own)))
-    measured = {}
     alike = lambda path: (path in given, is_factors(kernels[path][0]), *_kind(found[path][0]))
     for paths in _collect(kernels, alike):
         spectra = jax.tree.map(lambda *a: np.concatenate(a), *(found[path][0] for path in paths))
         fits = _stack_fits([given[path] for path in paths]) if paths[0] in given else None
         judged = _judge(spectra, fits, rule, is_factors(kernels[paths[0]][0]))
         sizes = [len(found[path][1]) for path in paths]
-        for path, (fit, accepted, signal) in _share(paths, sizes, judged).items():
+        for path, results in _share(paths, sizes, judged).items():
             own, populated = found[path]
-            measured[path] = Measurement(own, fit, accepted, signal, populated)
+            measured[path] = Measurement(own, **results, populated=populated)
+    return measured
+
+
+def measure(kernels: Kernels, rule, given: Mapping[str, BulkFit]) -> dict[str, Measurement]:
+    """Measures all kernels, with the noise levels that are given for some of them."""
+    here = {path: found for path, found in kernels.items() if on_host(found[0])}
+    there = {path: found for path, found in kernels.items() if path not in here}
+    measured = {path: _measure_here(*here[path], rule, given.get(path)) for path in here}
+    measured = jax.device_get(measured) | _measure_there(there, rule, given)
     return {path: measured[path] for path in kernels}
 
 

@@ -9,11 +9,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax import _cost, _kernels, ranks
-from rmtjax._bulk import above_rounding
 from rmtjax._factors import factored_axes, is_factors, kernel_shape, shrink_values
 from rmtjax._measure import check_fits, check_paths, measure, Measurement
 from rmtjax._typing import Axes, BulkFit, KernelAxes, Spectrum, Where
 from rmtjax.shrinkage import Shrink
+
+# In one program instead of several.
+_kept_rank = jax.jit(ranks.kept_rank)
 
 Action = Literal["factorize", "truncate", "keep"]
 
@@ -84,8 +86,7 @@ def _refusal(found: Measurement) -> str | None:
         return "all zero"
     if not found.accepted.all():
         size = found.spectra.eigenvalues.shape[-1]
-        noisy = jax.vmap(above_rounding)(found.spectra, found.fits.variance)
-        if not np.all(noisy):
+        if not found.noisy.all():
             return "no noise above rounding; of a truncated kernel `fits` must tell it"
         if (found.fits.num_spikes >= size // 2).any():
             return f"half of the {size} directions stand out, and leave no bulk to fit"
@@ -97,7 +98,7 @@ def _refusal(found: Measurement) -> str | None:
 def _unshrinkable(found: Measurement, shrink: Shrink, sides: tuple[int, int]) -> str | None:
     """Why the values that are kept may not be shrunk, or None."""
     spectra, variance = found.spectra, found.fits.variance
-    if not (np.isfinite(variance) & jax.vmap(above_rounding)(spectra, variance)).all():
+    if not (np.isfinite(variance) & found.noisy).all():
         return "no noise level to shrink by"
     values = np.sqrt(max(sides) * spectra.eigenvalues)
     shrunken = shrink_values(jnp.asarray(values), shrink, variance, sides)
@@ -114,7 +115,7 @@ def _decide(
     # One rank for a stack: that of its richest member.
     populated = int(found.populated.max())
     count = min(int(found.signal.max()), populated)
-    rank = int(ranks.kept_rank(count, populated, keep, min_rank))
+    rank = int(_kept_rank(count, populated, keep, min_rank))
     rank = min(-(-rank // multiple) * multiple, size)  # rounded up
     words = f"{count} of {size} are signal, rank {rank}" + (", shrunk" if shrink else "")
     refusal = _refusal(found) or (shrink and _unshrinkable(found, shrink, (rows, columns)))

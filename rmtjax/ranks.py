@@ -70,7 +70,7 @@ def check_rule(rule: object) -> None:
 
 def kept_rank(
     num_signal: Int[ArrayLike, ""],
-    size: int,
+    size: Int[ArrayLike, ""],
     keep: ArrayLike = 0.0,
     min_rank: Int[ArrayLike, ""] = 1,
 ) -> Int[Array, ""]:
@@ -80,7 +80,7 @@ def kept_rank(
     """
     # The thousandth of a rank forgives rounding: 0.7 * 10 is 7, not 6.
     share = jnp.asarray(keep, jnp.float32)  # a bfloat16 cannot count to 1,000
-    rest = jnp.floor(share * (size - num_signal) + 1e-3).astype(jnp.int32)
+    rest = jnp.floor(share * jnp.subtract(size, num_signal) + 1e-3).astype(jnp.int32)
     return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)
 
 
