@@ -82,13 +82,8 @@ def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) ->
     inside = (ranks >= jnp.asarray(first)[noise]) & (ranks < jnp.asarray(last)[noise])
     inside &= _populated(size, rank)
     positions = jnp.where(inside, _positions(spectrum, spikes), 0.5)
-    # Noise of p ranks has p F + 1/4 - theta / (2 pi) of its eigenvalues below x = 1 + gamma
-    # - 2 sqrt(gamma) cos(theta), if it is real: without the second term the variance is
-    # too small by 0.5 % at p = 50 (Dumitriu and Edelman, 2006).
-    first_order = marchenko_pastur.ppf(positions, ratio)
-    cosine = jnp.clip((1 + ratio - first_order) / (2 * jnp.sqrt(ratio)), -1, 1)
-    positions = positions - (0.25 - jnp.arccos(cosine) / (2 * jnp.pi)) / noise
-    quantiles = jnp.where(inside, marchenko_pastur.ppf(positions, ratio, unit), 0)
+    quantiles = marchenko_pastur.noise_quantiles(positions, ratio, unit, noise)
+    quantiles = jnp.where(inside, quantiles, 0)
     slope = jnp.sum(quantiles * spectrum.eigenvalues[::-1]) / jnp.sum(quantiles**2)
     fewest = 1 if rank is None else jnp.where(jnp.asarray(rank) < size, _FEWEST_RANKS, 1)
     return jnp.where(jnp.sum(inside) >= fewest, slope, jnp.nan)
@@ -123,29 +118,48 @@ def _noise_level(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array,
     return lax.fori_loop(0, 20, again, scale)  # a contraction by about K / p a turn
 
 
-@partial(jax.jit, static_argnames=("trim", "level"))
-def _fit(spectrum: Spectrum, rank, *, trim: float, level: float) -> BulkFit:
-    """Spikes are taken out until none is found besides them; then the fit is made."""
+def _cut(spectrum: Spectrum, spikes: Int[Array, ""], rank, trim: float, level: float):
+    """The scale of the bulk besides a number of spikes, and the threshold of one more."""
+    size = spectrum.eigenvalues.shape[0]
+    scale = match(spectrum, spikes, trim, rank)
+    ratio, unit = bulk_law(spectrum.ratio, size, spikes)
+    return scale, scale * unit * noise_threshold(ratio, size - spikes, level)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _settle(spectrum: Spectrum, rank, trim: float, level: float):
+    """Takes spikes out until none is found besides them: their number, and the cut of it."""
     size = spectrum.eigenvalues.shape[0]
 
-    def cut(spikes):
-        scale = match(spectrum, spikes, trim, rank)
-        ratio, unit = bulk_law(spectrum.ratio, size, spikes)
-        return scale, scale * unit * noise_threshold(ratio, size - spikes, level)
-
     def more(turn):
-        spikes, before, turns = turn
-        return (spikes > before) & (turns < _MOST_TURNS)
+        found, spikes, turns, *_ = turn
+        return (found > spikes) & (turns < _MOST_TURNS)
 
     def again(turn):
-        spikes, _, turns = turn
-        found = jnp.minimum(count_above(spectrum, cut(spikes)[1]), size // 2)
-        return jnp.maximum(found, spikes), spikes, turns + 1
+        spikes, _, turns, *_ = turn
+        scale, threshold = _cut(spectrum, spikes, rank, trim, level)
+        found = jnp.minimum(count_above(spectrum, threshold), size // 2)
+        return jnp.maximum(found, spikes), spikes, turns + 1, scale, threshold
 
-    none = jnp.zeros((), jnp.int32)
-    spikes, _, _ = lax.while_loop(more, again, (none, none - 1, none))
-    # Once more outside of the loop, which has no derivative.
-    scale, threshold = cut(spikes)
+    none, unknown = jnp.zeros((), jnp.int32), jnp.full_like(spectrum.ratio, jnp.nan)
+    turn = lax.while_loop(more, again, (none, none - 1, none, unknown, unknown))
+    _, spikes, _, scale, threshold = turn
+    return spikes, scale, threshold
+
+
+@_settle.defjvp
+def _settle_jvp(trim, level, primals, tangents):
+    """That of the last cut: a loop has no derivative of its own, nor a count."""
+    spectrum, rank = primals
+    spikes, *values = _settle(spectrum, rank, trim, level)
+    last = lambda spectrum: _cut(spectrum, spikes, rank, trim, level)
+    _, slopes = jax.jvp(last, (spectrum,), (tangents[0],))
+    return (spikes, *values), (np.zeros(jnp.shape(spikes), jax.dtypes.float0), *slopes)
+
+
+@partial(jax.jit, static_argnames=("trim", "level"))
+def _fit(spectrum: Spectrum, rank, *, trim: float, level: float) -> BulkFit:
+    spikes, scale, threshold = _settle(spectrum, rank, trim, level)
     variance = _noise_level(spectrum, scale, spikes)
     return bulk_fit(spectrum, variance, threshold, scale, spikes, rank)
 
