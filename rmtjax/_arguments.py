@@ -141,6 +141,12 @@ def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add("--exclude", action="append", default=[], metavar="PATTERN", help="no such kernels")
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
     add(
+        "--exact-below",
+        type=int,
+        default=4096,
+        help="spectra of kernels with a longer short side are estimated, default 4096",
+    )
+    add(
         "--multiple",
         type=int,
         default=multiple,

@@ -8,14 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax import _kernels
 from rmtjax._bulk import above_rounding, count_above
+from rmtjax._estimate import estimate, pays
 from rmtjax._factors import is_factors, kernel_shape, svd, to_stack
 from rmtjax._spectrum import each, spectrum
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
 from rmtjax._values import host_spectra, on_host
+
+# Distance from the law of which an estimate, which is off by 0.01, leaves no doubt.
+_CLEARLY = 0.05
 
 Kernels = dict[str, tuple[Any, KernelAxes]]
 
@@ -30,6 +35,7 @@ class Measurement(NamedTuple):
       accepted: Whether the rule may be believed.
       signal: Number of signal directions.
       populated: Number of directions that may be kept: of factors, those that are not zero.
+      estimated: Whether the bulk of the spectra is made of estimated quantiles.
     """
 
     spectra: Spectrum
@@ -38,6 +44,7 @@ class Measurement(NamedTuple):
     accepted: Bool[Array, " b"]
     signal: Int[Array, " b"]
     populated: Int[Array, " b"]
+    estimated: bool = False
 
 
 def _spectrum_of(matrix) -> Spectrum:
@@ -150,12 +157,40 @@ def _measure_there(kernels: Kernels, rule, given: Mapping[str, BulkFit]):
     return measured
 
 
-def measure(kernels: Kernels, rule, given: Mapping[str, BulkFit]) -> dict[str, Measurement]:
+@partial(jax.jit, static_argnums=1)
+def _estimate_spectra(kernel, axes: KernelAxes):
+    return lax.map(estimate, to_stack(kernel, axes))
+
+
+def _measure_large(kernel, axes: KernelAxes, rule, given: BulkFit | None) -> Measurement | None:
+    """Measures a kernel by an estimate of its spectrum; None where this does not decide."""
+    spectra, num_found = _estimate_spectra(kernel, axes)
+    fits = None if given is None else _stack_fits([given])
+    judged = jax.device_get(_judge(spectra, fits, rule, False))
+    sure = judged["accepted"] & (judged["signal"] <= num_found)
+    if not (sure | (judged["fits"].distance > _CLEARLY)).all():
+        return None
+    size = spectra.eigenvalues.shape[-1]
+    populated: Any = np.full(len(num_found), size, np.int32)
+    return Measurement(jax.device_get(spectra), **judged, populated=populated, estimated=True)
+
+
+def measure(
+    kernels: Kernels, rule, given: Mapping[str, BulkFit], exact_below: int
+) -> dict[str, Measurement]:
     """Measures all kernels, with the noise levels that are given for some of them."""
-    here = {path: found for path, found in kernels.items() if on_host(found[0])}
-    there = {path: found for path, found in kernels.items() if path not in here}
-    measured = {path: _measure_here(*here[path], rule, given.get(path)) for path in here}
-    measured = jax.device_get(measured) | _measure_there(there, rule, given)
+    measured = {}
+    for path, (leaf, axes) in kernels.items():
+        sides = _kernels.matrix_shape(kernel_shape(leaf), axes)[1:]
+        if not is_factors(leaf) and min(sides) >= exact_below and pays(sides):
+            measured[path] = _measure_large(leaf, axes, rule, given.get(path))
+    rest = {path: kernels[path] for path in kernels if measured.get(path) is None}
+    here = {path: found for path, found in rest.items() if on_host(found[0])}
+    there = {path: found for path, found in rest.items() if path not in here}
+    measured |= jax.device_get(
+        {path: _measure_here(*here[path], rule, given.get(path)) for path in here}
+    )
+    measured |= _measure_there(there, rule, given)
     return {path: measured[path] for path in kernels}
 
 

@@ -128,6 +128,7 @@ def _decide(
         action, reason = "truncate", f"truncated: {hindrance} ({words})"
     else:
         action, reason = "factorize", f"factorized{' again' if thin else ''}: {words}"
+    reason += " (spectrum estimated)" if found.estimated else ""
     spectra = Spectrum(found.spectra.eigenvalues, found.spectra.ratio[0])
     fit, one = _unstack(found.fits, axes), _unstack(spectra, axes)
     shrink = None if action == "keep" else shrink
@@ -144,7 +145,7 @@ def _weigh(row: LayerPlan, load: _cost.Load, clock: _cost.Clock) -> LayerPlan:
     return row._replace(cost=cost)
 
 
-def _check_options(keep: float, shrink, min_rank: int, multiple: int, min_size: int) -> None:
+def _check_options(keep: float, shrink, **counts: int) -> None:
     if not 0 <= keep <= 1:
         raise ValueError(
             f"`keep` must be in [0, 1], got {keep}: the share of the directions that are "
@@ -160,7 +161,6 @@ def _check_options(keep: float, shrink, min_rank: int, multiple: int, min_size: 
             f"`keep` must be 0 with `shrink`, got {keep}: the directions that are no signal would "
             "be kept and shrunk to 0. Leave one of the two out."
         )
-    counts = {"min_rank": min_rank, "multiple": multiple, "min_size": min_size}
     for name, value in counts.items():
         if not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value}.")
@@ -178,6 +178,7 @@ def plan(
     min_rank: int = 1,
     multiple: int = 8,
     min_size: int = 50,
+    exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
 ) -> Plan:
     r"""Decides the rank of each kernel of a parameter tree; changes nothing.
@@ -207,6 +208,9 @@ def plan(
       min_rank: Smallest rank, at least 1.
       multiple: Ranks are rounded up to a multiple of it, so that few shapes compile.
       min_size: Kernels with a shorter short side are left alone: too few eigenvalues for a law.
+      exact_below: Kernels with a shorter short side are decomposed. From there on, above 2,900, the
+        spectrum is estimated at a cost of $O(n^2)$: what stands out to rounding, the threshold to
+        1 %. Where an estimate does not decide, as with hundreds of spikes, it is computed exactly.
       batch: Where given, each kernel is timed for so many rows, in its dtype and on the default
         device, and keeps its shape if factors do not win by 5 %; its rank goes down all the same.
         Rows are what it multiplies in one call: images, tokens, or for a convolution, which is
@@ -227,7 +231,8 @@ def plan(
       >>> print(rmtjax.plan(params))
       Dense_0/kernel  factorized: 1 of 200 are signal, rank 8
     """
-    _check_options(keep, shrink, min_rank, multiple, min_size)
+    counts = {"min_rank": min_rank, "multiple": multiple, "min_size": min_size}
+    _check_options(keep, shrink, **counts, exact_below=exact_below)
     ranks.check_rule(rule)
     check_paths(params, fits or {})
     given = {path: fit for path, fit in (fits or {}).items() if np.isfinite(fit.threshold).all()}
@@ -245,7 +250,7 @@ def plan(
         if named is not None and obstacles[path] is None
     }
     check_fits(given, matrices)
-    measured = measure(matrices, rule, given)
+    measured = measure(matrices, rule, given, exact_below)
     clock = _cost.make_clock()
     rows = Plan()
     for path, (leaf, named) in found.items():

@@ -143,6 +143,7 @@ def analyze_file(
     fits: Mapping[str, BulkFit] | None = None,
     multiple: int = 1,
     min_size: int = 50,
+    exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
@@ -166,6 +167,7 @@ def analyze_file(
       multiple: Ranks are rounded up to a multiple of it: 1 tells them as they are, 8 as
         `compress_file` makes them.
       min_size: Kernels with a shorter short side get a row without a fit.
+      exact_below: Spectra of kernels with a longer short side are estimated, as in `rmtjax.plan`.
       batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
       dtype: float32 or float64, in which spectra are computed; by default that of the kernel,
         float32 at least, and float32 where jax has 64 bits switched off.
@@ -190,6 +192,7 @@ def analyze_file(
     """
     options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
     options |= {"batch": batch, "dtype": _check_dtype(dtype), "progress": progress}
+    options |= {"exact_below": exact_below}
     with open_tensors(path) as tensors:
         return Report(_plan_file(tensors, **options, multiple=multiple).rows)
 
@@ -207,6 +210,7 @@ def compress_file(
     min_rank: int = 1,
     multiple: int = 8,
     min_size: int = 50,
+    exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
     mode: Literal["factorize", "truncate"] = "factorize",
     dtype: DTypeLike | None = None,
@@ -235,6 +239,7 @@ def compress_file(
       min_rank: As in `rmtjax.plan`.
       multiple: As in `rmtjax.plan`.
       min_size: As in `rmtjax.plan`.
+      exact_below: As in `rmtjax.plan`.
       batch: As in `rmtjax.plan`.
       mode: "factorize" writes PATH/left and PATH/right where these are smaller; "truncate" keeps
         names and shapes, for programs that know nothing of factors.
@@ -268,6 +273,7 @@ def compress_file(
     options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
     options |= {"batch": batch, "dtype": found, "progress": progress, "keep": keep}
     options |= {"shrink": shrink, "min_rank": min_rank, "multiple": multiple}
+    options |= {"exact_below": exact_below}
     with open_tensors(path) as tensors:
         check_target(tensors, out, "`out`")
         if Path(out).suffix != SUFFIX:  # by which `checkpoint.save` tells a file from a folder

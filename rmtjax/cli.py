@@ -99,6 +99,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What both commands tell the library; what it would refuse at any file is wrong usage."""
     options: dict[str, Any] = {"rule": _arguments.parse_rule(args.rule, args.level, args.trim)}
     options |= {"min_size": args.min_size, "batch": args.batch, "multiple": args.multiple}
+    options |= {"exact_below": args.exact_below}
     if args.command == "compress":
         options |= {"keep": args.keep, "min_rank": args.min_rank}
         options["shrink"] = getattr(shrinkage, args.shrink) if args.shrink else None

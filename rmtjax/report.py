@@ -203,6 +203,7 @@ def analyze(
     axes: Axes | None = None,
     fits: Mapping[str, BulkFit] | None = None,
     min_size: int = 50,
+    exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
 ) -> Report:
     """Looks at every kernel of a parameter tree; changes nothing.
@@ -214,6 +215,7 @@ def analyze(
       axes: The axes that make a kernel a matrix, as in `rmtjax.plan`.
       fits: Noise levels to use instead of new fits, as in `rmtjax.plan`.
       min_size: Kernels with a shorter short side get a row without a fit.
+      exact_below: Spectra of kernels with a longer short side are estimated, as in `rmtjax.plan`.
       batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
 
     Returns:
@@ -232,4 +234,4 @@ def analyze(
       (1, 'factorized: 1 of 200 are signal, rank 1')
     """
     options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
-    return Report(plan(params, **options, batch=batch, multiple=1))
+    return Report(plan(params, **options, exact_below=exact_below, batch=batch, multiple=1))

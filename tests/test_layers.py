@@ -34,6 +34,7 @@ LAYER = {
     "_files": 3,
     "_histogram": 3,
     "shrinkage": 3,
+    "_estimate": 2,
     "_values": 2,
     "_chain": 4,
     "_cost": 4,
