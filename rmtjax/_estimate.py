@@ -94,41 +94,36 @@ def _lanczos(long: Float[Array, "n p"], start: Float[Array, "p s"]) -> _State:
 
 
 def _quadrature(values, weights, width: int):
-    """A node for each step: the values of a block lie in as many groups, between which is nothing.
+    """Singular values of the bulk, ascending, and the share that lies below each.
 
-    The distribution function is known at the nodes, in the middle of their weights, far better
-    than in between, where it is smooth.
+    The values of a block lie in as many groups as there were steps, with nothing between them. At
+    their middles the distribution function is known far better than in between, where it is smooth.
     """
     values, weights = values[::-1].reshape(-1, width), weights[::-1].reshape(-1, width)
     total = weights.sum(axis=1)
     nodes = (weights * values).sum(axis=1) / jnp.where(total > 0, total, 1)
-    # Those of no weight lie at the end.
-    return jnp.where(total > 0, nodes, jnp.max(nodes)), total / jnp.sum(total)
+    # Between singular values, whose density has no pole at 0 for a square matrix.
+    nodes = jnp.sqrt(jnp.maximum(jnp.where(total > 0, nodes, jnp.max(nodes)), 0))
+    share = total / jnp.sum(total)
+    below = jnp.cumsum(share) - share / 2
+    slope = (nodes[1] - nodes[0]) / jnp.maximum(below[1] - below[0], jnp.finfo(below.dtype).eps)
+    lowest = jnp.maximum(nodes[0] - below[0] * slope, 0)
+    highest = jnp.sqrt(jnp.max(jnp.where(weights > 0, values, 0)))
+    return jnp.r_[lowest, nodes, jnp.maximum(highest, nodes[-1])], jnp.r_[0.0, below, 1.0]
 
 
 def _fill(values, weights, found, trace, size: int, width: int):
     """All eigenvalues, descending: those found, and the quantiles of the others."""
-    count = jnp.sum(found)
-    nodes, weights = _quadrature(values, jnp.where(found, 0, weights), width)
-    # Between singular values, whose density has no pole at 0 for a square matrix.
-    nodes = jnp.sqrt(jnp.maximum(nodes, 0))
-    below = jnp.cumsum(weights) - weights / 2
-    slope = (nodes[1] - nodes[0]) / (below[1] - below[0])
-    nodes = jnp.append(jnp.maximum(nodes[0] - below[0] * slope, 0), nodes)
-    top = jnp.sqrt(jnp.max(jnp.where(found, 0, values)))
-    nodes, below = (
-        jnp.append(nodes, jnp.maximum(top, nodes[-1])),
-        jnp.concatenate([jnp.zeros(1), below, jnp.ones(1)]),
-    )
+    own, count = jnp.where(found, values, 0), jnp.sum(found)
+    rest = jnp.where(found, 0, weights)
+    # None is left where a few values are all that there is.
+    nodes, below = _quadrature(values, jnp.where(jnp.sum(rest) > 0, rest, 1 - found), width)
     ranks = jnp.arange(size - 1, -1, -1)
     bulk = jnp.interp((ranks + 0.5) / (size - count), below, nodes) ** 2
     bulk = jnp.where(ranks < size - count, bulk, 0)
-    held = jnp.sum(jnp.where(found, values, 0))
-    bulk = (
-        bulk * jnp.maximum(trace - held, 0) / jnp.maximum(jnp.sum(bulk), jnp.finfo(bulk.dtype).tiny)
-    )
-    own = jnp.pad(jnp.where(found, values, 0), (0, size - len(values)))
-    return jnp.sort(bulk + own, descending=True)
+    left = jnp.maximum(trace - jnp.sum(own), 0)
+    bulk = bulk * (left / jnp.maximum(jnp.sum(bulk), jnp.finfo(bulk.dtype).tiny))
+    return jnp.sort(bulk + jnp.pad(own, (0, size - len(own))), descending=True)
 
 
 def _iterate(matrix: Float[Array, "m n"]) -> tuple[Float[Array, " p"], Int[Array, ""]]:
@@ -142,6 +137,7 @@ def _iterate(matrix: Float[Array, "m n"]) -> tuple[Float[Array, " p"], Int[Array
     values, vectors = values[::-1], vectors[:, ::-1]
     residuals = jnp.linalg.norm(_product(state.beyond, vectors[-width:]), axis=0)
     found = jnp.cumprod(residuals <= _RESIDUAL * values) == 1
+    found &= jnp.arange(len(found)) < len(found) // 2
     weights = jnp.sum(vectors[:width] ** 2, axis=0)
     trace = jnp.sum(jnp.square(long)) / len(long)
     return _fill(values, weights, found, trace, size, width), jnp.sum(found, dtype=jnp.int32)

@@ -61,13 +61,18 @@ def test_a_plan_is_that_of_the_decomposition(fewer):
     np.testing.assert_allclose(thin.fit.threshold, whole.fit.threshold, rtol=1e-2)
 
 
-def test_a_law_that_does_not_fit_is_seen(fewer):
-    scales = np.geomspace(0.4, 2.5, 1200)[:, None]
-    matrix = (scales * planted((1200, 1200), [])).astype(np.float32)
+@pytest.mark.parametrize("values", [1.0, [1.0, 1.5]])
+def test_a_law_that_does_not_fit_is_seen(values, fewer):
+    """One or two singular values, each many times, at which the iteration comes to its end."""
+    orthogonal = np.linalg.qr(np.random.default_rng(0).standard_normal((1200, 1200)))[0]
+    matrix = (orthogonal * np.resize(values, 1200)).astype(np.float32)
     (row,) = rmtjax.plan({"kernel": matrix}, exact_below=1200).values()
     assert row.action == "keep"
     assert row.reason.startswith("kept: law does not fit (distance 0.")
     assert row.reason.endswith("(spectrum estimated)")
+    np.testing.assert_allclose(
+        row.spectrum.eigenvalues.mean(), np.mean(np.square(values)) / 1200, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rule", [ranks.fixed(400), ranks.energy(0.99), ranks.bema()])
