@@ -48,7 +48,7 @@ def compare(size: int, rank: int, rounds: int) -> dict[str, object]:
     truncate = lambda: rmtjax.truncate(params, plan)["kernel"]
     times = timing.in_turns({"svd": lambda: decompose(kernel), "ours": truncate}, rounds)
     u, s, vt = decompose(kernel)
-    exact = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    exact = (u[:, :rank] * s[None, :rank]) @ vt[:rank]
     apart = jnp.linalg.norm(truncate() - exact) / jnp.linalg.norm(exact)
     return {
         "side": size,

@@ -1,0 +1,90 @@
+"""A report of a whole model, beside a loop that finds its eigenvalues alone.
+
+The model is the sentence encoder of `experiments.minilm`. The loop is what one would write by
+hand, `np.linalg.eigvalsh(W.T @ W)` for each kernel; a report fits the noise of each besides, and
+decides its rank. WeightWatcher, where asked for, runs once, in an environment that is made for it
+and removed: it pins NumPy 1. NumPy's own threads are used as they are; `OPENBLAS_NUM_THREADS=1`
+sets one.
+"""
+
+import json
+import subprocess
+import tempfile
+import venv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from safetensors.numpy import load_file
+
+import rmtjax
+from experiments.benchmarks import timing
+from experiments.minilm import weights
+
+
+@dataclass(frozen=True)
+class Config:
+    """Times the analysis of a model."""
+
+    rounds: int = 7
+    """Turns of each."""
+    weightwatcher: bool = False
+    """Whether WeightWatcher is installed and run, too: minutes, and gigabytes with some builds of
+    PyTorch."""
+    torch: str = "torch"
+    """The requirement that PyTorch is installed by."""
+    json: Path | None = None
+    """File to write."""
+
+
+def loop(kernels: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """All eigenvalues, in float32, without any fit."""
+    squares = (w.T @ w if w.shape[0] >= w.shape[1] else w @ w.T for w in kernels)
+    return [np.linalg.eigvalsh(square) for square in squares]
+
+
+def weightwatcher_seconds(kernels: Iterable[np.ndarray], torch: str) -> float:
+    """Seconds of WeightWatcher's analysis with its Marchenko-Pastur fit."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        venv.create(folder / "env", with_pip=True)
+        python = folder / "env" / "bin" / "python"
+        for requirement in (torch, "weightwatcher"):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", requirement], check=True)
+        paths = []
+        for number, kernel in enumerate(kernels):
+            paths.append(folder / f"{number:04}.npy")
+            np.save(paths[-1], kernel)
+        script = Path(__file__).with_name("weightwatcher_rival.py")
+        ran = subprocess.run([python, script, *paths], check=True, capture_output=True, text=True)
+        return json.loads(ran.stdout.splitlines()[-1])["seconds"]
+
+
+def main() -> None:
+    """Prints both times and their ratio."""
+    config = tyro.cli(Config, description=__doc__)
+    tensors = load_file(weights.find_folder() / "model.safetensors")
+    kernels = {name: w for name, w in tensors.items() if w.ndim == 2 and min(w.shape) >= 50}
+    model = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    alternatives = {
+        "numpy": lambda: loop(kernels.values()),
+        "ours": lambda: rmtjax.analyze(model).rows,
+    }
+    times = timing.in_turns(alternatives, config.rounds)
+    row = {
+        "kernels": len(kernels),
+        "numpy eigvalsh, ms": timing.spread(times["numpy"]),
+        "rmtjax.analyze, ms": timing.spread(times["ours"]),
+        "ratio": float(np.median(times["ours"] / times["numpy"])),
+    }
+    if config.weightwatcher:
+        seconds = weightwatcher_seconds(kernels.values(), config.torch)
+        row |= {"WeightWatcher, ms": 1e3 * seconds}
+        row |= {"its ratio": seconds / float(np.median(times["ours"]))}
+    timing.show("a report of a sentence encoder", [row], config.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The benchmarks run and compare what they say; their times are nobody's business here."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import fit, sizes, truncation, whole_model
+
+
+def run(module, arguments, tmp_path, monkeypatch):
+    """The rows that a benchmark has written."""
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", str(path)])
+    module.main()
+    return json.loads(path.read_text())["rows"]
+
+
+def test_both_fits_of_a_spectrum_agree(tmp_path, monkeypatch):
+    (row,) = run(fit, ["--sizes", "60", "--rounds", "1"], tmp_path, monkeypatch)
+    # The published one has no term of order 1 / p.
+    np.testing.assert_allclose(row["variance, ours"], row["variance, published"], rtol=0.01)
+
+
+def test_sizes_find_what_is_planted(tmp_path, monkeypatch, capsys):
+    arguments = ["--exact", "512", "1024", "--estimated", "--rounds", "1"]
+    rows = run(sizes, arguments, tmp_path, monkeypatch)
+    assert [(row["side"], row["how"], row["spikes"]) for row in rows] == [
+        (size, "exact", 20) for size in (512, 1024)
+    ]
+    assert "exact: time grows with the power" in capsys.readouterr().out
+
+
+def test_truncation_is_that_of_the_decomposition(tmp_path, monkeypatch):
+    arguments = ["--sizes", "200", "--ranks", "3", "--rounds", "1"]
+    (row,) = run(truncation, arguments, tmp_path, monkeypatch)
+    assert row["relative difference"] < 1e-5
+
+
+@pytest.mark.usefixtures("minilm_folder")
+def test_the_whole_model_has_all_its_kernels(tmp_path, monkeypatch):
+    (row,) = run(whole_model, ["--rounds", "1"], tmp_path, monkeypatch)
+    assert row["kernels"] == 39
