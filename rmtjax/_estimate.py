@@ -64,6 +64,9 @@ def _lanczos(long: Float[Array, "n p"], start: Float[Array, "p s"]) -> _State:
     """The Gram matrix over n in the Krylov space of the blocks, whose basis stays orthonormal."""
     (rows, size), width = long.shape, start.shape[1]
     total = _STEPS * width
+    # On CPU each product with a transpose would transpose anew, which takes longer than the rest.
+    stored = lambda long: lax.optimization_barrier(long.T)
+    transpose = lax.platform_dependent(long, cpu=stored, default=lambda long: long.T)
 
     def without(basis, block):
         inside = _product(basis.T, block)
@@ -72,7 +75,7 @@ def _lanczos(long: Float[Array, "n p"], start: Float[Array, "p s"]) -> _State:
     def step(i, state):
         at = i * width
         basis = lax.dynamic_update_slice(state.basis, state.block, (0, at))
-        image = _product(long.T, _product(long, state.block)) / rows
+        image = _product(transpose, _product(long, state.block)) / rows
         # Twice, or rounding would bring back what has been found.
         image, first = without(basis, image)
         image, second = without(basis, image)

@@ -185,7 +185,7 @@ def measure(
         if not is_factors(leaf) and min(sides) >= exact_below and pays(sides):
             measured[path] = _measure_large(leaf, axes, rule, given.get(path))
     rest = {path: kernels[path] for path in kernels if measured.get(path) is None}
-    here = {path: found for path, found in rest.items() if on_host(found[0])}
+    here = {path: found for path, found in rest.items() if on_host(*found)}
     there = {path: found for path, found in rest.items() if path not in here}
     measured |= jax.device_get(
         {path: _measure_here(*here[path], rule, given.get(path)) for path in here}

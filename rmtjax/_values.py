@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtjax._kernels import to_matrices
+from rmtjax._kernels import matrix_shape, to_matrices
 from rmtjax._typing import KernelAxes, Spectrum
 
 # So many rows are squared at a time: of a long matrix no copy is made.
-_ROWS = 4096
+_ROWS = 1024
+# Sides from which a matrix that is not long is decomposed: in float64 it would need five times its
+# room, and save little time.
+_LARGE = 1536
 # Largest over smallest eigenvalue up to which squares in float32 have four digits of it or more.
 _MODERATE = 2048
 
 
-def on_host(kernel: Any) -> bool:
+def on_host(kernel: Any, axes: KernelAxes) -> bool:
     """Whether the host finds the spectrum of a kernel faster than a compiled program.
 
     An array of the CPU is not copied for it. A float64 kernel is not among them: squared, its
@@ -26,7 +29,10 @@ def on_host(kernel: Any) -> bool:
         here = len(devices) == 1 and all(device.platform == "cpu" for device in devices)
     else:
         here = isinstance(kernel, np.ndarray) and jax.default_backend() == "cpu"
-    return here and kernel.dtype.itemsize < 8
+    if not here or kernel.dtype.itemsize == 8:
+        return False
+    short, long = sorted(matrix_shape(kernel.shape, axes)[1:])
+    return short < _LARGE or long >= 2 * short
 
 
 def _gram(long: np.ndarray, dtype: type) -> np.ndarray:

@@ -5,6 +5,10 @@ import os
 # OpenBLAS and XLA each start a thread a core; on few cores they stall one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Most of the time goes into compiling: LLVM's optimizations are left out. They change no number by
+# more than rounding; `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests with them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import hypothesis
 import jax
 import jax.experimental
@@ -29,11 +33,3 @@ def minilm_folder():
         if os.environ.get("RMTJAX_REQUIRE_DATA") == "1":
             raise
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def compile_in_half_the_time():
-    """For tests whose time is that of the compiler."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

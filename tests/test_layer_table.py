@@ -21,9 +21,6 @@ from rmtjax._factors import is_factors
 PAGE = (Path(__file__).parents[1] / "docs" / "layers.md").read_text()
 
 
-pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
-
-
 each_layer = pytest.mark.parametrize("name", CASES)
 
 

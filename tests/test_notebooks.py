@@ -15,9 +15,6 @@ FOLDER = Path(experiments.__file__).parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-pytestmark = pytest.mark.usefixtures("compile_in_half_the_time")
-
-
 @pytest.fixture(autouse=True)
 def draw_nothing_on_a_screen(monkeypatch):
     monkeypatch.chdir(FOLDER)  # where Jupyter runs them
