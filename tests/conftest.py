@@ -22,6 +22,13 @@ hypothesis.settings.register_profile("rmtjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rmtjax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Each program holds several mappings of memory, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def minilm_folder():
     """The pretrained encoder's files; skips, or fails where data are required, without them."""
