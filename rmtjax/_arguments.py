@@ -144,7 +144,7 @@ def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
         "--exact-below",
         type=int,
         default=4096,
-        help="spectra of kernels with a longer short side are estimated, default 4096",
+        help="spectra are estimated from this short side on, default 4096",
     )
     add(
         "--multiple",

@@ -167,8 +167,9 @@ def _measure_large(kernel, axes: KernelAxes, rule, given: BulkFit | None) -> Mea
     spectra, num_found = _estimate_spectra(kernel, axes)
     fits = None if given is None else _stack_fits([given])
     judged = jax.device_get(_judge(spectra, fits, rule, False))
-    sure = judged["accepted"] & (judged["signal"] <= num_found)
-    if not (sure | (judged["fits"].distance > _CLEARLY)).all():
+    found = judged["accepted"] & (judged["signal"] <= num_found)
+    refused = ~judged["accepted"] & (judged["fits"].distance > _CLEARLY)
+    if not (found | refused).all():
         return None
     size = spectra.eigenvalues.shape[-1]
     populated: Any = np.full(len(num_found), size, np.int32)

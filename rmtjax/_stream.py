@@ -167,7 +167,7 @@ def analyze_file(
       multiple: Ranks are rounded up to a multiple of it: 1 tells them as they are, 8 as
         `compress_file` makes them.
       min_size: Kernels with a shorter short side get a row without a fit.
-      exact_below: Spectra of kernels with a longer short side are estimated, as in `rmtjax.plan`.
+      exact_below: Spectra are estimated from this short side on, as in `rmtjax.plan`.
       batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
       dtype: float32 or float64, in which spectra are computed; by default that of the kernel,
         float32 at least, and float32 where jax has 64 bits switched off.

@@ -215,7 +215,7 @@ def analyze(
       axes: The axes that make a kernel a matrix, as in `rmtjax.plan`.
       fits: Noise levels to use instead of new fits, as in `rmtjax.plan`.
       min_size: Kernels with a shorter short side get a row without a fit.
-      exact_below: Spectra of kernels with a longer short side are estimated, as in `rmtjax.plan`.
+      exact_below: Spectra are estimated from this short side on, as in `rmtjax.plan`.
       batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
 
     Returns:

@@ -87,6 +87,16 @@ def test_what_an_estimate_does_not_decide_is_computed(rule, fewer):
     )
 
 
+def test_a_rule_without_a_law_asks_for_what_was_not_found(fewer):
+    """Far from the law, which this rule does not mind: its rank is beyond what was found."""
+    orthogonal = np.linalg.qr(np.random.default_rng(0).standard_normal((1200, 1200)))[0]
+    matrix = (orthogonal * np.resize([1.0, 1.5], 1200)).astype(np.float32)
+    kernels = {"kernel": (matrix, MATRIX)}
+    measured = _measure.measure(kernels, ranks.fixed(600), {}, exact_below=1200)["kernel"]
+    assert measured.fits.distance[0] > 0.05
+    assert not measured.estimated
+
+
 def test_stacks_and_what_is_not_finite(fewer):
     stack = np.stack([planted((1200, 1200), [3.0, 2.0]), np.zeros((1200, 1200), np.float32)])
     stack[1, 0, 0] = np.inf
