@@ -61,11 +61,13 @@ class Config:
     """Epochs after factorizing; the baseline gets them too."""
     fine_tune_rate: float = 0.016
     """Learning rate of SGD in these."""
+    devices: int = 1
+    """Devices that share the images of each step."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mnist")
     """Folder for results.json and the figures."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "prune_every", "prune_start"):
+        for name in ("epochs", "batch_size", "prune_every", "prune_start", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.prune_start > self.epochs:
@@ -75,6 +77,16 @@ class Config:
         for name in ("label_noise", "keep"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if self.devices > jax.device_count():
+            raise ValueError(
+                f"`devices` must be at most {jax.device_count()}, those that JAX sees here, got "
+                f"{self.devices}."
+            )
+        if self.batch_size % self.devices:
+            raise ValueError(
+                f"`batch_size` must be a multiple of `devices` ({self.devices}), got "
+                f"{self.batch_size}."
+            )
         rmtjax.ranks.bema(self.trim, self.level)  # has its own checks
         if not self.seeds or not self.widths:
             raise ValueError("`seeds` and `widths` need at least one number each.")
@@ -141,13 +153,15 @@ class Job(NamedTuple):
 
 def train(job: Job, name: str, stage: Stage, params: Any, first_epoch: int = 0):
     """Runs a stage; returns the new parameters, the optimizer state and the history."""
+    devices, history = job.config.devices, []
     params = jax.tree.map(jnp.copy, params)  # an epoch takes its arguments over
-    opt_state, history = stage.optimizer.init(params), []
+    opt_state = training.on_devices(devices, stage.optimizer.init(params))
     key = jax.random.fold_in(jax.random.key(job.seed), 1)
     for epoch in range(first_epoch, first_epoch + stage.epochs):
         order = training.batches(
             jax.random.fold_in(key, epoch), job.train.labels.size, job.config.batch_size
         )
+        order = training.on_devices(devices, order, axis=1)
         params, opt_state, loss = stage.run(params, opt_state, job.train, *order)
         accuracy = training.accuracy(job.module, params, job.test)
         ranks = optax.tree.get(opt_state, "ranks", {})
@@ -170,6 +184,7 @@ def run_seed(job: Job) -> dict[str, Any]:
     config, stages = job.config, job.stages
     rule = rmtjax.ranks.bema(config.trim, config.level)
     start = job.module.init(jax.random.key(job.seed), job.train.images[:1])["params"]
+    start = training.on_devices(config.devices, start)
     baseline, _, history = train(job, "baseline", stages.plain, start)
     pruned, opt_state, more = train(job, "pruned", stages.pruning, start)
     # The noise levels that the chain has carried: a truncated spectrum is not fitted anew.
@@ -201,10 +216,11 @@ def run(config: Config, dataset: data.Dataset, console: Console) -> output.Resul
     epochs = (2 * config.epochs + 3 * config.fine_tune_epochs) * len(config.seeds)
     with output.progress(console, epochs) as advance:
         for seed in config.seeds:
-            train, test = training.to_device(dataset, config.label_noise, seed)
+            splits = training.to_device(dataset, config.label_noise, seed)
+            train, test = training.on_devices(config.devices, splits)
             result = run_seed(Job(config, module, stages, train, test, seed, advance))
-            networks = result.pop("networks")
-            measured = measure.networks(module, networks, train, test)
+            networks = training.on_devices(1, result.pop("networks"))
+            measured = measure.networks(module, networks, *splits)
             results = results.add(seed, measured, **result)
             output.save(results, config.out)
     return results

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rmtjax
 from experiments.data import Dataset
@@ -84,6 +85,13 @@ def to_device(dataset: Dataset, label_noise: float, seed: int) -> tuple[Split, S
     train = Split(jnp.asarray(dataset.train_images), jnp.asarray(labels))
     test = Split(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels, jnp.int32))
     return train, test
+
+
+def on_devices(count: int, tree: Any, axis: int | None = None) -> Any:
+    """A tree whole on each of the first devices, or with its arrays divided along an axis."""
+    mesh = Mesh(np.array(jax.devices()[:count]), "data")
+    spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "data")
+    return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
 def batches(key: jax.Array, size: int, batch_size: int) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,6 @@
 """What the figures share: colours, new axes, and a spectrum with its law as points to draw."""
 
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,8 +101,18 @@ class Drawn(NamedTuple):
         return int((~self.present).sum())
 
 
+def check_type(name: str, value: Any, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Refuses an argument of another type, and says what to give."""
+    if not isinstance(value, kind):
+        wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise TypeError(f"`{name}` must be a {wanted}, got {type(value).__name__}. {remedy}")
+
+
 def to_draw(spectrum: Spectrum, fit: BulkFit) -> Drawn:
     """The spectrum of one matrix, and its cuts."""
+    of_row = "A row of a plan whose kernel has a spectrum has both: `row.spectrum`, `row.fit`."
+    check_type("spectrum", spectrum, Spectrum, f"Take `rmtjax.spectrum(matrix)`. {of_row}")
+    check_type("fit", fit, BulkFit, f"Take `rmtjax.fit_bema(spectrum)`. {of_row}")
     if np.ndim(spectrum.eigenvalues) != 1 or np.ndim(fit.threshold) != 0:
         raise ValueError(
             "`spectrum` and `fit` must be those of one matrix, got eigenvalues of shape "

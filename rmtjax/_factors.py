@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from rmtjax._kernels import matrix_shape, to_matrices
 from rmtjax._leading import block_size, leading, pays
+from rmtjax._placing import by_compiler, merged_sharding
 from rmtjax._spectrum import check_matrix, each, lift, triangle
 from rmtjax._typing import KernelAxes
 
@@ -89,8 +90,12 @@ def svd(matrix: Float[Array, "*batch m n"] | Factors) -> tuple[Array, Array, Arr
 
     Of factors, that of their product, with as many directions as their rank allows.
     """
+    return by_compiler(_svd, matrix)
+
+
+def _svd(matrix):
     if jax.tree.leaves(matrix)[0].ndim > 2:
-        return each(svd, matrix)
+        return each(_svd, matrix)
     lifted = jax.tree.map(lift, matrix)
     # LAPACK may loop for long, or stop, on what is not finite.
     checks = [jnp.isfinite(a).all(axis=(-2, -1)) for a in jax.tree.leaves(lifted)]
@@ -154,14 +159,18 @@ def _leading_or_first(matrix: Float[Array, "m n"], rank, block: int):
 # Compiled for the size of a block, of which many ranks have one.
 @partial(jax.jit, static_argnames=("axes", "block"))
 def _directions(kernel, rank, *, axes: KernelAxes, block: int):
-    stack = to_stack(kernel, axes)
-    if isinstance(stack, Factors):
-        return svd(stack)
-    stack = lift(stack)
-    if not pays(block, stack.shape[-2:]):
-        return each(partial(_first, count=block), stack)
-    # Not `vmap`, which would compute both branches.
-    return lax.map(partial(_leading_or_first, rank=rank, block=block), stack)
+
+    def find(kernel):
+        stack = to_stack(kernel, axes)
+        if isinstance(stack, Factors):
+            return svd(stack)
+        stack = lift(stack)
+        if not pays(block, stack.shape[-2:]):
+            return each(partial(_first, count=block), stack)
+        # Not `vmap`, which would compute both branches.
+        return lax.map(partial(_leading_or_first, rank=rank, block=block), stack)
+
+    return by_compiler(find, kernel)
 
 
 def first_directions(kernel, axes: KernelAxes, rank: int) -> tuple[Array, Array, Array]:
@@ -263,6 +272,10 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
 
 def multiply(factors: Factors) -> Float[Array, "..."]:
     """The dense kernel that `factors` stand for, batch axes first."""
+    return by_compiler(_multiply, factors, out=merged_sharding(*factors, factored_axes(factors)))
+
+
+def _multiply(factors: Factors) -> Float[Array, "..."]:
     left, right = to_stack(factors, factored_axes(factors))
     product = _product(lift(left), lift(right))
     return product.astype(left.dtype).reshape(kernel_shape(factors))

@@ -15,6 +15,8 @@ from rmtjax import _kernels
 from rmtjax._bulk import above_rounding, count_above
 from rmtjax._estimate import estimate, pays
 from rmtjax._factors import is_factors, kernel_shape, svd, to_stack
+from rmtjax._placing import by_compiler, fetch, mesh_of
+from rmtjax._sharded import sharded_spectra
 from rmtjax._spectrum import each, spectrum
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
 from rmtjax._values import host_spectra, on_host
@@ -75,14 +77,18 @@ def _find_spectra(kernels: list, axes: tuple[KernelAxes, ...]):
 
     Apart from the fit, which is compiled for a number of eigenvalues and not for each shape.
     """
-    stacks = [to_stack(kernel, own) for kernel, own in zip(kernels, axes, strict=True)]
-    joined = stacks[0]  # large, and not to be copied if it is the only one
-    if len(stacks) > 1:
-        joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
-    spectra = each(_spectrum_of, joined)
-    if is_factors(joined):
-        return spectra, jax.vmap(_num_populated)(spectra)
-    return spectra, jnp.full(spectra.ratio.shape, spectra.eigenvalues.shape[-1], jnp.int32)
+
+    def find(kernels):
+        stacks = [to_stack(kernel, own) for kernel, own in zip(kernels, axes, strict=True)]
+        joined = stacks[0]  # large, and not to be copied if it is the only one
+        if len(stacks) > 1:
+            joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
+        spectra = each(_spectrum_of, joined)
+        if is_factors(joined):
+            return spectra, jax.vmap(_num_populated)(spectra)
+        return spectra, jnp.full(spectra.ratio.shape, spectra.eigenvalues.shape[-1], jnp.int32)
+
+    return by_compiler(find, kernels)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -105,7 +111,9 @@ def _group(leaf: Any, axes: KernelAxes) -> tuple:
     """What kernels must have in common to be measured at once."""
     sides = _kernels.matrix_shape(kernel_shape(leaf), axes)[1:]
     rank = leaf.left.shape[-1] if is_factors(leaf) else None
-    return (sides, rank, *(array.dtype for array in jax.tree.leaves(leaf)))
+    arrays = jax.tree.leaves(leaf)
+    places = (frozenset(a.devices()) if isinstance(a, jax.Array) else None for a in arrays)
+    return (sides, rank, *(array.dtype for array in arrays), *places)
 
 
 def _kind(spectra: Spectrum) -> tuple:
@@ -123,14 +131,13 @@ def _collect(paths: Iterable[str], group_of: Callable[[str], tuple]) -> list[lis
 
 def _share(paths: list[str], sizes: list[int], results) -> dict[str, Any]:
     """Results of a group, on the host, of which each path has so many."""
-    ends, results = np.cumsum([0, *sizes]), jax.device_get(results)
+    ends, results = np.cumsum([0, *sizes]), fetch(results)
     cut = lambda first, last: jax.tree.map(lambda a: a[first:last], results)
     return {p: cut(*pair) for p, pair in zip(paths, itertools.pairwise(ends), strict=True)}
 
 
-def _measure_here(kernel, axes: KernelAxes, rule, given: BulkFit | None) -> Measurement:
-    """Measures a kernel by itself; JAX judges it while the host goes on to the next."""
-    spectra = host_spectra(kernel, axes)
+def _measure_spectra(spectra: Spectrum, rule, given: BulkFit | None) -> Measurement:
+    """What JAX finds in spectra on the host, while the host goes on to the next."""
     stack, size = spectra.eigenvalues.shape
     fits = None if given is None else _stack_fits([given])
     populated: Any = np.full(stack, size, np.int32)
@@ -159,12 +166,12 @@ def _measure_there(kernels: Kernels, rule, given: Mapping[str, BulkFit]):
 
 @partial(jax.jit, static_argnums=1)
 def _estimate_spectra(kernel, axes: KernelAxes):
-    return lax.map(estimate, to_stack(kernel, axes))
+    return by_compiler(lambda kernel: lax.map(estimate, to_stack(kernel, axes)), kernel)
 
 
 def _measure_large(kernel, axes: KernelAxes, rule, given: BulkFit | None) -> Measurement | None:
     """Measures a kernel by an estimate of its spectrum; None where this does not decide."""
-    spectra, num_found = _estimate_spectra(kernel, axes)
+    spectra, num_found = fetch(_estimate_spectra(kernel, axes))
     fits = None if given is None else _stack_fits([given])
     judged = jax.device_get(_judge(spectra, fits, rule, False))
     found = judged["accepted"] & (judged["signal"] <= num_found)
@@ -173,7 +180,12 @@ def _measure_large(kernel, axes: KernelAxes, rule, given: BulkFit | None) -> Mea
         return None
     size = spectra.eigenvalues.shape[-1]
     populated: Any = np.full(len(num_found), size, np.int32)
-    return Measurement(jax.device_get(spectra), **judged, populated=populated, estimated=True)
+    return Measurement(spectra, **judged, populated=populated, estimated=True)
+
+
+def _is_spread(leaf: Any) -> bool:
+    """Whether a kernel lies on several devices; factors are thin, and need no care."""
+    return not is_factors(leaf) and mesh_of(leaf) is not None
 
 
 def measure(
@@ -187,9 +199,14 @@ def measure(
             measured[path] = _measure_large(leaf, axes, rule, given.get(path))
     rest = {path: kernels[path] for path in kernels if measured.get(path) is None}
     here = {path: found for path, found in rest.items() if on_host(*found)}
-    there = {path: found for path, found in rest.items() if path not in here}
+    spread = {p: found for p, found in rest.items() if p not in here and _is_spread(found[0])}
+    there = {path: found for path, found in rest.items() if path not in here | spread}
+    spectra = itertools.chain(
+        ((path, host_spectra(*found)) for path, found in here.items()),
+        sharded_spectra(spread).items(),
+    )
     measured |= jax.device_get(
-        {path: _measure_here(*here[path], rule, given.get(path)) for path in here}
+        {path: _measure_spectra(own, rule, given.get(path)) for path, own in spectra}
     )
     measured |= _measure_there(there, rule, given)
     return {path: measured[path] for path in kernels}

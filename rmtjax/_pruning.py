@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from rmtjax import _kernels, ranks
 from rmtjax._factors import compose, svd
+from rmtjax._placing import by_compiler, typed_sharding
 from rmtjax._spectrum import from_singular_values
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
 
@@ -65,7 +66,7 @@ def _has_settled(signal: Int[Array, ""], memory: Memory, size: int, settled: Arr
 
 
 def _prune_stack(
-    matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, settled, how: How
+    matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, settled, *, how: How
 ):
     """A stack truncated to the signal of its richest member, and whether it is to be."""
     u, s, vt = svd(matrices)
@@ -87,13 +88,13 @@ def _prune_stack(
     return compose(u, s, vt, kept), ready & (kept < size), memory
 
 
-def _prune_kernel(kernel, update, memory: Memory, axes: KernelAxes, *options):
+def _prune_kernel(kernel, update, memory: Memory, *options, axes: KernelAxes, how: How):
     """The update that lands on the truncated kernel, and what is to be remembered of it."""
     # In the dtype of the fit, whatever that of the update: the state must keep its own.
     landed = (kernel + update).astype(memory.fits.threshold.dtype)
     matrices = _kernels.to_matrices(landed, axes)
     flat = memory._replace(fits=jax.tree.map(jnp.ravel, memory.fits))
-    lower, changed, new = _prune_stack(matrices, flat, *options)
+    lower, changed, new = _prune_stack(matrices, flat, *options, how=how)
     lower = _kernels.from_matrices(lower, landed.shape, axes)
     # A kernel that keeps its full rank keeps its update to the last bit.
     update = jnp.where(changed, (lower - kernel).astype(update.dtype), update)
@@ -128,7 +129,12 @@ def prune_if(due, kernels, updates, memories, keep, min_rank, settled, *, axes, 
         pruned = {}
         leaves = {path: (kernels[path], updates[path], memories[path]) for path, _ in axes}
         for named, paths in _group(leaves, axes):
-            one = lambda own, named=named: _prune_kernel(*own, named, keep, min_rank, settled, how)
+            prune_kernel = partial(_prune_kernel, axes=named, how=how)
+
+            def one(own, prune_kernel=prune_kernel):
+                out = jax.tree.map(typed_sharding, own[1:])
+                return by_compiler(prune_kernel, *own, keep, min_rank, settled, out=out)
+
             pruned |= _one_by_one(one, {path: leaves[path] for path in paths})
         both = ({path: pair[i] for path, pair in pruned.items()} for i in (0, 1))
         return tuple(both)

@@ -28,7 +28,11 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
 
     Returns:
       The axes: a line for each kernel, the first one on top.
+
+    Raises:
+      TypeError: `plan` is no plan.
     """
+    _drawing.check_type("plan", plan, Mapping, "Of a report take `report.plan`.")
     shown = {path: row for path, row in plan.items() if row.spectrum is not None}
     if ax is None:
         ax = _drawing.new_axes(height=max(1.5 + 0.22 * len(shown), 2.5))
@@ -68,14 +72,16 @@ def training(
       broken one, from the first look at it on.
 
     Raises:
-      ValueError: No record has a rank.
+      ValueError: No record has a rank, or one has no "step".
+      TypeError: `records` is no sequence.
     """
+    _drawing.check_type("records", records, Sequence, "Put a single record into a list.")
     paths = dict.fromkeys(
         key.removeprefix("rank/") for record in records for key in record if key.startswith("rank/")
     )
-    if not paths:
+    if not paths or not all("step" in record for record in records):
         raise ValueError(
-            '`records` has no key that begins with "rank/". It is to be a list of dictionaries '
+            '`records` must have keys that begin with "rank/", and a "step" each: dictionaries '
             '`{"step": step, **rmtjax.metrics(opt_state)}`.'
         )
     ax = _drawing.new_axes() if ax is None else ax

@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from rmtjax._placing import by_compiler
 from rmtjax._typing import Spectrum
 
 
@@ -114,6 +115,10 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     """
     matrix = jnp.asarray(matrix)
     check_matrix("spectrum", matrix)
+    return by_compiler(_spectrum, matrix)
+
+
+def _spectrum(matrix: Float[Array, "m n"]) -> Spectrum:
     matrix = lift(matrix)
     finite = jnp.isfinite(matrix).all()
     # The decomposition may loop for long, or stop, on what is not finite; the triangle does not.

@@ -20,6 +20,7 @@ from rmtjax._factors import (
     split,
 )
 from rmtjax._kernels import map_kernels
+from rmtjax._placing import place_factors, place_like
 from rmtjax._plan import check_plan, LayerPlan, Plan
 from rmtjax._typing import KernelAxes
 
@@ -68,7 +69,10 @@ def _fold(factors: Factors, kernel, axes: KernelAxes) -> Factors:
     left = factors.left.reshape(*batch, *inputs, rank)
     right = factors.right.reshape(*batch, rank, *outputs)
     dtype = jnp.result_type(*jax.tree.leaves(kernel))
-    return Factors(left.astype(dtype), right.astype(dtype))
+    thin = Factors(left.astype(dtype), right.astype(dtype))
+    if is_factors(kernel):
+        return jax.tree.map(place_like, thin, kernel)
+    return Factors(*place_factors(*thin, kernel, axes))
 
 
 @partial(jax.jit, static_argnames=("shape", "axes", "dtype"))
@@ -81,7 +85,8 @@ def _truncate_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
     left, right = _split(kernel, row, axes, rank)
     if not is_factors(kernel):
         dtype = jnp.result_type(kernel)
-        return _unfold(Factors(left, right), shape=row.shape, axes=axes, dtype=dtype)
+        lower = _unfold(Factors(left, right), shape=row.shape, axes=axes, dtype=dtype)
+        return place_like(lower, kernel)
     cut = (0, kernel.left.shape[-1] - rank)
     left, right = jnp.pad(left, ((0, 0), (0, 0), cut)), jnp.pad(right, ((0, 0), cut, (0, 0)))
     return _fold(Factors(left, right), kernel, axes)

@@ -25,8 +25,8 @@ def on_host(kernel: Any, axes: KernelAxes) -> bool:
     small values drown in the rounding of the large ones.
     """
     if isinstance(kernel, jax.Array):
-        devices = kernel.sharding.device_set
-        here = len(devices) == 1 and all(device.platform == "cpu" for device in devices)
+        whole = kernel.is_fully_replicated
+        here = whole and all(device.platform == "cpu" for device in kernel.devices())
     else:
         here = isinstance(kernel, np.ndarray) and jax.default_backend() == "cpu"
     if not here or kernel.dtype.itemsize == 8:

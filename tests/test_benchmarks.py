@@ -1,12 +1,14 @@
 """The benchmarks run and compare what they say; their times are nobody's business here."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.benchmarks import fit, sizes, truncation, whole_model
+from experiments.benchmarks import epoch, fit, memory, report, sizes, truncation, whole_model
 
 
 def run(module, arguments, tmp_path, monkeypatch):
@@ -42,3 +44,28 @@ def test_truncation_is_that_of_the_decomposition(tmp_path, monkeypatch):
 def test_the_whole_model_has_all_its_kernels(tmp_path, monkeypatch):
     (row,) = run(whole_model, ["--rounds", "1"], tmp_path, monkeypatch)
     assert row["kernels"] == 39
+
+
+def test_an_epoch_is_trained_with_and_without_pruning(tmp_path, monkeypatch):
+    arguments = ["--source", "sample", "--widths", "64", "--rounds", "1"]
+    plain, pruned = run(epoch, arguments, tmp_path, monkeypatch)
+    assert plain["images"] == pruned["images"]
+    assert plain["ranks"] == "-"
+    assert int(pruned["ranks"]) < 64  # the step that is measured has pruned
+
+
+def test_memory_is_measured_in_kernels(tmp_path, monkeypatch):
+    (row,) = run(memory, ["--shapes", "1024", "768"], tmp_path, monkeypatch)
+    assert row["MiB"] == 3
+    assert 0 <= row["rmtjax.analyze"] < row["jnp.linalg.svd"] + 20
+
+
+def test_the_page_of_speed_tells_the_kept_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", "--out", str(tmp_path / "speed.png")])
+    report.main()
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    printed = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    page = (Path(__file__).parents[1] / "docs" / "speed.md").read_text()
+    blocks = re.findall(r"```text\n(.*?)```", page.partition("## What was measured")[2], re.DOTALL)
+    assert blocks
+    assert {line.strip() for line in "".join(blocks).splitlines()} <= printed

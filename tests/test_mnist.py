@@ -165,6 +165,7 @@ def test_output_folder_is_made_before_anything_else(tmp_path, capsys):
         (["--prune-start", "11"], "`prune_start` must be at most `epochs`"),
         (["--keep", "1.5"], "`keep` must be in"),
         (["--epochs", "0"], "`epochs` must be at least 1"),
+        (["--devices", "99"], "`devices` must be at most"),
         (["--level", "0", "--dataset", "fashion_mnist", "--source", "sample"], "`level` must be"),
         (["--source", "idx", "--data-dir", "nowhere"], "nowhere"),
         (["--data-dir", "nowhere"], "`data_dir` nowhere does not exist"),

@@ -213,7 +213,7 @@ def test_training_begins_when_the_signal_is_known(ax):
     assert line(ax, "b")[1].tolist() == [60] * 4
     signal = ax.lines[1].get_xydata().tolist()
     assert signal == [[10, 12], [20, 9], [30, 8]]
-    with pytest.raises(ValueError, match="`records` has no key that begins with"):
+    with pytest.raises(ValueError, match="`records` must have keys that begin with"):
         plots.training([{"step": 1, "loss": 2.0}])
 
 

@@ -35,15 +35,20 @@ def spread(seconds: np.ndarray) -> str:
     return f"{middle:.4g} [{low:.4g}, {high:.4g}]"
 
 
-def show(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
-    """Prints rows of one form as a table, and writes them as JSON if a path is given."""
-    table = Table(*rows[0], title=title, box=None, title_justify="left")
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows of one form."""
+    found = Table(*rows[0], title=title, box=None, title_justify="left")
     for row in rows:
         cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
-        table.add_row(*cells)
+        found.add_row(*cells)
+    return found
+
+
+def show(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Prints rows of one form as a table, and writes them as JSON if a path is given."""
     environment = measure.environment()
     console = Console()
-    console.print(table)
+    console.print(table(title, rows))
     console.print(environment, style="dim")
     if path is not None:
         content = {"title": title, "environment": environment, "rows": rows}

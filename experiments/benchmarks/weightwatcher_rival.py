@@ -9,12 +9,13 @@ import sys
 import time
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
-import weightwatcher  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:
     """Analyzes with its Marchenko-Pastur fit, and draws nothing."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import weightwatcher  # pyright: ignore[reportMissingImports]
+
     layers = []
     for path in sys.argv[1:]:
         weight = torch.from_numpy(np.load(path))

@@ -7,10 +7,6 @@ and removed: it pins NumPy 1. NumPy's own threads are used as they are; `OPENBLA
 sets one.
 """
 
-import json
-import subprocess
-import tempfile
-import venv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +16,7 @@ import tyro
 from safetensors.numpy import load_file
 
 import rmtjax
-from experiments.benchmarks import timing
+from experiments.benchmarks import apart, timing
 from experiments.minilm import weights
 
 
@@ -45,23 +41,6 @@ def loop(kernels: Iterable[np.ndarray]) -> list[np.ndarray]:
     return [np.linalg.eigvalsh(square) for square in squares]
 
 
-def weightwatcher_seconds(kernels: Iterable[np.ndarray], torch: str) -> float:
-    """Seconds of WeightWatcher's analysis with its Marchenko-Pastur fit."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        venv.create(folder / "env", with_pip=True)
-        python = folder / "env" / "bin" / "python"
-        for requirement in (torch, "weightwatcher"):
-            subprocess.run([python, "-m", "pip", "install", "--quiet", requirement], check=True)
-        paths = []
-        for number, kernel in enumerate(kernels):
-            paths.append(folder / f"{number:04}.npy")
-            np.save(paths[-1], kernel)
-        script = Path(__file__).with_name("weightwatcher_rival.py")
-        ran = subprocess.run([python, script, *paths], check=True, capture_output=True, text=True)
-        return json.loads(ran.stdout.splitlines()[-1])["seconds"]
-
-
 def main() -> None:
     """Prints both times and their ratio."""
     config = tyro.cli(Config, description=__doc__)
@@ -80,7 +59,8 @@ def main() -> None:
         "ratio": float(np.median(times["ours"] / times["numpy"])),
     }
     if config.weightwatcher:
-        seconds = weightwatcher_seconds(kernels.values(), config.torch)
+        needed = config.torch, "weightwatcher"
+        seconds = apart.run_apart("weightwatcher_rival.py", needed, kernels)["seconds"]
         row |= {"WeightWatcher, ms": 1e3 * seconds}
         row |= {"its ratio": seconds / float(np.median(times["ours"]))}
     timing.show("a report of a sentence encoder", [row], config.json)

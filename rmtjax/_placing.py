@@ -1,0 +1,122 @@
+"""Arrays on several devices: what lies where, and who decides on it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from rmtjax._typing import KernelAxes
+
+
+def mesh_of(array: Any) -> Mesh | None:
+    """The mesh on whose devices, more than one, a concrete array lies; None of others."""
+    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+        return None
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
+        return None
+    return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+
+
+def typed_sharding(array: Any) -> NamedSharding | None:
+    """The sharding that is part of the type of an array, on a mesh with explicit axes."""
+    # Before jax 0.7 there were none but by an experimental way.
+    if not hasattr(jax.sharding, "auto_axes") or not isinstance(array, jax.Array):
+        return None
+    sharding = jax.typeof(array).sharding
+    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
+    return sharding if explicit else None
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(function: Callable, out: Any) -> Callable:
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))
+
+
+def by_compiler(function: Callable, *arguments: PyTree, out: Any = None) -> Any:
+    """Calls a function in which the compiler decides where arrays lie.
+
+    As it does anyway where the axes of a mesh are of the type Auto. On a mesh with explicit axes
+    a decomposition would refuse a sharded matrix. There the results lie as `out` says, a sharding
+    or a tuple that begins as the results do: whole on each device where it has None.
+    """
+    leaves = jax.tree.leaves(arguments)
+    found = (typed_sharding(leaf) for leaf in leaves)
+    mesh = next((sharding.mesh for sharding in found if sharding is not None), None)
+    if mesh is None:
+        return function(*arguments)
+    whole = NamedSharding(mesh, PartitionSpec())
+    place = lambda own: whole if own is None else own
+    out = jax.tree.map(place, out, is_leaf=lambda own: own is None)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return _compiled(function, out)(*arguments)
+    return jax.sharding.auto_axes(function, out_sharding=out)(*arguments)
+
+
+def split_over(mesh: Mesh, array: jax.Array, axis: int | None) -> jax.Array:
+    """Under `jit`, an array divided over all devices along an axis, or whole on each for None."""
+    own: Any = [None] * array.ndim
+    if axis is not None:
+        own[axis] = mesh.axis_names
+    # Within `by_compiler` the mesh has other types of axes.
+    current = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
+    known = current if current is not None and not current.empty else mesh
+    return jax.lax.with_sharding_constraint(array, NamedSharding(known, PartitionSpec(*own)))
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Arrays in the memory of the host, also where other processes hold parts of them."""
+    here = lambda leaf: (
+        not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    )
+    if all(map(here, jax.tree.leaves(tree))):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _specs(sharding: NamedSharding, ndim: int) -> list[Any]:
+    """What each axis of an array is divided over."""
+    return [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+
+
+def _sharding_of(array: Any) -> NamedSharding | None:
+    """How an array lies on a mesh, where that can be known."""
+    if isinstance(array, jax.core.Tracer):
+        return typed_sharding(array)
+    return None if mesh_of(array) is None else array.sharding
+
+
+def place_like(new: jax.Array, old: Any) -> jax.Array:
+    """An array where another of its shape lies."""
+    sharding = _sharding_of(old)
+    return new if sharding is None else jax.device_put(new, sharding)
+
+
+def place_factors(left: jax.Array, right: jax.Array, kernel: Any, axes: KernelAxes):
+    """Factors of a kernel, divided along its axes as it is; their rank is not divided."""
+    sharding = _sharding_of(kernel)
+    if sharding is None:
+        return left, right
+    spec = _specs(sharding, kernel.ndim)
+    batch, inputs, outputs = ([spec[axis] for axis in group] for group in (axes[2], *axes[:2]))
+    put = lambda array, own: jax.device_put(
+        array, NamedSharding(sharding.mesh, PartitionSpec(*own))
+    )
+    return put(left, [*batch, *inputs, None]), put(right, [*batch, None, *outputs])
+
+
+def merged_sharding(left: jax.Array, right: jax.Array, axes: KernelAxes) -> NamedSharding | None:
+    """How the product of factors lies that have shardings in their types."""
+    own = typed_sharding(left), typed_sharding(right)
+    if own[0] is None or own[1] is None:
+        return None
+    outputs = _specs(own[1], right.ndim)[1 + len(axes.batch) :]
+    spec = [*_specs(own[0], left.ndim)[:-1], *outputs]
+    names = [name for part in spec for name in (part if isinstance(part, tuple) else (part,))]
+    taken = [name for name in names if name is not None]
+    return NamedSharding(own[0].mesh, PartitionSpec(*spec if len(taken) == len({*taken}) else ()))

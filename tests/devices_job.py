@@ -1,0 +1,151 @@
+"""What `test_devices` runs in processes of their own: a tree on a mesh, beside the same tree on
+one device.
+
+The arguments are the type of the mesh's axes, the number of processes, the number of this one, and
+the port on which they meet. Every line printed is a check that held.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import rmtjax
+
+SPECS = {  # as a model that is divided over "model" has them, and both, and none
+    "Dense_0": {"kernel": P("data", "model"), "bias": P("model")},
+    "Dense_1": {"kernel": P("model")},
+    "Conv_0": {"kernel": P(None, None, None, "model")},
+    "Embed_0": {"embedding": P(("data", "model"))},
+    "whole": {"kernel": P()},
+    "stack": {"kernel": P("model", "data")},
+}
+AXES = {"stack/kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
+RULE = rmtjax.ranks.bema()
+
+
+def planted(*shape: int) -> np.ndarray:
+    """Noise with one direction."""
+    rng = np.random.default_rng(shape[-1])
+    noise = rng.standard_normal(shape)
+    rows = rng.standard_normal((*shape[:-1], 1))
+    return (noise + rows * rng.standard_normal(shape[-1])).astype(np.float32)
+
+
+def make_params():
+    return {
+        "Dense_0": {"kernel": planted(96, 64), "bias": np.zeros(64, np.float32)},
+        "Dense_1": {"kernel": planted(64, 64).astype(jnp.bfloat16)},
+        "Conv_0": {"kernel": planted(3, 3, 16, 64)},
+        "Embed_0": {"embedding": planted(400, 64)},
+        "whole": {"kernel": planted(72, 64)},
+        "stack": {"kernel": planted(2, 64, 56)},
+    }
+
+
+def gather(tree):
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def assert_close(found, wanted):
+    check = lambda a, b: np.testing.assert_allclose(
+        np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-4, atol=1e-4
+    )
+    jax.tree.map(check, gather(found), wanted)
+
+
+def assert_placed(found, placed):
+    same = lambda a, b: a.sharding.is_equivalent_to(b.sharding, b.ndim)
+    assert jax.tree.all(jax.tree.map(same, found, placed))
+
+
+def check_reports(params, placed):
+    wanted, found = (rmtjax.analyze(tree, rule=RULE, axes=AXES) for tree in (params, placed))
+    for one, other in zip(wanted.rows, found.rows, strict=True):
+        assert one[:4] == other[:4]
+        np.testing.assert_allclose(other.threshold, one.threshold, rtol=1e-5)
+    for path, row in wanted.plan.items():
+        own = found.plan[path].spectrum
+        np.testing.assert_allclose(own.eigenvalues, row.spectrum.eigenvalues, rtol=1e-4, atol=1e-5)
+    assert {row.action for row in found.rows} == {"factorize"}
+    print("reports")
+    return found.plan
+
+
+def check_truncation(params, placed, plan):
+    lower = rmtjax.truncate(placed, plan)
+    assert_close(lower, rmtjax.truncate(params, plan))
+    assert_placed(lower, placed)
+    thin, wanted = rmtjax.factorize(placed, plan), rmtjax.factorize(params, plan)
+    assert_close(thin, wanted)
+    assert_close(rmtjax.merge(thin), rmtjax.merge(wanted))
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, thin)
+    assert specs["Dense_0"]["kernel"] == rmtjax.Factors(P("data", None), P(None, "model"))
+    assert specs["stack"]["kernel"].left == P("model", "data", None)
+    fits = {path: row.fit for path, row in plan.items()}
+    again = rmtjax.plan(thin, rule=RULE, fits=fits)
+    assert {int(np.max(row.fit.num_spikes)) for row in again.values()} == {1}
+    print("truncation")
+
+
+def check_training(params, placed):
+    chosen = lambda tree: {name: tree[name] for name in ("Dense_0", "stack")}
+    params, placed = chosen(params), chosen(placed)
+    chain = optax.sgd(0.1), rmtjax.prune_spectrum(every=2, keep=0.1, axes=AXES)
+    optimizer = optax.chain(*chain)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(params):
+        state = optimizer.init(params)
+        for _ in range(2):
+            params, state = step(params, state)
+        return params, state[1]
+
+    (wanted, one), (found, other) = run(jax.tree.map(jnp.asarray, params)), run(placed)
+    assert_close(found, wanted)
+    assert_placed(found, placed)
+    assert_close(other, one)
+    whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(other) if not leaf.ndim]
+    assert all(whole)
+    print("training")
+
+
+def check_large(place):
+    """The estimate, whose products the compiler divides."""
+    noise = np.random.default_rng(0).standard_normal((3072, 2944), np.float32)
+    kernel = noise + planted(*noise.shape)
+    rows = [
+        rmtjax.analyze(tree, exact_below=2944).rows[0]
+        for tree in ({"kernel": kernel}, {"kernel": place(kernel, P("data", "model"))})
+    ]
+    assert all(row.reason.endswith("(spectrum estimated)") for row in rows)
+    assert rows[0].rank == rows[1].rank
+    np.testing.assert_allclose(rows[1].threshold, rows[0].threshold, rtol=1e-4)
+    print("large")
+
+
+def main():
+    kind, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
+    if processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
+    axis_types = (getattr(AxisType, kind),) * 2
+    mesh = jax.make_mesh((jax.device_count() // 2, 2), ("data", "model"), axis_types=axis_types)
+    place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+    params = make_params()
+    placed = jax.tree.map(place, params, SPECS)
+    plan = check_reports(params, placed)
+    check_truncation(params, placed, plan)
+    check_training(params, placed)
+    check_large(place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Trees on several devices, in one process and in two; devices must be there from the start."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from composition_models import run_on_eight_devices
+
+JOB = Path(__file__).with_name("devices_job.py")
+CHECKS = ["reports", "truncation", "training", "large"]
+
+
+def start(kind, devices, processes=1, number=0, port=0):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, JOB, kind, *map(str, (processes, number, port))]
+    environment = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def finish(jobs):
+    """What each has printed; none outlives the test."""
+    try:
+        found = [job.communicate(timeout=400) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0] * len(jobs), found
+    # Between them are words of the library by which processes speak.
+    return [[line for line in out.splitlines() if line in CHECKS] for out, _ in found]
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_tree_on_eight_devices_is_as_on_one(kind):
+    assert finish([start(kind, 8)]) == [CHECKS]
+
+
+def test_a_tree_on_the_devices_of_two_processes_is_as_on_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    jobs = [start("Auto", 4, 2, number, port) for number in range(2)]
+    assert finish(jobs) == [CHECKS] * 2
+
+
+ROOM = """
+import jax, jax.numpy as jnp, rmtjax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from rmtjax._sharded import _gram
+
+mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+axes = rmtjax.KernelAxes((0,), (1,))
+for spec in (P("x"), P(None, "x")):
+    kernel = jax.ShapeDtypeStruct((8192, 256), jnp.float32, sharding=NamedSharding(mesh, spec))
+    with jax.enable_x64(True):
+        needed = _gram.lower(kernel, axes, mesh).compile().memory_analysis()
+    room = needed.temp_size_in_bytes + needed.output_size_in_bytes
+    gram, part = 8 * 256 * 256, 4 * 8192 * 256 // 8
+    # Of the kernel's part a copy laid out anew, and one in float64.
+    assert room < 4 * gram + 5 * part < 4 * 8192 * 256, (room, gram, part)
+print("divided")
+"""
+
+
+def test_no_device_holds_a_whole_kernel_to_find_its_spectrum():
+    assert run_on_eight_devices(ROOM) == "divided"
+
+
+MNIST = """
+import json, pathlib, tempfile
+from experiments import data, mnist, output
+
+sizes = {"epochs": 2, "prune_start": 1, "fine_tune_epochs": 1, "widths": (96,)}
+dataset = data.load("fashion_mnist", source="sample")
+console = output.console()
+console.quiet = True
+found = []
+for devices in (1, 4):
+    with tempfile.TemporaryDirectory() as out:
+        config = mnist.Config(devices=devices, out=pathlib.Path(out), **sizes)
+        history = mnist.run(config, dataset, console).seeds[0].history
+        found.append([[entry["loss"], entry["ranks"]] for entry in history])
+print(json.dumps(found))
+"""
+
+
+def test_the_main_job_on_four_devices_is_that_on_one():
+    one, four = json.loads(run_on_eight_devices(MNIST))
+    assert [ranks for _, ranks in one] == [ranks for _, ranks in four]
+    # Sums over parts of a batch round otherwise, and ninety steps go their own ways from there.
+    np.testing.assert_allclose([loss for loss, _ in four], [loss for loss, _ in one], rtol=1e-3)
