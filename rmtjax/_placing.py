@@ -88,7 +88,8 @@ def _sharding_of(array: Any) -> NamedSharding | None:
     """How an array lies on a mesh, where that can be known."""
     if isinstance(array, jax.core.Tracer):
         return typed_sharding(array)
-    return None if mesh_of(array) is None else array.sharding
+    sharding = getattr(array, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def place_like(new: jax.Array, old: Any) -> jax.Array:

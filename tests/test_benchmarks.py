@@ -47,7 +47,16 @@ def test_the_whole_model_has_all_its_kernels(tmp_path, monkeypatch):
 
 
 def test_an_epoch_is_trained_with_and_without_pruning(tmp_path, monkeypatch):
-    arguments = ["--source", "sample", "--widths", "64", "--rounds", "1"]
+    arguments = [
+        "--dataset",
+        "fashion_mnist",
+        "--source",
+        "sample",
+        "--widths",
+        "64",
+        "--rounds",
+        "1",
+    ]
     plain, pruned = run(epoch, arguments, tmp_path, monkeypatch)
     assert plain["images"] == pruned["images"]
     assert plain["ranks"] == "-"

@@ -4,20 +4,22 @@ Each benchmark has written its JSON by `--json`, into one folder.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from rich.console import Console
 
 from experiments import output
 from experiments.benchmarks import timing
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"
-# In the order of the page, the machine least; names of columns are those of the rows.
 NAMES = ("whole_model", "fit", "sizes", "truncation", "epoch", "latency", "memory")
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "0.4"
 
@@ -37,6 +39,12 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in NAMES}
 
 
+def _ticks(axis: Axis, values: Iterable[float]) -> None:
+    """These numbers alone on a logarithmic axis, written out."""
+    axis.set_ticks(list(values), labels=[f"{value:g}" for value in values])
+    axis.set_minor_locator(NullLocator())
+
+
 def draw_model(ax: Axes, rows: list[dict[str, Any]]) -> None:
     """A report of a whole model, beside its rivals."""
     (row,) = rows
@@ -46,7 +54,8 @@ def draw_model(ax: Axes, rows: list[dict[str, Any]]) -> None:
     bars = ax.bar(labels, list(map(middle, names)), color=[GREY, BLUE, VERMILION])
     ax.bar_label(bars, fmt="%.2g s")
     ax.set(yscale="log", ylabel="s", title=f"Report of a model: {row['kernels']} kernels")
-    ax.margins(y=0.15)
+    ax.set_ylim(0.1, 100)
+    _ticks(ax.yaxis, (0.1, 1, 10, 100))
 
 
 def draw_sizes(ax: Axes, rows: list[dict[str, Any]]) -> None:
@@ -56,6 +65,8 @@ def draw_sizes(ax: Axes, rows: list[dict[str, Any]]) -> None:
         seconds = [row["seconds"] for row in own]
         ax.loglog([row["side"] for row in own], seconds, style, color=color, label=how)
     ax.set(xlabel="side of a square kernel", ylabel="s", title="Report of one kernel")
+    _ticks(ax.xaxis, sorted({row["side"] for row in rows})[::2])
+    _ticks(ax.yaxis, (0.01, 0.1, 1, 10, 100))
     ax.legend(frameon=False)
 
 
@@ -70,7 +81,9 @@ def draw_latency(ax: Axes, rows: list[dict[str, Any]]) -> None:
         ax.loglog(x, y, color=color, marker=marker, label=f"width {width}")
     ideal = sorted({row["ideal"] for row in own})
     ax.loglog(ideal, ideal, "k--", label="ideal")
-    ax.set(xlabel="multiply-adds saved, times", ylabel="time saved, times")
+    ax.set(xlabel="fewer multiply-adds, times", ylabel="less time, times")
+    _ticks(ax.xaxis, ideal)
+    _ticks(ax.yaxis, ideal)
     ax.set_title(f"Factors, batch {own[0]['batch']}")
     ax.legend(frameon=False)
 

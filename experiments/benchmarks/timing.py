@@ -35,12 +35,18 @@ def spread(seconds: np.ndarray) -> str:
     return f"{middle:.4g} [{low:.4g}, {high:.4g}]"
 
 
+def _cell(value: Any) -> str:
+    """Three digits, and no power of ten for a large number."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
     """Rows of one form."""
     found = Table(*rows[0], title=title, box=None, title_justify="left")
     for row in rows:
-        cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
-        found.add_row(*cells)
+        found.add_row(*map(_cell, row.values()))
     return found
 
 
