@@ -63,6 +63,8 @@ class Config:
     """Learning rate of SGD in these."""
     devices: int = 1
     """Devices that share the images of each step."""
+    compilation_cache: Path | None = None
+    """Folder in which JAX keeps compiled programs for the next run."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mnist")
     """Folder for results.json and the figures."""
 
@@ -233,6 +235,8 @@ def prepare(arguments: list[str] | None, console: Console) -> tuple[Config, data
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out can not be made: {error}") from error
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
     dataset = data.load(config.dataset, source=config.source, data_dir=config.data_dir)
     for note in dataset.notes:
         console.print(f"passed over: {note}", style="dim", highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ PALE = "#B3DCF4"  # of the sky's hue, for areas
 VERMILION, GREEN, PURPLE = "#D55E00", "#009E73", "#CC79A7"
 COLOURS = (BLUE, VERMILION, GREEN, BLACK, ORANGE, PURPLE, SKY)
 MARKERS = "o^sDvXP*"
+LEGEND = 8  # a longer one stands beside the axes
 
 
 def style(index: int) -> dict:
@@ -29,15 +30,15 @@ def style(index: int) -> dict:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def new_axes(height: float = 4.8) -> "Axes":
-    """Axes on a new figure of pyplot, `height` inches high."""
+def new_axes(height: float = 4.8, width: float = 6.4) -> "Axes":
+    """Axes on a new figure of pyplot, of this height and width in inches."""
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "rmtjax.plots needs matplotlib: pip install 'rmtjax[experiments]'"
         ) from error
-    return pyplot.subplots(figsize=(6.4, height), layout="constrained")[1]
+    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def dot_size(count: int) -> float:
@@ -62,7 +63,7 @@ def _add_legend(ax: "Axes", beside: bool) -> None:
     if not count:
         return
     place: dict = {"loc": "best"}
-    if beside or count > 8:
+    if beside or count > LEGEND:
         place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "ncols": 1 + count // 20}
     legend = ax.legend(fontsize="small", framealpha=0.8, edgecolor="none", **place)
     for handle in legend.get_lines():

@@ -84,7 +84,9 @@ def training(
             '`records` must have keys that begin with "rank/", and a "step" each: dictionaries '
             '`{"step": step, **rmtjax.metrics(opt_state)}`.'
         )
-    ax = _drawing.new_axes() if ax is None else ax
+    if ax is None:  # with room for the names of many kernels
+        beside = max(map(len, paths)) if len(paths) >= _drawing.LEGEND else 0
+        ax = _drawing.new_axes(width=6.4 + 0.075 * beside)
     dot = _drawing.dot_size(len(records))
     for index, path in enumerate(paths):
         for name, line in (("rank", "-"), ("signal", "--")):

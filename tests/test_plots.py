@@ -4,6 +4,7 @@ An image that is missing in `tests/images` is written there and its test fails: 
 """
 
 import functools
+import inspect
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from matplotlib.testing.compare import compare_images
 from matplotlib.testing.decorators import remove_ticks_and_titles
 
 import rmtjax
-from rmtjax import plots
+from rmtjax import _drawing, plots
 
 IMAGES = Path(__file__).parent / "images"
 
@@ -215,6 +216,36 @@ def test_training_begins_when_the_signal_is_known(ax):
     assert signal == [[10, 12], [20, 9], [30, 8]]
     with pytest.raises(ValueError, match="`records` must have keys that begin with"):
         plots.training([{"step": 1, "loss": 2.0}])
+    with pytest.raises(ValueError, match='a "step" each'):
+        plots.training([{"rank/a": 3}])
+
+
+def test_training_makes_room_for_the_names_of_many_kernels():
+    names = [f"encoder/layer_{i}/attention/query/kernel" for i in range(12)]
+    wide = plots.training([{"step": 0} | {f"rank/{name}": 8 for name in names}])
+    matplotlib.pyplot.close(wide.figure)
+    assert wide.figure.get_size_inches()[0] > 9
+
+
+# Without the checks of types during tests, which would come first.
+unchecked = inspect.unwrap
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda: unchecked(_drawing.to_draw)(np.ones(3), None), "rmtjax.spectrum"),
+        (
+            lambda: unchecked(_drawing.to_draw)(rmtjax.spectrum(np.eye(3, dtype="f4")), 2.0),
+            "rmtjax.fit_bema",
+        ),
+        (lambda: unchecked(plots.layers)([1]), "report.plan"),
+        (lambda: unchecked(plots.training)({"step": 1}), "into a list"),
+    ],
+)
+def test_what_is_no_result_is_told_apart(draw, words):
+    with pytest.raises(TypeError, match=words):
+        draw()
 
 
 ACCURACY = (
