@@ -18,8 +18,10 @@ def on_files(files, config):
     for name in ("README", "CHANGELOG", "CONTRIBUTING"):
         page = File.generated(config, f"{name.lower()}.md", abs_src_path=str(ROOT / f"{name}.md"))
         files.append(page)
-    for path in sorted((ROOT / "experiments" / "results").glob("*.png")):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    results = ROOT / "experiments" / "results"
+    for path in sorted(results.rglob("*.png")):
+        name = f"results/{path.relative_to(results).as_posix()}"
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
