@@ -84,6 +84,8 @@ def esd(
     if fit.variance > 0:
         law = law_curve(*_drawing.law_of(spectrum, fit), points=400)
         ax.plot(*law, color=_drawing.BLACK, label="Marchenko-Pastur")
+        if drawn.zeros:  # the bulk that was cut stood higher than all that is left
+            ax.set_ylim(top=max(ax.get_ylim()[1], 1.05 * float(np.max(law[1]))))
     for name, cut, line, color in (
         ("edge", drawn.edge, ":", _drawing.BLUE),
         ("threshold", drawn.threshold, "--", _drawing.VERMILION),
