@@ -4,87 +4,30 @@ import functools
 import inspect
 import itertools
 
-import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from transform_checks import (
+    assert_close,
+    assert_same_bits,
+    ATOL,
+    describe,
+    make_gradients,
+    make_params,
+    planted,
+    ranks_of,
+    run,
+    truncated,
+)
 
-from rmtjax import factorize_matrix, prune_spectrum, PruneState, ranks
+from rmtjax import prune_spectrum, ranks
 
-SHAPE = (64, 96)
-# Singular values of reference and transform differ by rounding: a few eps of the largest, 5.
-ATOL = 1e-5
 STATIC = ("min_size", "rule", "where", "axes")
 # As users have it: the type checker of the tests would speak first, in its own words.
 UNCHECKED = inspect.unwrap(prune_spectrum)
-
-
-def planted(seed=0, num_spikes=3, noise=0.1):
-    """Noise with a few directions far above the threshold: their number is known beforehand."""
-    rng = np.random.default_rng(seed)
-    left, right = (np.linalg.qr(rng.normal(size=(n, num_spikes)))[0] for n in SHAPE)
-    strengths = noise * np.sqrt(SHAPE).sum() * np.linspace(3, 2, num_spikes)
-    return jnp.asarray(noise * rng.normal(size=SHAPE) + left * strengths @ right.T, jnp.float32)
-
-
-def truncated(matrix, rank=3):
-    """The reference, in float64."""
-    u, s, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
-    return u[:, :rank] * s[:rank] @ vt[:rank]
-
-
-def make_params():
-    return {
-        "a": {"kernel": planted(0), "bias": jnp.ones(96)},
-        "b": {"kernel": planted(1)},
-    }
-
-
-def make_gradients(seed=0, scale=0.01):
-    rng = np.random.default_rng(seed)
-    noise = lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype)
-    return jax.tree.map(noise, make_params())
-
-
-def run(optimizer, num_steps, params=None, **jit_options):
-    """Parameters and states after each step; the state before the first comes first."""
-    params = make_params() if params is None else params
-
-    @functools.partial(jax.jit, **jit_options)
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    history = [(params, optimizer.init(params))]
-    for seed in range(num_steps):
-        history.append(step(*history[-1], make_gradients(seed)))
-    return history
-
-
-def ranks_of(state):
-    return {path: int(rank) for path, rank in optax.tree.get(state, "ranks").items()}
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == other.dtype
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-
-
-def assert_close(actual, expected):
-    """For results of two programs, which the compiler may have rounded in other places."""
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=ATOL), actual, expected)
-
-
-def describe(tree):
-    """Structure, shapes and dtypes: what decides whether `jit` compiles again."""
-    return jax.tree.structure(tree), [
-        (a.shape, a.dtype, a.weak_type) for a in jax.tree.leaves(tree)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -264,99 +207,6 @@ def test_nothing_is_compiled_again():
         seen.add(ranks_of(state)["a/kernel"])
     assert len(seen) == 4  # full, and three ranks of the schedule
     assert len(traces) == 1
-
-
-@pytest.mark.parametrize(
-    ("dtype", "update_dtype"),
-    [
-        ("float32", "float32"),
-        ("bfloat16", "bfloat16"),
-        ("float16", "float16"),
-        ("bfloat16", "float32"),
-        ("float32", "bfloat16"),
-        ("float32", "float64"),
-        ("float64", "float64"),
-    ],
-)
-def test_updates_keep_their_dtype_and_the_state_its_form(dtype, update_dtype):
-    with jax.enable_x64("float64" in (dtype, update_dtype)):
-        params = {"kernel": planted().astype(dtype)}
-        updates = {"kernel": jnp.zeros(SHAPE, update_dtype)}
-        optimizer = prune_spectrum(1)
-        state = optimizer.init(params)
-        pruned, later = jax.jit(optimizer.update)(updates, state, params)
-        assert pruned["kernel"].dtype == update_dtype
-        assert describe(later) == describe(state)
-        assert ranks_of(later) == {"kernel": 3}
-
-
-def test_the_state_is_a_tree_of_arrays():
-    _, state = run(prune_spectrum(1), 1)[1]
-    assert isinstance(state, PruneState)
-    leaves, treedef = jax.tree.flatten(state)
-    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
-    assert_same_bits(jax.tree.unflatten(treedef, leaves), state)
-    assert optax.tree.get(state, "fits") is state.fits
-
-
-def test_a_state_saved_as_numpy_arrays_goes_on_as_if_nothing_had_happened():
-    optimizer = optax.chain(optax.adam(1e-3), prune_spectrum(2))
-    update = jax.jit(optimizer.update)
-    params, state = run(optimizer, 3)[3]
-    saved = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-    restored = jax.tree.unflatten(jax.tree.structure(optimizer.init(make_params())), saved)
-    expected = update(make_gradients(), state, params)
-    assert_same_bits(update(make_gradients(), restored, params), expected)
-
-
-@pytest.mark.parametrize("rule", [ranks.bema(), ranks.fixed(3)], ids=str)
-def test_buffers_can_be_donated_from_the_first_step_on(rule):
-    optimizer = optax.chain(optax.adam(1e-3), prune_spectrum(2, rule=rule))
-    params, state = make_params(), optimizer.init(make_params())
-    before = jax.tree.leaves((params, state))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for seed in range(4):
-        params, state = step(params, state, make_gradients(seed))
-    assert all(leaf.is_deleted() for leaf in before)
-    assert_same_bits(params, run(optimizer, 4)[4][0])
-
-
-def test_init_can_be_compiled_or_only_shaped():
-    optimizer, params = prune_spectrum(1), make_params()
-    state = optimizer.init(params)
-    assert_same_bits(jax.jit(optimizer.init)(params), state)
-    shapes = jax.eval_shape(optimizer.init, params)
-    assert jax.tree.structure(shapes) == jax.tree.structure(state)
-
-
-@pytest.mark.parametrize(
-    ("wrap", "prefix"),
-    [(flax.core.freeze, ""), (lambda tree: {"params": tree}, "params/")],
-    ids=["frozen", "outer"],
-)
-def test_other_containers(wrap, prefix):
-    params, gradients = wrap(make_params()), wrap(make_gradients())
-    optimizer = prune_spectrum(1)
-    updates, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-    assert ranks_of(state) == {f"{prefix}a/kernel": 3, f"{prefix}b/kernel": 3}
-
-
-@pytest.mark.parametrize(
-    "params",
-    [{}, {"bias": jnp.ones(96)}, {"kernel": factorize_matrix(planted(), 60)}],
-    ids=["empty", "vector", "factors"],
-)
-def test_a_tree_without_kernels_passes(params):
-    optimizer = prune_spectrum(1, where=lambda path, leaf: True)
-    updates, state = optimizer.update(params, optimizer.init(params), params)
-    assert_same_bits(updates, params)
-    assert (state.fits, state.ranks, int(state.step)) == ({}, {}, 1)
 
 
 @pytest.mark.parametrize(
