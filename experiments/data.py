@@ -139,7 +139,9 @@ def _first(read: dict[str, Callable[[], Dataset]], name: str, data_dir: Folder |
 
 def _from_sample(name: str) -> Dataset:
     if name != "fashion_mnist":  # the licence of MNIST lets none of it be packaged
-        raise ValueError(f'`source="sample"` needs `name="fashion_mnist"`, got {name!r}.')
+        raise ValueError(
+            f'`source="sample"` needs `name="fashion_mnist"` (--dataset), got {name!r}.'
+        )
     return Dataset(name, "sample", *load_npz(SAMPLE), origin="the packaged sample")
 
 

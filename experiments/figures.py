@@ -41,7 +41,7 @@ def accuracy(results: output.Results) -> Figure:
     ax.set(
         xlabel="epoch",
         ylabel="test accuracy, %",
-        title=f"a line a seed: {', '.join(map(str, results.seeds))}",
+        title=f"seed{'s' * (len(results.seeds) > 1)} {', '.join(map(str, results.seeds))}",
     )
     ax.legend(frameon=False)
     return figure

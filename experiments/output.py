@@ -27,6 +27,8 @@ REFERENCE = {
     "pruned, factorized, fine-tuned": "baseline, fine-tuned",
 }
 
+WIDTH = 140  # of the tables
+
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
@@ -93,7 +95,7 @@ def save(results: Results, folder: Path) -> None:
 def console() -> Console:
     """The terminal; in a file or a pipe, wide enough for the tables."""
     terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=140)
+    return terminal if terminal.is_terminal else Console(width=WIDTH)
 
 
 @contextmanager
@@ -159,8 +161,10 @@ def _kernels(results: Results) -> Table:
 
 def show(results: Results, console: Console) -> None:
     """Prints the tables."""
+    # A terminal that is narrower breaks the lines: better than to have no room for numbers.
+    whole = {"width": max(console.width, WIDTH), "crop": False}
     console.print()
-    console.print(_networks(results))
+    console.print(_networks(results), **whole)
     console.print(
         "change: against the network trained as long and never cut; gap: training accuracy, on "
         "the labels trained on, less test accuracy, in points"
@@ -168,7 +172,7 @@ def show(results: Results, console: Console) -> None:
         style="dim",
     )
     console.print()
-    console.print(_kernels(results))
+    console.print(_kernels(results), **whole)
     _show_truncation(results, console)
 
 

@@ -36,7 +36,7 @@ def new_axes(height: float = 4.8, width: float = 6.4) -> "Axes":
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "rmtjax.plots needs matplotlib: pip install 'rmtjax[experiments]'"
+            "rmtjax.plots needs matplotlib: pip install 'rmtjax[plots]'"
         ) from error
     return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
 

@@ -91,7 +91,13 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def check_tree(params: PyTree) -> None:
-    """Refuses a model of nnx, which is a tree for JAX too, but runs by its layers."""
+    """Refuses what JAX takes for a tree: a model of nnx, which runs by its layers, and a matrix."""
+    if isinstance(params, jax.Array | np.ndarray):
+        raise TypeError(
+            f"`params` must be a tree of parameters, got an array of shape {params.shape}: give "
+            '`{"kernel": array}`, or call `rmtjax.spectrum`, `fit_bema`, `truncate_matrix` and '
+            "`factorize_matrix`."
+        )
     if any(kind.__module__.startswith("flax.nnx") for kind in type(params).__mro__) and callable(
         getattr(params, "set_attributes", None)
     ):

@@ -224,6 +224,12 @@ def check_paths(params: PyTree, fits: Mapping[str, BulkFit]) -> None:
             f"`fits` must be a dictionary from paths to fits, got {type(fits).__name__}. Of the "
             'state of an optimizer with `prune_spectrum` it is `optax.tree.get(state, "fits")`.'
         )
+    for path, fit in fits.items():
+        if not isinstance(fit, BulkFit):
+            raise TypeError(
+                f"`fits` must have a `rmtjax.BulkFit` for each path, got {type(fit).__name__} for "
+                f"{path!r}. Those of a plan are `plan.fits`."
+            )
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
     unknown = fits.keys() - {_kernels.path_name(key) for key, _ in leaves}
     if unknown:

@@ -51,6 +51,11 @@ class LayerPlan(NamedTuple):
 class Plan(dict[str, LayerPlan]):
     """The plan of a tree: a dictionary from paths to `LayerPlan`, one for each kernel."""
 
+    @property
+    def fits(self) -> dict[str, BulkFit]:
+        """The noise levels of its kernels, which a plan that is made after a cut must be given."""
+        return {path: row.fit for path, row in self.items() if row.fit is not None}
+
     def __str__(self) -> str:
         width = max(map(len, self), default=0)
         return "\n".join(f"{path:<{width}}  {row.reason}" for path, row in self.items())

@@ -1,4 +1,4 @@
-"""Figures, with matplotlib: `pip install 'rmtjax[experiments]'`. Import it by its name.
+"""Figures, with matplotlib: `pip install 'rmtjax[plots]'`.
 
 Each function draws plain results on the axes given, by default on those of a new figure, and
 returns the axes, of which everything can be changed afterwards. No meaning hangs on a colour

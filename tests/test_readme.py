@@ -13,11 +13,12 @@ EXAMPLES = EXAMPLE.findall((ROOT / "README.md").read_text())
 
 
 def test_every_example_has_its_output():
-    assert len(EXAMPLES) == (ROOT / "README.md").read_text().count("```python") == 5
+    assert len(EXAMPLES) == (ROOT / "README.md").read_text().count("```python") == 7
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES)
-def test_examples_print_what_stands_under_them(code, printed):
+def test_examples_print_what_stands_under_them(code, printed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     output = StringIO()
     with redirect_stdout(output):
         exec(compile(code, "README.md", "exec"), {})

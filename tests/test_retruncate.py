@@ -234,3 +234,21 @@ def test_factors_are_not_made_to_look_like_those_of_a_stack():
     assert lower.left.shape == factors.left.shape
     expected, s = reference(factors)
     np.testing.assert_allclose(dense(lower), expected, rtol=0, atol=1e-5 * s.max())  # float32
+
+
+def test_a_plan_has_the_noise_levels_that_the_next_one_needs():
+    noise = np.random.default_rng(0).normal(size=(100, 120)).astype(np.float32)
+    params = {"kernel": noise + 2, "bias": noise[0], "scale": {"kernel": noise[:9]}}
+    first = rmtjax.plan(params, multiple=1, keep=0.1)
+    assert first.fits.keys() == {"kernel"}
+    thin = rmtjax.factorize(params, first)
+    assert rmtjax.plan(thin, fits=first.fits, multiple=1)["kernel"].rank == 1
+    assert rmtjax.plan(thin)["kernel"].action == "keep"
+    with pytest.raises(TypeError, match="fits"):
+        rmtjax.plan(thin, fits=first)
+
+
+@pytest.mark.parametrize("function", [rmtjax.plan, rmtjax.analyze])
+def test_a_matrix_is_no_tree(function):
+    with pytest.raises(TypeError, match="`params` must be a tree of parameters, got an array"):
+        function(jnp.ones((60, 60)))
