@@ -12,7 +12,6 @@ from linen_checks import (
     check,
     COARSE,
     draw,
-    grads,
     KEY,
     make_thin,
     make_variables,
@@ -20,10 +19,7 @@ from linen_checks import (
     tokens,
 )
 
-import rmtjax
-from rmtjax import Factors, KernelAxes, linen
-
-MERGED = "runs with its factors multiplied out"
+from rmtjax import Factors, linen
 
 
 class Block(nn.Module):
@@ -195,6 +191,20 @@ def test_a_tree_in_the_place_of_all_variables_is_refused(freeze):
         linen.apply(module, freeze(thin["params"]), INPUTS)
 
 
+def test_nothing_is_left_behind_by_the_context_not_even_after_an_error():
+    thin, _, _ = make_thin(DENSE, INPUTS)
+    with pytest.raises(ZeroDivisionError), linen.factorized():
+        raise ZeroDivisionError
+    with pytest.raises(TypeError):
+        linen.apply(DENSE, thin, INPUTS.astype(str))
+    with pytest.raises(Exception, match="kernel"):
+        DENSE.apply(thin, INPUTS)
+    with linen.factorized():
+        with linen.factorized():
+            DENSE.apply(thin, INPUTS)
+        DENSE.apply(thin, INPUTS)
+
+
 def test_training_goes_on_in_the_factors():
     module, targets = nn.Sequential([nn.Dense(24), nn.relu, nn.Dense(20)]), draw(5, 20)
     thin, _, _ = make_thin(module, INPUTS)
@@ -217,243 +227,3 @@ def test_training_goes_on_in_the_factors():
     assert values == sorted(values, reverse=True)
     assert values[-1] < values[0]
     assert isinstance(variables["params"]["layers_0"]["kernel"], Factors)
-
-
-class Compact(nn.Module):
-    """A layer of a user's own, with other layers in it."""
-
-    @nn.compact
-    def __call__(self, inputs, *, train=False, scale=1.0):
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (30, 24))
-        hidden = nn.BatchNorm(use_running_average=not train)(inputs @ kernel)
-        hidden = nn.Dropout(0.5, deterministic=not train)(scale * hidden)
-        self.sow("intermediates", "hidden", hidden)
-        return nn.Dense(20)(hidden)
-
-
-class Setup(nn.Module):
-    """The same, written the other way."""
-
-    def setup(self):
-        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (30, 24))
-        self.norm = nn.BatchNorm()
-        self.dropout = nn.Dropout(0.5)
-        self.dense = nn.Dense(20)
-
-    def __call__(self, inputs, *, train=False, scale=1.0):
-        hidden = self.norm(inputs @ self.kernel, use_running_average=not train)
-        hidden = self.dropout(scale * hidden, deterministic=not train)
-        self.sow("intermediates", "hidden", hidden)
-        return self.dense(hidden)
-
-
-class Inside(nn.Module):
-    """A layer of a user's own inside another module."""
-
-    layer: type
-
-    @nn.compact
-    def __call__(self, inputs, **kwargs):
-        return self.layer()(nn.Dense(30)(inputs), **kwargs)
-
-
-@pytest.mark.parametrize("module", [Compact(), Setup(), Inside(Compact), Inside(Setup)], ids=repr)
-def test_a_layer_of_ones_own_runs_merged_and_warns(module):
-    kwargs = TRAIN | {"scale": 2.0}
-    thin, dense, plan = make_thin(module, INPUTS, **kwargs)
-    assert {row.action for row in plan.values()} == {"factorize"}
-    with pytest.warns(UserWarning, match=rf"(Compact|Setup) '.*' {MERGED}") as warned:
-        outputs = linen.apply(module, thin, INPUTS, **kwargs)
-    assert len(warned) == 1
-    # Float32; BatchNorm divides by a spread of 5 examples.
-    assert_close(outputs, module.apply(dense, INPUTS, **kwargs))
-
-
-def test_another_method_than_call_runs_merged_too():
-    class Coder(nn.Module):
-        def setup(self):
-            self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (30, 24))
-
-        def __call__(self, inputs):
-            return self.decode(self.encode(inputs))
-
-        def encode(self, inputs):
-            return inputs @ self.kernel
-
-        def decode(self, hidden):
-            return hidden @ self.kernel.T
-
-    thin, dense, _ = make_thin(Coder(), INPUTS)
-    for method in ("__call__", "encode"):
-        with pytest.warns(UserWarning, match=MERGED):
-            outputs = linen.apply(Coder(), thin, INPUTS, method=method)
-        assert_close(outputs, Coder().apply(dense, INPUTS, method=method))
-
-
-def test_a_layer_of_ones_own_runs_merged_in_a_scan_with_its_gradient():
-    class Step(nn.Module):
-        @nn.compact
-        def __call__(self, carry, _):
-            return carry @ self.param("kernel", nn.initializers.normal(), (24, 24)), None
-
-    module, args = nn.scan(Step, **EACH, length=4)(), (draw(5, 24), None)
-    stack = lambda path, leaf: KernelAxes((1,), (2,), (0,))
-    thin, dense, _ = make_thin(module, *args, axes=stack)
-    with pytest.warns(UserWarning, match=MERGED):
-        params, inputs, outputs = grads(linen.factorized()(module.apply), thin, args)
-    wanted, wanted_inputs, wanted_outputs = grads(module.apply, dense, args)
-    assert_close((inputs, outputs), (wanted_inputs, wanted_outputs))
-    _, pull = jax.vjp(rmtjax.merge, thin["params"])
-    assert_close(params, *pull(wanted))
-
-
-def test_a_subclass_of_a_layer_is_a_layer_of_ones_own():
-    class Scaled(nn.Dense):
-        @nn.compact
-        def __call__(self, inputs):
-            return 2 * super().__call__(inputs)
-
-    thin, dense, _ = make_thin(Scaled(24), INPUTS)
-    with pytest.warns(UserWarning, match="Scaled"):
-        outputs = linen.apply(Scaled(24), thin, INPUTS)
-    assert_close(outputs, Scaled(24).apply(dense, INPUTS))
-
-
-def test_a_kernel_used_the_other_way_round_is_not_factorized():
-    class Turned(nn.Module):
-        @nn.compact
-        def __call__(self, inputs):
-            return inputs @ self.param("kernel", nn.initializers.normal(), (30, 30)).T
-
-    axes = lambda path, leaf: KernelAxes((1,), (0,))
-    thin, dense, plan = make_thin(Turned(), INPUTS, axes=axes)
-    assert plan["kernel"].action == "truncate"
-    assert_close(linen.apply(Turned(), thin, INPUTS), Turned().apply(dense, INPUTS))
-
-
-GUESS = lambda path, leaf: KernelAxes((0, 1), (2,))  # that of a plan that is not told better
-
-
-def test_axes_that_were_guessed_wrong_are_merged_with_a_warning():
-    module = nn.DenseGeneral((4, 6))
-    thin, dense, plan = make_thin(module, INPUTS, axes=GUESS)
-    assert plan["kernel"].action == "factorize"
-    with pytest.warns(UserWarning, match=f"DenseGeneral '' {MERGED}"):
-        outputs = linen.apply(module, thin, INPUTS)
-    assert_close(outputs, module.apply(dense, INPUTS))
-
-
-def test_convolutions_that_are_no_matrix_are_kept_with_a_reason():
-    class Grouped(nn.Module):
-        @nn.compact
-        def __call__(self, images):
-            hidden = nn.Conv(24, (3,), feature_group_count=2)(images)
-            hidden = nn.Conv(24, (3,), mask=np.ones((3, 24, 24), np.float32))(hidden)
-            return nn.ConvTranspose(8, (3,), transpose_kernel=True)(hidden)
-
-    images = draw(2, 9, 8)
-    thin, dense, plan = make_thin(Grouped(), images)
-    assert {path: row.reason for path, row in plan.items()} == {
-        "Conv_0/kernel": "kept: no matrix (shape (3, 4, 24)), unless `axes` says how it is one",
-        "Conv_1/kernel": "kept: no matrix (shape (3, 24, 24)), unless `axes` says how it is one",
-        "ConvTranspose_0/kernel": (
-            "kept: no matrix (shape (3, 8, 24)), unless `axes` says how it is one"
-        ),
-    }
-    assert all(row.axes is None for row in plan.values())
-    np.testing.assert_array_equal(
-        linen.apply(Grouped(), thin, images), Grouped().apply(dense, images)
-    )
-
-
-def test_a_grouped_convolution_planned_by_a_guess_is_merged_with_a_warning():
-    module, images = nn.Conv(24, (3,), feature_group_count=2), draw(2, 9, 16)
-    thin, dense, plan = make_thin(module, images, axes=GUESS)
-    assert plan["kernel"].action == "factorize"
-    with pytest.warns(UserWarning, match=MERGED):
-        outputs = linen.apply(module, thin, images)
-    assert_close(outputs, module.apply(dense, images))
-
-
-def test_nothing_is_left_behind_by_the_context_not_even_after_an_error():
-    thin, _, _ = make_thin(DENSE, INPUTS)
-    with pytest.raises(ZeroDivisionError), linen.factorized():
-        raise ZeroDivisionError
-    with pytest.raises(TypeError):
-        linen.apply(DENSE, thin, INPUTS.astype(str))
-    with pytest.raises(Exception, match="kernel"):
-        DENSE.apply(thin, INPUTS)
-    with linen.factorized():
-        with linen.factorized():
-            DENSE.apply(thin, INPUTS)
-        DENSE.apply(thin, INPUTS)
-
-
-STACKS = {
-    "scan": (nn.scan(Block, **EACH, length=4)(), (draw(5, 24), None), ((1,), (2,), (0,))),
-    "scan, last axis": (
-        nn.scan(Block, variable_axes={"params": -1}, split_rngs={"params": True}, length=4)(),
-        (draw(5, 24), None),
-        ((0,), (1,), (2,)),
-    ),
-    "vmap of scan": (
-        nn.vmap(nn.scan(Block, **EACH, length=4), in_axes=(0, None), **EACH)(),
-        (draw(3, 5, 24), None),
-        ((2,), (3,), (0, 1)),
-    ),
-    "vmap, as many as inputs": (
-        nn.vmap(nn.Dense, **EACH)(24),
-        (draw(30, 5, 30),),
-        ((1,), (2,), (0,)),
-    ),
-    "vmap, several outputs": (
-        nn.vmap(nn.DenseGeneral, **EACH)((4, 6)),
-        (draw(3, 5, 30),),
-        ((1,), (2, 3), (0,)),
-    ),
-    "vmap, batch": (
-        nn.vmap(nn.DenseGeneral, **EACH)(24, batch_dims=(0,)),
-        (draw(3, 2, 5, 30),),
-        ((2,), (3,), (0, 1)),
-    ),
-    "shared": (
-        nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})(24),
-        (draw(3, 5, 30),),
-        ((0,), (1,), ()),
-    ),
-    "remat": (nn.remat(nn.Dense)(24), (draw(5, 30),), ((0,), (1,), ())),
-}
-
-
-@pytest.mark.parametrize(("module", "args", "expected"), STACKS.values(), ids=STACKS.keys())
-def test_the_axes_of_lifted_kernels_are_found_and_the_tree_runs(module, args, expected):
-    thin, dense, plan = make_thin(module, *args)
-    (row,) = plan.values()
-    assert row.axes == KernelAxes(*expected)
-    assert_close(linen.apply(module, thin, *args), module.apply(dense, *args))
-
-
-def test_kernel_axes_computes_nothing_and_guesses_what_it_does_not_know():
-    calls = []
-
-    class Counting(nn.Module):
-        @nn.compact
-        def __call__(self, inputs):
-            jax.debug.callback(lambda: calls.append("ran"))
-            kernel = self.param("kernel", nn.initializers.normal(), (30, 4, 6))
-            return nn.Dense(24)(jnp.tensordot(inputs, kernel, 1).reshape(5, 24))
-
-    variables = make_variables(Counting(), INPUTS)
-    axes = linen.kernel_axes(Counting(), variables, INPUTS)
-    jax.effects_barrier()
-    assert not calls
-    params = variables["params"]
-    assert axes("Dense_0/kernel", params["Dense_0"]["kernel"]) == KernelAxes((0,), (1,))
-    assert axes("kernel", params["kernel"]) is None
-    assert axes("elsewhere/query/kernel", params["kernel"]) == KernelAxes((0,), (1, 2))
-
-
-def test_kernel_axes_of_another_tree_are_refused():
-    axes = linen.kernel_axes(DENSE, make_variables(DENSE, INPUTS), INPUTS)
-    with pytest.raises(ValueError, match=r"no axes of \(29, 24\) can be taken away"):
-        axes("kernel", np.ones((29, 24), np.float32))
