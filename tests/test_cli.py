@@ -1,50 +1,24 @@
-"""The command line: what it prints and writes, and how it fails."""
+"""The command line: what it prints and what it writes, whole or not at all."""
 
 import csv
 import json
 import os
 import signal
 import stat
-import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
+from cli_models import names_of, save, save_model, spiked, usage_error
 
 import rmtjax
 from rmtjax import _change, _cost, checkpoint, cli
-from rmtjax._files import Entry, open_tensors, write_tensors
-
-
-def spiked(seed):
-    noise = np.random.default_rng(seed).standard_normal((80, 60)).astype(np.float32)
-    noise[:, :2] += 4
-    return noise
 
 
 @pytest.fixture
 def model(tmp_path):
-    return save(tmp_path, **{"a.weight": spiked(0), "b.weight": spiked(1), "b.bias": np.ones(60)})
-
-
-def save(folder, **tensors):
-    entries = {name: Entry(array.shape, array.dtype) for name, array in tensors.items()}
-    path = folder / "model.safetensors"
-    write_tensors(path, entries, tensors.__getitem__, {})
-    return str(path)
-
-
-def names_of(path):
-    with open_tensors(path) as tensors:
-        return set(tensors.entries)
-
-
-def usage_error(capsys, *argv):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(list(argv))
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
+    return save_model(tmp_path)
 
 
 def test_analyze_prints_the_table_and_writes_what_is_asked_for(tmp_path, model, capsys):
@@ -94,22 +68,6 @@ def test_an_output_is_replaced_by_force_only(tmp_path, model, capsys):
     assert "a.weight" in names_of(model)
 
 
-@pytest.mark.parametrize("form", ["json", "csv", "html"])
-def test_a_report_is_no_file_that_is_read(tmp_path, model, capsys, form):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    shard = folder / "a.safetensors"
-    os.rename(model, shard)
-    index = folder / "model.safetensors.index.json"
-    names = dict.fromkeys(("a.weight", "b.weight", "b.bias"), shard.name)
-    index.write_text(json.dumps({"weight_map": names}))
-    for source, target in ((index, shard), (index, index), (folder, folder / "r"), (shard, shard)):
-        assert cli.main(["analyze", str(source), f"--{form}", str(target)]) == 1
-        assert f"--{form} must not be the input, nor lie in it" in capsys.readouterr().err
-    assert {path.name for path in folder.iterdir()} == {shard.name, index.name}
-    assert "a.weight" in names_of(shard)
-
-
 def test_a_report_goes_into_a_pipe_through_a_link_and_to_stdout(tmp_path, model, capsys):
     pipe, real, link = (tmp_path / name for name in ("pipe", "real", "link"))
     os.mkfifo(pipe)
@@ -146,30 +104,6 @@ def test_an_output_is_no_pipe_and_a_link_is_followed(tmp_path, model, capsys):
     assert "a.weight/left" in names_of(real)
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--rule", "beam"], "--rule must be bema, gavish_donoho, energy:SHARE or fixed:RANK"),
-        (["--rule", "energy"], "--rule must be"),
-        (["--rule", "bema:3"], "--rule must be"),
-        (["--rule", "fixed:many"], "--rule fixed:many"),
-        (["--rule", "energy:1.5"], "`share` must be in"),
-        (["--rule", "fixed:16", "--level", "0.1"], "options of the rule bema"),
-        (["--level", "2"], "`level` must be in"),
-        (["--keep", "2"], "`keep` must be in"),
-        (["--min-size", "0"], "`min_size` must be"),
-        (["--include", "re:("], "no regular expression"),
-        (["--device", "abacus"], "--device abacus"),
-        (["--dtype", "float16"], "invalid choice"),
-        (["--json", "out.safetensors"], "is named twice"),
-    ],
-)
-def test_wrong_usage_is_told_before_the_work(tmp_path, monkeypatch, model, capsys, argv, message):
-    monkeypatch.chdir(tmp_path)
-    assert message in usage_error(capsys, "compress", model, "--out", "out.safetensors", *argv)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-
-
 def test_analyze_tells_ranks_as_they_are_or_rounded_up_as_compress_does(tmp_path, model, capsys):
     def shown(*argv):
         assert cli.main([*argv]) == 0
@@ -191,55 +125,6 @@ def test_what_is_alike_is_timed_once_a_command(tmp_path, monkeypatch, model, com
     for times in (1, 2):
         assert cli.main(argv) == 0
         assert [product.ranks for product in seen] == [(None, 16)] * times
-
-
-@pytest.mark.parametrize("argv", [[], ["shrink"], ["analyze"], ["compress", "model.safetensors"]])
-def test_missing_arguments_are_wrong_usage(capsys, argv):
-    assert "usage: rmtjax" in usage_error(capsys, *argv)
-
-
-def test_wrong_usage_shows_that_of_the_command(model, capsys):
-    assert "usage: rmtjax analyze " in usage_error(capsys, "analyze", model, "--rule", "beam")
-
-
-@pytest.mark.parametrize(("argv", "shown"), [("--help", "exit codes:"), ("--version", "rmtjax ")])
-def test_help_and_version(capsys, argv, shown):
-    for words in ([argv], ["compress", argv])[: 1 + (argv == "--help")]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(words)
-        assert stopped.value.code == 0
-        assert shown in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["analyze", "missing"], "rmtjax: there is nothing at 'missing': give a path"),
-        (["analyze", "model.safetensors", "--include", "c.*"], "'c.*' matches no tensor, of 3"),
-        (
-            ["analyze", "model.safetensors", "--include", "weight"],
-            ", 'b.weight'. A glob must match the whole name, and '*' stands for anything: "
-            "'*weight*' finds",
-        ),
-        (["compress", "model.safetensors", "--out", "out"], "give 'out.safetensors'"),
-        (["analyze", "model.safetensors", "--include", "*.bias"], "no tensor is chosen"),
-        (["analyze", "damaged"], "cannot read 'damaged'"),
-        (["compress", "model.safetensors", "--out", "nowhere/out"], "is no folder"),
-        (["compress", "model.safetensors", "--out", "damaged/out"], "is no folder"),
-    ],
-)
-def test_a_failure_is_one_line_and_leaves_nothing(
-    tmp_path, monkeypatch, model, capsys, argv, message
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "damaged").write_bytes(b"\xff" * 100)
-    assert cli.main(argv) == 1
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("rmtjax: ")
-    assert shown.err.count("\n") == 1
-    assert message in shown.err
-    assert {path.name for path in tmp_path.iterdir()} == {"damaged", "model.safetensors"}
 
 
 def test_a_name_in_full_makes_a_kernel_of_any_tensor(tmp_path, capsys):
@@ -264,6 +149,17 @@ def test_hostile_names_steer_neither_the_terminal_nor_the_page(tmp_path, capsys)
     assert "\x1b" not in shown
     assert len(shown.splitlines()) == 3
     assert "<script>x" not in page.read_text()
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_is_shown_on_a_terminal(monkeypatch, model, capsys, rich):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["analyze", model]) == 0
+    shown = capsys.readouterr()
+    assert ("kernels" if rich else "[2/2] b.weight") in shown.err
+    assert "a.weight" in shown.out
 
 
 def test_an_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, model, capsys):
@@ -300,22 +196,3 @@ def test_an_end_leaves_no_half_written_file(tmp_path, monkeypatch, model, capsys
         assert cli.main(argv) == 1
     finally:
         signal.signal(number, before)
-
-
-@pytest.mark.parametrize("rich", [True, False])
-def test_progress_is_shown_on_a_terminal(monkeypatch, model, capsys, rich):
-    if not rich:
-        monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert cli.main(["analyze", model]) == 0
-    shown = capsys.readouterr()
-    assert ("kernels" if rich else "[2/2] b.weight") in shown.err
-    assert "a.weight" in shown.out
-
-
-def test_the_module_runs_and_is_quiet_when_its_reader_goes(model):
-    command = [sys.executable, "-m", "rmtjax", "analyze", model]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
