@@ -1,4 +1,4 @@
-"""Rank rules against their definitions, and the gate against what is no noise."""
+"""Rank rules against their definitions and as values, and the rank that is kept."""
 
 import functools
 import math
@@ -33,9 +33,6 @@ def spiked(shape=(60, 90), count=2):
     strength = 10 * (shape[0] * shape[1]) ** 0.25
     matrix = rng.standard_normal(shape) + strength * left @ right.T
     return rmtjax.spectrum(jnp.asarray(matrix, jnp.float32))
-
-
-# The count.
 
 
 @pytest.mark.parametrize(("trim", "level"), [(0.25, 0.1), (0.1, 0.99)])
@@ -130,120 +127,6 @@ def test_a_fit_that_is_given_is_used(rule):
     assert rule(truncated, fit) == 2
 
 
-# The gate.
-
-
-SIZES = [(10, 10), (10, 200), (50, 50), (50, 100), (100, 50), (64, 128)]
-
-
-@functools.cache
-def noise_and_fits(shape, draws=400):
-    """Spectra of pure noise and their fits, which each gate below judges."""
-
-    @jax.jit
-    @jax.vmap
-    def fit(key):
-        spectrum = rmtjax.spectrum(jax.random.normal(key, shape))
-        return spectrum, rmtjax.fit_bema(spectrum)
-
-    return fit(jax.random.split(jax.random.key(sum(shape)), draws))
-
-
-def share_refused(rule, shape):
-    spectra, fits = noise_and_fits(shape)
-    each = Spectrum(eigenvalues=0, ratio=0)
-    return 1 - np.mean(jax.vmap(rule.accepts, in_axes=(each, 0))(spectra, fits))
-
-
-@pytest.mark.parametrize("significance", [0.01, 0.05, 0.1, 0.3])
-@pytest.mark.parametrize("shape", SIZES[2:], ids=str)
-def test_bema_refuses_noise_of_any_size_as_often_as_it_says(shape, significance):
-    rate = share_refused(ranks.bema(significance=significance, tolerance=0.0), shape)
-    # Three standard errors, and a tenth of the rate: one line of constants for all sizes.
-    error = math.sqrt(significance * (1 - significance) / 400)
-    assert abs(rate - significance) < 3 * error + 0.1 * significance
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 9), *SIZES], ids=str)
-def test_bema_accepts_noise_of_any_size(shape):
-    assert share_refused(ranks.bema(), shape) <= 0.01
-
-
-RNG = np.random.default_rng(0)
-NO_NOISE = {
-    "rows of other scales": np.exp(RNG.standard_normal((200, 1))) * RNG.standard_normal((200, 400)),
-    "half the rows louder": np.repeat([1, 4], 100)[:, None] * RNG.standard_normal((200, 400)),
-    "heavy tails": RNG.standard_t(1.5, (200, 400)),
-    "half of the directions": RNG.standard_normal((200, 80)) @ RNG.standard_normal((80, 400)),
-    "correlated columns": np.cumsum(RNG.standard_normal((200, 400)), axis=1),
-    "one direction": np.ones((200, 400)),
-    "zeros": np.zeros((200, 400)),
-}
-
-
-@pytest.mark.parametrize("kind", NO_NOISE)
-def test_bema_refuses_what_is_no_noise(kind):
-    rule, spectrum = ranks.bema(), rmtjax.spectrum(jnp.asarray(NO_NOISE[kind], jnp.float32))
-    fit = rule.fit(spectrum)
-    assert not rule.accepts(spectrum, fit)
-    # With the gate open all is accepted but the rounding of exact zeros, and what is no
-    # minority of spikes: scales that vary by orders of magnitude look like that.
-    noisy = kind not in ("one direction", "zeros", "half of the directions")
-    accepted = ranks.bema(tolerance=1.0).accepts(spectrum, fit)
-    assert bool(accepted) is (noisy and int(fit.num_spikes) < 100)
-
-
-@pytest.mark.parametrize("entries", ["uniform", "signs"])
-def test_bema_accepts_noise_of_other_laws(entries):
-    key, shape = jax.random.key(0), (150, 200)
-    draw = jax.random.uniform if entries == "uniform" else jax.random.rademacher
-    matrix = draw(key, shape).astype(jnp.float32)
-    rule, spectrum = ranks.bema(), rmtjax.spectrum(matrix - matrix.mean())
-    assert rule.accepts(spectrum, rule.fit(spectrum))
-
-
-def test_the_limit_is_that_of_noise_and_the_tolerance():
-    spectrum = rmtjax.spectrum(noise_of((200, 300)))
-    fit = rmtjax.fit_bema(spectrum)
-    accepts = lambda rule, distance: bool(
-        rule.accepts(spectrum, fit._replace(distance=jnp.float32(distance)))
-    )
-    # 0.4 log(200) + 1.32, the 99 % quantile of p times the distance.
-    limit = (0.4 * math.log(200) + 1.32) / 200
-    for tolerance in (0.0, 0.015, 0.3):
-        rule = ranks.bema(tolerance=tolerance)
-        assert accepts(rule, limit + tolerance - 1e-4)
-        assert not accepts(rule, limit + tolerance + 1e-4)
-
-
-@each_rule
-@pytest.mark.parametrize("size", [1, 5, 60])
-def test_nothing_is_believed_of_nan(rule, size):
-    spectrum = spectrum_of(jnp.full(size, jnp.nan))
-    assert not rule.accepts(spectrum, rule.fit(spectrum))
-    if not isinstance(rule, ranks.fixed):
-        assert rule(spectrum) == 0
-
-
-def test_bema_refuses_nan_with_an_open_gate():
-    rule, spectrum = ranks.bema(tolerance=1.0), spectrum_of(jnp.full(3, jnp.nan))
-    assert not rule.accepts(spectrum, rule.fit(spectrum))
-
-
-@pytest.mark.parametrize("rule", RULES[1:], ids=repr)
-def test_rules_without_a_gate_accept_what_is_finite(rule):
-    spectrum = rmtjax.spectrum(jnp.asarray(NO_NOISE["heavy tails"], jnp.float32))
-    assert rule.accepts(spectrum, rule.fit(spectrum))
-
-
-def test_gavish_donoho_refuses_a_spectrum_without_noise():
-    rule, spectrum = ranks.gavish_donoho(), spectrum_of([3, 0, 0, 0])
-    assert not rule.accepts(spectrum, rule.fit(spectrum))
-
-
-# Truncated spectra.
-
-
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_a_rank_that_is_full_changes_nothing(rule):
     spectrum = spiked()
@@ -252,16 +135,44 @@ def test_a_rank_that_is_full_changes_nothing(rule):
         np.testing.assert_allclose(whole, ranked, rtol=1e-6)
 
 
-def test_the_median_of_a_spectrum_cut_below_it_is_unknown():
-    spectrum = rmtjax.spectrum(noise_of((61, 80)))
-    rule = ranks.gavish_donoho()
-    np.testing.assert_allclose(rule.fit(spectrum, 32).variance, rule.fit(spectrum).variance)
-    cut = rule.fit(spectrum, 30)
-    assert np.isnan(cut.variance)
-    assert not rule.accepts(spectrum, cut)
+@pytest.mark.parametrize(
+    ("num_signal", "size", "keep", "min_rank", "expected"),
+    [
+        (0, 784, 0.45, 1, 352),  # the papers' code has 353: one value always counts, bug B5
+        (56, 784, 0.0, 1, 56),
+        (0, 10, 0.0, 1, 1),
+        (0, 100, 0.53, 1, 53),  # 52.999996 in float32
+        (0, 200, 0.59, 1, 118),
+        (2, 10, 0.5, 1, 6),
+        (2, 10, 0.49, 1, 5),
+        (10, 10, 0.5, 1, 10),
+        (3, 10, 0.0, 5, 5),
+        (3, 10, 0.0, 50, 10),
+        (0, 10, 0.0, 0, 0),
+    ],
+)
+def test_kept_rank_by_hand(num_signal, size, keep, min_rank, expected):
+    assert ranks.kept_rank(num_signal, size, keep, min_rank) == expected
+    traced = jax.jit(ranks.kept_rank, static_argnums=1)
+    assert traced(num_signal, size, keep, min_rank) == expected
 
 
-# Rules as values.
+@given(data=st.data(), size=st.integers(1, 4096), percent=st.integers(0, 100))
+def test_kept_rank_is_the_formula_of_the_papers(data, size, percent):
+    num_signal = data.draw(st.integers(0, size))
+    rank = int(ranks.kept_rank(num_signal, size, percent / 100))
+    exact = num_signal + math.floor(Fraction(percent, 100) * (size - num_signal))
+    assert rank == max(exact, 1)
+    assert num_signal <= rank <= size
+
+
+@given(data=st.data(), size=st.integers(1, 4096), keeps=st.lists(st.floats(0, 1), min_size=2))
+def test_kept_rank_rises_with_keep(data, size, keeps):
+    num_signal = data.draw(st.integers(0, size))
+    kept = [int(ranks.kept_rank(num_signal, size, keep)) for keep in [0.0, *sorted(keeps), 1.0]]
+    assert kept == sorted(kept)
+    assert kept[0] == max(num_signal, 1)
+    assert kept[-1] == size
 
 
 @each_rule
@@ -336,46 +247,3 @@ def test_rank_that_is_no_integer_is_an_error(rank):
     # The checks of types during tests come first, with a TypeError.
     with pytest.raises((ValueError, TypeError), match="rank"):
         ranks.fixed(rank)
-
-
-# The rank that is kept.
-
-
-@pytest.mark.parametrize(
-    ("num_signal", "size", "keep", "min_rank", "expected"),
-    [
-        (0, 784, 0.45, 1, 352),  # the papers' code has 353: one value always counts, bug B5
-        (56, 784, 0.0, 1, 56),
-        (0, 10, 0.0, 1, 1),
-        (0, 100, 0.53, 1, 53),  # 52.999996 in float32
-        (0, 200, 0.59, 1, 118),
-        (2, 10, 0.5, 1, 6),
-        (2, 10, 0.49, 1, 5),
-        (10, 10, 0.5, 1, 10),
-        (3, 10, 0.0, 5, 5),
-        (3, 10, 0.0, 50, 10),
-        (0, 10, 0.0, 0, 0),
-    ],
-)
-def test_kept_rank_by_hand(num_signal, size, keep, min_rank, expected):
-    assert ranks.kept_rank(num_signal, size, keep, min_rank) == expected
-    traced = jax.jit(ranks.kept_rank, static_argnums=1)
-    assert traced(num_signal, size, keep, min_rank) == expected
-
-
-@given(data=st.data(), size=st.integers(1, 4096), percent=st.integers(0, 100))
-def test_kept_rank_is_the_formula_of_the_papers(data, size, percent):
-    num_signal = data.draw(st.integers(0, size))
-    rank = int(ranks.kept_rank(num_signal, size, percent / 100))
-    exact = num_signal + math.floor(Fraction(percent, 100) * (size - num_signal))
-    assert rank == max(exact, 1)
-    assert num_signal <= rank <= size
-
-
-@given(data=st.data(), size=st.integers(1, 4096), keeps=st.lists(st.floats(0, 1), min_size=2))
-def test_kept_rank_rises_with_keep(data, size, keeps):
-    num_signal = data.draw(st.integers(0, size))
-    kept = [int(ranks.kept_rank(num_signal, size, keep)) for keep in [0.0, *sorted(keeps), 1.0]]
-    assert kept == sorted(kept)
-    assert kept[0] == max(num_signal, 1)
-    assert kept[-1] == size
