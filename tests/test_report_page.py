@@ -1,4 +1,4 @@
-"""What is in the page of a report, as text; `test_page.py` opens it in a browser."""
+"""What is in the page of a report, as text; `test_page.py` and its sibling open it in a browser."""
 
 import base64
 import hashlib
