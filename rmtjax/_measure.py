@@ -112,8 +112,7 @@ def _group(leaf: Any, axes: KernelAxes) -> tuple:
     sides = _kernels.matrix_shape(kernel_shape(leaf), axes)[1:]
     rank = leaf.left.shape[-1] if is_factors(leaf) else None
     arrays = jax.tree.leaves(leaf)
-    places = (frozenset(a.devices()) if isinstance(a, jax.Array) else None for a in arrays)
-    return (sides, rank, *(array.dtype for array in arrays), *places)
+    return (sides, rank, *(array.dtype for array in arrays), *map(mesh_of, arrays))
 
 
 def _kind(spectra: Spectrum) -> tuple:
@@ -184,8 +183,11 @@ def _measure_large(kernel, axes: KernelAxes, rule, given: BulkFit | None) -> Mea
 
 
 def _is_spread(leaf: Any) -> bool:
-    """Whether a kernel lies on several devices; factors are thin, and need no care."""
-    return not is_factors(leaf) and mesh_of(leaf) is not None
+    """Whether a kernel on several devices is to be squared: as little in float64 as on the host.
+
+    Factors are thin, and need no care.
+    """
+    return not is_factors(leaf) and mesh_of(leaf) is not None and leaf.dtype.itemsize < 8
 
 
 def measure(

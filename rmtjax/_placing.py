@@ -7,25 +7,23 @@ from typing import Any
 import jax
 import jax.core
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from rmtjax._typing import KernelAxes
 
 
-def mesh_of(array: Any) -> Mesh | None:
+def mesh_of(array: Any) -> Any:
     """The mesh on whose devices, more than one, a concrete array lies; None of others."""
     if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
         return None
-    sharding = array.sharding
-    if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
-        return None
-    return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+    sharding: Any = array.sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
 def typed_sharding(array: Any) -> NamedSharding | None:
     """The sharding that is part of the type of an array, on a mesh with explicit axes."""
-    # Before jax 0.7 there were none but by an experimental way.
+    # Which came with jax 0.7, and without which nothing can be done about it.
     if not hasattr(jax.sharding, "auto_axes") or not isinstance(array, jax.Array):
         return None
     sharding = jax.typeof(array).sharding
@@ -55,31 +53,22 @@ def by_compiler(function: Callable, *arguments: PyTree, out: Any = None) -> Any:
     out = jax.tree.map(place, out, is_leaf=lambda own: own is None)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return _compiled(function, out)(*arguments)
-    return jax.sharding.auto_axes(function, out_sharding=out)(*arguments)
-
-
-def split_over(mesh: Mesh, array: jax.Array, axis: int | None) -> jax.Array:
-    """Under `jit`, an array divided over all devices along an axis, or whole on each for None."""
-    own: Any = [None] * array.ndim
-    if axis is not None:
-        own[axis] = mesh.axis_names
-    # Within `by_compiler` the mesh has other types of axes.
-    current = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
-    known = current if current is not None and not current.empty else mesh
-    return jax.lax.with_sharding_constraint(array, NamedSharding(known, PartitionSpec(*own)))
+    # Compiled, for those who are not yet: under `vmap` alone.
+    return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))(*arguments)
 
 
 def fetch(tree: PyTree) -> PyTree:
     """Arrays in the memory of the host, also where other processes hold parts of them."""
-    here = lambda leaf: (
-        not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable or leaf.is_fully_replicated)
-    )
-    if all(map(here, jax.tree.leaves(tree))):
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+
+    def gather(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return jax.device_get(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(gather, tree)
 
 
-def _specs(sharding: NamedSharding, ndim: int) -> list[Any]:
+def specs(sharding: NamedSharding, ndim: int) -> list[Any]:
     """What each axis of an array is divided over."""
     return [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
 
@@ -103,10 +92,10 @@ def place_factors(left: jax.Array, right: jax.Array, kernel: Any, axes: KernelAx
     sharding = _sharding_of(kernel)
     if sharding is None:
         return left, right
-    spec = _specs(sharding, kernel.ndim)
+    spec = specs(sharding, kernel.ndim)
     batch, inputs, outputs = ([spec[axis] for axis in group] for group in (axes[2], *axes[:2]))
     put = lambda array, own: jax.device_put(
-        array, NamedSharding(sharding.mesh, PartitionSpec(*own))
+        array, NamedSharding(sharding.mesh, PartitionSpec(*own), memory_kind=sharding.memory_kind)
     )
     return put(left, [*batch, *inputs, None]), put(right, [*batch, None, *outputs])
 
@@ -116,8 +105,8 @@ def merged_sharding(left: jax.Array, right: jax.Array, axes: KernelAxes) -> Name
     own = typed_sharding(left), typed_sharding(right)
     if own[0] is None or own[1] is None:
         return None
-    outputs = _specs(own[1], right.ndim)[1 + len(axes.batch) :]
-    spec = [*_specs(own[0], left.ndim)[:-1], *outputs]
+    outputs = specs(own[1], right.ndim)[1 + len(axes.batch) :]
+    spec = [*specs(own[0], left.ndim)[:-1], *outputs]
     names = [name for part in spec for name in (part if isinstance(part, tuple) else (part,))]
     taken = [name for name in names if name is not None]
     return NamedSharding(own[0].mesh, PartitionSpec(*spec if len(taken) == len({*taken}) else ()))

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from rmtjax import _cost, _kernels, ranks
 from rmtjax._factors import factored_axes, is_factors, kernel_shape, shrink_values
 from rmtjax._measure import check_fits, check_paths, measure, Measurement
+from rmtjax._placing import fetch
 from rmtjax._typing import Axes, BulkFit, KernelAxes, Spectrum, Where
 from rmtjax.shrinkage import Shrink
 
@@ -240,7 +241,8 @@ def plan(
     _check_options(keep, shrink, **counts, exact_below=exact_below)
     ranks.check_rule(rule)
     check_paths(params, fits or {})
-    given = {path: fit for path, fit in (fits or {}).items() if np.isfinite(fit.threshold).all()}
+    levels = fetch(dict(fits or {}))
+    given = {path: fit for path, fit in levels.items() if np.isfinite(fit.threshold).all()}
     chosen = _kernels.find_kernels(params, where, axes, is_leaf=is_factors)
     found = {
         path: (leaf, factored_axes(leaf) if is_factors(leaf) else named)

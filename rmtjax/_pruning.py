@@ -106,7 +106,9 @@ def _group(leaves, axes) -> list[tuple[KernelAxes, list[str]]]:
     groups: dict[tuple, list[str]] = {}
     for path, named in axes:
         kernel, update, _ = leaves[path]
-        groups.setdefault((named, kernel.shape, kernel.dtype, update.dtype), []).append(path)
+        placed = (typed_sharding(leaf) for leaf in jax.tree.leaves(leaves[path]))
+        alike = (named, kernel.shape, kernel.dtype, update.dtype, *placed)
+        groups.setdefault(alike, []).append(path)
     return [(named, paths) for (named, *_), paths in groups.items()]
 
 

@@ -1,5 +1,6 @@
-"""The spectra of kernels that lie on several devices, of one process or of more."""
+"""The spectra of kernels that are divided over several devices, of one process or of more."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -7,87 +8,127 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from rmtjax._kernels import Kernel, matrix_shape, to_matrices
-from rmtjax._placing import by_compiler, mesh_of, split_over
+from rmtjax._kernels import Kernel, to_matrices
+from rmtjax._placing import by_compiler, mesh_of, specs, typed_sharding
 from rmtjax._typing import KernelAxes, Spectrum
+from rmtjax._values import to_spectrum
 
 # Its name before jax 0.8.
 _x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
 
+Kernels = dict[str, tuple[Kernel, KernelAxes]]
+
+
+def _names(spec: Any) -> tuple[str, ...]:
+    """The axes of a mesh over which an axis of an array is divided."""
+    return () if spec is None else spec if isinstance(spec, tuple) else (spec,)
+
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _gram(kernel: Kernel, axes: KernelAxes, mesh) -> Float[Array, "b p p"]:
-    """A^T A of each matrix of a kernel, whole on each device, in float64.
+def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Array, "b p p"]:
+    """A^T A of each matrix of a kernel, in float64; a stack stays divided as it was.
 
     Each device has a part of the rows of a matrix with more rows than columns, and adds the square
     of its own: what is moved is the kernel, once, and what is summed has p columns and rows.
     """
+    spec = specs(sharding, kernel.ndim)
+    # The order of rows and of columns is free. With a divided axis first they merge in place.
+    divided_first = lambda group: tuple(sorted(group, key=lambda axis: spec[axis] is None))
+    order = KernelAxes(divided_first(axes.inputs), divided_first(axes.outputs), axes.batch)
+    stack = spec[axes.batch[0]] if len(axes.batch) == 1 else None
+    rest = tuple(name for name in sharding.mesh.axis_names if name not in _names(stack))
+    parts = int(np.prod([sharding.mesh.shape[name] for name in rest]))
+
+    def split(array, rows):
+        # Within `by_compiler` the mesh has other types of axes.
+        current = jax.sharding.get_abstract_mesh()
+        mesh = current if current.axis_names == sharding.mesh.axis_names else sharding.mesh
+        own = NamedSharding(mesh, PartitionSpec(stack, rows, None))
+        return jax.lax.with_sharding_constraint(array, own)
 
     def square(kernel):
-        matrices = to_matrices(kernel, axes)
+        matrices = to_matrices(kernel, order)
         rows, columns = matrices.shape[1:]
         long = matrices if rows >= columns else matrices.mT
-        fill = -max(rows, columns) % mesh.size  # with rows of zeros, which add nothing
-        long = split_over(mesh, jnp.pad(long, ((0, 0), (0, fill), (0, 0))), 1)
-        long = long.astype(jnp.float64)
-        return split_over(mesh, jnp.matmul(long.mT, long), None)
+        fill = -max(rows, columns) % parts  # with rows of zeros, which add nothing
+        long = split(jnp.pad(long, ((0, 0), (0, fill), (0, 0))), rest).astype(jnp.float64)
+        return split(jnp.matmul(long.mT, long), None)
 
-    return by_compiler(square, kernel)
+    typed = typed_sharding(kernel)
+    out = typed and NamedSharding(typed.mesh, PartitionSpec(stack))
+    return by_compiler(square, kernel, out=out)
 
 
-@jax.jit
-def _eigenvalues(gram: Float[Array, "b p p"]) -> Float[Array, "b p"]:
+def _eigenvalues(gram: np.ndarray) -> np.ndarray:
     """Ascending; NaN where the matrix is not finite."""
-    finite = jnp.isfinite(gram).all(axis=(1, 2), keepdims=True)
-    values = lax.map(jnp.linalg.eigvalsh, jnp.where(finite, gram, 0))
-    return jnp.where(finite[..., 0], values, jnp.nan)
+    finite = np.isfinite(gram).all()
+    return np.linalg.eigvalsh(gram) if finite else np.full(len(gram), np.nan)
 
 
-def _decompose(grams: list[Array], meshes: list) -> list[Array]:
-    """The eigenvalues of each, by the device whose turn it is; zeros where that is elsewhere."""
-    found = []
-    for turn, (gram, mesh) in enumerate(zip(grams, meshes, strict=True)):
-        device = mesh.devices.flat[turn % mesh.size]
-        own = [shard.data for shard in gram.addressable_shards if shard.device == device]
-        found.append(_eigenvalues(own[0]) if own else np.zeros(gram.shape[:2]))
-    return found
+def _own_values(gram: Array, turn: int) -> Iterator[tuple[Any, list[np.ndarray]]]:
+    """Which matrices of a stack this process is to decompose, copied to the host.
+
+    Of those devices that have the same ones it is the turn of another for each kernel.
+    """
+    shards = gram.addressable_shards
+    replicas = gram.sharding.num_devices * shards[0].data.size // gram.size
+    for shard in shards:
+        if shard.replica_id == turn % replicas:
+            yield shard.index[0], list(np.asarray(shard.data))
 
 
-def _together(values: list) -> list[np.ndarray]:
-    """Eigenvalues in the memory of every process, each found in one."""
-    values = jax.device_get(values)
-    if jax.process_count() == 1:
+def _together(values: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Eigenvalues in every process of a mesh, each found in one and zero elsewhere."""
+    devices = list(mesh.devices.flat)
+    processes = [device.process_index for device in devices]
+    if len(set(processes)) == 1:
         return values
-    return [part.sum(axis=0) for part in multihost_utils.process_allgather(values)]
+    first = processes.index(jax.process_index())
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    own = lambda index: values[None] * (index[0].start == first)
+    shape = (len(devices), *values.shape)
+    parts = jax.make_array_from_callback(shape, sharding, own)
+    whole = jax.jit(partial(by_compiler, _total))(parts)
+    return np.asarray(whole.addressable_data(0))
 
 
-def _as_spectrum(values: np.ndarray, kernel: Kernel, axes: KernelAxes) -> Spectrum:
-    stack, rows, columns = matrix_shape(kernel.shape, axes)
-    dtype = np.dtype(jnp.promote_types(kernel.dtype, jnp.float32))
-    eigenvalues: Any = np.maximum(values[:, ::-1], 0) / max(rows, columns)
-    ratios: Any = np.full(stack, min(rows, columns) / max(rows, columns), dtype)
-    return Spectrum(eigenvalues.astype(dtype), ratios)
+def _total(parts: Float[Array, "devices b p"]) -> Float[Array, "b p"]:
+    return jnp.sum(parts, axis=0)
 
 
-def sharded_spectra(kernels: dict[str, tuple[Kernel, KernelAxes]]) -> dict[str, Spectrum]:
+def _decompose(kernels: Kernels) -> Iterator[tuple[str, np.ndarray]]:
+    """The eigenvalues of some kernels, of which each process decomposes its share meanwhile."""
+    waiting = []
+    for turn, (path, (kernel, axes)) in enumerate(kernels.items()):
+        placed: Any = kernel
+        gram = _gram(placed, axes, placed.sharding)
+        # One at a time: what others decompose is not kept.
+        waiting.append((path, gram.shape[:2], list(_own_values(gram, turn))))
+    for path, shape, own in waiting:
+        values = np.zeros(shape)
+        for index, matrices in own:
+            values[index] = list(map(_eigenvalues, matrices))
+        yield path, values
+
+
+def sharded_spectra(kernels: Kernels) -> dict[str, Spectrum]:
     """The spectra of kernels on meshes of devices, as NumPy arrays with a leading axis.
 
-    By Gram matrices in float64, of which each device decomposes its share; as accurate as
-    `rmtjax._values.host_spectra`. No device has a whole kernel, but p^2 numbers for each of as many
-    kernels as there are devices. Every process of a mesh must call it, with the same kernels.
+    By Gram matrices in float64, which the hosts decompose in turn; as accurate as
+    `rmtjax._values.host_spectra`, and as little meant for float64 kernels. Every process of a
+    mesh must call it, with the same kernels.
     """
     found, paths = {}, list(kernels)
     with _x64(True):
         while paths:
-            meshes: list[Any] = [mesh_of(kernels[path][0]) for path in paths]
-            now, meshes = paths[: meshes[0].size], meshes[: meshes[0].size]
-            grams = [_gram(*kernels[path], mesh) for path, mesh in zip(now, meshes, strict=True)]
-            # To the end: a device that decomposes must not keep others waiting for its part.
-            values = _together(_decompose(jax.block_until_ready(grams), meshes))
-            found |= {p: _as_spectrum(v, *kernels[p]) for p, v in zip(now, values, strict=True)}
-            paths = paths[len(now) :]
+            devices = mesh_of(kernels[paths[0]][0]).devices.flat
+            count = len({device.process_index for device in devices})
+            now, paths = paths[:count], paths[count:]
+            for path, values in _decompose({path: kernels[path] for path in now}):
+                kernel, axes = kernels[path]
+                values = _together(values, mesh_of(kernel))
+                found[path] = to_spectrum(values[:, ::-1], kernel, axes)
     return found

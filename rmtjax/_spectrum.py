@@ -63,6 +63,10 @@ def each(function: Callable[[Any], Any], stack: PyTree) -> PyTree:
     return lax.platform_dependent(stack, cpu=one_by_one, default=jax.vmap(function))
 
 
+# One and the same function for `lax.map`, which would compile a new one each time.
+_triangle_of = partial(jnp.linalg.qr, mode="r")
+
+
 def triangle(matrix: Float[Array, "m n"]) -> Float[Array, "n n"]:
     """R of the decomposition A = Q R, with the singular values and right vectors of A.
 
@@ -72,10 +76,10 @@ def triangle(matrix: Float[Array, "m n"]) -> Float[Array, "n n"]:
     rows, columns = matrix.shape
     most = min(16, max(rows // (2 * columns), 1))
     parts = next(count for count in range(most, 0, -1) if rows % count == 0)
-    of_part = partial(jnp.linalg.qr, mode="r")
     if parts == 1:
-        return of_part(matrix)
-    return of_part(lax.map(of_part, matrix.reshape(parts, -1, columns)).reshape(-1, columns))
+        return _triangle_of(matrix)
+    triangles = lax.map(_triangle_of, matrix.reshape(parts, -1, columns))
+    return _triangle_of(triangles.reshape(-1, columns))
 
 
 def _core(matrix: Float[Array, "m n"]) -> Float[Array, "k k2"]:

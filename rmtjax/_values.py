@@ -25,7 +25,8 @@ def on_host(kernel: Any, axes: KernelAxes) -> bool:
     small values drown in the rounding of the large ones.
     """
     if isinstance(kernel, jax.Array):
-        whole = kernel.is_fully_replicated
+        # Whole, and not on devices of other processes alone.
+        whole = kernel.is_fully_replicated and bool(kernel.addressable_shards)
         here = whole and all(device.platform == "cpu" for device in kernel.devices())
     else:
         here = isinstance(kernel, np.ndarray) and jax.default_backend() == "cpu"
@@ -60,8 +61,16 @@ def _eigenvalues(matrix: np.ndarray) -> np.ndarray:
     rows, columns = matrix.shape
     if not np.isfinite(matrix).all():
         return np.full(min(rows, columns), np.nan)
-    values = _squared_values(matrix if rows >= columns else matrix.T)
-    return np.maximum(values[::-1], 0) / max(rows, columns)
+    return _squared_values(matrix if rows >= columns else matrix.T)[::-1]
+
+
+def to_spectrum(values: np.ndarray, kernel: Any, axes: KernelAxes) -> Spectrum:
+    """The spectra of a kernel whose squared singular values are known, descending."""
+    stack, *sides = matrix_shape(kernel.shape, axes)
+    dtype = np.dtype(jnp.promote_types(kernel.dtype, jnp.float32))
+    eigenvalues: Any = (np.maximum(values, 0) / max(sides)).astype(dtype)
+    ratios: Any = np.full(stack, min(sides) / max(sides), dtype)
+    return Spectrum(eigenvalues, ratios)
 
 
 def host_spectra(kernel: Any, axes: KernelAxes) -> Spectrum:
@@ -73,8 +82,4 @@ def host_spectra(kernel: Any, axes: KernelAxes) -> Spectrum:
     which is taken where all eigenvalues are of one size, it is off by some $2^{-24} \lambda_1$.
     """
     matrices = to_matrices(np.asarray(kernel), axes)
-    dtype = np.dtype(jnp.promote_types(kernel.dtype, jnp.float32))
-    stack, rows, columns = matrices.shape
-    ratios: Any = np.full(stack, min(rows, columns) / max(rows, columns), dtype)
-    eigenvalues: Any = np.stack([_eigenvalues(matrix) for matrix in matrices]).astype(dtype)
-    return Spectrum(eigenvalues, ratios)
+    return to_spectrum(np.stack([_eigenvalues(matrix) for matrix in matrices]), kernel, axes)

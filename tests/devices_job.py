@@ -12,15 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import rmtjax
+from rmtjax._sharded import _x64
 
 SPECS = {  # as a model that is divided over "model" has them, and both, and none
     "Dense_0": {"kernel": P("data", "model"), "bias": P("model")},
     "Dense_1": {"kernel": P("model")},
     "Conv_0": {"kernel": P(None, None, None, "model")},
     "Embed_0": {"embedding": P(("data", "model"))},
+    "up": {"kernel": P(None, "model")},  # and of one shape: columns and rows in turn
+    "down": {"kernel": P("model", None)},
     "whole": {"kernel": P()},
     "stack": {"kernel": P("model", "data")},
 }
@@ -42,9 +45,17 @@ def make_params():
         "Dense_1": {"kernel": planted(64, 64).astype(jnp.bfloat16)},
         "Conv_0": {"kernel": planted(3, 3, 16, 64)},
         "Embed_0": {"embedding": planted(400, 64)},
+        "up": {"kernel": planted(64, 64)},
+        "down": {"kernel": planted(64, 64) * 2},
         "whole": {"kernel": planted(72, 64)},
         "stack": {"kernel": planted(2, 64, 56)},
     }
+
+
+def put(leaf, mesh, spec):
+    """As `device_put`, which compares what processes have, and finds that NaN is not NaN."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def gather(tree):
@@ -93,7 +104,7 @@ def check_truncation(params, placed, plan):
 
 
 def check_training(params, placed):
-    chosen = lambda tree: {name: tree[name] for name in ("Dense_0", "stack")}
+    chosen = lambda tree: {name: tree[name] for name in ("up", "down", "stack")}
     params, placed = chosen(params), chosen(placed)
     chain = optax.sgd(0.1), rmtjax.prune_spectrum(every=2, keep=0.1, axes=AXES)
     optimizer = optax.chain(*chain)
@@ -113,9 +124,28 @@ def check_training(params, placed):
     assert_close(found, wanted)
     assert_placed(found, placed)
     assert_close(other, one)
-    whole = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(other) if not leaf.ndim]
-    assert all(whole)
+    devices = found["up"]["kernel"].devices()
+    assert all(leaf.devices() == devices for leaf in jax.tree.leaves(other))
+    fits = optax.tree.get(other, "fits")
+    wanted = rmtjax.plan(params, fits=optax.tree.get(one, "fits"), axes=AXES)
+    assert str(rmtjax.plan(placed, fits=fits, axes=AXES)) == str(wanted)
     print("training")
+
+
+def check_broken(place):
+    """What is not finite, and what float64 alone can tell."""
+    broken = planted(64, 96)
+    broken[3, 4] = np.nan
+    with _x64(True):
+        rng = np.random.default_rng(1)
+        loud = 1e10 * np.outer(rng.normal(size=96), rng.normal(size=64))
+        params = {"broken": {"kernel": broken}, "loud": {"kernel": loud + planted(96, 64)}}
+        placed = jax.tree.map(lambda leaf: place(leaf, P("data", "model")), params)
+        wanted, found = rmtjax.plan(params), rmtjax.plan(placed)
+    assert str(found) == str(wanted)
+    assert found["broken/kernel"].reason == "kept: not finite"
+    assert found["loud/kernel"].action == "factorize"
+    print("broken")
 
 
 def check_large(place):
@@ -132,18 +162,36 @@ def check_large(place):
     print("large")
 
 
+def check_own_meshes(kind):
+    """A mesh of the devices of one process, about which no other is asked."""
+    axis_types = (getattr(AxisType, kind),)
+    mesh = Mesh(np.array(jax.local_devices()), "x", axis_types=axis_types)
+    kernel = planted(96, 64) * (1 + jax.process_index())
+    placed = put(kernel, mesh, P("x"))
+    wanted = rmtjax.plan({"kernel": kernel})["kernel"]
+    found = rmtjax.plan({"kernel": placed})["kernel"]
+    np.testing.assert_allclose(found.fit.variance, wanted.fit.variance, rtol=1e-4)
+    if hasattr(jax, "set_mesh"):  # one that is in force
+        with jax.set_mesh(mesh):
+            assert rmtjax.plan({"kernel": placed})["kernel"].reason == wanted.reason
+            assert rmtjax.analyze({"kernel": placed}).rows[0].spikes == wanted.fit.num_spikes
+    print("meshes")
+
+
 def main():
     kind, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
     if processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
     axis_types = (getattr(AxisType, kind),) * 2
     mesh = jax.make_mesh((jax.device_count() // 2, 2), ("data", "model"), axis_types=axis_types)
-    place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
+    place = lambda leaf, spec: put(leaf, mesh, spec)
     params = make_params()
     placed = jax.tree.map(place, params, SPECS)
     plan = check_reports(params, placed)
     check_truncation(params, placed, plan)
     check_training(params, placed)
+    check_broken(place)
+    check_own_meshes(kind)
     check_large(place)
 
 

@@ -60,13 +60,15 @@ def test_an_epoch_is_trained_with_and_without_pruning(tmp_path, monkeypatch):
     plain, pruned = run(epoch, arguments, tmp_path, monkeypatch)
     assert plain["images"] == pruned["images"]
     assert plain["ranks"] == "-"
-    assert int(pruned["ranks"]) < 64  # the step that is measured has pruned
+    assert int(pruned["ranks"]) < 64
 
 
 def test_memory_is_measured_in_kernels(tmp_path, monkeypatch):
     (row,) = run(memory, ["--shapes", "1024", "768"], tmp_path, monkeypatch)
     assert row["MiB"] == 3
-    assert 0 <= row["rmtjax.analyze"] < row["jnp.linalg.svd"] + 20
+    # U, V^T and the copy that is overwritten; of what is compiled so much for 3 MiB.
+    assert row["jnp.linalg.svd"] > 3
+    assert 0 < row["rmtjax.analyze"] < 30
 
 
 def test_the_page_of_speed_tells_the_kept_results(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ Each benchmark has written its JSON by `--json`, into one folder.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,9 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in NAMES}
 
 
-def _ticks(axis: Axis, values: Iterable[float]) -> None:
+def _ticks(axis: Axis, values: Sequence[float]) -> None:
     """These numbers alone on a logarithmic axis, written out."""
-    axis.set_ticks(list(values), labels=[f"{value:g}" for value in values])
+    axis.set_ticks(values, labels=[f"{value:g}" for value in values])
     axis.set_minor_locator(NullLocator())
 
 
