@@ -46,6 +46,17 @@ def _check_plan(plan: Plan, leaves: Mapping[str, Any]) -> None:
             )
 
 
+def _check_here(arrays: Mapping[str, Any]) -> None:
+    """Refuses what other processes hold parts of: each would write, and none has all."""
+    for path, array in arrays.items():
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise ValueError(
+                f"{path!r} lies on devices of several processes: gather the tree first, by "
+                "`jax.experimental.multihost_utils.process_allgather(params, tiled=True)`, and "
+                "save it in one process."
+            )
+
+
 def _check_whole(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Refuses the state of a thin nnx model: nothing would tell that its factors are such.
 
@@ -95,7 +106,7 @@ def save(
       rule: The rank rule by which the plan was made, for the record.
 
     Raises:
-      ValueError: A leaf is no array of numbers, two leaves have one path, two factors are not those
+      ValueError: A leaf is no array of numbers, or lies on devices of several processes, two leaves have one path, two factors are not those
         of one kernel, or stand by themselves as in the state of a thin nnx model, the plan is not
         that of the tree, or the folder exists.
       TypeError: `plan` is no plan, or `rule` no rank rule.
@@ -115,6 +126,7 @@ def save(
     if rule is not None:
         ranks.check_rule(rule)
     leaves, arrays, keys = _flat.flatten(params)
+    _check_here(arrays)
     _check_whole(leaves, plan or {})
     for name, leaf in leaves.items():
         if is_factors(leaf):

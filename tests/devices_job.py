@@ -100,7 +100,19 @@ def check_truncation(params, placed, plan):
     fits = {path: row.fit for path, row in plan.items()}
     again = rmtjax.plan(thin, rule=RULE, fits=fits)
     assert {int(np.max(row.fit.num_spikes)) for row in again.values()} == {1}
+    check_saving(thin)
     print("truncation")
+
+
+def check_saving(thin):
+    """Several processes would write one file."""
+    if jax.process_count() > 1:
+        try:
+            rmtjax.checkpoint.save("nowhere.safetensors", thin)
+        except ValueError as error:
+            assert "several processes" in str(error)
+        else:
+            raise AssertionError("saved")
 
 
 def check_training(params, placed):

@@ -28,7 +28,7 @@ LAYER = {
     "marchenko_pastur": 1,
     "tracy_widom": 1,
     "_noise": 2,
-    "_sharded": 2,
+    "_sharded": 3,
     "_orbax": 2,
     "_rounding": 3,
     "_bulk": 3,
