@@ -106,9 +106,9 @@ def save(
       rule: The rank rule by which the plan was made, for the record.
 
     Raises:
-      ValueError: A leaf is no array of numbers, or lies on devices of several processes, two leaves have one path, two factors are not those
-        of one kernel, or stand by themselves as in the state of a thin nnx model, the plan is not
-        that of the tree, or the folder exists.
+      ValueError: A leaf is no array of numbers, or lies on devices of several processes, two leaves
+        have one path, two factors are not those of one kernel, or stand by themselves as in the
+        state of a thin nnx model, the plan is not that of the tree, or the folder exists.
       TypeError: `plan` is no plan, or `rule` no rank rule.
 
     Examples:
