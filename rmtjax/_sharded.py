@@ -88,15 +88,12 @@ def _together(values: np.ndarray, mesh: Mesh) -> np.ndarray:
         return values
     first = processes.index(jax.process_index())
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    own = lambda index: values[None] * (index[0].start == first)
+    own = lambda index: (values if index[0].start == first else np.zeros_like(values))[None]
     shape = (len(devices), *values.shape)
     parts = jax.make_array_from_callback(shape, sharding, own)
-    whole = jax.jit(partial(by_compiler, _total))(parts)
-    return np.asarray(whole.addressable_data(0))
-
-
-def _total(parts: Float[Array, "devices b p"]) -> Float[Array, "b p"]:
-    return jnp.sum(parts, axis=0)
+    whole = NamedSharding(mesh, PartitionSpec())
+    total = jax.jit(partial(jnp.sum, axis=0), out_shardings=whole)(parts)
+    return np.asarray(total.addressable_data(0))
 
 
 def _decompose(kernels: Kernels) -> Iterator[tuple[str, np.ndarray]]:

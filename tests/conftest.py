@@ -13,6 +13,7 @@ import hypothesis
 import jax
 import jax.experimental
 import pytest
+from page_browser import driver as driver, show as show
 
 if not hasattr(jax, "enable_x64"):  # its name before jax 0.8
     jax.enable_x64 = jax.experimental.enable_x64

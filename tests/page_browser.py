@@ -1,4 +1,4 @@
-"""The browser in which tests open the page of a report: a plugin, so that all have the same one."""
+"""The browser in which tests open the page of a report: one for all of them, by `conftest`."""
 
 import os
 import shutil

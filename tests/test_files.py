@@ -208,6 +208,6 @@ def test_memory_is_that_of_a_few_tensors(layout):
         command = [sys.executable, "-c", SMALL, "-c", PEAK, path, copy]
         told = subprocess.run(command, capture_output=True, check=True, text=True)
         # Of the 40 tensors three may be there at once; the rest is for the allocators of orbax.
-        assert int(told.stdout) < 3 * SIZE + 2**24
+        assert int(told.stdout) < 3 * SIZE + 5 * 2**22
         with open_tensors(copy) as tensors:
             assert all((tensors.read(name) == kernels[name]).all() for name in kernels)

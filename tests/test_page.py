@@ -5,8 +5,6 @@ from page_reports import few, many, measured, THREE
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-pytest_plugins = ["page_browser"]
-
 
 def test_a_page_tells_totals_and_kernels(show):
     page = show(measured(), "<i>rmtjax</i> &amp; {{data}}")

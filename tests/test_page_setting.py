@@ -7,7 +7,6 @@ from selenium.webdriver.support.select import Select
 
 import rmtjax
 
-pytest_plugins = ["page_browser"]
 HOSTILE = [
     "</script><script>window.hit = 1</script>",
     '"><img src=x onerror="window.hit = 1">',

@@ -284,7 +284,7 @@ def test_certificate_counts_what_is_certain(ax):
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     spectrum = rmtjax.spectrum(jnp.eye(4))
-    with pytest.raises(ModuleNotFoundError, match=r"rmtjax\[experiments\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"rmtjax\[plots\]"):
         plots.esd(spectrum, rmtjax.fit_bema(spectrum))
 
 
