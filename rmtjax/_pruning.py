@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax import _kernels, ranks
-from rmtjax._factors import compose, svd
+from rmtjax._factors import compose
+from rmtjax._gram import directions
 from rmtjax._placing import by_compiler, typed_sharding
 from rmtjax._spectrum import from_singular_values
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
@@ -69,7 +70,9 @@ def _prune_stack(
     matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, settled, *, how: How
 ):
     """A stack truncated to the signal of its richest member, and whether it is to be."""
-    u, s, vt = svd(matrices)
+    # A noise level that is carried is not fitted any more: only what stands out of it counts.
+    fitted = (how.noise == "refit") | ~jnp.isfinite(memory.fits.threshold)
+    u, s, vt = directions(matrices, fitted)
     spectra, size = from_singular_values(s, matrices), s.shape[-1]
     fits, reliable = _known_noise(spectra, memory, how)
     signal = jax.vmap(how.rule, in_axes=(_EACH, 0))(spectra, fits).max()

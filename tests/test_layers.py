@@ -41,6 +41,7 @@ LAYER = {
     "_chain": 4,
     "_cost": 4,
     "_drawing": 4,
+    "_gram": 4,
     "_masks": 4,
     "_measure": 4,
     "_penalty": 4,

@@ -84,7 +84,8 @@ def test_a_refit_carries_what_it_cannot_fit():
     }
     for first, refit in zip(*states.values(), strict=True):
         for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(refit), strict=True):
-            np.testing.assert_array_equal(one, other)
+            # To rounding: what is fitted once more is decomposed in another way.
+            np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
