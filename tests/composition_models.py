@@ -1,9 +1,5 @@
 """Models that tests of composition share, and the devices to place them on."""
 
-import os
-import subprocess
-import sys
-
 import flax.linen as nn
 import jax.numpy as jnp
 from flax import nnx
@@ -29,13 +25,3 @@ class NnxNet(nnx.Module):
 
     def __call__(self, x):
         return self.linear(jnp.tanh(self.attention(x)))
-
-
-def run_on_eight_devices(code):
-    """What a program prints that sees eight devices; these must be there from its start."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | flags, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()

@@ -15,12 +15,24 @@ import jax.experimental
 import pytest
 from page_browser import driver as driver, show as show
 
+# XLA's older emitters take half the time of the newer ones, too. A flag that it does not know would
+# stop it: those of versions to come are not known.
+if jax.version.__version_info__ < (0, 11):
+    others = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {others}"
 if not hasattr(jax, "enable_x64"):  # its name before jax 0.8
     jax.enable_x64 = jax.experimental.enable_x64
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A first example compiles, which no deadline allows for.
 hypothesis.settings.register_profile("rmtjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rmtjax")
+
+# What takes longest, so that no process is left with it while the others have nothing to do.
+LONG = {"test_architectures", "test_devices", "test_notebooks", "test_stream_memory", "test_study"}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,9 +1,5 @@
 """Trees saved with their plan and restored: all of it, or an error that names what is not."""
 
-import os
-import subprocess
-import sys
-
 import flax.linen as nn
 import flax.nnx as nnx
 import jax
@@ -15,6 +11,7 @@ import pytest
 import safetensors.flax
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from virtual_devices import run_on_devices
 
 import rmtjax
 from rmtjax import _manifest, checkpoint, Factors
@@ -214,6 +211,4 @@ for name in ("a.safetensors", "a"):
 
 
 def test_arrays_that_lie_on_several_devices(tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", SHARDED, tmp_path]
-    subprocess.run(command, check=True, env=environment | {"JAX_PLATFORMS": "cpu"})
+    run_on_devices(2, SHARDED, tmp_path)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from composition_models import Net, run_on_eight_devices
+from composition_models import Net
 from flax.training.train_state import TrainState
 from linen_checks import assert_close, check, draw, Fixed, make_thin, RANK
+from virtual_devices import run_on_devices
 
 import rmtjax
 from rmtjax import linen
@@ -153,4 +154,4 @@ print(jax.tree.leaves(found)[1].sharding.shard_shape((80, 16)))
 
 
 def test_placed_on_a_mesh_of_devices_the_tree_stays_there():
-    assert run_on_eight_devices(SHARDED) == "(80, 4)"
+    assert run_on_devices(8, SHARDED) == "(80, 4)"

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from composition_models import NnxNet, run_on_eight_devices
+from composition_models import NnxNet
 from flax import nnx
 from flax.training.train_state import TrainState
 from linen_checks import assert_close, draw, Fixed, RANK
+from virtual_devices import run_on_devices
 
 from rmtjax import nnx as rmt_nnx
 
@@ -185,4 +186,4 @@ print(rmtjax.nnx.params(placed)["layers"][0]["kernel"].left.sharding.shard_shape
 
 
 def test_placed_on_a_mesh_of_devices_the_model_stays_there():
-    assert run_on_eight_devices(SHARDED) == "(80, 4)"
+    assert run_on_devices(8, SHARDED) == "(80, 4)"

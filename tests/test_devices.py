@@ -1,7 +1,6 @@
 """Trees on several devices, in one process and in two; devices must be there from the start."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -10,18 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from composition_models import run_on_eight_devices
+from virtual_devices import environment, run_on_devices
 
 JOB = Path(__file__).with_name("devices_job.py")
 CHECKS = ["reports", "truncation", "training", "broken", "meshes", "large"]
 
 
 def start(kind, devices, processes=1, number=0, port=0):
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, JOB, kind, *map(str, (processes, number, port))]
-    environment = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    return subprocess.Popen(command, env=environment(devices), text=True, **pipes)
 
 
 def finish(jobs):
@@ -81,7 +78,7 @@ print("divided")
 
 
 def test_no_device_holds_a_whole_kernel_to_find_its_spectrum():
-    assert run_on_eight_devices(ROOM) == "divided"
+    assert run_on_devices(8, ROOM) == "divided"
 
 
 MNIST = """
@@ -103,7 +100,7 @@ print(json.dumps(found))
 
 
 def test_the_main_job_on_four_devices_is_that_on_one():
-    one, four = json.loads(run_on_eight_devices(MNIST))
+    one, four = json.loads(run_on_devices(8, MNIST))
     assert [ranks for _, ranks in one] == [ranks for _, ranks in four]
     # Sums over parts of a batch round otherwise, and ninety steps go their own ways from there.
     np.testing.assert_allclose([loss for loss, _ in four], [loss for loss, _ in one], rtol=1e-3)

@@ -2,15 +2,13 @@
 
 import inspect
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from virtual_devices import run_on_devices
 
 import rmtjax
 from rmtjax.sparsity import magnitude_mask
@@ -198,8 +196,7 @@ assert jax.tree.all(jax.tree.map(lambda m, p: m.sharding == p.sharding, masks, s
 text = compiled.as_text()
 assert "all-reduce" in text and "all-gather" not in text
 """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **flags})
+    run_on_devices(4, code)
 
 
 def test_too_many_entries_to_count_are_refused():
