@@ -11,20 +11,24 @@ from rmtjax._spectrum import each, lift
 
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 # Times the root of the machine's precision, the least share of the largest singular value that the
-# median may have. Squares are then off by 0.1 % of the median's, and less than they differ.
+# median may have. Squares are then off by 0.1 % of the median's, as much as neighbours differ.
 _CLEAR = 32
 
 
-def _by_squares(wide: Float[Array, "p n"]) -> tuple[Array, Array, Array]:
-    """All directions of a matrix with no more rows than columns, that is finite.
+def _by_squares(matrix: Float[Array, "m n"]) -> tuple[Array, Array, Array]:
+    """The decomposition of a finite matrix.
 
-    With A A^T = U L U^T the rows of U^T A are s_k v_k. Their lengths, and not the roots of L, are
-    the singular values: each is off by the rounding of the largest, as by a decomposition.
+    With A A^T = U L U^T, for no more rows than columns, the rows of U^T A are s_k v_k. Their
+    lengths, and not the roots of L, are the singular values: each is off by the rounding of the
+    largest, as by a decomposition of A. What is zero has no v_k, and needs none.
     """
-    scale = jnp.maximum(jnp.abs(wide).max(), jnp.finfo(wide.dtype).tiny)
-    wide = wide / scale  # no square is too large or too small
-    _, u = jnp.linalg.eigh(_product(wide, wide.T), symmetrize_input=False)
-    rows = _product(u.T, wide)
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, vt = _by_squares(matrix.T)
+        return vt.T, s, u.T
+    scale = jnp.maximum(jnp.abs(matrix).max(), jnp.finfo(matrix.dtype).tiny)
+    matrix = matrix / scale  # no square is too large or too small
+    _, u = jnp.linalg.eigh(_product(matrix, matrix.T), symmetrize_input=False)
+    rows = _product(u.T, matrix)
     s = jnp.linalg.norm(rows, axis=1)
     order = jnp.argsort(s, descending=True)
     s = s[order]
@@ -32,30 +36,24 @@ def _by_squares(wide: Float[Array, "p n"]) -> tuple[Array, Array, Array]:
     return u[:, order], s * scale, vt
 
 
-def _one(arguments) -> tuple[Array, Array, Array]:
-    matrix, fitted = arguments
-    if matrix.shape[0] > matrix.shape[1]:
-        u, s, vt = _one((matrix.T, fitted))
-        return vt.T, s, u.T
-    # LAPACK may loop for long, or stop, on what is not finite.
-    finite = jnp.isfinite(matrix).all()
-    u, s, vt = _by_squares(jnp.where(finite, matrix, 0))
-    clear = s[len(s) // 2] >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[0]
-    found = u, jnp.where(finite, s, jnp.nan), vt
-    return lax.cond(fitted & ~clear & finite, lambda: svd(matrix), lambda: found)
-
-
 def directions(
     matrices: Float[Array, "b m n"], fitted: Bool[Array, " b"]
 ) -> tuple[Array, Array, Array]:
-    r"""Thin singular value decompositions in float32 at least, at about half the price of `svd`.
+    r"""Thin singular value decompositions in float32 at least, at about 0.6 of the price of `svd`.
 
     The eigenvectors of the Gram matrix of the shorter side tell apart what differs by more than
-    $\epsilon s_1^2$ in its square: all signal, and the bulk unless it lies some thousand times
-    under the largest value. There, a matrix whose bulk is to be fitted is decomposed by `svd`.
+    $\epsilon s_1^2$ in its square: all signal, and the bulk unless it lies ninety times under the
+    largest value in float32. Where such a bulk is to be fitted, all are decomposed by `svd`.
 
     Args:
       matrices: A stack; s is NaN for one that is not finite.
       fitted: Whether the bulk of each is to be fitted.
     """
-    return each(_one, (lift(matrices), fitted))
+    matrices = lift(matrices)
+    # LAPACK may loop for long, or stop, on what is not finite.
+    finite = jnp.isfinite(matrices).all(axis=(1, 2))
+    u, s, vt = each(_by_squares, jnp.where(finite[:, None, None], matrices, 0))
+    median = s[:, s.shape[1] // 2]
+    clear = median >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[:, 0]
+    found = u, jnp.where(finite[:, None], s, jnp.nan), vt
+    return lax.cond(jnp.any(fitted & finite & ~clear), lambda: svd(matrices), lambda: found)

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benchmarks import epoch, fit, memory, report, sizes, truncation, whole_model
+from experiments.benchmarks import (
+    epoch,
+    fit,
+    memory,
+    report,
+    sizes,
+    transform_overhead,
+    truncation,
+    whole_model,
+)
 
 
 def run(module, arguments, tmp_path, monkeypatch):
@@ -61,6 +70,14 @@ def test_an_epoch_is_trained_with_and_without_pruning(tmp_path, monkeypatch):
     assert plain["images"] == pruned["images"]
     assert plain["ranks"] == "-"
     assert int(pruned["ranks"]) < 64
+
+
+def test_a_step_is_timed_with_and_without_the_transform(tmp_path, monkeypatch):
+    arguments = ["--networks", "64-32", "--rounds", "2"]
+    (row,) = run(transform_overhead, arguments, tmp_path, monkeypatch)
+    assert row["hidden layers"] == "64-32"
+    low, high = map(float, row["95 %"].split(" to "))
+    assert 0 < low <= float(row["ratio"]) <= high
 
 
 def test_memory_is_measured_in_kernels(tmp_path, monkeypatch):

@@ -20,7 +20,16 @@ from experiments import output
 from experiments.benchmarks import timing
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"
-NAMES = ("whole_model", "fit", "sizes", "truncation", "epoch", "latency", "memory")
+NAMES = (
+    "whole_model",
+    "fit",
+    "sizes",
+    "truncation",
+    "epoch",
+    "transform_overhead",
+    "latency",
+    "memory",
+)
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "0.4"
 
 
