@@ -221,7 +221,8 @@ def run(config: Config, dataset: data.Dataset, console: Console) -> output.Resul
             splits = training.to_device(dataset, config.label_noise, seed)
             train, test = training.on_devices(config.devices, splits)
             result = run_seed(Job(config, module, stages, train, test, seed, advance))
-            networks = training.on_devices(1, result.pop("networks"))
+            found = result.pop("networks").items()  # each by itself: JAX sorts dictionaries
+            networks = {name: training.on_devices(1, tree) for name, tree in found}
             measured = measure.networks(module, networks, *splits)
             results = results.add(seed, measured, **result)
             output.save(results, config.out)
