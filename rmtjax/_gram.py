@@ -4,14 +4,14 @@ from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from rmtjax._factors import svd
 from rmtjax._spectrum import each, lift
 
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-# Times the root of the machine's precision, the least share of the largest singular value that the
-# median may have. Squares are then off by 0.1 % of the median's, as much as neighbours differ.
+# Times the root of the machine's precision, the share of the largest singular value down to which
+# squares tell: there they are off by 0.1 %, about as much as neighbours in a bulk differ.
 _CLEAR = 32
 
 
@@ -37,23 +37,24 @@ def _by_squares(matrix: Float[Array, "m n"]) -> tuple[Array, Array, Array]:
 
 
 def directions(
-    matrices: Float[Array, "b m n"], fitted: Bool[Array, " b"]
+    matrices: Float[Array, "b m n"], least: Float[Array, " b"]
 ) -> tuple[Array, Array, Array]:
     r"""Thin singular value decompositions in float32 at least, at about 0.6 of the price of `svd`.
 
     The eigenvectors of the Gram matrix of the shorter side tell apart what differs by more than
-    $\epsilon s_1^2$ in its square: all signal, and the bulk unless it lies ninety times under the
-    largest value in float32. Where such a bulk is to be fitted, all are decomposed by `svd`.
+    $\epsilon s_1^2$ in its square: in float32 down to a ninetieth of the largest value. Where what
+    matters lies under it, all are decomposed by `svd`.
 
     Args:
       matrices: A stack; s is NaN for one that is not finite.
-      fitted: Whether the bulk of each is to be fitted.
+      least: The singular value of each down to which directions matter; where it is NaN, the
+        median: the bulk is to be fitted.
     """
     matrices = lift(matrices)
     # LAPACK may loop for long, or stop, on what is not finite.
     finite = jnp.isfinite(matrices).all(axis=(1, 2))
     u, s, vt = each(_by_squares, jnp.where(finite[:, None, None], matrices, 0))
-    median = s[:, s.shape[1] // 2]
-    clear = median >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[:, 0]
+    least = jnp.where(jnp.isnan(least), s[:, s.shape[1] // 2], least)
+    clear = least >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[:, 0]
     found = u, jnp.where(finite[:, None], s, jnp.nan), vt
-    return lax.cond(jnp.any(fitted & finite & ~clear), lambda: svd(matrices), lambda: found)
+    return lax.cond(jnp.any(finite & ~clear), lambda: svd(matrices), lambda: found)

@@ -71,8 +71,9 @@ def _prune_stack(
 ):
     """A stack truncated to the signal of its richest member, and whether it is to be."""
     # A noise level that is carried is not fitted any more: only what stands out of it counts.
-    fitted = (how.noise == "refit") | ~jnp.isfinite(memory.fits.threshold)
-    u, s, vt = directions(matrices, fitted)
+    carried = memory.fits.threshold if how.noise == "first" else jnp.nan
+    least = jnp.broadcast_to(jnp.sqrt(carried * max(matrices.shape[1:])), len(matrices))
+    u, s, vt = directions(matrices, least)
     spectra, size = from_singular_values(s, matrices), s.shape[-1]
     fits, reliable = _known_noise(spectra, memory, how)
     signal = jax.vmap(how.rule, in_axes=(_EACH, 0))(spectra, fits).max()

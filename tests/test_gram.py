@@ -8,6 +8,8 @@ import pytest
 from rmtjax._factors import compose
 from rmtjax._gram import directions
 
+BULK = jnp.full(1, jnp.nan)  # the bulk matters, too
+
 
 def noisy(shape, values=(), seed=0):
     """Noise with the given singular values planted in it, in float64."""
@@ -36,27 +38,27 @@ def check(matrix, found, eps, rounding=20):
 def test_as_numpy_in_float64(shape, jit):
     matrix = noisy(shape, [5.0, 3.0][: min(shape)]).astype(np.float32)
     find = jax.jit(directions) if jit else directions
-    found = jax.tree.map(lambda a: a[0], find(jnp.asarray(matrix)[None], jnp.ones(1, bool)))
+    found = jax.tree.map(lambda a: a[0], find(jnp.asarray(matrix)[None], BULK))
     check(matrix.astype(np.float64), found, np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_of_any_scale(scale):
     matrix = (scale * noisy((60, 80), [4.0])).astype(np.float32)
-    found = jax.tree.map(lambda a: a[0], directions(jnp.asarray(matrix)[None], jnp.ones(1, bool)))
+    found = jax.tree.map(lambda a: a[0], directions(jnp.asarray(matrix)[None], BULK))
     check(matrix.astype(np.float64), found, np.finfo(np.float32).eps)
 
 
 def test_in_float64():
     matrix = noisy((60, 80), [4.0])
     with jax.enable_x64(True):
-        found = directions(jnp.asarray(matrix)[None], jnp.ones(1, bool))
+        found = directions(jnp.asarray(matrix)[None], BULK)
         check(matrix, jax.tree.map(lambda a: a[0], found), np.finfo(np.float64).eps)
 
 
 def test_lifts_bfloat16():
     matrix = jnp.asarray(noisy((60, 80), [4.0]), jnp.bfloat16)
-    found = jax.tree.map(lambda a: a[0], directions(matrix[None], jnp.ones(1, bool)))
+    found = jax.tree.map(lambda a: a[0], directions(matrix[None], BULK))
     assert {a.dtype for a in found} == {jnp.dtype("float32")}
     check(np.asarray(matrix, np.float64), found, np.finfo(np.float32).eps)
 
@@ -65,31 +67,30 @@ def test_lifts_bfloat16():
 def test_a_bulk_that_is_fitted_is_never_blurred(strength):
     """By squares alone the strongest would drown it: 1e-7 of their square is more than its own."""
     matrix = noisy((200, 250), [strength]).astype(np.float32)
-    _, s, _ = directions(jnp.asarray(matrix)[None], jnp.ones(1, bool))
+    _, s, _ = directions(jnp.asarray(matrix)[None], BULK)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     # Of the quantiles of the bulk, which a fit compares; its least values are off by rounding.
     rounding = 20 * np.finfo(np.float32).eps * strength
     np.testing.assert_allclose(s[0, 1:150], true[1:150], rtol=1e-3, atol=rounding)
 
 
-@pytest.mark.parametrize("strength", [10.0, 1e4])
-def test_signal_is_the_same_whether_the_bulk_is_fitted(strength):
+@pytest.mark.parametrize("strength", [10.0, 1e3, 1e5])
+@pytest.mark.parametrize("least", [1.0, np.nan])
+def test_signal_is_the_same_however_strong_the_strongest_is(strength, least):
     matrix = noisy((200, 250), [strength, strength / 2, 8.0]).astype(np.float32)
-    truncated = {}
-    for fitted in (False, True):
-        u, s, vt = directions(jnp.asarray(matrix)[None], jnp.full(1, fitted))
-        truncated[fitted] = compose(u, s, vt, 3)[0]
+    found = directions(jnp.asarray(matrix)[None], jnp.full(1, least))
     u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     rounding = 20 * np.finfo(np.float32).eps * strength
-    for found in truncated.values():
-        np.testing.assert_allclose(found, (u[:, :3] * s[:3]) @ vt[:3], rtol=0, atol=rounding)
+    np.testing.assert_allclose(found[1][0, :3], s[:3], rtol=0, atol=rounding)
+    truncated = (u[:, :3] * s[:3]) @ vt[:3]
+    np.testing.assert_allclose(compose(*found, 3)[0], truncated, rtol=0, atol=rounding)
 
 
 def test_a_stack_has_matrices_of_all_kinds():
     stack = np.stack([noisy((60, 80), [4.0]), np.zeros((60, 80)), noisy((60, 80), [1e6])])
     stack = np.concatenate([stack, np.full((1, 60, 80), np.nan), np.ones((1, 60, 80))])
     stack = stack.astype(np.float32)
-    found = jax.jit(directions)(jnp.asarray(stack), jnp.ones(len(stack), bool))
+    found = jax.jit(directions)(jnp.asarray(stack), jnp.full(len(stack), jnp.nan))
     for index in (0, 1, 2, 4):
         own = jax.tree.map(lambda a, index=index: a[index], found)
         check(stack[index].astype(np.float64), own, np.finfo(np.float32).eps)
