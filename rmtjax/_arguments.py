@@ -14,7 +14,7 @@ from rmtjax._version import __version__
 _EPILOG = """\
 examples:
   rmtjax analyze model.safetensors --html report.html
-  rmtjax analyze checkpoint/ --rule gavish_donoho --include 'encoder.*'
+  rmtjax analyze checkpoint/ --rule gavish_donoho --include '*encoder*'
   rmtjax compress model.safetensors --out thin.safetensors
   rmtjax compress model.safetensors --out low.safetensors --mode truncate --exclude '*embed*'
 
@@ -78,7 +78,7 @@ def pattern_hint(pattern: str) -> str:
         return ""
     return (
         " A glob must match the whole name, and '*' stands for anything: "
-        f"'*{pattern.strip('*')}*' finds it anywhere in a name."
+        f"'*{pattern.strip('*./')}*' finds it anywhere in a name."
     )
 
 

@@ -71,9 +71,8 @@ def _prune_stack(
 ):
     """A stack truncated to the signal of its richest member, and whether it is to be."""
     # A noise level that is carried is not fitted any more: only what stands out of it counts.
-    carried = memory.fits.threshold if how.noise == "first" else jnp.nan
-    least = jnp.broadcast_to(jnp.sqrt(carried * max(matrices.shape[1:])), len(matrices))
-    u, s, vt = directions(matrices, least)
+    carried = jnp.where(how.noise == "first", memory.fits.threshold, jnp.nan)
+    u, s, vt = directions(matrices, jnp.sqrt(carried * max(matrices.shape[1:])))
     spectra, size = from_singular_values(s, matrices), s.shape[-1]
     fits, reliable = _known_noise(spectra, memory, how)
     signal = jax.vmap(how.rule, in_axes=(_EACH, 0))(spectra, fits).max()

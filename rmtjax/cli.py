@@ -23,6 +23,10 @@ from rmtjax._tensors import printable
 from rmtjax._typing import Where
 from rmtjax.report import Report
 
+# The columns of the table: what a kernel would lose is to be seen before it is cut.
+FOUND = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
+COSTS = ("parameters", "multiply_adds", "milliseconds")
+
 
 def _select(tensors: Tensors, include: list[str], exclude: list[str]) -> Where:
     """Chooses kernels by patterns, each of which must match: a slip would change others."""
@@ -85,7 +89,8 @@ def _show(report: Report, args: argparse.Namespace) -> None:
     for form, path in reports(args).items():
         _write_text(path, text[form]())
     if not args.quiet:
-        print(report.table(), flush=True)
+        timed = report.totals.milliseconds is not None
+        print(report.table(*FOUND, *(COSTS if timed else ()), "reason"), flush=True)
 
 
 def _size(path: str) -> str:

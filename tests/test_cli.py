@@ -27,7 +27,9 @@ def test_analyze_prints_the_table_and_writes_what_is_asked_for(tmp_path, model, 
     assert cli.main(["analyze", model, "--level", "0.05", *options]) == 0
     shown = capsys.readouterr()
     report = checkpoint.analyze_file(model, rule=rmtjax.ranks.bema(level=0.05))
-    assert shown.out == f"{report.table()}\n"
+    columns = shown.out.splitlines()[0].split()
+    assert shown.out == f"{report.table(*columns)}\n"
+    assert {"path", "spikes", "removed", "reason"} <= {*columns}
     assert shown.err == ""  # no progress where no terminal is
     assert json.loads(files["json"].read_text())["rows"] == report.to_dict()["rows"]
     rows = files["csv"].read_text().splitlines()

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rmtjax._factors import compose
+from rmtjax import _gram, prune_spectrum
+from rmtjax._factors import compose, svd
 from rmtjax._gram import directions
 
 BULK = jnp.full(1, jnp.nan)  # the bulk matters, too
@@ -95,3 +96,69 @@ def test_a_stack_has_matrices_of_all_kinds():
         own = jax.tree.map(lambda a, index=index: a[index], found)
         check(stack[index].astype(np.float64), own, np.finfo(np.float32).eps)
     assert np.isnan(found[1][3]).all()
+
+
+@pytest.mark.parametrize("least", [1.0, np.nan])
+def test_nothing_and_one_direction_need_no_decomposition(least):
+    for matrix in (np.zeros((60, 80)), np.ones((60, 80))):
+        found = directions(jnp.asarray(matrix, jnp.float32)[None], jnp.full(1, least))
+        assert all(np.isfinite(array).all() for array in found)
+        np.testing.assert_allclose(
+            compose(*found, 60)[0], matrix, rtol=0, atol=2e-4
+        )  # 69 is the largest
+
+
+def test_each_bulk_of_a_stack_is_clear():
+    stack = np.stack([noisy((200, 250)), noisy((200, 250), [300.0])]).astype(np.float32)
+    _, s, _ = directions(jnp.asarray(stack), jnp.full(2, jnp.nan))
+    true = np.linalg.svd(stack.astype(np.float64), compute_uv=False)
+    for own, values in zip(s, true, strict=True):
+        np.testing.assert_allclose(own[1:150], values[1:150], rtol=2e-3)
+
+
+def test_at_the_limit_squares_are_in_order_and_off_by_the_square_of_the_largest():
+    matrix = noisy((400, 400), [50.0]).astype(np.float32)  # 75 times the median
+    u, s, _ = directions(jnp.asarray(matrix)[None], BULK)
+    true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    assert (np.diff(s[0]) <= 0).all()
+    bound = 5 * np.finfo(np.float32).eps * true[0] ** 2
+    np.testing.assert_allclose(s[0] ** 2, true**2, rtol=1e-5, atol=bound)
+    np.testing.assert_allclose(u[0].T @ u[0], np.eye(400), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strength", "rank", "least", "decomposed"),
+    [
+        (4.0, None, np.nan, False),
+        (4.0, 1, 2.0, False),  # its median is zero, and does not matter
+        (4.0, 1, np.nan, True),
+        (1e4, None, 1.0, True),
+        (1e4, None, 1e3, False),
+    ],
+)
+def test_only_what_squares_do_not_tell_is_decomposed(
+    strength, rank, least, decomposed, monkeypatch
+):
+    broken = lambda matrices: tuple(jnp.full_like(a, jnp.nan) for a in svd(matrices))
+    monkeypatch.setattr(_gram, "svd", broken)
+    matrix = noisy((60, 80), [strength])
+    if rank is not None:
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        matrix = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    _, s, _ = directions(jnp.asarray(matrix, jnp.float32)[None], jnp.full(1, least))
+    assert np.isnan(s).all() == decomposed
+
+
+def test_a_carried_threshold_far_under_the_largest_value_counts_as_numpy_does():
+    """By squares alone most of what stands near the threshold would be lost in their rounding."""
+    optimizer = prune_spectrum(1)
+    weak = [3.0, 2.8, 2.6, 2.5]
+    params = {"kernel": jnp.asarray(noisy((200, 300), weak), jnp.float32)}
+    still = {"kernel": jnp.zeros((200, 300))}
+    _, state = optimizer.update(still, optimizer.init(params), params)
+    strong = noisy((200, 300), [2e4, *weak], seed=1).astype(np.float32)
+    _, state = optimizer.update(still, state, {"kernel": jnp.asarray(strong)})
+    values = np.linalg.svd(strong.astype(np.float64), compute_uv=False)
+    threshold = np.sqrt(300 * float(state.fits["kernel"].threshold))
+    assert abs(values / threshold - 1).min() > 0.005  # more than rounding
+    assert int(state.ranks["kernel"]) == (values > threshold).sum() == 5
