@@ -99,13 +99,12 @@ def test_a_stack_has_matrices_of_all_kinds():
 
 
 @pytest.mark.parametrize("least", [1.0, np.nan])
-def test_nothing_and_one_direction_need_no_decomposition(least):
+def test_nothing_and_one_direction_give_back_the_matrix(least):
     for matrix in (np.zeros((60, 80)), np.ones((60, 80))):
         found = directions(jnp.asarray(matrix, jnp.float32)[None], jnp.full(1, least))
         assert all(np.isfinite(array).all() for array in found)
-        np.testing.assert_allclose(
-            compose(*found, 60)[0], matrix, rtol=0, atol=2e-4
-        )  # 69 is the largest
+        rounding = 20 * np.finfo(np.float32).eps * 70  # 69 is the largest value
+        np.testing.assert_allclose(compose(*found, 60)[0], matrix, rtol=0, atol=rounding)
 
 
 def test_each_bulk_of_a_stack_is_clear():
@@ -116,8 +115,8 @@ def test_each_bulk_of_a_stack_is_clear():
         np.testing.assert_allclose(own[1:150], values[1:150], rtol=2e-3)
 
 
-def test_at_the_limit_squares_are_in_order_and_off_by_the_square_of_the_largest():
-    matrix = noisy((400, 400), [50.0]).astype(np.float32)  # 75 times the median
+def test_near_the_limit_squares_are_in_order_and_off_by_the_square_of_the_largest():
+    matrix = noisy((400, 400), [50.0]).astype(np.float32)  # 62 times the median; 90 is the limit
     u, s, _ = directions(jnp.asarray(matrix)[None], BULK)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     assert (np.diff(s[0]) <= 0).all()
