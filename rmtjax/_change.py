@@ -14,8 +14,9 @@ from rmtjax._manifest import Manifest
 from rmtjax._names import halves
 from rmtjax._plan import LayerPlan, Plan
 from rmtjax._tensors import Entry, Tensors
-from rmtjax._truncate import factorize
+from rmtjax._truncate import change_leaf
 from rmtjax._typing import BulkFit
+from rmtjax._values import on_host
 
 
 def read_leaf(tensors: Tensors, path: str, leaf: Any, dtype: np.dtype | None) -> Any:
@@ -25,9 +26,9 @@ def read_leaf(tensors: Tensors, path: str, leaf: Any, dtype: np.dtype | None) ->
     array = tensors.read(path)
     floating = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize > 1
     array = array.astype(dtype, copy=False) if dtype is not None and floating else array
-    # Given to JAX here, so that the copy which came from the file is dropped before the work.
     wide = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
-    return array if wide else jnp.asarray(array)
+    # Given to JAX here, so that the copy which came from the file is dropped before the work.
+    return array if wide or on_host(array) else jnp.asarray(array)
 
 
 def noise_levels(
@@ -97,8 +98,10 @@ class Changed:
         return array.astype(self.entries[name].dtype, copy=False)
 
     def _leaf(self, path: str, row: LayerPlan) -> Any:
-        leaf = read_leaf(self.tensors, path, self.leaves[path], self.dtype)
-        return factorize({path: leaf}, Plan({path: row}))[path]
+        leaf = self.leaves[path]
+        read = lambda: read_leaf(self.tensors, path, leaf, self.dtype)
+        numbers = lambda part: jax.ShapeDtypeStruct(part.shape, self.dtype or part.dtype)
+        return change_leaf(read, jax.tree.map(numbers, leaf), row)
 
 
 def tell(told: Manifest | None, found: Plan, rule: ranks.RankRule, changed: Changed) -> str:

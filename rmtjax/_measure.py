@@ -200,7 +200,7 @@ def measure(
         if not is_factors(leaf) and min(sides) >= exact_below and pays(sides):
             measured[path] = _measure_large(leaf, axes, rule, given.get(path))
     rest = {path: kernels[path] for path in kernels if measured.get(path) is None}
-    here = {path: found for path, found in rest.items() if on_host(*found)}
+    here = {path: found for path, found in rest.items() if on_host(found[0])}
     spread = {p: found for p, found in rest.items() if p not in here and _is_spread(found[0])}
     there = {path: found for path, found in rest.items() if path not in here | spread}
     spectra = itertools.chain(

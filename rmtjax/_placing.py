@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -19,6 +20,11 @@ def mesh_of(array: Any) -> Any:
         return None
     sharding: Any = array.sharding
     return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+
+def lies_by_default(array: Any) -> bool:
+    """Whether an array lies on the device where new ones come to lie."""
+    return not isinstance(array, jax.Array) or array.devices() == jnp.zeros(()).devices()
 
 
 def typed_sharding(array: Any) -> NamedSharding | None:

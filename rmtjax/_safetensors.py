@@ -23,6 +23,7 @@ import numpy as np
 from rmtjax._tensors import CODES, DTYPES, Entry, parse_json, Tensors
 
 MAX_HEADER = 100_000_000  # bytes, as in the library of the format's authors
+_ALIGNED = 64  # bytes, for which JAX takes an array on CPU as it is, without a copy
 
 
 class _MalformedError(ValueError):
@@ -99,8 +100,10 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[Entry, int]], dict[str
 
 
 def _read_tensor(file: BinaryIO, entry: Entry, begin: int) -> np.ndarray:
-    array = np.empty(entry.shape, entry.dtype)
-    data = array.reshape(-1).view(np.uint8)
+    room = np.empty(entry.num_bytes + _ALIGNED, np.uint8)
+    first = -room.ctypes.data % _ALIGNED
+    data = room[first : first + entry.num_bytes]
+    array = data.view(entry.dtype).reshape(entry.shape)
     file.seek(begin)
     if file.readinto(data.data) != data.size:  # pyright: ignore[reportAttributeAccessIssue]
         raise _MalformedError("it has become shorter since it was opened")

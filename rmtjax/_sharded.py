@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from rmtjax._kernels import Kernel, to_matrices
 from rmtjax._placing import by_compiler, mesh_of, specs, typed_sharding
 from rmtjax._typing import KernelAxes, Spectrum
-from rmtjax._values import to_spectrum
+from rmtjax._values import eigenvalues, to_spectrum
 
 # Its name before jax 0.8.
 _x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
@@ -62,12 +62,6 @@ def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Ar
     return by_compiler(square, kernel, out=out)
 
 
-def _eigenvalues(gram: np.ndarray) -> np.ndarray:
-    """Ascending; NaN where the matrix is not finite."""
-    finite = np.isfinite(gram).all()
-    return np.linalg.eigvalsh(gram) if finite else np.full(len(gram), np.nan)
-
-
 def _own_values(gram: Array, turn: int) -> Iterator[tuple[Any, list[np.ndarray]]]:
     """Which matrices of a stack this process is to decompose, copied to the host.
 
@@ -107,7 +101,7 @@ def _decompose(kernels: Kernels) -> Iterator[tuple[str, np.ndarray]]:
     for path, shape, own in waiting:
         values = np.zeros(shape)
         for index, matrices in own:
-            values[index] = list(map(_eigenvalues, matrices))
+            values[index] = [eigenvalues(np.array(matrix, order="F")) for matrix in matrices]
         yield path, values
 
 

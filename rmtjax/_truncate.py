@@ -1,7 +1,8 @@
 """What a plan does to a parameter tree: truncate, factorize; and merge, the way back."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +10,22 @@ from jaxtyping import PyTree
 
 from rmtjax import _kernels
 from rmtjax._cost import Cost
+from rmtjax._directions import first_directions
 from rmtjax._factors import (
     factored_axes,
     Factors,
-    first_directions,
     is_factors,
     kernel_shape,
     multiply,
     shrink_values,
     split,
 )
+from rmtjax._host_directions import host_directions, host_without_last, Read
 from rmtjax._kernels import map_kernels
-from rmtjax._placing import place_factors, place_like
+from rmtjax._placing import lies_by_default, place_factors, place_like
 from rmtjax._plan import check_plan, LayerPlan, Plan
 from rmtjax._typing import KernelAxes
+from rmtjax._values import on_host
 
 
 def _mismatch(leaf: Any, row: LayerPlan) -> str | None:
@@ -51,28 +54,60 @@ def _check_plan(params: PyTree, plan: Plan) -> None:
             )
 
 
-def _split(kernel, row: LayerPlan, axes: KernelAxes, rank: int) -> Factors:
+class _Cut(NamedTuple):
+    """A kernel that is to be cut, and how.
+
+    Attributes:
+      read: Gives the kernel, at each call.
+      like: It, or what has its shape, dtype and place.
+      row: What is planned for it.
+      axes: Of the row.
+      rank: Of the row.
+    """
+
+    read: Read
+    like: Any
+    row: LayerPlan
+    axes: KernelAxes
+    rank: int
+
+
+def _cut(read: Read, like: Any, row: LayerPlan) -> _Cut:
+    assert row.axes is not None  # for the type checker: with an action come both
+    assert row.rank is not None
+    return _Cut(read, like, row, row.axes, row.rank)
+
+
+def _on_host(cut: _Cut) -> bool:
+    return on_host(cut.like) and lies_by_default(cut.like)
+
+
+def _split(cut: _Cut) -> Factors:
     """The factors of each matrix of a kernel, shrunk as planned."""
-    u, s, vt = first_directions(kernel, axes, rank)
+    row, axes, rank = cut.row, cut.axes, cut.rank
+    if _on_host(cut):
+        u, s, vt = host_directions(cut.read, axes, rank)
+    else:
+        u, s, vt = first_directions(cut.read(), axes, rank)
     if row.shrink is not None and row.fit is not None:
         sides = _kernels.matrix_shape(row.shape, axes)[1:]
-        s = shrink_values(s, row.shrink, jnp.ravel(row.fit.variance), sides)
+        s = shrink_values(jnp.asarray(s), row.shrink, jnp.ravel(row.fit.variance), sides)
     return split(u, s, vt)
 
 
-def _fold(factors: Factors, kernel, axes: KernelAxes) -> Factors:
+def _fold(factors: Factors, cut: _Cut) -> Factors:
     """Factors of stacks of matrices, with the axes and the dtype of the kernel."""
-    shape, rank = kernel_shape(kernel), factors.left.shape[-1]
+    axes, shape, rank = cut.axes, cut.row.shape, factors.left.shape[-1]
     batch, inputs, outputs = (
         [shape[axis] for axis in group] for group in (axes.batch, axes.inputs, axes.outputs)
     )
     left = factors.left.reshape(*batch, *inputs, rank)
     right = factors.right.reshape(*batch, rank, *outputs)
-    dtype = jnp.result_type(*jax.tree.leaves(kernel))
+    dtype = jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(cut.like)))
     thin = Factors(left.astype(dtype), right.astype(dtype))
-    if is_factors(kernel):
-        return jax.tree.map(place_like, thin, kernel)
-    return Factors(*place_factors(*thin, kernel, axes))
+    if is_factors(cut.like):
+        return jax.tree.map(place_like, thin, cut.like)
+    return Factors(*place_factors(*thin, cut.like, axes))
 
 
 @partial(jax.jit, static_argnames=("shape", "axes", "dtype"))
@@ -81,21 +116,39 @@ def _unfold(factors: Factors, shape: tuple[int, ...], axes: KernelAxes, dtype):
     return _kernels.from_matrices(multiply(factors), shape, axes).astype(dtype)
 
 
-def _truncate_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
-    left, right = _split(kernel, row, axes, rank)
-    if not is_factors(kernel):
-        dtype = jnp.result_type(kernel)
-        lower = _unfold(Factors(left, right), shape=row.shape, axes=axes, dtype=dtype)
-        return place_like(lower, kernel)
-    cut = (0, kernel.left.shape[-1] - rank)
-    left, right = jnp.pad(left, ((0, 0), (0, 0), cut)), jnp.pad(right, ((0, 0), cut, (0, 0)))
-    return _fold(Factors(left, right), kernel, axes)
+def _lower(cut: _Cut) -> jax.Array:
+    """A kernel of lower rank, in its shape and dtype."""
+    row, axes, rank = cut.row, cut.axes, cut.rank
+    dtype = jax.dtypes.canonicalize_dtype(cut.like.dtype)
+    short = min(_kernels.matrix_shape(row.shape, axes)[1:])
+    if row.shrink is None and short / 2 < rank < short and _on_host(cut):
+        lower = jnp.asarray(host_without_last(cut.read, axes, rank))
+        return _kernels.from_matrices(lower, row.shape, axes).astype(dtype)
+    return _unfold(_split(cut), shape=row.shape, axes=axes, dtype=dtype)
 
 
-def _factorize_kernel(kernel, row: LayerPlan, axes: KernelAxes, rank: int):
-    if row.action != "factorize":
-        return _truncate_kernel(kernel, row, axes, rank)
-    return _fold(_split(kernel, row, axes, rank), kernel, axes)
+def _truncate_kernel(cut: _Cut):
+    if not is_factors(cut.like):
+        return place_like(_lower(cut), cut.like)
+    left, right = _split(cut)
+    pad = (0, cut.like.left.shape[-1] - cut.rank)
+    left, right = jnp.pad(left, ((0, 0), (0, 0), pad)), jnp.pad(right, ((0, 0), pad, (0, 0)))
+    return _fold(Factors(left, right), cut)
+
+
+def _factorize_kernel(cut: _Cut):
+    return _fold(_split(cut), cut) if cut.row.action == "factorize" else _truncate_kernel(cut)
+
+
+def change_leaf(read: Read, like: Any, row: LayerPlan) -> Any:
+    """What is planned for one kernel, read where it is needed: it may not lie in memory.
+
+    Args:
+      read: Gives the kernel, or factors, at each call.
+      like: Its shape and dtype.
+      row: Its row of a plan, with an action.
+    """
+    return _factorize_kernel(_cut(read, like, row))
 
 
 def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:
@@ -110,17 +163,11 @@ def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:
     return row._replace(action="truncate", reason=reason, cost=cost)
 
 
-def _map_planned(change, params: PyTree, plan: Plan) -> PyTree:
-    """Applies `change(kernel, row, axes, rank)` to the kernels that the plan changes."""
+def _map_planned(change: Callable[[_Cut], Any], params: PyTree, plan: Plan) -> PyTree:
+    """Applies `change` to the kernels that the plan changes."""
     _check_plan(params, plan)
-
-    def visit(path, kernel):
-        row = plan[path]
-        assert row.axes is not None  # for the type checker: with an action come both
-        assert row.rank is not None
-        return change(kernel, row, row.axes, row.rank)
-
     chosen = {path for path, row in plan.items() if row.action != "keep"}
+    visit = lambda path, kernel: change(_cut(lambda: kernel, kernel, plan[path]))
     return map_kernels(visit, params, chosen, is_leaf=is_factors)
 
 

@@ -3,65 +3,67 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from rmtjax._kernels import matrix_shape, to_matrices
 from rmtjax._typing import KernelAxes, Spectrum
 
-# So many rows are squared at a time: of a long matrix no copy is made.
-_ROWS = 1024
-# Sides from which a matrix that is not long is decomposed: in float64 it would need five times its
-# room, and save little time.
-_LARGE = 1536
+# So many entries are squared at a time: of a long matrix no copy is made.
+_PART = 2**20
 # Largest over smallest eigenvalue up to which squares in float32 have four digits of it or more.
 _MODERATE = 2048
 
 
-def on_host(kernel: Any, axes: KernelAxes) -> bool:
-    """Whether the host finds the spectrum of a kernel faster than a compiled program.
+def on_host(kernel: Any) -> bool:
+    """Whether the host decomposes a kernel faster, and in less room, than a compiled program.
 
     An array of the CPU is not copied for it. A float64 kernel is not among them: squared, its
     small values drown in the rounding of the large ones.
     """
+    if isinstance(kernel, jax.core.Tracer):
+        return False
     if isinstance(kernel, jax.Array):
         # Whole, and not on devices of other processes alone.
         whole = kernel.is_fully_replicated and bool(kernel.addressable_shards)
         here = whole and all(device.platform == "cpu" for device in kernel.devices())
     else:
-        here = isinstance(kernel, np.ndarray) and jax.default_backend() == "cpu"
-    if not here or kernel.dtype.itemsize == 8:
-        return False
-    short, long = sorted(matrix_shape(kernel.shape, axes)[1:])
-    return short < _LARGE or long >= 2 * short
+        read = isinstance(kernel, (np.ndarray, jax.ShapeDtypeStruct))  # or to be, from a file
+        here = read and jax.default_backend() == "cpu"
+    return here and kernel.dtype.itemsize < 8
 
 
-def _gram(long: np.ndarray, dtype: type) -> np.ndarray:
-    """A^T A of a matrix with more rows than columns."""
-    gram = np.zeros((long.shape[1],) * 2, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):  # told by what comes out
-        for first in range(0, len(long), _ROWS):
-            rows = long[first : first + _ROWS].astype(dtype, copy=False)
-            gram += rows.T @ rows
-    return gram
+def gram(tall: np.ndarray, dtype: type) -> np.ndarray:
+    """A^T A of a matrix with no fewer rows than columns: its lower triangle, and zeros above."""
+    from scipy.linalg import blas  # comes with jax; loaded by those who need it
+
+    squares = np.zeros((tall.shape[1],) * 2, dtype, order="F")
+    add: Any = blas.get_blas_funcs("syrk", dtype=squares.dtype)
+    step = max(1, _PART // tall.shape[1])
+    for first in range(0, len(tall), step):
+        rows = tall[first : first + step].astype(dtype, order="C", copy=False)
+        squares = add(1, rows.T, beta=1, c=squares, overwrite_c=True, lower=True)
+    return squares
 
 
-def _squared_values(long: np.ndarray) -> np.ndarray:
-    """The squared singular values, ascending, from the Gram matrix in the dtype that it needs."""
-    rows, columns = long.shape
+def eigenvalues(squares: np.ndarray) -> np.ndarray:
+    """Of the lower triangle of a symmetric matrix, in its place; ascending, NaN if not finite."""
+    from scipy.linalg import eigvalsh
+
+    if not np.isfinite(squares).all():
+        return np.full(len(squares), np.nan)
+    return eigvalsh(squares, driver="ev", overwrite_a=True, check_finite=False)
+
+
+def _squared_values(tall: np.ndarray) -> np.ndarray:
+    """The squared singular values, from the Gram matrix in the dtype that it needs."""
+    rows, columns = tall.shape
     if rows >= 2 * columns:  # its law has no small values
-        gram = _gram(long, np.float32)
-        values = np.linalg.eigvalsh(gram) if np.isfinite(gram).all() else np.zeros(columns)
+        values = eigenvalues(gram(tall, np.float32))
         if 0 < values[-1] <= _MODERATE * values[0]:
             return values
-    return np.linalg.eigvalsh(_gram(long, np.float64))
-
-
-def _eigenvalues(matrix: np.ndarray) -> np.ndarray:
-    rows, columns = matrix.shape
-    if not np.isfinite(matrix).all():
-        return np.full(min(rows, columns), np.nan)
-    return _squared_values(matrix if rows >= columns else matrix.T)[::-1]
+    return eigenvalues(gram(tall, np.float64))
 
 
 def to_spectrum(values: np.ndarray, kernel: Any, axes: KernelAxes) -> Spectrum:
@@ -82,4 +84,5 @@ def host_spectra(kernel: Any, axes: KernelAxes) -> Spectrum:
     which is taken where all eigenvalues are of one size, it is off by some $2^{-24} \lambda_1$.
     """
     matrices = to_matrices(np.asarray(kernel), axes)
-    return to_spectrum(np.stack([_eigenvalues(matrix) for matrix in matrices]), kernel, axes)
+    tall = matrices if matrices.shape[1] >= matrices.shape[2] else matrices.mT
+    return to_spectrum(np.stack(list(map(_squared_values, tall)))[:, ::-1], kernel, axes)

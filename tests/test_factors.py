@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import rmtjax
-from rmtjax._factors import first_directions, multiply, split, svd
+from rmtjax._directions import first_directions
+from rmtjax._factors import multiply, split, svd
 from rmtjax._typing import KernelAxes
 
 STACK = KernelAxes((1,), (2,), (0,))

@@ -38,8 +38,10 @@ LAYER = {
     "shrinkage": 3,
     "_estimate": 3,
     "_values": 2,
+    "_host_directions": 3,
     "_chain": 4,
     "_cost": 4,
+    "_directions": 4,
     "_drawing": 4,
     "_gram": 4,
     "_masks": 4,
@@ -88,6 +90,7 @@ OWNERS = {
     "orbax": {"_orbax"},
     "pandas": {"report"},
     "rich": {"cli", "report"},
+    "scipy": {"_host_directions", "_values"},
 }
 PACKAGE = pathlib.Path(rmtjax.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

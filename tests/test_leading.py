@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from rmtjax import _leading
-from rmtjax._factors import first_directions
+from rmtjax._directions import first_directions
 from rmtjax._leading import block_size, leading, pays
 from rmtjax._typing import KernelAxes
 
