@@ -222,9 +222,9 @@ def compress_file(
     bit by bit. The output is there when all of it has been written, and carries its plan: it can be
     analyzed and compressed again, and `rmtjax.checkpoint.restore` makes a tree of it.
 
-    Memory, on CPU, is three times the largest tensor, counted in float32, and a constant; four times
-    where more than half of the directions of a kernel are kept and shrunk, and up to seven times
-    for a kernel of float64, and of one that is computed in it.
+    Memory, on CPU, is three times the largest tensor, counted in float32, and a constant; four
+    times where more than half of the directions of a kernel are kept and shrunk, and up to seven
+    times a kernel that is computed in float64.
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
