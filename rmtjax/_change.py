@@ -27,7 +27,8 @@ def read_leaf(tensors: Tensors, path: str, leaf: Any, dtype: np.dtype | None) ->
     floating = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize > 1
     array = array.astype(dtype, copy=False) if dtype is not None and floating else array
     wide = jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
-    # Given to JAX here, so that the copy which came from the file is dropped before the work.
+    # What the host decomposes stays as it is. Else it is given to JAX here, so that the copy which
+    # came from the file is dropped before the work.
     return array if wide or on_host(array) else jnp.asarray(array)
 
 

@@ -1,13 +1,14 @@
 """Singular directions of kernels in the memory of the host, found in little room.
 
 Those of the shorter side are eigenvectors of the Gram matrix in float64, which tells apart what
-differs in float32; the others follow from the kernel. It is not in memory while its Gram matrix is
-decomposed, if it can be read again.
+differs in float32; the others follow from the kernel. A kernel that can be read again is not in
+memory while the Gram matrix of its last matrix, of most kernels the only one, is decomposed.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,8 +30,9 @@ def _iterated(matrix: np.ndarray, rank: int) -> np.ndarray | None:
     block = block_size(rank)
     if not (pays(block, matrix.shape) and np.isfinite(matrix).all()):
         return None
-    found = leading(lift(jnp.asarray(_tall(matrix))), rank, block)
-    return np.asarray(found.vt[:rank].T) if found.converged else None
+    with jax.ensure_compile_time_eval():  # a kernel may be a constant of a program
+        found = leading(lift(jnp.asarray(_tall(matrix))), rank, block)
+        return np.asarray(found.vt[:rank].T) if found.converged else None
 
 
 def _eigenvectors(squares: np.ndarray, first: int, last: int) -> np.ndarray:
@@ -47,26 +49,24 @@ def _eigenvectors(squares: np.ndarray, first: int, last: int) -> np.ndarray:
     return vectors[:, ::-1].astype(np.float32)
 
 
-def _short_vectors(waiting: list[np.ndarray], first: int, last: int | None) -> np.ndarray:
+def _short_vectors(waiting: list[np.ndarray], directions: slice) -> np.ndarray:
     """Vectors of the shorter side of the matrix that waits first, which is let go."""
-    end = min(waiting[0].shape) if last is None else last
-    found = None if first else _iterated(waiting[0], end)
+    first, last, _ = directions.indices(min(waiting[0].shape))
+    found = None if first else _iterated(waiting[0], last)
     if found is None:  # the matrix is gone when its Gram matrix is decomposed
-        return _eigenvectors(gram(_tall(waiting.pop(0)), np.float64), first, end)
+        return _eigenvectors(gram(_tall(waiting.pop(0)), np.float64), first, last)
     waiting.pop(0)
     return found
 
 
-def _map_matrices(
-    cut: Callable, read: Read, axes: KernelAxes, first: int, last: int | None
-) -> list:
+def _map_matrices(cut: Callable, read: Read, axes: KernelAxes, directions: slice) -> list:
     """`cut(matrix, vectors)` of each matrix, in float32, with those of its shorter side."""
     waiting = [*to_matrices(np.asarray(read()), axes)]
     vectors = []
     while waiting:
-        vectors.append(_short_vectors(waiting, first, last))
+        vectors.append(_short_vectors(waiting, directions))
     matrices = to_matrices(np.asarray(read()), axes)
-    with np.errstate(invalid="ignore"):  # told by what comes out
+    with np.errstate(invalid="ignore", over="ignore"):  # told by what comes out
         pairs = zip(matrices, vectors, strict=True)
         return [cut(matrix.astype(np.float32, copy=False), own) for matrix, own in pairs]
 
@@ -87,7 +87,7 @@ def host_directions(read: Read, axes: KernelAxes, rank: int) -> tuple[np.ndarray
         long /= np.where(s > 0, s, np.inf)  # what is zero has no direction, and needs none
         return (long, s, short.T) if len(long) == len(matrix) else (short, s, long.T)
 
-    u, s, vt = map(_stack, zip(*_map_matrices(cut, read, axes, 0, rank), strict=True))
+    u, s, vt = map(_stack, zip(*_map_matrices(cut, read, axes, slice(rank)), strict=True))
     return u, s, vt
 
 
@@ -102,4 +102,4 @@ def host_without_last(read: Read, axes: KernelAxes, rank: int) -> np.ndarray:
         last = last if len(last) == len(matrix) else last.T
         return np.subtract(matrix, last, out=last)
 
-    return _stack(_map_matrices(cut, read, axes, rank, None))
+    return _stack(_map_matrices(cut, read, axes, slice(rank, None)))

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -20,11 +19,6 @@ def mesh_of(array: Any) -> Any:
         return None
     sharding: Any = array.sharding
     return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
-
-
-def lies_by_default(array: Any) -> bool:
-    """Whether an array lies on the device where new ones come to lie."""
-    return not isinstance(array, jax.Array) or array.devices() == jnp.zeros(()).devices()
 
 
 def typed_sharding(array: Any) -> NamedSharding | None:
@@ -90,14 +84,21 @@ def _sharding_of(array: Any) -> NamedSharding | None:
 def place_like(new: jax.Array, old: Any) -> jax.Array:
     """An array where another of its shape lies."""
     sharding = _sharding_of(old)
-    return new if sharding is None else jax.device_put(new, sharding)
+    return _commit_like(new, old) if sharding is None else jax.device_put(new, sharding)
+
+
+def _commit_like(new: jax.Array, old: Any) -> jax.Array:
+    """An array on the one device on which another is to stay."""
+    concrete = not any(isinstance(array, jax.core.Tracer) for array in (new, old))
+    bound = concrete and isinstance(old, jax.Array) and old.committed
+    return jax.device_put(new, old.sharding) if bound else new
 
 
 def place_factors(left: jax.Array, right: jax.Array, kernel: Any, axes: KernelAxes):
     """Factors of a kernel, divided along its axes as it is; their rank is not divided."""
     sharding = _sharding_of(kernel)
     if sharding is None:
-        return left, right
+        return _commit_like(left, kernel), _commit_like(right, kernel)
     spec = specs(sharding, kernel.ndim)
     batch, inputs, outputs = ([spec[axis] for axis in group] for group in (axes[2], *axes[:2]))
     put = lambda array, own: jax.device_put(

@@ -23,7 +23,7 @@ import numpy as np
 from rmtjax._tensors import CODES, DTYPES, Entry, parse_json, Tensors
 
 MAX_HEADER = 100_000_000  # bytes, as in the library of the format's authors
-_ALIGNED = 64  # bytes, for which JAX takes an array on CPU as it is, without a copy
+_ALIGNED = 64  # bytes, to which XLA wants arrays aligned; others JAX copies
 
 
 class _MalformedError(ValueError):

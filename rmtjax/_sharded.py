@@ -100,7 +100,7 @@ def _decompose(kernels: Kernels) -> Iterator[tuple[str, np.ndarray]]:
         waiting.append((path, gram.shape[:2], list(_own_values(gram, turn))))
     for path, shape, own in waiting:
         values = np.zeros(shape)
-        for index, matrices in own:
+        for index, matrices in own:  # copied, as they are decomposed in their place
             values[index] = [eigenvalues(np.array(matrix, order="F")) for matrix in matrices]
         yield path, values
 

@@ -224,7 +224,7 @@ def compress_file(
 
     Memory, on CPU, is three times the largest tensor, counted in float32, and a constant; four
     times where more than half of the directions of a kernel are kept and shrunk, and up to seven
-    times a kernel that is computed in float64.
+    times a kernel of float64, or that is computed in it.
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.

@@ -22,7 +22,7 @@ from rmtjax._factors import (
 )
 from rmtjax._host_directions import host_directions, host_without_last, Read
 from rmtjax._kernels import map_kernels
-from rmtjax._placing import lies_by_default, place_factors, place_like
+from rmtjax._placing import place_factors, place_like
 from rmtjax._plan import check_plan, LayerPlan, Plan
 from rmtjax._typing import KernelAxes
 from rmtjax._values import on_host
@@ -78,14 +78,15 @@ def _cut(read: Read, like: Any, row: LayerPlan) -> _Cut:
     return _Cut(read, like, row, row.axes, row.rank)
 
 
-def _on_host(cut: _Cut) -> bool:
-    return on_host(cut.like) and lies_by_default(cut.like)
+def _by_host(cut: _Cut) -> bool:
+    # What comes out lies where new arrays do: not on a device to be copied back.
+    return on_host(cut.like) and jax.default_backend() == "cpu"
 
 
 def _split(cut: _Cut) -> Factors:
     """The factors of each matrix of a kernel, shrunk as planned."""
     row, axes, rank = cut.row, cut.axes, cut.rank
-    if _on_host(cut):
+    if _by_host(cut):
         u, s, vt = host_directions(cut.read, axes, rank)
     else:
         u, s, vt = first_directions(cut.read(), axes, rank)
@@ -103,7 +104,8 @@ def _fold(factors: Factors, cut: _Cut) -> Factors:
     )
     left = factors.left.reshape(*batch, *inputs, rank)
     right = factors.right.reshape(*batch, rank, *outputs)
-    dtype = jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(cut.like)))
+    dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in jax.tree.leaves(cut.like)]
+    dtype = jnp.result_type(*dtypes)
     thin = Factors(left.astype(dtype), right.astype(dtype))
     if is_factors(cut.like):
         return jax.tree.map(place_like, thin, cut.like)
@@ -121,7 +123,7 @@ def _lower(cut: _Cut) -> jax.Array:
     row, axes, rank = cut.row, cut.axes, cut.rank
     dtype = jax.dtypes.canonicalize_dtype(cut.like.dtype)
     short = min(_kernels.matrix_shape(row.shape, axes)[1:])
-    if row.shrink is None and short / 2 < rank < short and _on_host(cut):
+    if row.shrink is None and short / 2 < rank < short and _by_host(cut):
         lower = jnp.asarray(host_without_last(cut.read, axes, rank))
         return _kernels.from_matrices(lower, row.shape, axes).astype(dtype)
     return _unfold(_split(cut), shape=row.shape, axes=axes, dtype=dtype)

@@ -14,6 +14,7 @@ from rmtjax._typing import KernelAxes, Spectrum
 _PART = 2**20
 # Largest over smallest eigenvalue up to which squares in float32 have four digits of it or more.
 _MODERATE = 2048
+_SMALL = 1e-30  # squares under it may be less than normal in float32
 
 
 def on_host(kernel: Any) -> bool:
@@ -61,7 +62,7 @@ def _squared_values(tall: np.ndarray) -> np.ndarray:
     rows, columns = tall.shape
     if rows >= 2 * columns:  # its law has no small values
         values = eigenvalues(gram(tall, np.float32))
-        if 0 < values[-1] <= _MODERATE * values[0]:
+        if _SMALL < values[-1] <= _MODERATE * values[0]:
             return values
     return eigenvalues(gram(tall, np.float64))
 
@@ -81,7 +82,7 @@ def host_spectra(kernel: Any, axes: KernelAxes) -> Spectrum:
     By the Gram matrix. In float64 the products of its entries are exact, and an eigenvalue is off
     by about $2^{-53} \lambda_1$ times a small multiple of p: less than by the singular values in
     float32, which are off by $2^{-24} s_1$, down to $\lambda_k = 10^{-12} \lambda_1$. In float32,
-    which is taken where all eigenvalues are of one size, it is off by some $2^{-24} \lambda_1$.
+    which is taken where all eigenvalues are of one size, it is off by a few $2^{-24} \lambda_1$.
     """
     matrices = to_matrices(np.asarray(kernel), axes)
     tall = matrices if matrices.shape[1] >= matrices.shape[2] else matrices.mT

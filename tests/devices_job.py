@@ -64,8 +64,12 @@ def gather(tree):
 
 
 def assert_close(found, wanted):
+    # Two ways to a number in bfloat16 may round it to neighbours.
     check = lambda a, b: np.testing.assert_allclose(
-        np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-4, atol=1e-4
+        np.asarray(a, np.float32),
+        np.asarray(b, np.float32),
+        rtol=2**-7 if b.dtype == jnp.bfloat16 else 1e-4,
+        atol=1e-4,
     )
     jax.tree.map(check, gather(found), wanted)
 
@@ -93,7 +97,7 @@ def check_truncation(params, placed, plan):
     assert_close(lower, rmtjax.truncate(params, plan))
     assert_placed(lower, placed)
     thin, wanted = rmtjax.factorize(placed, plan), rmtjax.factorize(params, plan)
-    assert_close(thin, wanted)
+    # Factors have signs of their own.
     assert_close(rmtjax.merge(thin), rmtjax.merge(wanted))
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, thin)
     assert specs["Dense_0"]["kernel"] == rmtjax.Factors(P("data", None), P(None, "model"))

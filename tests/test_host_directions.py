@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import rmtjax
-from rmtjax import _leading, _truncate, ranks, shrinkage
+from rmtjax import _host_directions, _leading, _truncate, ranks, shrinkage
 from rmtjax._host_directions import host_directions, host_without_last
 from rmtjax._typing import KernelAxes
 
@@ -95,11 +95,43 @@ def test_few_directions_are_iterated_and_what_does_not_converge_is_not(monkeypat
     matrix = noise((257, 300))
     matrix[:, :3] += 4
     wanted, values = truncated(matrix, 1)
+    squared = []  # those of which the Gram matrix was decomposed
+    decompose = _host_directions._eigenvectors
+    spy = lambda squares, *ends: squared.append(ends) or decompose(squares, *ends)
+    monkeypatch.setattr(_host_directions, "_eigenvectors", spy)
     for work in (_leading._MAX_WORK, 0):
         monkeypatch.setattr(_leading, "_MAX_WORK", work)
         jax.clear_caches()  # the bound is compiled in
         u, s, vt = (part[0] for part in host_directions(lambda: matrix, MATRIX, 1))
         np.testing.assert_allclose((u * s) @ vt, wanted, atol=1e-5 * values[0])
+        assert squared == ([] if work else [(0, 1)])
+
+
+@pytest.mark.parametrize("rank", [1, 250])
+@pytest.mark.parametrize("change", [rmtjax.truncate, rmtjax.factorize])
+def test_a_tree_may_be_a_constant_of_a_program(change, rank, monkeypatch):
+    monkeypatch.setattr(_leading, "_MIN_SIDE", 256)
+    kernel = noise((257, 300))
+    kernel[:, :3] += 4
+    for params in ({"kernel": kernel}, {"kernel": jnp.asarray(kernel)}):
+        plan = rmtjax.plan(params, rule=ranks.fixed(rank), min_size=20)
+        wanted = rmtjax.merge(change(params, plan))["kernel"]
+        inside = lambda x, params=params, plan=plan: (
+            x @ rmtjax.merge(change(params, plan))["kernel"]
+        )
+        np.testing.assert_allclose(jax.jit(inside)(np.eye(257)), wanted, atol=1e-4)
+        shape = jax.eval_shape(inside, np.eye(257))
+        assert shape.shape == kernel.shape
+
+
+def test_results_stay_where_the_kernel_is_bound_to():
+    (device, *_) = jax.devices()
+    kernel = noise((60, 80))
+    for placed in (jnp.asarray(kernel), jax.device_put(kernel, device)):
+        plan = rmtjax.plan({"kernel": placed}, rule=ranks.fixed(8))
+        for change in (rmtjax.truncate, rmtjax.factorize):
+            found = jax.tree.leaves(change({"kernel": placed}, plan))
+            assert {leaf.committed for leaf in found} == {placed.committed}
 
 
 @pytest.mark.parametrize("shrink", [None, shrinkage.frobenius])
@@ -119,7 +151,9 @@ def test_a_tree_is_cut_as_by_the_compiled_programs(kind, rank, shrink, monkeypat
         params, axes={"kernel": axes}, rule=ranks.fixed(rank), shrink=shrink, min_size=20
     )
     for change in (rmtjax.truncate, rmtjax.factorize):
-        here = rmtjax.merge(change(params, plan))
+        with monkeypatch.context() as patch:
+            patch.setattr(_truncate, "first_directions", None)  # which is compiled
+            here = rmtjax.merge(change(params, plan))
         compiled = rmtjax.merge(jax.jit(lambda tree, change=change: change(tree, plan))(params))
         with monkeypatch.context() as patch:
             patch.setattr(_truncate, "on_host", lambda kernel: False)
@@ -130,3 +164,13 @@ def test_a_tree_is_cut_as_by_the_compiled_programs(kind, rank, shrink, monkeypat
             close = {"atol": 8 * eps * float(jnp.abs(kernel).max())}
             found, wanted = (np.asarray(tree["kernel"], np.float32) for tree in (here, other))
             np.testing.assert_allclose(found, wanted, **close)
+
+
+def test_a_kernel_of_float64_is_cut_in_float32():
+    """As JAX computes without its 64 bits: without a word of warning."""
+    kernel = noise((60, 80), np.float64)
+    plan = rmtjax.plan({"kernel": kernel}, rule=ranks.fixed(8))
+    for change in (rmtjax.truncate, rmtjax.factorize):
+        found = rmtjax.merge(change({"kernel": kernel}, plan))["kernel"]
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, truncated(kernel, 8)[0], atol=1e-5)
