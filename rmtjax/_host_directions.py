@@ -8,7 +8,6 @@ memory while the Gram matrix of its last matrix, of most kernels the only one, i
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,9 +29,8 @@ def _iterated(matrix: np.ndarray, rank: int) -> np.ndarray | None:
     block = block_size(rank)
     if not (pays(block, matrix.shape) and np.isfinite(matrix).all()):
         return None
-    with jax.ensure_compile_time_eval():  # a kernel may be a constant of a program
-        found = leading(lift(jnp.asarray(_tall(matrix))), rank, block)
-        return np.asarray(found.vt[:rank].T) if found.converged else None
+    found = leading(lift(jnp.asarray(_tall(matrix))), rank, block)
+    return np.asarray(found.vt[:rank].T) if found.converged else None
 
 
 def _eigenvectors(squares: np.ndarray, first: int, last: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -79,8 +80,10 @@ def _cut(read: Read, like: Any, row: LayerPlan) -> _Cut:
 
 
 def _by_host(cut: _Cut) -> bool:
-    # What comes out lies where new arrays do: not on a device to be copied back.
-    return on_host(cut.like) and jax.default_backend() == "cpu"
+    if not (on_host(cut.like) and jax.default_backend() == "cpu"):
+        return False
+    # A kernel may be a constant of a program, in which new arrays are traced.
+    return not isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def _split(cut: _Cut) -> Factors:
