@@ -168,7 +168,7 @@ def test_an_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, model, 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_change, "factorize", interrupt)
+    monkeypatch.setattr(_change, "change_leaf", interrupt)
     argv = ["compress", model, "--out", str(tmp_path / "out.safetensors"), "--rule", "fixed:16"]
     assert cli.main(argv) == 130
     assert capsys.readouterr().err == "rmtjax: interrupted\n"
@@ -186,7 +186,7 @@ def test_an_end_leaves_no_half_written_file(tmp_path, monkeypatch, model, capsys
 
     before = signal.signal(number, signal.SIG_DFL)
     try:
-        monkeypatch.setattr(_change, "factorize", end)
+        monkeypatch.setattr(_change, "change_leaf", end)
         argv = ["compress", model, "--out", str(tmp_path / "out.safetensors"), "--rule", "fixed:16"]
         assert cli.main(argv) == code
         assert capsys.readouterr().err == f"rmtjax: ended by {name}\n"
@@ -194,7 +194,7 @@ def test_an_end_leaves_no_half_written_file(tmp_path, monkeypatch, model, capsys
         assert signal.getsignal(number) == signal.SIG_DFL
         # Under nohup the signal is ignored, and stays so.
         signal.signal(number, signal.SIG_IGN)
-        monkeypatch.setattr(_change, "factorize", lambda *args: os.kill(os.getpid(), number))
+        monkeypatch.setattr(_change, "change_leaf", lambda *args: os.kill(os.getpid(), number))
         assert cli.main(argv) == 1
     finally:
         signal.signal(number, before)
