@@ -80,6 +80,7 @@ def _cut(read: Read, like: Any, row: LayerPlan) -> _Cut:
 
 
 def _by_host(cut: _Cut) -> bool:
+    """Whether the host cuts a kernel, and no compiled program."""
     if not (on_host(cut.like) and jax.default_backend() == "cpu"):
         return False
     # A kernel may be a constant of a program, in which new arrays are traced.
