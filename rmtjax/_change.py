@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmtjax import _manifest, ranks
+from rmtjax._cut import change_leaf
 from rmtjax._factors import Factors, is_factors
 from rmtjax._manifest import Manifest
 from rmtjax._names import halves
 from rmtjax._plan import LayerPlan, Plan
 from rmtjax._tensors import Entry, Tensors
-from rmtjax._truncate import change_leaf
 from rmtjax._typing import BulkFit
 from rmtjax._values import on_host
 

@@ -113,10 +113,20 @@ def compose(u, s, vt, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
     return _product(u * kept[..., None, :], vt)
 
 
+def project(u, matrices, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
+    """The part of matrices in the span of the first `rank` of orthonormal left directions."""
+    kept = jnp.where(jnp.arange(u.shape[-1]) < rank, u, 0)
+    return _product(kept, _product(kept.mT, matrices))
+
+
 def split(u, s, vt) -> Factors:
-    """Directions as factors: half of each value to each, so that they train alike."""
+    """Directions as factors: half of each value to each, so that they train alike.
+
+    Of matrices, or with the axes of a kernel: s has those of the batch and the rank.
+    """
     root = jnp.sqrt(s)
-    return Factors(u * root[..., None, :], root[..., :, None] * vt)
+    left = u * jnp.expand_dims(root, tuple(range(s.ndim - 1, u.ndim - 1)))
+    return Factors(left, jnp.expand_dims(root, tuple(range(s.ndim, vt.ndim))) * vt)
 
 
 def shrink_values(

@@ -33,7 +33,7 @@ def _iterated(matrix: np.ndarray, rank: int) -> np.ndarray | None:
     return np.asarray(found.vt[:rank].T) if found.converged else None
 
 
-def _eigenvectors(squares: np.ndarray, first: int, last: int) -> np.ndarray:
+def eigenvectors(squares: np.ndarray, first: int, last: int) -> np.ndarray:
     """Those of a Gram matrix, in its place, from the `first` largest to the `last`, in float32."""
     from scipy.linalg import eigh  # comes with jax; loaded by those who need it
 
@@ -52,7 +52,7 @@ def _short_vectors(waiting: list[np.ndarray], directions: slice) -> np.ndarray:
     first, last, _ = directions.indices(min(waiting[0].shape))
     found = None if first else _iterated(waiting[0], last)
     if found is None:  # the matrix is gone when its Gram matrix is decomposed
-        return _eigenvectors(gram(_tall(waiting.pop(0)), np.float64), first, last)
+        return eigenvectors(gram(_tall(waiting.pop(0)), np.float64), first, last)
     waiting.pop(0)
     return found
 

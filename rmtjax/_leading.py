@@ -1,5 +1,6 @@
 """The leading singular directions of a matrix, at the price of those alone."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 _MAX_GAIN = 1e4
 # Of multiplications by the matrix, for all its columns: a decomposition costs about as much.
 _MAX_WORK = 12
+_MAX_WORK_ABOVE = 6  # and as much the eigenvectors of the Gram matrix
 _MIN_SIDE = 1000  # below, a decomposition takes less time than to compile an iteration
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -43,6 +45,12 @@ class _State(NamedTuple):
     products: Int[Array, ""]  # with the matrix or its transpose, so far
 
 
+# Which of some triplets are asked for, by their values and their residuals relative to the first.
+_Asked = Callable[[Array, Array], Array]
+# Whether a state is what was wanted, and whether a later one may be.
+_Goal = Callable[[_State], tuple[Array, Array]]
+
+
 def block_size(rank: int) -> int:
     """Directions to iterate for so many: some more, in steps, so that few programs compile."""
     return -(-(rank + max(8, rank // 2)) // 8) * 8
@@ -59,7 +67,7 @@ def pays(block: int, shape: tuple[int, ...]) -> bool:
     return short >= _MIN_SIDE and 10 * block <= short and long < 2 * short
 
 
-def _ritz(matrix, v, rank) -> _State:
+def _ritz(matrix, v, asked: _Asked) -> _State:
     """The best triplets within a subspace (Rayleigh and Ritz), and how far they are from true."""
     q, r = jnp.linalg.qr(_product(matrix, v))
     w, s, zt = jnp.linalg.svd(r)
@@ -67,7 +75,7 @@ def _ritz(matrix, v, rank) -> _State:
     # Relative to the largest, so that no square is too large or too small for float32.
     scale = jnp.maximum(s[0], jnp.finfo(s.dtype).tiny)
     norms = jnp.linalg.norm((_product(matrix.T, u) - v * s[None]) / scale, axis=0)
-    residual = jnp.max(jnp.where(jnp.arange(len(s)) < rank, norms, 0))
+    residual = jnp.max(jnp.where(asked(s, norms), norms, 0))
     tolerance = 20 * jnp.finfo(s.dtype).eps
     found = Leading(u, s, v.T, residual, residual <= tolerance)
     return _State(v, found, norms, jnp.full((), 2, jnp.int32))
@@ -96,6 +104,28 @@ def _filter(matrix, v, s, degree):
     return lax.fori_loop(1, degree, climb, (v, step(v)))[1]
 
 
+def _iterate(matrix, block: int, asked: _Asked, goal: _Goal, max_work: int) -> Leading:
+    """Improves a block of random directions until the goal is reached, or out of reach."""
+    if matrix.shape[0] < matrix.shape[1]:
+        found = _iterate(matrix.T, block, asked, goal, max_work)
+        return found._replace(u=found.vt.T, vt=found.u.T)
+    start = jax.random.normal(jax.random.key(0), (matrix.shape[1], block), matrix.dtype)
+
+    def more(state: _State):
+        reached, hope = goal(state)
+        return ~reached & hope & (state.products * block < max_work * matrix.shape[1])
+
+    def improve(state: _State):
+        degree = _degree(state.found.s, state.norms)
+        v = _filter(matrix, state.v, state.found.s, degree)
+        v, _ = jnp.linalg.qr(v / jnp.linalg.norm(v, axis=0, keepdims=True))
+        products = state.products + 2 * degree + 2
+        return _ritz(matrix, v, asked)._replace(products=products)
+
+    last = lax.while_loop(more, improve, _ritz(matrix, jnp.linalg.qr(start)[0], asked))
+    return last.found._replace(converged=goal(last)[0])
+
+
 @partial(jax.jit, static_argnames="block")
 def leading(matrix: Float[Array, "m n"], rank: Int[Array, ""] | int, block: int) -> Leading:
     r"""The first singular directions by subspace iteration with a Chebyshev filter.
@@ -115,21 +145,29 @@ def leading(matrix: Float[Array, "m n"], rank: Int[Array, ""] | int, block: int)
     References:
       Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219 (2006) 172-184.
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        found = leading(matrix.T, rank, block)
-        return found._replace(u=found.vt.T, vt=found.u.T)
-    start = jax.random.normal(jax.random.key(0), (matrix.shape[1], block), matrix.dtype)
+    asked = lambda s, _: jnp.arange(len(s)) < rank
+    goal = lambda state: (state.found.converged, jnp.array(True))
+    return _iterate(matrix, block, asked, goal, _MAX_WORK)
 
-    def more(state: _State):
-        affordable = state.products * block < _MAX_WORK * matrix.shape[1]
-        return ~state.found.converged & affordable
 
-    def improve(state: _State):
-        degree = _degree(state.found.s, state.norms)
-        v = _filter(matrix, state.v, state.found.s, degree)
-        v, _ = jnp.linalg.qr(v / jnp.linalg.norm(v, axis=0, keepdims=True))
-        products = state.products + 2 * degree + 2
-        return _ritz(matrix, v, rank)._replace(products=products)
+@partial(jax.jit, static_argnames="block")
+def leading_above(matrix: Float[Array, "m n"], least: Float[Array, ""], block: int) -> Leading:
+    r"""All singular directions above a value, by the iteration of `leading`.
 
-    first = _ritz(matrix, jnp.linalg.qr(start)[0], rank)
-    return lax.while_loop(more, improve, first).found
+    Asked for are those that may be above it, $s_i + \|A^T u_i - s_i v_i\| > least$. Random vectors
+    have some of each direction, and each product with $A^T A$ lifts what lies above `least` over
+    the rest of the block by $(least / s_b)^2$ or more: none can have been missed when all of them
+    together have lifted it ten thousandfold.
+
+    Args:
+      matrix: Finite, of float32 or float64.
+      least: The value; positive.
+      block: Directions iterated. If there are as many above `least` it does not converge.
+    """
+
+    def goal(state: _State):
+        lifted = state.products * jnp.log(least / state.found.s[-1])
+        reached = state.found.converged & (lifted >= jnp.log(_MAX_GAIN))
+        return reached, state.found.s[-1] < least
+
+    return _iterate(matrix, block, lambda s, norms: s + norms * s[0] > least, goal, _MAX_WORK_ABOVE)

@@ -16,7 +16,7 @@ from rmtjax._bulk import above_rounding, count_above
 from rmtjax._estimate import estimate, pays
 from rmtjax._factors import is_factors, kernel_shape, svd, to_stack
 from rmtjax._placing import by_compiler, fetch, mesh_of
-from rmtjax._sharded import sharded_spectra
+from rmtjax._sharded import is_spread, sharded_spectra
 from rmtjax._spectrum import each, spectrum
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
 from rmtjax._values import host_spectra, on_host
@@ -182,14 +182,6 @@ def _measure_large(kernel, axes: KernelAxes, rule, given: BulkFit | None) -> Mea
     return Measurement(spectra, **judged, populated=populated, estimated=True)
 
 
-def _is_spread(leaf: Any) -> bool:
-    """Whether a kernel on several devices is to be squared: as little in float64 as on the host.
-
-    Factors are thin, and need no care.
-    """
-    return not is_factors(leaf) and mesh_of(leaf) is not None and leaf.dtype.itemsize < 8
-
-
 def measure(
     kernels: Kernels, rule, given: Mapping[str, BulkFit], exact_below: int
 ) -> dict[str, Measurement]:
@@ -201,7 +193,7 @@ def measure(
             measured[path] = _measure_large(leaf, axes, rule, given.get(path))
     rest = {path: kernels[path] for path in kernels if measured.get(path) is None}
     here = {path: found for path, found in rest.items() if on_host(found[0])}
-    spread = {p: found for p, found in rest.items() if p not in here and _is_spread(found[0])}
+    spread = {p: found for p, found in rest.items() if p not in here and is_spread(found[0])}
     there = {path: found for path, found in rest.items() if path not in here | spread}
     spectra = itertools.chain(
         ((path, host_spectra(*found)) for path, found in here.items()),

@@ -1,7 +1,7 @@
 """Arrays on several devices: what lies where, and who decides on it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -71,6 +71,14 @@ def fetch(tree: PyTree) -> PyTree:
 def specs(sharding: NamedSharding, ndim: int) -> list[Any]:
     """What each axis of an array is divided over."""
     return [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+
+
+def constrain(array: jax.Array, mesh: Any, spec: Iterable[Any]) -> jax.Array:
+    """An array within a compiled program, and within `by_compiler`, divided over a mesh."""
+    # Within `by_compiler` the mesh has other types of axes.
+    current = jax.sharding.get_abstract_mesh()
+    mesh = current if current.axis_names == mesh.axis_names else mesh
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _sharding_of(array: Any) -> NamedSharding | None:

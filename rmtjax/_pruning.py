@@ -5,14 +5,16 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax import _kernels, ranks
-from rmtjax._factors import compose
+from rmtjax._factors import compose, project
 from rmtjax._gram import directions
+from rmtjax._leading import Leading, leading_above, pays
 from rmtjax._placing import by_compiler, typed_sharding
-from rmtjax._spectrum import from_singular_values
+from rmtjax._spectrum import from_singular_values, lift
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
 
 Noise = Literal["first", "refit"]
@@ -66,15 +68,14 @@ def _has_settled(signal: Int[Array, ""], memory: Memory, size: int, settled: Arr
     return (memory.rank < size) | (still & (memory.signal > 0))
 
 
-def _prune_stack(
-    matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, settled, *, how: How
-):
-    """A stack truncated to the signal of its richest member, and whether it is to be."""
-    # A noise level that is carried is not fitted any more: only what stands out of it counts.
-    carried = jnp.where(how.noise == "first", memory.fits.threshold, jnp.nan)
-    u, s, vt = directions(matrices, jnp.sqrt(carried * max(matrices.shape[1:])))
-    spectra, size = from_singular_values(s, matrices), s.shape[-1]
-    fits, reliable = _known_noise(spectra, memory, how)
+def _cut(matrices, s, lower_to, noise, memory: Memory, keep, min_rank, settled, *, how: How):
+    """A stack truncated to the signal of its richest member, and whether it is to be.
+
+    Of singular values the first are enough. `lower_to` is the stack of a rank, and `noise` the
+    fits in force with whether each is one to rely on.
+    """
+    (fits, reliable), size = noise, min(matrices.shape[1:])
+    spectra = from_singular_values(s, matrices)
     signal = jax.vmap(how.rule, in_axes=(_EACH, 0))(spectra, fits).max()
     # Where nothing stands out, as before training, a cut would destroy the network.
     ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
@@ -84,11 +85,60 @@ def _prune_stack(
         waits = ~ready & (memory.rank == size)
         fits = jax.tree.map(lambda new, old: jnp.where(waits, old, new), fits, memory.fits)
     kept = ranks.kept_rank(signal, size, keep, min_rank)
-    lost = jnp.sum(jnp.where(jnp.arange(size) < kept, 0, s**2)) / jnp.sum(s**2)
-    lost = jnp.where(ready, lost, 0).astype(memory.removed.dtype)
+    lower = lower_to(kept)
+    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)  # no square is too large or too small
+    squares = lambda stack: jnp.sum(jnp.square(stack / scale))
+    lost = jnp.where(ready, squares(matrices - lower) / squares(matrices), 0)
     # A kernel that is passed over has been truncated none the less, if it was before.
-    memory = Memory(fits, jnp.where(ready, kept, memory.rank), signal, lost)
-    return compose(u, s, vt, kept), ready & (kept < size), memory
+    rank = jnp.where(ready, kept, memory.rank)
+    memory = Memory(fits, rank, signal, lost.astype(memory.removed.dtype))
+    return lower, ready & (kept < size), memory
+
+
+def _signal_block(shape: tuple[int, ...], how: How) -> int | None:
+    """Directions to iterate in search of the signal, where that may be cheaper than all."""
+    block = min(shape[1:]) // 80 * 8
+    # A rule that counts what is above a threshold needs to see no more, and a stack, which is cut
+    # to the rank of its richest member, more than the signal of the others.
+    counts = isinstance(how.rule, (ranks.bema, ranks.gavish_donoho)) and how.noise == "first"
+    return block if counts and shape[0] == 1 and pays(block, shape[1:]) else None
+
+
+def _signal(matrix: Float[Array, "m n"], least, needed, block: int) -> Leading:
+    """The directions above a singular value; not converged where it is NaN, or more are needed."""
+    matrix = lax.stop_gradient(lift(matrix))  # no derivative goes through an iteration
+    search = lambda: leading_above(matrix, least, block)
+    nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(search))
+    possible = (least > 0) & (needed < block) & jnp.isfinite(matrix).all()
+    return lax.cond(possible, search, nothing)
+
+
+def _prune_stack(
+    matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, settled, *, how: How
+):
+    """A stack truncated to the signal of its richest member, and whether it is to be."""
+    # A noise level that is carried is not fitted any more: only what stands out of it counts.
+    carried = jnp.where(how.noise == "first", memory.fits.threshold, jnp.nan)
+    least = jnp.sqrt(carried * max(matrices.shape[1:]))
+    options = memory, keep, min_rank, settled
+
+    def by_all():
+        u, s, vt = directions(matrices, least)
+        noise = _known_noise(from_singular_values(s, matrices), memory, how)
+        return _cut(matrices, s, partial(compose, u, s, vt), noise, *options, how=how)
+
+    block = _signal_block(matrices.shape, how)
+    if block is None:
+        return by_all()
+    kept = partial(ranks.kept_rank, size=min(matrices.shape[1:]), keep=keep, min_rank=min_rank)
+    found = _signal(matrices[0], least[0], kept(0), block)
+
+    def by_signal():
+        noise, lower_to = (memory.fits, jnp.array(True)), partial(project, found.u[None], matrices)
+        return _cut(matrices, found.s[None], lower_to, noise, *options, how=how)
+
+    signal = jnp.sum(found.s > least[0])
+    return lax.cond(found.converged & (kept(signal) <= signal), by_signal, by_all)
 
 
 def _prune_kernel(kernel, update, memory: Memory, *options, axes: KernelAxes, how: How):
@@ -120,7 +170,7 @@ def _one_by_one(function, arguments):
     if len(arguments) == 1:
         return {path: function(own) for path, own in arguments.items()}
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arguments.values())
-    found = jax.lax.map(function, stacked)
+    found = lax.map(function, stacked)
     at = lambda index: jax.tree.map(lambda leaf: leaf[index], found)
     return {path: at(index) for index, path in enumerate(arguments)}
 
@@ -144,4 +194,4 @@ def prune_if(due, kernels, updates, memories, keep, min_rank, settled, *, axes, 
         both = ({path: pair[i] for path, pair in pruned.items()} for i in (0, 1))
         return tuple(both)
 
-    return jax.lax.cond(due, prune, lambda *same: same, updates, memories)
+    return lax.cond(due, prune, lambda *same: same, updates, memories)

@@ -1,6 +1,9 @@
-"""The spectra of kernels that are divided over several devices, of one process or of more."""
+"""Kernels that are divided over several devices, of one process or of more: their Gram matrices.
 
-from collections.abc import Iterator
+These are made without gathering a kernel, and the hosts decompose them in turn.
+"""
+
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from rmtjax._kernels import Kernel, to_matrices
-from rmtjax._placing import by_compiler, mesh_of, specs, typed_sharding
+from rmtjax._placing import by_compiler, constrain, mesh_of, specs, typed_sharding
 from rmtjax._typing import KernelAxes, Spectrum
 from rmtjax._values import eigenvalues, to_spectrum
 
@@ -20,6 +23,18 @@ from rmtjax._values import eigenvalues, to_spectrum
 _x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
 
 Kernels = dict[str, tuple[Kernel, KernelAxes]]
+# Finds something in the Gram matrix of a kernel at a path, in the place of the matrix.
+Find = Callable[[str, np.ndarray], np.ndarray]
+# Room for what is found in a stack of them, (b, p), of a kernel at a path: zeros.
+Blank = Callable[[str, tuple[int, int]], np.ndarray]
+
+
+def is_spread(leaf: Any) -> bool:
+    """Whether a kernel on several devices is to be squared: as little in float64 as on the host.
+
+    Factors are thin, and need no care.
+    """
+    return mesh_of(leaf) is not None and leaf.dtype.itemsize < 8
 
 
 def _names(spec: Any) -> tuple[str, ...]:
@@ -27,27 +42,28 @@ def _names(spec: Any) -> tuple[str, ...]:
     return () if spec is None else spec if isinstance(spec, tuple) else (spec,)
 
 
+def order_in_place(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> KernelAxes:
+    """The axes in an order in which those of a side merge in place: with a divided one first."""
+    spec = specs(sharding, kernel.ndim)
+    divided_first = lambda group: tuple(sorted(group, key=lambda axis: spec[axis] is None))
+    return KernelAxes(divided_first(axes.inputs), divided_first(axes.outputs), axes.batch)
+
+
 @partial(jax.jit, static_argnums=(1, 2))
 def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Array, "b p p"]:
     """A^T A of each matrix of a kernel, in float64; a stack stays divided as it was.
 
+    The axes of the sides are in the order of `order_in_place`, which is free for a spectrum.
     Each device has a part of the rows of a matrix with more rows than columns, and adds the square
     of its own: what is moved is the kernel, once, and what is summed has p columns and rows.
     """
     spec = specs(sharding, kernel.ndim)
-    # The order of rows and of columns is free. With a divided axis first they merge in place.
-    divided_first = lambda group: tuple(sorted(group, key=lambda axis: spec[axis] is None))
-    order = KernelAxes(divided_first(axes.inputs), divided_first(axes.outputs), axes.batch)
+    order = order_in_place(kernel, axes, sharding)
     stack = spec[axes.batch[0]] if len(axes.batch) == 1 else None
     rest = tuple(name for name in sharding.mesh.axis_names if name not in _names(stack))
     parts = int(np.prod([sharding.mesh.shape[name] for name in rest]))
 
-    def split(array, rows):
-        # Within `by_compiler` the mesh has other types of axes.
-        current = jax.sharding.get_abstract_mesh()
-        mesh = current if current.axis_names == sharding.mesh.axis_names else sharding.mesh
-        own = NamedSharding(mesh, PartitionSpec(stack, rows, None))
-        return jax.lax.with_sharding_constraint(array, own)
+    split = lambda array, rows: constrain(array, sharding.mesh, (stack, rows, None))
 
     def square(kernel):
         matrices = to_matrices(kernel, order)
@@ -62,7 +78,7 @@ def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Ar
     return by_compiler(square, kernel, out=out)
 
 
-def _own_values(gram: Array, turn: int) -> Iterator[tuple[Any, list[np.ndarray]]]:
+def _own(gram: Array, turn: int) -> Iterator[tuple[Any, list[np.ndarray]]]:
     """Which matrices of a stack this process is to decompose, copied to the host.
 
     Of those devices that have the same ones it is the turn of another for each kernel.
@@ -74,52 +90,59 @@ def _own_values(gram: Array, turn: int) -> Iterator[tuple[Any, list[np.ndarray]]
             yield shard.index[0], list(np.asarray(shard.data))
 
 
-def _together(values: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Eigenvalues in every process of a mesh, each found in one and zero elsewhere."""
+def _together(found: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """What was found, in every process of a mesh: each part in one, and zero elsewhere."""
     devices = list(mesh.devices.flat)
     processes = [device.process_index for device in devices]
     if len(set(processes)) == 1:
-        return values
+        return found
     first = processes.index(jax.process_index())
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    own = lambda index: (values if index[0].start == first else np.zeros_like(values))[None]
-    shape = (len(devices), *values.shape)
+    own = lambda index: (found if index[0].start == first else np.zeros_like(found))[None]
+    shape = (len(devices), *found.shape)
     parts = jax.make_array_from_callback(shape, sharding, own)
     whole = NamedSharding(mesh, PartitionSpec())
     total = jax.jit(partial(jnp.sum, axis=0), out_shardings=whole)(parts)
     return np.asarray(total.addressable_data(0))
 
 
-def _decompose(kernels: Kernels) -> Iterator[tuple[str, np.ndarray]]:
-    """The eigenvalues of some kernels, of which each process decomposes its share meanwhile."""
+def _decompose(kernels: Kernels, find: Find, blank: Blank) -> Iterator[tuple[str, np.ndarray]]:
+    """What is found in some kernels, of which each process decomposes its share meanwhile."""
     waiting = []
     for turn, (path, (kernel, axes)) in enumerate(kernels.items()):
         placed: Any = kernel
         gram = _gram(placed, axes, placed.sharding)
         # One at a time: what others decompose is not kept.
-        waiting.append((path, gram.shape[:2], list(_own_values(gram, turn))))
+        waiting.append((path, gram.shape[:2], list(_own(gram, turn))))
     for path, shape, own in waiting:
-        values = np.zeros(shape)
+        found = blank(path, shape)
         for index, matrices in own:  # copied, as they are decomposed in their place
-            values[index] = [eigenvalues(np.array(matrix, order="F")) for matrix in matrices]
-        yield path, values
+            found[index] = [find(path, np.array(matrix, order="F")) for matrix in matrices]
+        yield path, found
+
+
+def in_turns(kernels: Kernels, find: Find, blank: Blank) -> Iterator[tuple[str, np.ndarray]]:
+    """What is found in the Gram matrices of kernels on meshes of devices, in their order.
+
+    As many kernels at a time as a mesh has processes, of which each decomposes its share. Every
+    process of a mesh must call it, with the same kernels, and has the same from it.
+    """
+    paths = list(kernels)
+    while paths:
+        devices = mesh_of(kernels[paths[0]][0]).devices.flat
+        count = len({device.process_index for device in devices})
+        now, paths = {path: kernels[path] for path in paths[:count]}, paths[count:]
+        with _x64(True):  # and not while others use what is found
+            decomposed = _decompose(now, find, blank)
+            found = [(path, _together(own, mesh_of(now[path][0]))) for path, own in decomposed]
+        yield from found
 
 
 def sharded_spectra(kernels: Kernels) -> dict[str, Spectrum]:
     """The spectra of kernels on meshes of devices, as NumPy arrays with a leading axis.
 
     By Gram matrices in float64, which the hosts decompose in turn; as accurate as
-    `rmtjax._values.host_spectra`, and as little meant for float64 kernels. Every process of a
-    mesh must call it, with the same kernels.
+    `rmtjax._values.host_spectra`, and as little meant for float64 kernels.
     """
-    found, paths = {}, list(kernels)
-    with _x64(True):
-        while paths:
-            devices = mesh_of(kernels[paths[0]][0]).devices.flat
-            count = len({device.process_index for device in devices})
-            now, paths = paths[:count], paths[count:]
-            for path, values in _decompose({path: kernels[path] for path in now}):
-                kernel, axes = kernels[path]
-                values = _together(values, mesh_of(kernel))
-                found[path] = to_spectrum(values[:, ::-1], kernel, axes)
-    return found
+    found = in_turns(kernels, lambda _, gram: eigenvalues(gram), lambda _, shape: np.zeros(shape))
+    return {path: to_spectrum(values[:, ::-1], *kernels[path]) for path, values in found}

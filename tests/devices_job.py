@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import rmtjax
+from rmtjax import _cut
 from rmtjax._sharded import _x64
 
 SPECS = {  # as a model that is divided over "model" has them, and both, and none
@@ -30,6 +31,16 @@ SPECS = {  # as a model that is divided over "model" has them, and both, and non
 }
 AXES = {"stack/kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
 RULE = rmtjax.ranks.bema()
+CUTS = {  # shape, division and axes of kernels that are cut where they lie
+    "wide": ((64, 96), P("data", "model"), rmtjax.KernelAxes((0,), (1,))),
+    "uneven": ((100, 52), P(None, "model"), rmtjax.KernelAxes((0,), (1,))),
+    "conv": ((3, 3, 16, 64), P(None, None, "data", "model"), rmtjax.KernelAxes((0, 1, 2), (3,))),
+    "heads": ((96, 4, 12), P("data", None, "model"), rmtjax.KernelAxes((0,), (1, 2))),
+    "project": ((4, 8, 64), P("model", "data"), rmtjax.KernelAxes((0, 1), (2,))),
+    "stack": ((2, 64, 56), P("model", None, "data"), rmtjax.KernelAxes((1,), (2,), (0,))),
+    "stacks": ((2, 4, 40, 56), P("model", "data"), rmtjax.KernelAxes((2,), (3,), (0, 1))),
+    "middle": ((64, 4, 56), P("model", None, "data"), rmtjax.KernelAxes((0,), (2,), (1,))),
+}
 
 
 def planted(*shape: int) -> np.ndarray:
@@ -109,6 +120,32 @@ def check_truncation(params, placed, plan):
     print("truncation")
 
 
+def check_cuts(place):
+    """Kernels of all kinds of axes, by the functions that never gather them."""
+    params = {name: {"kernel": planted(*shape)} for name, (shape, *_) in CUTS.items()}
+    half = params["heads"]["kernel"].astype(jnp.bfloat16)
+    params["half"], kinds = {"kernel": half}, CUTS | {"half": CUTS["heads"]}
+    placed = {name: {"kernel": place(params[name]["kernel"], kinds[name][1])} for name in params}
+    named = {f"{name}/kernel": axes for name, (*_, axes) in kinds.items()}
+    fixed = {"axes": named, "rule": rmtjax.ranks.fixed(4), "min_size": 20}
+    for shrink in (None, rmtjax.shrinkage.frobenius):
+        plan = rmtjax.plan(params, shrink=shrink, **fixed)
+        actions = {row.action for row in plan.values()}
+        assert actions == {"truncate", "factorize"}, str(plan)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_cut, "first_directions", None)  # which gathers
+            patch.setattr(_cut, "host_directions", None)
+            lower, thin = (change(placed, plan) for change in (rmtjax.truncate, rmtjax.factorize))
+        assert_placed(lower, placed)
+        assert_close(lower, rmtjax.truncate(params, plan))
+        merged = rmtjax.merge(rmtjax.factorize(params, plan))
+        assert_close(rmtjax.merge(thin), merged)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, thin)
+    assert specs["conv"]["kernel"] == (P(None, None, "data", None), P(None, "model"))
+    assert specs["heads"]["kernel"] == (P("data", None), P(None, None, "model"))
+    print("cuts")
+
+
 def check_saving(thin):
     """Several processes would write one file."""
     if jax.process_count() > 1:
@@ -158,6 +195,15 @@ def check_broken(place):
     assert str(found) == str(wanted)
     assert found["broken/kernel"].reason == "kept: not finite"
     assert found["loud/kernel"].action == "factorize"
+    # By the plan of a kernel that was not broken.
+    whole = {"broken": {"kernel": planted(64, 96)}}
+    plan = rmtjax.plan(whole)
+    assert plan["broken/kernel"].action == "factorize"
+    cut = rmtjax.truncate({"broken": placed["broken"]}, plan)
+    assert np.isnan(gather(cut)["broken"]["kernel"]).all()
+    quiet = place(whole["broken"]["kernel"] * np.float32(1e-25), P("data", "model"))
+    cut = rmtjax.truncate({"broken": {"kernel": quiet}}, plan)  # whose squares are 0 in float32
+    assert_close(jax.tree.map(lambda leaf: leaf * 1e25, cut), rmtjax.truncate(whole, plan))
     print("broken")
 
 
@@ -181,13 +227,17 @@ def check_own_meshes(kind):
     mesh = Mesh(np.array(jax.local_devices()), "x", axis_types=axis_types)
     kernel = planted(96, 64) * (1 + jax.process_index())
     placed = put(kernel, mesh, P("x"))
-    wanted = rmtjax.plan({"kernel": kernel})["kernel"]
-    found = rmtjax.plan({"kernel": placed})["kernel"]
+    plan = rmtjax.plan({"kernel": kernel})
+    wanted, found = plan["kernel"], rmtjax.plan({"kernel": placed})["kernel"]
     np.testing.assert_allclose(found.fit.variance, wanted.fit.variance, rtol=1e-4)
+    lower = rmtjax.truncate({"kernel": kernel}, plan)["kernel"]
+    check = lambda cut: np.testing.assert_allclose(cut["kernel"], lower, rtol=1e-4, atol=1e-4)
+    check(rmtjax.truncate({"kernel": placed}, plan))
     if hasattr(jax, "set_mesh"):  # one that is in force
         with jax.set_mesh(mesh):
             assert rmtjax.plan({"kernel": placed})["kernel"].reason == wanted.reason
             assert rmtjax.analyze({"kernel": placed}).rows[0].spikes == wanted.fit.num_spikes
+            check(rmtjax.truncate({"kernel": placed}, plan))
     print("meshes")
 
 
@@ -202,6 +252,7 @@ def main():
     placed = jax.tree.map(place, params, SPECS)
     plan = check_reports(params, placed)
     check_truncation(params, placed, plan)
+    check_cuts(place)
     check_training(params, placed)
     check_broken(place)
     check_own_meshes(kind)

@@ -12,7 +12,7 @@ import pytest
 from virtual_devices import environment, run_on_devices
 
 JOB = Path(__file__).with_name("devices_job.py")
-CHECKS = ["reports", "truncation", "training", "broken", "meshes", "large"]
+CHECKS = ["reports", "truncation", "cuts", "training", "broken", "meshes", "large"]
 
 
 def start(kind, devices, processes=1, number=0, port=0):
@@ -79,6 +79,51 @@ print("divided")
 
 def test_no_device_holds_a_whole_kernel_to_find_its_spectrum():
     assert run_on_devices(8, ROOM) == "divided"
+
+
+CUT_ROOM = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from rmtjax import KernelAxes
+from rmtjax._sharded_directions import _longer, sharded_product
+
+mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
+dense, conv = KernelAxes((0,), (1,)), KernelAxes((0, 1, 2), (3,))
+stack = KernelAxes((1,), (2,), (0,))
+for axes, shape, spec in (
+    (dense, (8192, 256), P(("data", "model"), None)),
+    (dense, (256, 8192), P("data", "model")),
+    (conv, (3, 3, 1024, 256), P(None, None, "data", "model")),
+    (stack, (8, 2048, 256), P("data", None, "model")),
+    (stack, (8, 2048, 256), P(None, None, "model")),
+):
+    def lie(*axes):
+        sizes = [16 if axis is None else shape[axis] for axis in axes]
+        own = P(*(None if axis is None else spec[axis] for axis in axes))
+        return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, own))
+
+    kernel = lie(*range(len(shape)))
+    left, right = lie(*axes.batch, *axes.inputs, None), lie(*axes.batch, None, *axes.outputs)
+    tall = shape[-1] == 256
+    short = lie(*axes.batch, *(axes.outputs if tall else axes.inputs), None)
+    programs = (
+        _longer.lower(kernel, short, axes, kernel.sharding),
+        sharded_product.lower(
+            left, right, axes=axes, dtype=jnp.dtype("float32"), sharding=kernel.sharding
+        ),
+    )
+    for program in programs:
+        needed = program.compile().memory_analysis()
+        room = needed.temp_size_in_bytes + needed.output_size_in_bytes
+        whole = 4 * np.prod(shape)
+        # A part of the kernel, of four or eight, and what is thin.
+        assert room < 0.3 * whole, (shape, spec, room / whole)
+print("divided")
+"""
+
+
+def test_no_device_holds_a_whole_kernel_to_cut_it():
+    assert run_on_devices(8, CUT_ROOM) == "divided"
 
 
 MNIST = """

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import rmtjax
-from rmtjax import _host_directions, _leading, _truncate, ranks, shrinkage
+from rmtjax import _cut, _host_directions, _leading, ranks, shrinkage
 from rmtjax._host_directions import host_directions, host_without_last
 from rmtjax._typing import KernelAxes
 
@@ -96,9 +96,9 @@ def test_few_directions_are_iterated_and_what_does_not_converge_is_not(monkeypat
     matrix[:, :3] += 4
     wanted, values = truncated(matrix, 1)
     squared = []  # those of which the Gram matrix was decomposed
-    decompose = _host_directions._eigenvectors
+    decompose = _host_directions.eigenvectors
     spy = lambda squares, *ends: squared.append(ends) or decompose(squares, *ends)
-    monkeypatch.setattr(_host_directions, "_eigenvectors", spy)
+    monkeypatch.setattr(_host_directions, "eigenvectors", spy)
     for work in (_leading._MAX_WORK, 0):
         monkeypatch.setattr(_leading, "_MAX_WORK", work)
         jax.clear_caches()  # the bound is compiled in
@@ -152,11 +152,11 @@ def test_a_tree_is_cut_as_by_the_compiled_programs(kind, rank, shrink, monkeypat
     )
     for change in (rmtjax.truncate, rmtjax.factorize):
         with monkeypatch.context() as patch:
-            patch.setattr(_truncate, "first_directions", None)  # which is compiled
+            patch.setattr(_cut, "first_directions", None)  # which is compiled
             here = rmtjax.merge(change(params, plan))
         compiled = rmtjax.merge(jax.jit(lambda tree, change=change: change(tree, plan))(params))
         with monkeypatch.context() as patch:
-            patch.setattr(_truncate, "on_host", lambda kernel: False)
+            patch.setattr(_cut, "on_host", lambda kernel: False)
             there = rmtjax.merge(change(params, plan))
         eps = 2**-8 if kind == "bfloat16" else 2e-6
         for other in (compiled, there):

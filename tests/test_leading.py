@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from rmtjax import _leading
 from rmtjax._directions import first_directions
-from rmtjax._leading import block_size, leading, pays
+from rmtjax._leading import block_size, leading, leading_above, pays
 from rmtjax._typing import KernelAxes
 
 MATRIX, STACK = KernelAxes((0,), (1,)), KernelAxes((1,), (2,), (0,))
@@ -134,3 +134,37 @@ def test_one_program_serves_the_ranks_of_a_block(caplog):
     assert not pays(block_size(100), (300, 300))
     assert not pays(16, (200, 250))
     assert not pays(16, (300, 3000))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    shape=st.sampled_from([(300, 320), (320, 300)]),
+    above=st.integers(0, 12),
+    top=st.floats(62, 1e5),
+    seed=st.integers(0, 99),
+)
+def test_none_above_a_value_is_missed(scale, shape, above, top, seed):
+    planted = np.geomspace(top, 60, above) if above else []  # the noise ends at 35
+    matrix = (scale * spiked(shape, planted, seed)).astype(np.float32)
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    least = scale * 55
+    found = leading_above(jnp.asarray(matrix), jnp.float32(least), 32)
+    assert found.converged
+    assert int((found.s > least).sum()) == (values > least).sum()
+    assert_leads(matrix.astype(np.float64) / scale, above, 3e-5, found._replace(s=found.s / scale))
+
+
+def test_one_that_stands_alone_beside_a_giant_is_not_missed():
+    """When the giant has converged, the block has hardly been lifted: to look on is what counts."""
+    matrix = spiked((300, 300), [1e5, 40])
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    found = leading_above(jnp.asarray(matrix), jnp.float32(values[1] * 0.999), 16)
+    assert not found.converged or int((found.s > values[1] * 0.999).sum()) == 2
+
+
+@pytest.mark.parametrize("least", [1.0, 33.0])
+def test_what_fills_its_block_gives_up_at_once(least):
+    matrix = spiked((300, 300), np.linspace(90, 60, 20))
+    found = leading_above(jnp.asarray(matrix), jnp.float32(least), 16)
+    assert not found.converged

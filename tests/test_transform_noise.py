@@ -85,7 +85,7 @@ def test_a_refit_carries_what_it_cannot_fit():
     for first, refit in zip(*states.values(), strict=True):
         for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(refit), strict=True):
             # To rounding: what is fitted once more is decomposed in another way.
-            np.testing.assert_allclose(one, other, rtol=1e-6)
+            np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
