@@ -113,10 +113,31 @@ def compose(u, s, vt, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
     return _product(u * kept[..., None, :], vt)
 
 
-def project(u, matrices, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
-    """The part of matrices in the span of the first `rank` of orthonormal left directions."""
-    kept = jnp.where(jnp.arange(u.shape[-1]) < rank, u, 0)
-    return _product(kept, _product(kept.mT, matrices))
+@jax.custom_jvp
+def project(u, s, vt, matrices, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
+    """The product of the first `rank` singular directions of matrices, of which these are some.
+
+    Its derivative is that of a truncation to first order in the values that are cut, relative to
+    those that stay; u, s and vt have none.
+    """
+    del s, vt
+    u = jnp.where(jnp.arange(u.shape[-1]) < rank, u, 0)
+    return _product(u, _product(u.mT, matrices))
+
+
+@project.defjvp
+def _project_jvp(primals, tangents):
+    u, s, vt, matrices, rank = primals
+    lower, tangent = project(*primals), tangents[3]
+    kept = jnp.arange(s.shape[-1]) < rank
+    u, vt = jnp.where(kept, u, 0), jnp.where(kept[:, None], vt, 0)
+    inverse = 1 / jnp.where(kept, s, jnp.inf)[..., None]
+    left, right, cut = _product(u.mT, tangent), _product(tangent, vt.mT), matrices - lower
+    # With the coefficients s_i^2 and s_i s_j, over s_i^2 - s_j^2, of kept i and cut j.
+    same = _product(u, left) + _product(right - _product(u, _product(left, vt.mT)), vt)
+    crossed = _product(_product(cut, left.mT), inverse * vt)
+    crossed += _product((inverse * u.mT).mT, _product(right.mT, cut))
+    return lower, same + crossed
 
 
 def split(u, s, vt) -> Factors:

@@ -26,7 +26,8 @@ class Leading(NamedTuple):
       s: Singular values; none is above the one it approximates.
       vt: Right vectors, orthonormal.
       residual: Largest norm of `matrix.T @ u - s v` over the directions asked for, relative to
-        the largest value; `matrix @ v - s u` is zero. A singular value lies within this much of
+        the largest value; `matrix @ v - s u` is zero. Of a wide matrix it is that of the second,
+        and the first is zero. A singular value lies within this much of
         each that was found (Weyl).
       converged: Whether the residual has come down to rounding.
     """
@@ -43,6 +44,7 @@ class _State(NamedTuple):
     found: Leading
     norms: Float[Array, " b"]  # of the residuals of all directions
     products: Int[Array, ""]  # with the matrix or its transpose, so far
+    lifts: Int[Array, ""]  # of these the ones of filters
 
 
 # Which of some triplets are asked for, by their values and their residuals relative to the first.
@@ -78,7 +80,8 @@ def _ritz(matrix, v, asked: _Asked) -> _State:
     residual = jnp.max(jnp.where(asked(s, norms), norms, 0))
     tolerance = 20 * jnp.finfo(s.dtype).eps
     found = Leading(u, s, v.T, residual, residual <= tolerance)
-    return _State(v, found, norms, jnp.full((), 2, jnp.int32))
+    products, lifts = jnp.full((), 2, jnp.int32), jnp.zeros((), jnp.int32)
+    return _State(v, found, norms, products, lifts)
 
 
 def _degree(s: Float[Array, " b"], norms: Float[Array, " b"]) -> Int[Array, ""]:
@@ -119,8 +122,8 @@ def _iterate(matrix, block: int, asked: _Asked, goal: _Goal, max_work: int) -> L
         degree = _degree(state.found.s, state.norms)
         v = _filter(matrix, state.v, state.found.s, degree)
         v, _ = jnp.linalg.qr(v / jnp.linalg.norm(v, axis=0, keepdims=True))
-        products = state.products + 2 * degree + 2
-        return _ritz(matrix, v, asked)._replace(products=products)
+        products, lifts = state.products + 2 * degree + 2, state.lifts + 2 * degree
+        return _ritz(matrix, v, asked)._replace(products=products, lifts=lifts)
 
     last = lax.while_loop(more, improve, _ritz(matrix, jnp.linalg.qr(start)[0], asked))
     return last.found._replace(converged=goal(last)[0])
@@ -155,9 +158,9 @@ def leading_above(matrix: Float[Array, "m n"], least: Float[Array, ""], block: i
     r"""All singular directions above a value, by the iteration of `leading`.
 
     Asked for are those that may be above it, $s_i + \|A^T u_i - s_i v_i\| > least$. Random vectors
-    have some of each direction, and each product with $A^T A$ lifts what lies above `least` over
-    the rest of the block by $(least / s_b)^2$ or more: none can have been missed when all of them
-    together have lifted it ten thousandfold.
+    have some of each direction, and a filter of degree d lifts what lies above `least` over what
+    the block leaves out by $(least / s_b)^{2d}$ or more, since $T_n(x) / x^n$ grows: none can have
+    been missed when all filters together have lifted it ten thousandfold.
 
     Args:
       matrix: Finite, of float32 or float64.
@@ -166,7 +169,7 @@ def leading_above(matrix: Float[Array, "m n"], least: Float[Array, ""], block: i
     """
 
     def goal(state: _State):
-        lifted = state.products * jnp.log(least / state.found.s[-1])
+        lifted = state.lifts * jnp.log(least / state.found.s[-1])
         reached = state.found.converged & (lifted >= jnp.log(_MAX_GAIN))
         return reached, state.found.s[-1] < least
 

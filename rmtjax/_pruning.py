@@ -88,11 +88,12 @@ def _cut(matrices, s, lower_to, noise, memory: Memory, keep, min_rank, settled, 
     lower = lower_to(kept)
     scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)  # no square is too large or too small
     squares = lambda stack: jnp.sum(jnp.square(stack / scale))
-    lost = jnp.where(ready, squares(matrices - lower) / squares(matrices), 0)
+    changed = ready & (kept < size)
+    lost = jnp.where(changed, squares(matrices - lower) / squares(matrices), 0)
     # A kernel that is passed over has been truncated none the less, if it was before.
     rank = jnp.where(ready, kept, memory.rank)
     memory = Memory(fits, rank, signal, lost.astype(memory.removed.dtype))
-    return lower, ready & (kept < size), memory
+    return lower, changed, memory
 
 
 def _signal_block(shape: tuple[int, ...], how: How) -> int | None:
@@ -100,16 +101,19 @@ def _signal_block(shape: tuple[int, ...], how: How) -> int | None:
     block = min(shape[1:]) // 80 * 8
     # A rule that counts what is above a threshold needs to see no more, and a stack, which is cut
     # to the rank of its richest member, more than the signal of the others.
-    counts = isinstance(how.rule, (ranks.bema, ranks.gavish_donoho)) and how.noise == "first"
+    counts = type(how.rule) in (ranks.bema, ranks.gavish_donoho) and how.noise == "first"
     return block if counts and shape[0] == 1 and pays(block, shape[1:]) else None
 
 
-def _signal(matrix: Float[Array, "m n"], least, needed, block: int) -> Leading:
-    """The directions above a singular value; not converged where it is NaN, or more are needed."""
+def _signal(matrix: Float[Array, "m n"], least, enough, block: int) -> Leading:
+    """The directions above a singular value; not converged where it is NaN, or they cannot do."""
     matrix = lax.stop_gradient(lift(matrix))  # no derivative goes through an iteration
+    finite = jnp.isfinite(matrix).all()
+    matrix = jnp.where(finite, matrix, 0)  # under `vmap` it is searched all the same
+    least = lax.stop_gradient(least)
     search = lambda: leading_above(matrix, least, block)
     nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(search))
-    possible = (least > 0) & (needed < block) & jnp.isfinite(matrix).all()
+    possible = (least > 0) & enough & finite
     return lax.cond(possible, search, nothing)
 
 
@@ -131,11 +135,14 @@ def _prune_stack(
     if block is None:
         return by_all()
     kept = partial(ranks.kept_rank, size=min(matrices.shape[1:]), keep=keep, min_rank=min_rank)
-    found = _signal(matrices[0], least[0], kept(0), block)
+    enough = kept(block - 1) < block  # with more signal there is less that is kept besides
+    found = _signal(matrices[0], least[0], enough, block)
 
     def by_signal():
-        noise, lower_to = (memory.fits, jnp.array(True)), partial(project, found.u[None], matrices)
-        return _cut(matrices, found.s[None], lower_to, noise, *options, how=how)
+        noise = memory.fits, jnp.array(True)
+        u, s, vt = (part[None] for part in found[:3])
+        lower_to = partial(project, u, s, vt, matrices)
+        return _cut(matrices, s, lower_to, noise, *options, how=how)
 
     signal = jnp.sum(found.s > least[0])
     return lax.cond(found.converged & (kept(signal) <= signal), by_signal, by_all)
