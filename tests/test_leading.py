@@ -164,7 +164,7 @@ def test_one_that_stands_alone_beside_a_giant_is_not_missed():
 
 
 @pytest.mark.parametrize("least", [1.0, 33.0])
-def test_what_fills_its_block_gives_up_at_once(least):
+def test_what_fills_its_block_gives_up(least):
     matrix = spiked((300, 300), np.linspace(90, 60, 20))
     found = leading_above(jnp.asarray(matrix), jnp.float32(least), 16)
     assert not found.converged
