@@ -15,11 +15,12 @@ from rmtjax import _kernels
 from rmtjax._bulk import above_rounding, count_above
 from rmtjax._estimate import estimate, pays
 from rmtjax._factors import is_factors, kernel_shape, svd, to_stack
+from rmtjax._host_spectra import host_spectra
 from rmtjax._placing import by_compiler, fetch, mesh_of
 from rmtjax._sharded import is_spread, sharded_spectra
 from rmtjax._spectrum import each, spectrum
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
-from rmtjax._values import host_spectra, on_host
+from rmtjax._values import on_host
 
 # Distance from the law of which an estimate, which is off by 0.01, leaves no doubt.
 _CLEARLY = 0.05
@@ -195,13 +196,10 @@ def measure(
     here = {path: found for path, found in rest.items() if on_host(found[0])}
     spread = {p: found for p, found in rest.items() if p not in here and is_spread(found[0])}
     there = {path: found for path, found in rest.items() if path not in here | spread}
-    spectra = itertools.chain(
-        ((path, host_spectra(*found)) for path, found in here.items()),
-        sharded_spectra(spread).items(),
-    )
-    measured |= jax.device_get(
-        {path: _measure_spectra(own, rule, given.get(path)) for path, own in spectra}
-    )
+    judge = lambda path, spectra: _measure_spectra(spectra, rule, given.get(path))
+    found = host_spectra(here, judge)
+    found |= {path: judge(path, spectra) for path, spectra in sharded_spectra(spread).items()}
+    measured |= jax.device_get(found)
     measured |= _measure_there(there, rule, given)
     return {path: measured[path] for path in kernels}
 

@@ -38,6 +38,7 @@ LAYER = {
     "shrinkage": 3,
     "_estimate": 3,
     "_values": 2,
+    "_host_spectra": 3,
     "_host_directions": 3,
     "_chain": 4,
     "_cost": 4,
@@ -92,6 +93,7 @@ OWNERS = {
     "orbax": {"_orbax"},
     "pandas": {"report"},
     "rich": {"cli", "report"},
+    "threadpoolctl": {"_host_spectra"},
     "scipy": {"_host_directions", "_values"},
 }
 PACKAGE = pathlib.Path(rmtjax.__file__).parent

@@ -1,12 +1,16 @@
 """Spectra that the host finds, against float64 singular values and the compiled programs."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import rmtjax
-from rmtjax import _measure, _values, ranks
+from rmtjax import _host_spectra, _measure, _values, ranks
 from rmtjax._typing import KernelAxes
 
 MATRIX = KernelAxes((0,), (1,))
@@ -19,12 +23,18 @@ def rng():
 
 
 def exact(matrix):
-    """Eigenvalues by the singular values in float64."""
+    """Eigenvalues by the singular values in float64; NaN where these do not exist."""
+    if not np.isfinite(matrix).all():
+        return np.full(min(matrix.shape), np.nan)
     return np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False) ** 2 / max(matrix.shape)
 
 
+def host_spectra(kernel, axes=MATRIX):
+    return _host_spectra.host_spectra({"": (kernel, axes)}, lambda _, spectra: spectra)[""]
+
+
 def found(matrix):
-    return _values.host_spectra(matrix, MATRIX).eigenvalues[0]
+    return host_spectra(matrix).eigenvalues[0]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
@@ -33,7 +43,7 @@ def found(matrix):
 )
 def test_equals_the_singular_values_in_float64(rng, shape, dtype):
     matrix = rng.standard_normal(shape).astype(dtype)
-    spectra = _values.host_spectra(matrix, MATRIX)
+    spectra = host_spectra(matrix)
     assert spectra.eigenvalues.dtype == np.float32
     np.testing.assert_allclose(spectra.ratio, [min(shape) / max(shape)], rtol=EPS)
     expected = exact(matrix)
@@ -73,7 +83,7 @@ def test_squares_may_leave_the_range_of_float32(rng):
 def test_what_is_not_finite_has_a_spectrum_of_nan(rng, bad):
     kernel = rng.standard_normal((3, 60, 80)).astype(np.float32)
     kernel[1, 5, 7] = bad
-    spectra = _values.host_spectra(kernel, KernelAxes((1,), (2,), (0,)))
+    spectra = host_spectra(kernel, KernelAxes((1,), (2,), (0,)))
     np.testing.assert_array_equal(np.isnan(spectra.eigenvalues).all(axis=1), [False, True, False])
 
 
@@ -82,6 +92,106 @@ def test_a_thin_product_has_directions_of_nothing(rng):
     values = found(thin.astype(np.float32))
     assert (values[20:] < (300 * EPS) ** 2 * values[0]).all()
     np.testing.assert_array_equal(found(np.zeros((60, 50), np.float32)), np.zeros(50))
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    """So many threads of NumPy's BLAS, and as many matrices at once."""
+    with threadpool_limits(request.param, user_api="blas"):
+        yield request.param
+
+
+def num_threads():
+    return [
+        library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"
+    ]
+
+
+def many(rng):
+    """Kernels of many shapes: alone or in stacks, long or not, one of them not finite."""
+    shapes = [(60, 60), (60, 60), (300, 60), (60, 130), (520, 600), (300, 60), (7, 1), (5, 60, 80)]
+    scales = np.geomspace(1e-12, 1e12, len(shapes))
+    kernels = [a * rng.standard_normal(shape) for a, shape in zip(scales, shapes, strict=True)]
+    kernels[5] += 100 * kernels[5].max()  # to be squared in float64, and its neighbour is not
+    kernels[1][3, 4] = np.nan
+    axes = [MATRIX] * 7 + [KernelAxes((1,), (2,), (0,))]
+    pairs = zip(kernels, axes, strict=True)
+    return {str(i): (kernel.astype(np.float32), own) for i, (kernel, own) in enumerate(pairs)}
+
+
+def test_many_at_once_are_as_one_alone(rng, threads):
+    kernels = many(rng)
+    together = _host_spectra.host_spectra(kernels, lambda path, spectra: (path, spectra))
+    assert together.keys() == kernels.keys()
+    for path, (told, spectra) in together.items():
+        assert told == path
+        kernel = kernels[path][0]
+        matrices = kernel.reshape(-1, *kernel.shape[-2:])
+        expected = np.array([exact(matrix) for matrix in matrices])
+        atol = EPS**2 * np.max(expected)
+        np.testing.assert_allclose(spectra.eigenvalues, expected, rtol=1e-5, atol=atol)
+
+
+def test_threads_are_given_back(rng, threads):
+    kernels = many(rng)
+    before, within = num_threads(), []
+    _host_spectra.host_spectra(kernels, lambda *_: within.append(num_threads()))
+    assert {1} == {number for numbers in within for number in numbers}
+    assert num_threads() == before
+
+    def fail(*_):
+        raise KeyError("of the one who uses a spectrum")
+
+    with pytest.raises(KeyError, match="who uses"):
+        _host_spectra.host_spectra(kernels, fail)
+    assert num_threads() == before
+
+
+def test_there_are_as_many_at_once_as_blas_has_threads(threads, monkeypatch):
+    together, find = threading.Barrier(threads), _host_spectra._beside_others
+
+    def meet(*args):
+        together.wait(10)  # and fails alone
+        return find(*args)
+
+    monkeypatch.setattr(_host_spectra, "_beside_others", meet)
+    kernels = {str(i): (np.eye(600, dtype=np.float32), MATRIX) for i in range(10)}
+    assert len(_host_spectra.host_spectra(kernels, lambda _, spectra: spectra)) == 10
+
+
+def test_who_limits_the_threads_is_not_joined_by_others(rng):
+    """Who came second would take the limit of the first for that of the user, and restore it."""
+    kernels, joined = many(rng), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asked = []
+
+        def first(*_):
+            if not asked:
+                second = lambda *_: joined.set()
+                asked.append(pool.submit(_host_spectra.host_spectra, kernels, second))
+                assert not joined.wait(0.3)
+
+        _host_spectra.host_spectra(kernels, first)
+        asked[0].result()
+    assert joined.is_set()
+
+
+def test_large_ones_share_the_threads_in_little_room(rng, monkeypatch):
+    monkeypatch.setattr(_host_spectra, "_LARGE", 100)
+    kernels = {
+        name: (rng.standard_normal((n, n)).astype(np.float32), MATRIX)
+        for name, n in {"small": 60, "large": 100, "larger": 120, "least": 50}.items()
+    }
+    within = {}
+    spectra = _host_spectra.host_spectra(
+        kernels, lambda path, own: within.setdefault(path, (num_threads(), own))
+    )
+    assert [*spectra] == ["larger", "large", "small", "least"]
+    assert within["large"][0] == within["larger"][0] == num_threads()
+    for path, (kernel, _) in kernels.items():
+        expected = exact(kernel)
+        own = spectra[path][1].eigenvalues[0]
+        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=EPS**2 * expected[0])
 
 
 def test_the_host_takes_what_lies_there():
