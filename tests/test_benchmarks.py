@@ -5,12 +5,14 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.benchmarks import (
     epoch,
     fit,
+    latency,
     memory,
     report,
     sizes,
@@ -98,3 +100,19 @@ def test_the_page_of_speed_tells_the_kept_results(tmp_path, monkeypatch, capsys)
     blocks = re.findall(r"```text\n(.*?)```", page.partition("## What was measured")[2], re.DOTALL)
     assert blocks
     assert {line.strip() for line in "".join(blocks).splitlines()} <= printed
+
+
+@pytest.fixture
+def asynchronous():
+    """How JAX dispatches, which a benchmark of latency changes."""
+    yield
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_latency_has_a_row_for_each_width_rank_and_batch(tmp_path, monkeypatch):
+    sizes = ["--widths", "64", "--shares", "4", "8", "--batches", "1", "3"]
+    rows = run(latency, [*sizes, "--rounds", "2", "--calls", "2"], tmp_path, monkeypatch)
+    found = [(row["width"], row["rank"], row["batch"], row["ideal"]) for row in rows]
+    assert found == [(64, 16, 1, 2), (64, 8, 1, 4), (64, 16, 3, 2), (64, 8, 3, 4)]
+    assert all(row["share"] == pytest.approx(row["speed-up"] / row["ideal"]) for row in rows)

@@ -14,18 +14,22 @@ from rich.table import Table
 from experiments import measure, output
 
 
-def in_turns(alternatives: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each alternative, round by round; what else the machine does hits all alike.
+def in_turns(
+    alternatives: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1
+) -> dict[str, np.ndarray]:
+    """Seconds of a call of each alternative, round by round: what else the machine does hits all.
 
-    Each is called once before, to be compiled.
+    In its turn each is called so many times, and the seconds are the mean. There is one turn
+    before, to compile them.
     """
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for turn in range(rounds + 1):
         for name, call in alternatives.items():
             begin = time.perf_counter()
-            jax.block_until_ready(call())
+            for _ in range(calls):
+                jax.block_until_ready(call())
             if turn:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append((time.perf_counter() - begin) / calls)
     return {name: np.array(values) for name, values in times.items()}
 
 
