@@ -49,6 +49,13 @@ def order_in_place(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) ->
     return KernelAxes(divided_first(axes.inputs), divided_first(axes.outputs), axes.batch)
 
 
+def _merged(spec: list[Any], side: tuple[int, ...]) -> Any:
+    """Over what a side of a matrix is divided whose axes have merged, in the order above."""
+    divided = [spec[axis] for axis in side if spec[axis] is not None]
+    # Of two that are divided a device has rows here and there: no division has a name for it.
+    return PartitionSpec.UNCONSTRAINED if len(divided) > 1 else next(iter(divided), None)
+
+
 @partial(jax.jit, static_argnums=(1, 2))
 def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Array, "b p p"]:
     """A^T A of each matrix of a kernel, in float64; a stack stays divided as it was.
@@ -63,14 +70,20 @@ def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Ar
     rest = tuple(name for name in sharding.mesh.axis_names if name not in _names(stack))
     parts = int(np.prod([sharding.mesh.shape[name] for name in rest]))
 
-    split = lambda array, rows: constrain(array, sharding.mesh, (stack, rows, None))
+    own = [_merged(spec, side) for side in order[:2]]
+    split = lambda array, rows, columns=None: constrain(
+        array, sharding.mesh, (stack, rows, columns)
+    )
 
     def square(kernel):
         matrices = to_matrices(kernel, order)
-        rows, columns = matrices.shape[1:]
-        long = matrices if rows >= columns else matrices.mT
-        fill = -max(rows, columns) % parts  # with rows of zeros, which add nothing
-        long = split(jnp.pad(long, ((0, 0), (0, fill), (0, 0))), rest).astype(jnp.float64)
+        long, places = matrices, own
+        if matrices.shape[1] < matrices.shape[2]:
+            long, places = matrices.mT, own[::-1]
+        fill = -long.shape[1] % parts  # with rows of zeros, which add nothing
+        # Where it lies, or the compiler would gather it to divide it anew.
+        long = jnp.pad(split(long, *places), ((0, 0), (0, fill), (0, 0)))
+        long = split(split(long, *places), rest).astype(jnp.float64)
         return split(jnp.matmul(long.mT, long), None)
 
     typed = typed_sharding(kernel)

@@ -57,10 +57,15 @@ from rmtjax._sharded import _gram, _x64
 
 mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
 dense, conv = KernelAxes((0,), (1,)), KernelAxes((0, 1, 2), (3,))
-stack = KernelAxes((1,), (2,), (0,))
+stack, heads = KernelAxes((1,), (2,), (0,)), KernelAxes((0,), (1, 2))
 for axes, shape, spec in (
     (dense, (8192, 256), P(("data", "model"))),
     (dense, (8192, 256), P(None, "model")),
+    (dense, (8188, 256), P(None, "model")),
+    (dense, (252, 8190), P("model", "data")),
+    (heads, (8190, 4, 60), P("data", "model")),
+    (heads, (8188, 6, 60), P(None, None, "model")),
+    (stack, (8, 2046, 252), P(None, "data", "model")),
     (conv, (3, 3, 1024, 256), P(None, None, "model")),
     (conv, (3, 3, 1024, 256), P(None, None, "data", "model")),
     (stack, (8, 2048, 256), P("data", None, "model")),
