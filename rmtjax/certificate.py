@@ -32,6 +32,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._chain import check_activation, check_chain, check_labels, read_layers
+from rmtjax._placing import by_compiler
 from rmtjax._rounding import (
     affine,
     eps_of,
@@ -167,6 +168,28 @@ def _bound(
     return change, unchanged, mean(jnp.where(known, increase, jnp.nan))
 
 
+class _Certify(NamedTuple):
+    """What is computed of arrays that have been checked; of equal options one program."""
+
+    layers: tuple[str, ...]
+    activation: Activation
+
+    def __call__(
+        self, values: Array, old: list[Layer], new: list[Layer], labels: Array | None
+    ) -> Certificate:
+        # One dtype for all, or a difference would be rounded more than is reckoned with.
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, old, new)))
+        values, old, new = jax.tree.map(lambda a: a.astype(dtype), (values, old, new))
+        zero = jnp.zeros(len(values), dtype)
+        hidden = _Hidden(values, zero, zero, exact=True)
+        for pair in zip(old[:-1], new[:-1], strict=True):
+            hidden = _pass(hidden, *pair, self.activation)
+        # A layer may come again.
+        once = dict(zip(self.layers, zip(old, new, strict=True), strict=True))
+        removed = [lost_squares(a.kernel, b.kernel) for a, b in once.values()]
+        return Certificate(*_bound(hidden, old[-1], new[-1], labels), sum(removed, zero[0]))
+
+
 def certify(
     before: PyTree,
     after: PyTree,
@@ -232,13 +255,4 @@ def certify(
     if labels is not None:
         labels = jnp.asarray(labels)
         check_labels(labels, len(values))
-    # One dtype for all, or a difference would be rounded more than is reckoned with.
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, old, new)))
-    values, old, new = jax.tree.map(lambda a: a.astype(dtype), (values, old, new))
-    zero = jnp.zeros(len(values), dtype)
-    hidden = _Hidden(values, zero, zero, exact=True)
-    for pair in zip(old[:-1], new[:-1], strict=True):
-        hidden = _pass(hidden, *pair, activation)
-    once = dict(zip(layers, zip(old, new, strict=True), strict=True))  # one may come again
-    removed = [lost_squares(a.kernel, b.kernel) for a, b in once.values()]
-    return Certificate(*_bound(hidden, old[-1], new[-1], labels), sum(removed, zero[0]))
+    return by_compiler(_Certify(tuple(layers), activation), values, old, new, labels)

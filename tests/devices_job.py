@@ -182,6 +182,25 @@ def check_training(params, placed):
     print("training")
 
 
+def check_certificate(place):
+    """The last kernel is changed, so that rounding alone is between the two."""
+    rng = np.random.default_rng(2)
+    inputs, labels = rng.standard_normal((16, 96)).astype(np.float32), np.arange(16) % 8
+    before = {"a": {"kernel": planted(96, 64)}, "b": {"kernel": planted(64, 8)}}
+    after = before | {"b": {"kernel": before["b"]["kernel"] * np.float32(0.999)}}
+    layers = ("a", "b")
+    wanted = rmtjax.certificate.certify(before, after, inputs, layers=layers, labels=labels)
+    lie = lambda leaf: place(leaf, P("data", "model") if leaf.ndim == 2 else P("data"))
+    trees = jax.tree.map(lie, (before, after, inputs))
+    for certify in (
+        rmtjax.certificate.certify,
+        jax.jit(rmtjax.certificate.certify, static_argnames=("layers", "activation")),
+    ):
+        found = certify(*trees, layers=layers, labels=lie(labels))
+        assert_close(found._replace(unchanged=found.unchanged * 1), wanted)
+    print("certificate")
+
+
 def check_broken(place):
     """What is not finite, and what float64 alone can tell."""
     broken = planted(64, 96)
@@ -254,6 +273,7 @@ def main():
     check_truncation(params, placed, plan)
     check_cuts(place)
     check_training(params, placed)
+    check_certificate(place)
     check_broken(place)
     check_own_meshes(kind)
     check_large(place)
