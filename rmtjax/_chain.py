@@ -1,6 +1,7 @@
 """A chain of dense layers, found in a tree by its paths and checked."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +59,21 @@ def check_chain(old: list[Layer], new: list[Layer], inputs: Array) -> None:
         width = columns
 
 
+@partial(jax.jit, static_argnums=0)
+def _manner(activation: Callable[[Array], Array], grid: Array) -> tuple[Array, Array]:
+    """The steepest slope on a grid, and whether each entry is treated by itself."""
+    one = lambda entry: activation(entry[None])[0]
+    slope = jnp.max(jnp.abs(jax.vmap(jax.grad(one))(grid)))
+    return slope, jnp.allclose(activation(grid), jax.vmap(one)(grid), equal_nan=True)
+
+
 def check_activation(activation: Callable[[Array], Array]) -> None:
     """Refuses what is plainly steeper than 1 somewhere, such as gelu, or not elementwise."""
     with jax.ensure_compile_time_eval():
         # At no period of its own, and far out too.
         half = jnp.concatenate([jnp.geomspace(1e-3, 1, 200), jnp.geomspace(1, 1e4, 2000)])
         grid = jnp.concatenate([-half[::-1], half])
-        one = lambda entry: activation(entry[None])[0]
-        slope = float(jnp.max(jnp.abs(jax.vmap(jax.grad(one))(grid))))
-        alone = bool(jnp.allclose(activation(grid), jax.vmap(one)(grid), equal_nan=True))
+        slope, alone = map(float, _manner(activation, grid))
     if not alone:
         raise ValueError("`activation` must act on each entry by itself, which softmax does not.")
     if not slope < 1.001:

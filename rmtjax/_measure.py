@@ -16,7 +16,7 @@ from rmtjax._bulk import above_rounding, count_above
 from rmtjax._estimate import estimate, pays
 from rmtjax._factors import is_factors, kernel_shape, svd, to_stack
 from rmtjax._host_spectra import host_spectra
-from rmtjax._placing import by_compiler, fetch, mesh_of
+from rmtjax._placing import by_compiler, fetch, in_shares, mesh_of, mesh_of_whole
 from rmtjax._sharded import is_spread, sharded_spectra
 from rmtjax._spectrum import each, spectrum
 from rmtjax._typing import BulkFit, KernelAxes, Spectrum
@@ -72,11 +72,12 @@ def _num_populated(spectrum: Spectrum) -> Int[Array, ""]:
     return jnp.sum(present, dtype=jnp.int32)
 
 
-@partial(jax.jit, static_argnums=1)
-def _find_spectra(kernels: list, axes: tuple[KernelAxes, ...]):
+@partial(jax.jit, static_argnums=(1, 2))
+def _find_spectra(kernels: list, axes: tuple[KernelAxes, ...], mesh: Any):
     """The spectra of kernels of one shape, and how many directions each has.
 
-    Apart from the fit, which is compiled for a number of eigenvalues and not for each shape.
+    Apart from the fit, which is compiled for a number of eigenvalues and not for each shape. Each
+    device of a mesh, on which they are whole, has a share of them.
     """
 
     def find(kernels):
@@ -84,7 +85,8 @@ def _find_spectra(kernels: list, axes: tuple[KernelAxes, ...]):
         joined = stacks[0]  # large, and not to be copied if it is the only one
         if len(stacks) > 1:
             joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
-        spectra = each(_spectrum_of, joined)
+        find = partial(each, _spectrum_of)
+        spectra = find(joined) if mesh is None else in_shares(find, joined, mesh)
         if is_factors(joined):
             return spectra, jax.vmap(_num_populated)(spectra)
         return spectra, jnp.full(spectra.ratio.shape, spectra.eigenvalues.shape[-1], jnp.int32)
@@ -151,7 +153,8 @@ def _measure_there(kernels: Kernels, rule, given: Mapping[str, BulkFit]):
         own = [kernels[path] for path in paths]
         arrays = [jax.tree.map(jnp.asarray, leaf) for leaf, _ in own]
         sizes = [_kernels.matrix_shape(kernel_shape(leaf), named)[0] for leaf, named in own]
-        found |= _share(paths, sizes, _find_spectra(arrays, tuple(a for _, a in own)))
+        spectra = _find_spectra(arrays, tuple(named for _, named in own), mesh_of_whole(arrays))
+        found |= _share(paths, sizes, spectra)
     alike = lambda path: (path in given, is_factors(kernels[path][0]), *_kind(found[path][0]))
     for paths in _collect(kernels, alike):
         spectra = jax.tree.map(lambda *a: np.concatenate(a), *(found[path][0] for path in paths))

@@ -1,11 +1,13 @@
 """Arrays on several devices: what lies where, and who decides on it."""
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -73,12 +75,51 @@ def specs(sharding: NamedSharding, ndim: int) -> list[Any]:
     return [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
 
 
+def _in_force(mesh: Any) -> Any:
+    """A mesh within a compiled program: within `by_compiler` it has other types of axes."""
+    current = jax.sharding.get_abstract_mesh()
+    return current if current.axis_names == mesh.axis_names else mesh
+
+
 def constrain(array: jax.Array, mesh: Any, spec: Iterable[Any]) -> jax.Array:
     """An array within a compiled program, and within `by_compiler`, divided over a mesh."""
-    # Within `by_compiler` the mesh has other types of axes.
-    current = jax.sharding.get_abstract_mesh()
-    mesh = current if current.axis_names == mesh.axis_names else mesh
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
+    sharding = NamedSharding(_in_force(mesh), PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def _shard_map() -> Callable:
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map
+    old: Any = importlib.import_module("jax.experimental.shard_map")  # its place in jax 0.6
+    return functools.partial(old.shard_map, check_rep=False)  # which knows less of what it checks
+
+
+def mesh_of_whole(tree: PyTree) -> Any:
+    """The mesh on each of whose devices concrete arrays lie whole; None of others."""
+    meshes = {mesh_of(leaf) for leaf in jax.tree.leaves(tree)}
+    whole = len(meshes) == 1 and None not in meshes
+    whole = whole and all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree))
+    return meshes.pop() if whole else None
+
+
+def in_shares(function: Callable[[PyTree], PyTree], stack: PyTree, mesh: Any) -> PyTree:
+    """A function of a stack, arrays with a leading axis, of which each device has a share.
+
+    Within a compiled program. What the function returns has the same leading axis.
+    """
+    size, names = len(jax.tree.leaves(stack)[0]), mesh.axis_names
+    share = -(-size // mesh.size)
+    if size == 1:  # large, it may be, and not to be copied
+        return function(stack)
+
+    def own(stack):
+        # The last again where there are none left: what is found of it is left out.
+        indices = jax.lax.axis_index(names) * share + jnp.arange(share)
+        return function(jax.tree.map(lambda leaf: leaf[jnp.minimum(indices, size - 1)], stack))
+
+    whole, shares = PartitionSpec(), PartitionSpec(names)
+    divide = _shard_map()(own, mesh=_in_force(mesh), in_specs=whole, out_specs=shares)
+    return jax.tree.map(lambda leaf: leaf[:size], divide(stack))
 
 
 def _sharding_of(array: Any) -> NamedSharding | None:

@@ -30,11 +30,12 @@ Blank = Callable[[str, tuple[int, int]], np.ndarray]
 
 
 def is_spread(leaf: Any) -> bool:
-    """Whether a kernel on several devices is to be squared: as little in float64 as on the host.
+    """Whether a kernel is divided over devices, and may be squared: in float64 it may not.
 
     Factors are thin, and need no care.
     """
-    return mesh_of(leaf) is not None and leaf.dtype.itemsize < 8
+    divided = mesh_of(leaf) is not None and not leaf.is_fully_replicated
+    return divided and leaf.dtype.itemsize < 8
 
 
 def _names(spec: Any) -> tuple[str, ...]:

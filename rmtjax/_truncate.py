@@ -57,7 +57,7 @@ def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:
 
 def _is_divided(kernel: Any) -> bool:
     """Whether a kernel is to be cut where it lies; one that is whole is cut on each device."""
-    return is_spread(kernel) and not kernel.is_fully_replicated and is_eager()
+    return is_spread(kernel) and is_eager()
 
 
 def _map_planned(change: Callable[[Cut], Any], params: PyTree, plan: Plan) -> PyTree:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import rmtjax
-from rmtjax import _cut
+from rmtjax import _cut, _measure
 from rmtjax._sharded import _x64
 
 SPECS = {  # as a model that is divided over "model" has them, and both, and none
@@ -30,6 +30,7 @@ SPECS = {  # as a model that is divided over "model" has them, and both, and non
     "stack": {"kernel": P("model", "data")},
 }
 AXES = {"stack/kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
+MATRIX = rmtjax.KernelAxes((0,), (1,))
 RULE = rmtjax.ranks.bema()
 CUTS = {  # shape, division and axes of kernels that are cut where they lie
     "wide": ((64, 96), P("data", "model"), rmtjax.KernelAxes((0,), (1,))),
@@ -182,6 +183,34 @@ def check_training(params, placed):
     print("training")
 
 
+def check_shares(place):
+    """Kernels that are whole on each device, where the host is not to decompose them."""
+    params = {f"Dense_{i}": {"kernel": planted(96, 60 + i // 5)} for i in range(6)}
+    params |= {"stack": {"kernel": planted(11, 64, 56)}}
+    placed = jax.tree.map(lambda leaf: place(leaf, P()), params)
+    dense = {f"{name}/kernel": MATRIX for name in params if name != "stack"}
+    given = {"axes": AXES | dense, "rule": RULE}
+    wanted, sizes = rmtjax.plan(params, **given), []
+
+    def each(function, stack):
+        if function is _measure._spectrum_of:
+            sizes.append(len(stack))
+        return spectrum_each(function, stack)
+
+    spectrum_each = _measure.each
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_measure, "on_host", lambda _: False)
+        patch.setattr(_measure, "each", each)
+        found = rmtjax.plan(placed, **given)
+    assert str(found) == str(wanted)
+    for path, row in wanted.items():
+        own = found[path].spectrum
+        np.testing.assert_allclose(own.eigenvalues, row.spectrum.eigenvalues, rtol=1e-4, atol=1e-5)
+    # Of five that are alike and of one, and of a stack of eleven: eight devices have so many.
+    assert sorted(sizes) == [1, 1, 2]
+    print("shares")
+
+
 def check_certificate(place):
     """The last kernel is changed, so that rounding alone is between the two."""
     rng = np.random.default_rng(2)
@@ -273,6 +302,7 @@ def main():
     check_truncation(params, placed, plan)
     check_cuts(place)
     check_training(params, placed)
+    check_shares(place)
     check_certificate(place)
     check_broken(place)
     check_own_meshes(kind)

@@ -12,7 +12,17 @@ import pytest
 from virtual_devices import environment, run_on_devices
 
 JOB = Path(__file__).with_name("devices_job.py")
-CHECKS = ["reports", "truncation", "cuts", "training", "certificate", "broken", "meshes", "large"]
+CHECKS = [
+    "reports",
+    "truncation",
+    "cuts",
+    "training",
+    "shares",
+    "certificate",
+    "broken",
+    "meshes",
+    "large",
+]
 
 
 def start(kind, devices, processes=1, number=0, port=0):
