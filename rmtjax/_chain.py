@@ -1,7 +1,6 @@
 """A chain of dense layers, found in a tree by its paths and checked."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,6 @@ def check_chain(old: list[Layer], new: list[Layer], inputs: Array) -> None:
         width = columns
 
 
-@partial(jax.jit, static_argnums=0)
 def _manner(activation: Callable[[Array], Array], grid: Array) -> tuple[Array, Array]:
     """The steepest slope on a grid, and whether each entry is treated by itself."""
     one = lambda entry: activation(entry[None])[0]
@@ -73,7 +71,8 @@ def check_activation(activation: Callable[[Array], Array]) -> None:
         # At no period of its own, and far out too.
         half = jnp.concatenate([jnp.geomspace(1e-3, 1, 200), jnp.geomspace(1, 1e4, 2000)])
         grid = jnp.concatenate([-half[::-1], half])
-        slope, alone = map(float, _manner(activation, grid))
+        # Compiled anew, since what it does may have changed since the last time.
+        slope, alone = map(float, jax.jit(lambda grid: _manner(activation, grid))(grid))
     if not alone:
         raise ValueError("`activation` must act on each entry by itself, which softmax does not.")
     if not slope < 1.001:

@@ -1,6 +1,6 @@
 """The spectra of kernels in the memory of the host, several of which are decomposed at once.
 
-As many as NumPy's BLAS has threads, each of which then decomposes matrices of its own: those of
+As many as BLAS has threads, each of which then decomposes matrices of its own: those of
 most networks are too small for several threads to share one.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from rmtjax._kernels import to_matrices
+from rmtjax._kernels import matrix_shape, to_matrices
 from rmtjax._typing import KernelAxes, Spectrum
 from rmtjax._values import eigenvalues, gram, PART, to_spectrum
 
@@ -29,12 +29,14 @@ _MODERATE = 2048
 _SMALL = 1e-30  # squares under it may be less than normal in float32
 
 _Result = TypeVar("_Result")
-# Matrices of one number of columns, and no fewer rows, and the paths of their kernels.
-_Chunk = list[tuple[str, np.ndarray]]
+_Kernels = dict[str, tuple[Any, KernelAxes]]
+# The paths and the places in their stacks of matrices that are alike.
+_Chunk = list[tuple[str, int]]
 # The eigenvalues of Gram matrices that are made in a dtype, ascending: (b, p).
 _Find = Callable[[list[np.ndarray], type], np.ndarray]
 
-_limiting = threading.Lock()  # who limits while others do would restore their limit
+# Who limits while others do would restore their limit; a rule may make a plan of its own.
+_limiting = threading.RLock()
 
 
 @functools.cache
@@ -42,16 +44,27 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
+def _num_threads(libraries: Any) -> int:
+    """The most that a BLAS has, or the processors where none tells."""
+    told = [library.num_threads or 0 for library in libraries.lib_controllers]
+    here = hasattr(os, "sched_getaffinity")  # of all processors those that are ours
+    processors = len(os.sched_getaffinity(0)) if here else os.cpu_count()
+    return max(told, default=0) or processors or 1
+
+
 @contextlib.contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as BLAS has, or the machine where it does not tell; it has one in each."""
+    """As many threads as BLAS has, which has one in each meanwhile."""
     libraries = _libraries()
     limit = lambda: libraries.limit(limits=1)
     with _limiting:
-        count = max((own.num_threads for own in libraries.lib_controllers), default=os.cpu_count())
+        count = _num_threads(libraries)
         # Of the whole process with some libraries, of a thread with others.
-        with limit(), ThreadPoolExecutor(count, initializer=limit) as pool:
-            yield pool
+        with limit():
+            if libraries.lib_controllers and _num_threads(libraries) > 1:
+                count = 1  # another thread has limited it, and keeps its limit
+            with ThreadPoolExecutor(count, initializer=limit) as pool:
+                yield pool
 
 
 def _in_place(talls: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -59,17 +72,19 @@ def _in_place(talls: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.stack([eigenvalues(gram(tall, dtype)) for tall in talls])
 
 
-def _square(tall: np.ndarray, dtype: type) -> np.ndarray:
+def _add_square(squares: np.ndarray, tall: np.ndarray) -> None:
     step = max(1, PART // tall.shape[1])
-    starts = range(0, len(tall), step)
-    parts = (tall[first : first + step].astype(dtype, copy=False) for first in starts)
-    return functools.reduce(np.add, (part.T @ part for part in parts))
+    for first in range(0, len(tall), step):
+        part = tall[first : first + step].astype(squares.dtype, order="C", copy=False)
+        squares += part.T @ part
 
 
 def _beside_others(talls: list[np.ndarray], dtype: type) -> np.ndarray:
     """By functions of NumPy, in which other threads go on."""
+    squares = np.zeros((len(talls), *[talls[0].shape[1]] * 2), dtype)
     with np.errstate(over="ignore", invalid="ignore"):  # told by what comes out
-        squares = np.stack([_square(tall, dtype) for tall in talls])
+        for own, tall in zip(squares, talls, strict=True):
+            _add_square(own, tall)
     finite = np.isfinite(squares).all(axis=(1, 2))
     squares[~finite] = 0
     values = np.linalg.eigvalsh(squares)
@@ -95,32 +110,48 @@ def _is_long(tall: np.ndarray) -> bool:
     return tall.shape[0] >= 2 * tall.shape[1]
 
 
-def _chunks(matrices: dict[str, np.ndarray]) -> list[_Chunk]:
-    """Matrices that are alike, as many as free Python's lock; those that take longest first."""
-    alike: dict[tuple, _Chunk] = {}
-    for path, stack in matrices.items():
-        for tall in stack:
-            alike.setdefault((tall.shape[1], _is_long(tall)), []).append((path, tall))
+def _talls(kernel: Any, axes: KernelAxes) -> np.ndarray:
+    """The matrices of a kernel, with no fewer rows than columns; of most a view."""
+    stack = to_matrices(np.asarray(kernel), axes)
+    return stack if stack.shape[1] >= stack.shape[2] else stack.mT
+
+
+def _chunks(kernels: _Kernels) -> list[tuple[int, _Chunk]]:
+    """Matrices that are alike, with their columns: as many as free Python's lock.
+
+    Those that take longest come first.
+    """
+    alike: dict[tuple[int, bool], _Chunk] = {}
+    for path, (kernel, axes) in kernels.items():
+        stack, *sides = matrix_shape(kernel.shape, axes)
+        kind = min(sides), max(sides) >= 2 * min(sides)
+        alike.setdefault(kind, []).extend((path, index) for index in range(stack))
     chunks = []
-    for (columns, _), group in sorted(alike.items(), key=lambda item: -item[0][0]):
+    for (columns, _), group in sorted(alike.items(), reverse=True):
         count = -(-_FREE // columns)
-        chunks += [group[first : first + count] for first in range(0, len(group), count)]
+        parts = (group[first : first + count] for first in range(0, len(group), count))
+        chunks += [(columns, part) for part in parts]
     return chunks
 
 
-def _decompose(chunks: list[_Chunk]) -> Generator[tuple[_Chunk, np.ndarray]]:
+def _decompose(kernels: _Kernels) -> Generator[tuple[_Chunk, np.ndarray]]:
     """The squared singular values of each chunk."""
-    find = lambda chunk, by: (chunk, _squared_values([tall for _, tall in chunk], by))
-    alone = len(chunks) if len(chunks) == 1 else sum(c[0][1].shape[1] >= _LARGE for c in chunks)
-    yield from (find(chunk, _in_place) for chunk in chunks[:alone])
-    if alone < len(chunks):
+
+    def find(chunk: _Chunk, by: _Find) -> tuple[_Chunk, np.ndarray]:
+        # Only now, since of some layouts it is a copy.
+        talls = {path: _talls(*kernels[path]) for path, _ in chunk}
+        return chunk, _squared_values([talls[path][index] for path, index in chunk], by)
+
+    chunks = _chunks(kernels)
+    large = [chunk for columns, chunk in chunks if columns >= _LARGE or len(chunks) == 1]
+    small = [chunk for _, chunk in chunks[len(large) :]]
+    yield from (find(chunk, _in_place) for chunk in large)
+    if small:
         with _threads() as pool:
-            yield from pool.map(lambda chunk: find(chunk, _beside_others), chunks[alone:])
+            yield from pool.map(lambda chunk: find(chunk, _beside_others), small)
 
 
-def host_spectra(
-    kernels: dict[str, tuple[Any, KernelAxes]], use: Callable[[str, Spectrum], _Result]
-) -> dict[str, _Result]:
+def host_spectra(kernels: _Kernels, use: Callable[[str, Spectrum], _Result]) -> dict[str, _Result]:
     r"""What a function makes of the spectra of kernels, of at most 32 bits, as NumPy arrays.
 
     By Gram matrices. In float64 the products of entries are exact, and an eigenvalue is off by
@@ -133,16 +164,13 @@ def host_spectra(
       use: Is called with a path and its spectra, which have a leading axis, while others are
         decomposed.
     """
-    matrices = {}
-    for path, (kernel, axes) in kernels.items():
-        stack = to_matrices(np.asarray(kernel), axes)
-        matrices[path] = stack if stack.shape[1] >= stack.shape[2] else stack.mT
     waiting, used = {path: [] for path in kernels}, {}
-    with contextlib.closing(_decompose(_chunks(matrices))) as decomposed:
+    with contextlib.closing(_decompose(kernels)) as decomposed:
         pairs = itertools.chain.from_iterable(zip(chunk, v, strict=True) for chunk, v in decomposed)
         for (path, _), values in pairs:
             waiting[path].append(values)
-            if len(waiting[path]) == len(matrices[path]):
+            kernel, axes = kernels[path]
+            if len(waiting[path]) == matrix_shape(kernel.shape, axes)[0]:
                 squared = np.stack(waiting.pop(path))[:, ::-1]
-                used[path] = use(path, to_spectrum(squared, *kernels[path]))
+                used[path] = use(path, to_spectrum(squared, kernel, axes))
     return used

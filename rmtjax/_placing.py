@@ -38,12 +38,13 @@ def _compiled(function: Callable, out: Any) -> Callable:
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))
 
 
-def by_compiler(function: Callable, *arguments: PyTree, out: Any = None) -> Any:
+def by_compiler(function: Callable, *arguments: PyTree, out: Any = None, anew: bool = False) -> Any:
     """Calls a function in which the compiler decides where arrays lie.
 
     As it does anyway where the axes of a mesh are of the type Auto. On a mesh with explicit axes
     a decomposition would refuse a sharded matrix. There the results lie as `out` says, a sharding
-    or a tuple that begins as the results do: whole on each device where it has None.
+    or a tuple that begins as the results do: whole on each device where it has None. Compiled
+    `anew` for a function of the user's, which may not do again what it has done.
     """
     leaves = jax.tree.leaves(arguments)
     found = (typed_sharding(leaf) for leaf in leaves)
@@ -53,7 +54,7 @@ def by_compiler(function: Callable, *arguments: PyTree, out: Any = None) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
     place = lambda own: whole if own is None else own
     out = jax.tree.map(place, out, is_leaf=lambda own: own is None)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not (anew or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)):
         return _compiled(function, out)(*arguments)
     # Compiled, for those who are not yet: under `vmap` alone.
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))(*arguments)

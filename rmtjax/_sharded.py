@@ -50,9 +50,9 @@ def order_in_place(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) ->
     return KernelAxes(divided_first(axes.inputs), divided_first(axes.outputs), axes.batch)
 
 
-def _merged(spec: list[Any], side: tuple[int, ...]) -> Any:
-    """Over what a side of a matrix is divided whose axes have merged, in the order above."""
-    divided = [spec[axis] for axis in side if spec[axis] is not None]
+def _merged(spec: list[Any], group: tuple[int, ...]) -> Any:
+    """Over what axes are divided that have merged, in the order above."""
+    divided = [spec[axis] for axis in group if spec[axis] is not None]
     # Of two that are divided a device has rows here and there: no division has a name for it.
     return PartitionSpec.UNCONSTRAINED if len(divided) > 1 else next(iter(divided), None)
 
@@ -71,10 +71,9 @@ def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Ar
     rest = tuple(name for name in sharding.mesh.axis_names if name not in _names(stack))
     parts = int(np.prod([sharding.mesh.shape[name] for name in rest]))
 
-    own = [_merged(spec, side) for side in order[:2]]
-    split = lambda array, rows, columns=None: constrain(
-        array, sharding.mesh, (stack, rows, columns)
-    )
+    batch, *own = (_merged(spec, group) for group in (axes.batch, *order[:2]))
+    lie = lambda array, places: constrain(array, sharding.mesh, (batch, *places))
+    split = lambda array, rows: constrain(array, sharding.mesh, (stack, rows, None))
 
     def square(kernel):
         matrices = to_matrices(kernel, order)
@@ -83,8 +82,8 @@ def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Ar
             long, places = matrices.mT, own[::-1]
         fill = -long.shape[1] % parts  # with rows of zeros, which add nothing
         # Where it lies, or the compiler would gather it to divide it anew.
-        long = jnp.pad(split(long, *places), ((0, 0), (0, fill), (0, 0)))
-        long = split(split(long, *places), rest).astype(jnp.float64)
+        long = jnp.pad(lie(long, places), ((0, 0), (0, fill), (0, 0)))
+        long = split(lie(long, places), rest).astype(jnp.float64)
         return split(jnp.matmul(long.mT, long), None)
 
     typed = typed_sharding(kernel)
@@ -156,7 +155,7 @@ def sharded_spectra(kernels: Kernels) -> dict[str, Spectrum]:
     """The spectra of kernels on meshes of devices, as NumPy arrays with a leading axis.
 
     By Gram matrices in float64, which the hosts decompose in turn; as accurate as
-    `rmtjax._values.host_spectra`, and as little meant for float64 kernels.
+    `rmtjax._host_spectra`, and as little meant for float64 kernels.
     """
     found = in_turns(kernels, lambda _, gram: eigenvalues(gram), lambda _, shape: np.zeros(shape))
     return {path: to_spectrum(values[:, ::-1], *kernels[path]) for path, values in found}

@@ -23,6 +23,7 @@ as zero. A run in floating point adds rounding of its own.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -168,26 +169,25 @@ def _bound(
     return change, unchanged, mean(jnp.where(known, increase, jnp.nan))
 
 
-class _Certify(NamedTuple):
-    """What is computed of arrays that have been checked; of equal options one program."""
-
-    layers: tuple[str, ...]
-    activation: Activation
-
-    def __call__(
-        self, values: Array, old: list[Layer], new: list[Layer], labels: Array | None
-    ) -> Certificate:
-        # One dtype for all, or a difference would be rounded more than is reckoned with.
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, old, new)))
-        values, old, new = jax.tree.map(lambda a: a.astype(dtype), (values, old, new))
-        zero = jnp.zeros(len(values), dtype)
-        hidden = _Hidden(values, zero, zero, exact=True)
-        for pair in zip(old[:-1], new[:-1], strict=True):
-            hidden = _pass(hidden, *pair, self.activation)
-        # A layer may come again.
-        once = dict(zip(self.layers, zip(old, new, strict=True), strict=True))
-        removed = [lost_squares(a.kernel, b.kernel) for a, b in once.values()]
-        return Certificate(*_bound(hidden, old[-1], new[-1], labels), sum(removed, zero[0]))
+def _certify(
+    values: Array,
+    old: list[Layer],
+    new: list[Layer],
+    labels: Array | None,
+    layers: Sequence[str],
+    activation: Activation,
+) -> Certificate:
+    """What is computed of arrays that have been checked."""
+    # One dtype for all, or a difference would be rounded more than is reckoned with.
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, old, new)))
+    values, old, new = jax.tree.map(lambda a: a.astype(dtype), (values, old, new))
+    zero = jnp.zeros(len(values), dtype)
+    hidden = _Hidden(values, zero, zero, exact=True)
+    for pair in zip(old[:-1], new[:-1], strict=True):
+        hidden = _pass(hidden, *pair, activation)
+    once = dict(zip(layers, zip(old, new, strict=True), strict=True))  # one may come again
+    removed = [lost_squares(a.kernel, b.kernel) for a, b in once.values()]
+    return Certificate(*_bound(hidden, old[-1], new[-1], labels), sum(removed, zero[0]))
 
 
 def certify(
@@ -255,4 +255,5 @@ def certify(
     if labels is not None:
         labels = jnp.asarray(labels)
         check_labels(labels, len(values))
-    return by_compiler(_Certify(tuple(layers), activation), values, old, new, labels)
+    find = partial(_certify, layers=layers, activation=activation)
+    return by_compiler(find, values, old, new, labels, anew=True)

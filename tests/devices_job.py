@@ -6,6 +6,7 @@ the port on which they meet. Every line printed is a check that held.
 """
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +228,11 @@ def check_certificate(place):
     ):
         found = certify(*trees, layers=layers, labels=lie(labels))
         assert_close(found._replace(unchanged=found.unchanged * 1), wanted)
+    slope = [0.5]  # of an activation that changes
+    find = partial(rmtjax.certificate.certify, *trees, layers=layers)
+    low = gather(find(activation=(ramp := lambda x: slope[0] * x)).change)
+    slope[0] = 1.0
+    assert (gather(find(activation=ramp).change) > low).all()
     print("certificate")
 
 

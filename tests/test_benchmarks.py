@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     memory,
     report,
     sizes,
+    timing,
     transform_overhead,
     truncation,
     whole_model,
@@ -102,6 +103,22 @@ def test_the_page_of_speed_tells_the_kept_results(tmp_path, monkeypatch, capsys)
     assert {line.strip() for line in "".join(blocks).splitlines()} <= printed
 
 
+def test_a_turn_is_of_so_many_calls(monkeypatch):
+    """By a clock that goes on with each call, and by no other way."""
+    now, calls = [0.0], []
+
+    def call(name, seconds):
+        calls.append(name)
+        now[0] += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    alternatives = {"slow": lambda: call("slow", 3), "fast": lambda: call("fast", 1)}
+    times = timing.in_turns(alternatives, rounds=2, calls=4)
+    assert calls == (["slow"] * 4 + ["fast"] * 4) * 3  # of which the first turn compiles
+    np.testing.assert_array_equal(times["slow"], [3, 3])
+    np.testing.assert_array_equal(times["fast"], [1, 1])
+
+
 @pytest.fixture
 def asynchronous():
     """How JAX dispatches, which a benchmark of latency changes."""
@@ -110,9 +127,12 @@ def asynchronous():
 
 
 @pytest.mark.usefixtures("asynchronous")
-def test_latency_has_a_row_for_each_width_rank_and_batch(tmp_path, monkeypatch):
-    sizes = ["--widths", "64", "--shares", "4", "8", "--batches", "1", "3"]
+@pytest.mark.parametrize("dispatch", ["synchronous", "asynchronous"])
+def test_latency_has_a_row_for_each_width_rank_and_batch(tmp_path, monkeypatch, dispatch):
+    sizes = ["--widths", "64", "--shares", "4", "8", "--batches", "1", "3", "--dispatch", dispatch]
     rows = run(latency, [*sizes, "--rounds", "2", "--calls", "2"], tmp_path, monkeypatch)
     found = [(row["width"], row["rank"], row["batch"], row["ideal"]) for row in rows]
     assert found == [(64, 16, 1, 2), (64, 8, 1, 4), (64, 16, 3, 2), (64, 8, 3, 4)]
     assert all(row["share"] == pytest.approx(row["speed-up"] / row["ideal"]) for row in rows)
+    # Read when JAX looks for its devices, which is after it in the benchmark.
+    assert jax.config.read("jax_cpu_enable_async_dispatch") == (dispatch == "asynchronous")

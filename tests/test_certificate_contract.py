@@ -1,5 +1,6 @@
 """Certificates of every dtype, of missing biases and of what is not finite; wrong arguments."""
 
+import dataclasses
 import functools
 
 import jax
@@ -107,6 +108,29 @@ def test_a_steep_activation_divided_by_its_slope():
     gentle = lambda x: jax.nn.gelu(x) / 1.13
     bound = jax.jit(functools.partial(certify, layers=LAYERS, activation=gentle))
     assert bound(params, after, inputs).change.all()
+
+
+@dataclasses.dataclass
+class Ramp:
+    """An activation that may change, and has no hash."""
+
+    slope: float
+
+    def __call__(self, x):
+        return self.slope * x
+
+
+def test_an_activation_may_change_between_two_calls():
+    before, inputs = make_case()
+    after = change_kernels(before, LAYERS[-1:], halve)
+    ramp = Ramp(0.5)
+    find = lambda: certify(before, after, inputs, layers=LAYERS, activation=ramp)
+    first = find()
+    ramp.slope = 1.0
+    assert find().change.mean() > 1.2 * first.change.mean()
+    ramp.slope = 5.0
+    with pytest.raises(ValueError, match=r"slopes in \[-1, 1\].* 5\.000"):
+        find()
 
 
 def test_a_layer_that_comes_twice_is_removed_once():

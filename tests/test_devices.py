@@ -68,6 +68,7 @@ from rmtjax._sharded import _gram, _x64
 mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
 dense, conv = KernelAxes((0,), (1,)), KernelAxes((0, 1, 2), (3,))
 stack, heads = KernelAxes((1,), (2,), (0,)), KernelAxes((0,), (1, 2))
+stacks = KernelAxes((2,), (3,), (0, 1))
 for axes, shape, spec in (
     (dense, (8192, 256), P(("data", "model"))),
     (dense, (8192, 256), P(None, "model")),
@@ -76,6 +77,9 @@ for axes, shape, spec in (
     (heads, (8190, 4, 60), P("data", "model")),
     (heads, (8188, 6, 60), P(None, None, "model")),
     (stack, (8, 2046, 252), P(None, "data", "model")),
+    (stacks, (4, 8, 2048, 128), P("model")),
+    (stacks, (4, 8, 2048, 128), P(None, "model")),
+    (stacks, (4, 8, 2048, 128), P("model", "data")),
     (conv, (3, 3, 1024, 256), P(None, None, "model")),
     (conv, (3, 3, 1024, 256), P(None, None, "data", "model")),
     (stack, (8, 2048, 256), P("data", None, "model")),

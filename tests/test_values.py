@@ -1,7 +1,9 @@
 """Spectra that the host finds, against float64 singular values and the compiled programs."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -149,14 +151,64 @@ def test_threads_are_given_back(rng, threads):
 
 def test_there_are_as_many_at_once_as_blas_has_threads(threads, monkeypatch):
     together, find = threading.Barrier(threads), _host_spectra._beside_others
+    inside, most = threading.Semaphore(threads), []
 
     def meet(*args):
+        most.append(inside.acquire(blocking=False))  # not by one more
         together.wait(10)  # and fails alone
-        return find(*args)
+        found = find(*args)
+        inside.release()
+        return found
 
     monkeypatch.setattr(_host_spectra, "_beside_others", meet)
     kernels = {str(i): (np.eye(600, dtype=np.float32), MATRIX) for i in range(10)}
     assert len(_host_spectra.host_spectra(kernels, lambda _, spectra: spectra)) == 10
+    assert most == [True] * 10
+
+
+class Library:
+    """A BLAS of which each thread has a limit of its own, and which goes on telling its number."""
+
+    def __init__(self, *told):
+        self.lib_controllers = [SimpleNamespace(num_threads=number) for number in told]
+        self.limited = set()
+
+    def limit(self, limits):
+        assert limits == 1
+        self.limited.add(threading.get_ident())
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("told", [(), (None,), (0,), (1,), (7,), (None, 7)])
+def test_each_thread_is_limited_whatever_a_library_tells(rng, told, monkeypatch):
+    library, kernels = Library(*told), many(rng)
+    find, seen = _host_spectra._beside_others, set()
+    look = lambda *args: (seen.add(threading.get_ident()), find(*args))[1]
+    monkeypatch.setattr(_host_spectra, "_libraries", lambda: library)
+    monkeypatch.setattr(_host_spectra, "_beside_others", look)
+    spectra = _host_spectra.host_spectra(kernels, lambda _, spectra: spectra)
+    assert spectra.keys() == kernels.keys()
+    assert seen <= library.limited
+    if 7 in told:  # which it keeps: one matrix at a time
+        assert len(seen) == 1
+
+
+def test_a_rule_may_make_a_plan_of_its_own(rng):
+    kernels = many(rng)
+    inner = lambda *_: _host_spectra.host_spectra(kernels, lambda path, _: path)
+    found = _host_spectra.host_spectra(kernels, inner)
+    assert found == {path: {path: path for path in kernels} for path in kernels}
+
+
+def test_layouts_that_must_be_copied(rng):
+    """As attention has them: heads, inputs, size of a head."""
+    axes = KernelAxes((1,), (0, 2))
+    kernels = {str(i): (rng.standard_normal((4, 70, 15 + i), np.float32), axes) for i in range(9)}
+    found = _host_spectra.host_spectra(kernels, lambda _, spectra: spectra)
+    for path, (kernel, _) in kernels.items():
+        expected = exact(kernel.transpose(1, 0, 2).reshape(70, -1))
+        own = found[path].eigenvalues[0]
+        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=EPS**2 * expected[0])
 
 
 def test_who_limits_the_threads_is_not_joined_by_others(rng):
