@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._chain import check_activation, check_chain, check_labels, read_layers
-from rmtjax._placing import by_compiler
+from rmtjax._placing import by_compiler, mesh_of
 from rmtjax._rounding import (
     affine,
     eps_of,
@@ -256,4 +256,7 @@ def certify(
         labels = jnp.asarray(labels)
         check_labels(labels, len(values))
     find = partial(_certify, layers=layers, activation=activation)
+    if any(map(mesh_of, jax.tree.leaves((values, old, new)))):
+        # At once: of several processes each step by itself might wait for another one's.
+        find = jax.jit(find)
     return by_compiler(find, values, old, new, labels, anew=True)
