@@ -9,7 +9,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -92,22 +92,22 @@ def _beside_others(talls: list[np.ndarray], dtype: type) -> np.ndarray:
     return values
 
 
+def _is_long(sides: Sequence[int]) -> bool:
+    """Whether the law of the noise of a matrix has no small values."""
+    return max(sides) >= 2 * min(sides)
+
+
 def _squared_values(talls: list[np.ndarray], find: _Find) -> np.ndarray:
     """The squared singular values, from Gram matrices in the dtype that they need."""
-    if not _is_long(talls[0]):
+    if not _is_long(talls[0].shape):
         return find(talls, np.float64)
     values = find(talls, np.float32).astype(np.float64)
-    last, first = values[:, 0], values[:, -1]
-    doubtful = ~((first > _SMALL) & (first <= _MODERATE * last))
+    least, most = values[:, 0], values[:, -1]
+    doubtful = ~((most > _SMALL) & (most <= _MODERATE * least))
     if doubtful.any():
         again = [tall for tall, doubt in zip(talls, doubtful, strict=True) if doubt]
         values[doubtful] = find(again, np.float64)
     return values
-
-
-def _is_long(tall: np.ndarray) -> bool:
-    """Whether the law of its noise has no small values."""
-    return tall.shape[0] >= 2 * tall.shape[1]
 
 
 def _talls(kernel: Any, axes: KernelAxes) -> np.ndarray:
@@ -124,8 +124,9 @@ def _chunks(kernels: _Kernels) -> list[tuple[int, _Chunk]]:
     alike: dict[tuple[int, bool], _Chunk] = {}
     for path, (kernel, axes) in kernels.items():
         stack, *sides = matrix_shape(kernel.shape, axes)
-        kind = min(sides), max(sides) >= 2 * min(sides)
-        alike.setdefault(kind, []).extend((path, index) for index in range(stack))
+        alike.setdefault((min(sides), _is_long(sides)), []).extend(
+            (path, index) for index in range(stack)
+        )
     chunks = []
     for (columns, _), group in sorted(alike.items(), reverse=True):
         count = -(-_FREE // columns)

@@ -92,7 +92,7 @@ def _shard_map() -> Callable:
     if hasattr(jax, "shard_map"):
         return jax.shard_map
     old: Any = importlib.import_module("jax.experimental.shard_map")  # its place in jax 0.6
-    return functools.partial(old.shard_map, check_rep=False)  # which knows less of what it checks
+    return functools.partial(old.shard_map, check_rep=False)  # it does not know all of ours
 
 
 def mesh_of_whole(tree: PyTree) -> Any:
@@ -109,9 +109,9 @@ def in_shares(function: Callable[[PyTree], PyTree], stack: PyTree, mesh: Any) ->
     Within a compiled program. What the function returns has the same leading axis.
     """
     size, names = len(jax.tree.leaves(stack)[0]), mesh.axis_names
-    share = -(-size // mesh.size)
     if size == 1:  # large, it may be, and not to be copied
         return function(stack)
+    share = -(-size // mesh.size)
 
     def own(stack):
         # The last again where there are none left: what is found of it is left out.
