@@ -1,48 +1,45 @@
 """Random matrix theory for the weights of neural networks, in JAX."""
 
+import sys as _sys
+
 from rmtjax import (
     certificate as certificate,
     checkpoint as checkpoint,
     linen as linen,
-    marchenko_pastur as marchenko_pastur,
     nnx as nnx,
     plots as plots,
-    ranks as ranks,
-    shrinkage as shrinkage,
-    sparsity as sparsity,
-    tracy_widom as tracy_widom,
 )
-from rmtjax._bulk import fit_bema as fit_bema
-from rmtjax._cost import Cost as Cost
-from rmtjax._entries import prune_entries as prune_entries, PruneEntriesState as PruneEntriesState
-from rmtjax._factors import (
-    factorize_matrix as factorize_matrix,
-    Factors as Factors,
-    truncate_matrix as truncate_matrix,
-)
-from rmtjax._layers import register_layer as register_layer
-from rmtjax._metrics import metrics as metrics
-from rmtjax._opt_state import transfer as transfer
-from rmtjax._penalty import penalty as penalty
-from rmtjax._plan import (
+from rmtjax._axes import Factors as Factors, KernelAxes as KernelAxes
+from rmtjax._types import BulkFit as BulkFit, Spectrum as Spectrum
+from rmtjax._version import __version__ as __version__
+from rmtjax.laws import marchenko_pastur as marchenko_pastur, tracy_widom as tracy_widom
+from rmtjax.models import register_layer as register_layer
+from rmtjax.noise import fit_bema as fit_bema, ranks as ranks, shrinkage as shrinkage
+from rmtjax.planning import (
+    Cost as Cost,
+    factorize as factorize,
     LayerPlan as LayerPlan,
+    merge as merge,
     Plan as Plan,
     plan as plan,
-)
-from rmtjax._spectrum import spectrum as spectrum
-from rmtjax._transform import prune_spectrum as prune_spectrum, PruneState as PruneState
-from rmtjax._truncate import (
-    factorize as factorize,
-    merge as merge,
     truncate as truncate,
 )
-from rmtjax._typing import (
-    BulkFit as BulkFit,
-    KernelAxes as KernelAxes,
-    Spectrum as Spectrum,
-)
-from rmtjax._version import __version__ as __version__
 from rmtjax.report import analyze as analyze, Report as Report, Row as Row
+from rmtjax.spectra import (
+    factorize_matrix as factorize_matrix,
+    spectrum as spectrum,
+    truncate_matrix as truncate_matrix,
+)
+from rmtjax.training import (
+    metrics as metrics,
+    penalty as penalty,
+    prune_entries as prune_entries,
+    prune_spectrum as prune_spectrum,
+    PruneEntriesState as PruneEntriesState,
+    PruneState as PruneState,
+    sparsity as sparsity,
+    transfer as transfer,
+)
 
 # So that `help(rmtjax)` tells them.
 __all__ = [
@@ -83,3 +80,7 @@ __all__ = [
     "truncate",
     "truncate_matrix",
 ]
+
+# `import rmtjax.ranks` and `from rmtjax.ranks import bema` find these modules in their rooms.
+for _module in (marchenko_pastur, ranks, shrinkage, sparsity, tracy_widom):
+    _sys.modules[f"rmtjax.{_module.__name__.rpartition('.')[2]}"] = _module

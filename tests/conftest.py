@@ -13,7 +13,7 @@ import hypothesis
 import jax
 import jax.experimental
 import pytest
-from page_browser import driver as driver, show as show
+from helpers.page_browser import driver as driver, show as show
 
 # XLA's older emitters take half the time of the newer ones, too. A flag that it does not know would
 # stop it: those of versions to come are not known.

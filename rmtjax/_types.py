@@ -1,0 +1,50 @@
+"""Names for the types that several layers share."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from rmtjax._axes import KernelAxes
+
+
+class Spectrum(NamedTuple):
+    r"""The empirical spectral density (ESD) of a matrix $W$, each eigenvalue with mass $1/p$.
+
+    Attributes:
+      eigenvalues: $\lambda_k = s_k^2 / n$, descending, for the singular values $s_k$
+        of $W$ and $n$ its longer side. Their mean is the mean square of the entries.
+      ratio: Aspect ratio $\gamma = p / n$ in (0, 1], $p$ the shorter side.
+    """
+
+    eigenvalues: Float[Array, "*batch p"]
+    ratio: Float[Array, ""]
+
+
+class BulkFit(NamedTuple):
+    r"""The Marchenko-Pastur bulk of a spectrum, and what stands out of it.
+
+    All scales are those of the eigenvalues $s^2 / n$; the singular value that belongs to
+    one of them is $\sqrt{n \lambda}$. A spectrum that is not finite gives NaN.
+
+    Attributes:
+      variance: $\sigma^2$, the variance of one entry of the noise.
+      edge: $\lambda_+$, the end of the bulk: $\sigma^2 (1 + \sqrt\gamma)^2$ without spikes.
+        Spikes take their share of the noise and push the rest of the bulk down.
+      threshold: The cut for a spike.
+      distance: Kolmogorov distance between the eigenvalues of the noise and their law, in
+        [0, 1]; 1 where the variance is zero and there is no law to compare with.
+      num_spikes: Number of eigenvalues above the threshold.
+    """
+
+    variance: Float[Array, "*batch"]
+    edge: Float[Array, "*batch"]
+    threshold: Float[Array, "*batch"]
+    distance: Float[Array, "*batch"]
+    num_spikes: Int[Array, "*batch"]
+
+
+# Chooses leaves: receives a path such as "Dense_0/kernel" and the leaf.
+Where = Callable[[str, Any], bool]
+# Names the axes of a chosen leaf, by a function or by its path; None where it is no matrix.
+Axes = Callable[[str, Any], KernelAxes | None] | Mapping[str, KernelAxes | None]

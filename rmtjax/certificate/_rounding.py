@@ -1,0 +1,93 @@
+"""Products, norms and sums in floating point, with bounds on what rounding does to them."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from rmtjax.spectra import check_matrix, lift, spectrum
+
+_product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+class Layer(NamedTuple):
+    """A dense layer: `inputs @ kernel + bias`."""
+
+    kernel: Array
+    bias: Array
+
+
+def eps_of(array: Array) -> float:
+    """The distance from 1 to the next number."""
+    return float(jnp.finfo(array.dtype).eps)
+
+
+def norm(array: Array, axis: int | None = None) -> Array:
+    """The Euclidean norm along an axis, rounded up."""
+    largest = jnp.max(jnp.abs(array), axis=axis, keepdims=True)
+    scaled = array / jnp.where(largest > 0, largest, 1)  # or small squares would underflow
+    size = array.size if axis is None else array.shape[axis]
+    norm = jnp.squeeze(largest, axis) * jnp.sqrt(jnp.sum(scaled**2, axis))
+    return norm * (1 + (size + 8) * eps_of(array))
+
+
+def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
+    r"""The largest singular value $\|W\|_2$, rounded up by $2 \max(m, n)\, \epsilon$ of itself.
+
+    No vector $x$ has $\|x W\|_2 > \|W\|_2 \|x\|_2$. The decomposition is taken to be right to
+    $\max(m, n)\, \epsilon$, as `jnp.linalg.matrix_rank` takes it.
+
+    Args:
+      matrix: Real matrix of any floating dtype; lifted to float32 at least.
+
+    Returns:
+      A scalar; NaN for a matrix that is not finite.
+
+    Raises:
+      ValueError: `matrix` has not two axes, or no entries.
+      TypeError: `matrix` is not of a real floating dtype.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> print(f"{rmtjax.certificate.operator_norm(jnp.diag(jnp.array([2.0, -3.0]))):.4f}")
+      3.0000
+    """
+    matrix = jnp.asarray(matrix)
+    check_matrix("operator_norm", matrix)
+    matrix = lift(matrix)
+    largest = jnp.max(jnp.abs(matrix))
+    longer = max(matrix.shape)
+    eigenvalues, _ = spectrum(matrix / jnp.where(largest > 0, largest, 1))
+    rounded_up = 1 + 2 * longer * eps_of(matrix)
+    return largest * jnp.sqrt(longer * eigenvalues[0]) * rounded_up
+
+
+def affine(inputs: Array, layer: Layer) -> tuple[Array, Array]:
+    """The outputs of a layer, and a bound on the rounding of each.
+
+    A sum of n products is off by n u / (1 - n u) of the sum of their magnitudes, in any order,
+    with u = eps / 2 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section
+    3.1). The double of it has room for the rounding of a kernel that is a difference, of
+    the bound itself and of the sums in which it is used.
+    """
+    kernel, bias = layer
+    magnitudes = _product(jnp.abs(inputs), jnp.abs(kernel)) + jnp.abs(bias)[None, :]
+    rounding = (len(kernel) + 8) * eps_of(kernel) * magnitudes
+    return _product(inputs, kernel) + bias[None, :], rounding
+
+
+def mean(values: Array) -> Array:
+    """The mean, rounded up."""
+    return jnp.mean(values) + (len(values) + 8) * eps_of(values) * jnp.mean(jnp.abs(values))
+
+
+def lost_squares(old: Array, new: Array) -> Array:
+    """The squares of the entries of `old`, less those of `new`, rounded down."""
+    terms = (old - new) * (old + new)
+    # The sum of sums that rounds least; XLA would make one long sum of it.
+    columns = lax.optimization_barrier([jnp.sum(a, axis=0) for a in (terms, jnp.abs(terms))])
+    total, magnitudes = map(jnp.sum, columns)
+    return total - (sum(old.shape) + 8) * eps_of(old) * magnitudes

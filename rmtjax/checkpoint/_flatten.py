@@ -1,0 +1,104 @@
+"""A tree as arrays with names, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from rmtjax._axes import is_factors
+from rmtjax.checkpoint._tensor_names import halves
+from rmtjax.checkpoint._tensors import CODES, Entry
+from rmtjax.planning import path_name
+
+# A Python number, and what it may be saved as: an integer of any size.
+_NUMBERS = {
+    bool: np.bool_,
+    int: np.integer,
+    float: jnp.floating,
+    complex: np.complexfloating,
+}
+Keys = tuple[str | int, ...]
+
+
+def _as_array(name: str, leaf: Any) -> Any:
+    """A leaf that a checkpoint can hold; a Python number is what jax would make of it."""
+    if _number_type(leaf) is not None:
+        leaf = jnp.asarray(leaf)
+    dtype = getattr(leaf, "dtype", type(leaf).__name__)
+    if dtype not in CODES:
+        raise ValueError(
+            f"the tree has a leaf of dtype {dtype} at {name!r}, which no checkpoint holds: leave "
+            "it out, or cast it. Of a random key, take `jax.random.key_data`."
+        )
+    return leaf
+
+
+def _number_type(leaf: Any) -> type | None:
+    """The type of a Python number, the first that it has: a boolean is an integer, too."""
+    kinds = () if hasattr(leaf, "dtype") else _NUMBERS
+    return next((kind for kind in kinds if isinstance(leaf, kind)), None)
+
+
+def number_types(tree: PyTree) -> dict[str, type]:
+    """Path to type of each leaf that is a Python number."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    kinds = {path_name(key_path): _number_type(leaf) for key_path, leaf in leaves}
+    return {path: kind for path, kind in kinds.items() if kind is not None}
+
+
+def is_number(entry: Entry, kind: type) -> bool:
+    """Whether what was saved is one number of the kind of a Python type."""
+    return entry.shape == () and bool(jnp.issubdtype(entry.dtype, _NUMBERS[kind]))
+
+
+def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:
+    """Path to array or factors, name to array, and path to keys where it does not tell them."""
+    leaves, arrays, keys = {}, {}, {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors):
+        path = path_name(key_path)
+        if not path:
+            raise ValueError("a tree must have a name for each leaf: put the leaf in a dictionary.")
+        told = _dictionary_keys(path, key_path)
+        if told != tuple(path.split("/")):
+            keys[path] = told
+        parts = zip(halves(path), leaf, strict=True) if is_factors(leaf) else [(path, leaf)]
+        for name, array in parts:
+            if name in arrays:
+                raise ValueError(f"two leaves have the path {name!r}: rename one of them.")
+            arrays[name] = _as_array(name, array)
+        leaves[path] = leaf if is_factors(leaf) else arrays[path]
+    return leaves, arrays, keys
+
+
+def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
+    """The keys of the dictionaries that lead to a leaf; None where other nodes do."""
+    boxed = len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value")
+    keys: tuple[Any, ...] = tuple(
+        getattr(key, "key", None) for key in key_path[: len(key_path) - boxed]
+    )
+    plain = all(type(key) in (str, int) for key in keys) and "/".join(map(str, keys)) == path
+    return keys if plain else None
+
+
+def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str | int, Any]:
+    """Nested dictionaries of the leaves; what is not told of a path is as its slashes say."""
+    tree: dict[str | int, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = keys.get(path) or path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path!r} lies below another leaf: restore it by `like`")
+        if last in node:
+            raise ValueError(f"{path!r} is both a leaf and a dictionary: restore it by `like`")
+        node[last] = leaf
+    return tree
+
+
+def entries(arrays: Mapping[str, Any]) -> dict[str, Entry]:
+    """Name to shape and dtype."""
+    return {name: Entry(tuple(a.shape), np.dtype(a.dtype)) for name, a in arrays.items()}

@@ -1,0 +1,163 @@
+"""Folders that orbax wrote: their leaves read one by one; and trees written as such folders."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rmtjax.checkpoint._tensors import CODES, Entry, KEY, parse_json, Tensors
+from rmtjax.planning import path_name
+
+# A block of zstd, which orbax compresses with, holds at most 128 KiB in at least 4 bytes.
+MAX_RATIO = 2**15
+
+
+def _has_tree(folder: Path) -> bool:
+    return (folder / "_METADATA").is_file()
+
+
+def _find_tree(path: Path) -> Path:
+    """The folder of the tree: the one given, or the only tree among the items of a step."""
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    items = [folder for folder in folders if _has_tree(folder)]
+    if _has_tree(path) or len(items) == 1:
+        return path if _has_tree(path) else items[0]
+    names = [item.name for item in items] or [
+        step.name for step in folders if any(map(_has_tree, step.glob("*")))
+    ]
+    if names:
+        raise ValueError(
+            f"{str(path)!r} has several checkpoints: give the path of one of them, "
+            f"{', '.join(names)}."
+        )
+    raise ValueError(
+        f"{str(path)!r} is no checkpoint: it has neither a .safetensors file nor the `_METADATA` "
+        "that orbax writes. Give the path of a file, or of the folder of one step."
+    )
+
+
+@contextlib.contextmanager
+def _naming(folder: os.PathLike[str]) -> Iterator[None]:
+    """Whatever orbax raises becomes one error: what it reads may be of any kind of damage."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"cannot read {os.fspath(folder)!r}: {error}. It is damaged or no checkpoint of orbax: "
+            "copy it again."
+        ) from error
+
+
+def _read_texts(folder: Path) -> dict[str, str]:
+    """The texts saved with a tree. Orbax takes a damaged file for one without any."""
+    path = folder / "_CHECKPOINT_METADATA"
+    told = parse_json(path.read_bytes()) if path.is_file() else {}
+    texts = told.get("custom_metadata") or {}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _find_leaves(tree: Any, ours: bool) -> dict[str, tuple[Entry, Any]]:
+    """Path to entry and keys of each array; a text among the leaves is none."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # By itself `nnx.State` is saved with each leaf in a box, under a key of its own.
+    box = jax.tree_util.DictKey("value")
+    boxed = not ours and all(key[-1:] == (box,) and len(key) > 1 for key, _ in leaves)
+    found = {}
+    for key, leaf in leaves:
+        if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
+            continue
+        name = path_name(key[:-1] if boxed else key)
+        entry = Entry(tuple(map(int, leaf.shape)), np.dtype(leaf.dtype))
+        if name in found:
+            raise ValueError(f"two leaves have the path {name!r}")
+        if entry.dtype not in CODES:
+            raise ValueError(f"{name!r} has dtype {entry.dtype}, none of {[*map(str, CODES)]}")
+        found[name] = entry, key
+    return found
+
+
+def _check_sizes(folder: os.PathLike[str], tree: Any) -> None:
+    """Refuses arrays, and chunks of them, that so few bytes cannot hold.
+
+    Nothing has been allocated yet: tensorstore ends the process where it cannot have a chunk.
+    """
+    files = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+    size = sum(os.lstat(file).st_size for file in files)
+    for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        storage = getattr(leaf, "storage", None)
+        for shape in (getattr(leaf, "shape", None), getattr(storage, "chunk_shape", None)):
+            claimed = Entry(tuple(shape or ()), np.dtype(getattr(leaf, "dtype", None) or np.int8))
+            if claimed.num_bytes > MAX_RATIO * size:
+                raise ValueError(
+                    f"{path_name(key)!r} claims {claimed}, and all files have {size} bytes"
+                )
+
+
+@contextlib.contextmanager
+def open_folder(path: Path) -> Iterator[Tensors]:
+    """Opens a folder that orbax wrote; see `rmtjax._files.open_tensors`."""
+    import orbax.checkpoint as ocp
+    from etils import epath  # the paths of orbax
+
+    folder = epath.Path(_find_tree(path.absolute()))
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        with _naming(folder):
+            texts = _read_texts(Path(folder))
+            tree = handler.metadata(folder).tree
+            _check_sizes(folder, tree)
+            leaves = _find_leaves(tree, ours=KEY in texts)
+            entries = {name: entry for name, (entry, _) in leaves.items()}
+
+        def read(name: str) -> np.ndarray:
+            entry, wanted = leaves[name]
+            item = jax.tree_util.tree_map_with_path(
+                lambda key, leaf: leaf if key == wanted else ocp.PLACEHOLDER, tree
+            )
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            with _naming(folder):
+                args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy)
+                restored = jax.tree.leaves(handler.restore(folder, args=args))
+                array = np.asarray(next(leaf for leaf in restored if leaf is not ocp.PLACEHOLDER))
+                if Entry(array.shape, array.dtype) != entry:
+                    raise ValueError(f"{name!r} is no {entry}")
+            return array
+
+        yield Tensors(path, "orbax", entries, texts, read, (path,))
+
+
+def _check_names(tree: Any) -> None:
+    """Refuses names that orbax, which joins keys by dots, would write over one another."""
+    found = set()
+    for key, _ in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(key, simple=True, separator=".")
+        if name in found:
+            raise ValueError(f"two leaves would be {name!r} for orbax: rename a key with a dot.")
+        found.add(name)
+
+
+def save_folder(path: Path, tree: Any, metadata: Mapping[str, str]) -> None:
+    """Saves a tree as orbax does; all of it or nothing.
+
+    Args:
+      path: Of the folder, which must not exist.
+      tree: Nested dictionaries of arrays, none of them empty: orbax refuses those.
+      metadata: Texts to keep with it.
+    """
+    import orbax.checkpoint as ocp
+
+    path = path.absolute()
+    if path.exists():
+        raise ValueError(f"`path` {str(path)!r} exists: remove it first, or give another one.")
+    _check_names(tree)
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary,
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
+        finished = Path(temporary) / path.name
+        checkpointer.save(finished, args=ocp.args.PyTreeSave(tree), custom_metadata=dict(metadata))
+        os.rename(finished, path)

@@ -1,0 +1,202 @@
+"""Figures of kernels, of training, and of networks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
+
+from rmtjax.planning import LayerPlan
+from rmtjax.plots._style import (
+    BLACK,
+    BLUE,
+    check_type,
+    dot_size,
+    finish,
+    LEGEND,
+    new_axes,
+    style,
+    VERMILION,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Numbers = Real[ArrayLike, " k"] | Sequence[float | int]
+Intervals = Float[ArrayLike, "k 2"] | Sequence[Sequence[float]]
+
+
+def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: str = "") -> "Axes":
+    """Draws the spikes of each kernel, the rank that it is given, and its full rank.
+
+    Args:
+      plan: From `rmtjax.plan`, or of a report: `report.plan`. Kernels without a spectrum are
+        counted in the legend.
+      ax: Where to draw; by default on a new figure, as high as the kernels need.
+      title: Above the axes.
+
+    Returns:
+      The axes: a line for each kernel, the first one on top.
+
+    Raises:
+      TypeError: `plan` is no plan.
+    """
+    check_type("plan", plan, Mapping, "Of a report take `report.plan`.")
+    shown = {path: row for path, row in plan.items() if row.spectrum is not None}
+    if ax is None:
+        ax = new_axes(height=max(1.5 + 0.22 * len(shown), 2.5))
+    lines = np.arange(len(shown))
+    full, ranks, spikes = (
+        np.array([count(row) for row in shown.values()], int)
+        for count in (
+            lambda row: row.spectrum.eigenvalues.shape[-1],
+            lambda row: row.rank,
+            lambda row: np.max(row.fit.num_spikes),
+        )
+    )
+    ax.barh(lines, full, height=0.5, color="0.85", label="full rank")
+    ax.plot(ranks, lines, "o", color=BLUE, fillstyle="none", markersize=8, label="rank")
+    ax.plot(spikes, lines, "x", color=VERMILION, label="spikes")
+    if len(plan) > len(shown):
+        ax.plot([], [], " ", label=f"{len(plan) - len(shown)} without a spectrum")
+    ax.set_yticks(lines, list(shown), fontsize="small")
+    ax.set_ylim(len(shown) - 0.4, -0.6)
+    ax.set_xscale("symlog", linthresh=1)  # 0 is a number of spikes
+    ax.set_xlim(left=-0.2)
+    return finish(ax, "number of directions", "", title, beside=True)
+
+
+def training(
+    records: Sequence[Mapping[str, Any]], *, ax: "Axes | None" = None, title: str = ""
+) -> "Axes":
+    """Draws rank and spikes of each kernel over training.
+
+    Args:
+      records: What `rmtjax.metrics` gave, each with the "step" at which: lines of a log.
+      ax: Where to draw; by default on a new figure.
+      title: Above the axes.
+
+    Returns:
+      The axes: of each kernel the rank as a full line, and the directions that are signal as a
+      broken one, from the first look at it on.
+
+    Raises:
+      ValueError: No record has a rank, or one has no "step".
+      TypeError: `records` is no sequence.
+    """
+    check_type("records", records, Sequence, "Put a single record into a list.")
+    paths = dict.fromkeys(
+        key.removeprefix("rank/") for record in records for key in record if key.startswith("rank/")
+    )
+    if not paths or not all("step" in record for record in records):
+        raise ValueError(
+            '`records` must have keys that begin with "rank/", and a "step" each: dictionaries '
+            '`{"step": step, **rmtjax.metrics(opt_state)}`.'
+        )
+    if ax is None:  # with room for the names of many kernels
+        beside = max(map(len, paths)) if len(paths) >= LEGEND else 0
+        ax = new_axes(width=6.4 + 0.075 * beside)
+    dot = dot_size(len(records))
+    for index, path in enumerate(paths):
+        for name, line in (("rank", "-"), ("signal", "--")):
+            key = f"{name}/{path}"
+            # 0 directions are signal before the first look.
+            points = [(r["step"], r[key]) for r in records if r.get(key)]
+            label = path if name == "rank" else None
+            x, y = zip(*points, strict=True) if points else ((), ())
+            shown = style(index) | {"linestyle": line, "label": label}
+            ax.plot(x, y, fillstyle="none", markersize=dot, **shown)
+    ax.plot([], [], "--", color="0.4", label="signal")
+    ax.set_yscale("log")
+    return finish(ax, "step", "number of directions", title)
+
+
+def accuracy(
+    parameters: Numbers,
+    accuracies: Numbers,
+    intervals: Intervals | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    ax: "Axes | None" = None,
+    title: str = "",
+) -> "Axes":
+    """Draws accuracy against the number of parameters, with intervals.
+
+    Args:
+      parameters: Of each network, above 0; the axis is logarithmic.
+      accuracies: Of each network, in %.
+      intervals: Lower and upper end of each interval; NaN where there is none.
+      names: Of each network, for the legend. Networks that share a name are joined by a line.
+      ax: Where to draw; by default on a new figure.
+      title: Above the axes.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: The arguments are not of one length.
+    """
+    x, y = np.asarray(parameters, float), np.asarray(accuracies, float)
+    ends = np.full((x.size, 2), np.nan) if intervals is None else np.asarray(intervals, float)
+    names = ["network"] * x.size if names is None else list(names)
+    if not x.shape == y.shape == (len(names),) or ends.shape != (x.size, 2):
+        raise ValueError(
+            "`parameters`, `accuracies` and `names` must be of one length k and `intervals` of "
+            f"shape (k, 2), got {x.shape}, {y.shape}, {len(names)} and {ends.shape}."
+        )
+    ax = new_axes() if ax is None else ax
+    for index, name in enumerate(dict.fromkeys(names)):
+        own = [i for i in np.argsort(x, kind="stable") if names[i] == name]
+        error = np.abs(ends[own] - y[own, None]).T
+        # Caps of several widths: networks of one size stand in one another's place.
+        cap = 3 + 2 * (index % 4)
+        ax.errorbar(x[own], y[own], error, capsize=cap, linewidth=1, label=name, **style(index))
+    ax.set_xscale("log")
+    return finish(ax, "parameters", "accuracy, %", title, form="k")
+
+
+def certificate(
+    margins: Numbers,
+    bounds: Numbers,
+    *,
+    ax: "Axes | None" = None,
+    title: str = "",
+) -> "Axes":
+    r"""Draws for each sample how far its margin can fall against the margin itself.
+
+    Under the line, where the bound is less than the margin, no removal that the bound is for
+    can change the prediction.
+
+    Args:
+      margins: The largest logit less the second largest one, of the dense network.
+      bounds: The most that the removal can take from that margin: twice the bound on the
+        change of a logit.
+      ax: Where to draw; by default on a new figure.
+      title: Above the axes.
+
+    Returns:
+      The axes, with both counts in the legend.
+
+    Raises:
+      ValueError: The arguments are not of one length.
+    """
+    x, y = np.asarray(margins, float), np.asarray(bounds, float)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(
+            "`margins` and `bounds` must have one number a sample, got shapes "
+            f"{x.shape} and {y.shape}."
+        )
+    ax = new_axes() if ax is None else ax
+    dot = dot_size(x.size)
+    safe = y < x
+    for chosen, name, marker, color in (
+        (safe, "cannot change", "o", BLUE),
+        (~safe, "may change", "x", VERMILION),
+    ):
+        label = f"{name}: {chosen.sum()} of {x.size}"
+        ax.plot(x[chosen], y[chosen], marker, color=color, markersize=dot, label=label)
+    ax.axline((0, 0), slope=1, color=BLACK, linestyle="--", label="bound = margin")
+    ax.set_xlim(left=np.nanmin(x, initial=0))
+    ax.set_ylim(bottom=0)
+    return finish(ax, "margin", "bound on its fall", title)

@@ -1,0 +1,168 @@
+"""Masks of kernels by path: which entries stay, and which are the smallest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
+
+from rmtjax._axes import is_factors
+from rmtjax._types import Where
+from rmtjax.planning import find_kernels, path_name
+
+NOWHERE = np.uint32(2**32 - 1)  # after the place of every entry
+
+Masks = dict[str, Bool[Array, "..."]]
+
+
+def check_sparsity(sparsity: Any) -> None:
+    """Refuses a wrong share; one that is traced or injected is not looked at."""
+    if not isinstance(sparsity, jax.Array) and not 0 <= sparsity < 1:
+        raise ValueError(
+            f"`sparsity` must be in [0, 1), got {sparsity}: it is the share of the entries of all "
+            "chosen kernels together that are set to zero."
+        )
+
+
+def find_floating(params: PyTree, where: Where | None) -> dict[str, Array]:
+    """Path and kernel of each chosen leaf that has entries to remove.
+
+    Factors have none: a zero in one of them is no zero of the kernel. Floats of 8 bits are
+    left alone, as everywhere in the package: JAX does not promote them.
+    """
+    found = find_kernels(params, where, axes=lambda *_: None, is_leaf=is_factors)
+    floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+    return {
+        path: jnp.asarray(leaf)
+        for path, (leaf, _) in found.items()
+        if not is_factors(leaf) and floating(jnp.result_type(leaf))
+    }
+
+
+def pick(name: str, given: Mapping[str, Any], kernels: dict[str, Array]) -> dict[str, Any]:
+    """What was given by path, for these kernels; refuses what leaves one out."""
+    missing = sorted(kernels.keys() - given.keys())
+    if missing:
+        raise ValueError(
+            f"`{name}` must have an entry for each chosen kernel, and has none for {missing[0]!r}. "
+            "Make it from the same tree, or choose fewer kernels by `where`."
+        )
+    return {path: given[path] for path in kernels}
+
+
+def pick_masks(mask: PyTree | None, kernels: dict[str, Array]) -> Masks:
+    """The masks of these kernels in a tree of booleans; all True without one."""
+    if mask is None:
+        return {path: jnp.ones_like(kernel, bool) for path, kernel in kernels.items()}
+    leaves = jax.tree_util.tree_leaves_with_path(mask)
+    masks = pick("mask", {path_name(key): leaf for key, leaf in leaves}, kernels)
+    for path, kernel in kernels.items():
+        shape, dtype = jnp.shape(masks[path]), jnp.result_type(masks[path])
+        if shape != kernel.shape or not jnp.issubdtype(dtype, jnp.bool_):
+            raise ValueError(
+                f"`mask` must have booleans of shape {kernel.shape} for {path!r}, got {dtype} of "
+                f"shape {shape}."
+            )
+    return {path: jnp.asarray(mask) for path, mask in masks.items()}
+
+
+def fill(params: PyTree, masks: Masks) -> PyTree:
+    """A tree of booleans like `params`: the masks at their paths, True everywhere else."""
+
+    def visit(key, leaf):
+        mask = masks.get(path_name(key))
+        return jnp.ones(jnp.shape(leaf), bool) if mask is None else mask
+
+    return jax.tree_util.tree_map_with_path(visit, params)
+
+
+def magnitudes(kernel: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The sizes of the entries, in float32 at least."""
+    return jnp.abs(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
+
+
+def _keys(kernel, mask, weight, dtype) -> UInt[Array, "..."]:
+    """Integers in the order of |w| / weight; 0 for an entry that is already removed.
+
+    The bits of floats that are not negative are ordered as they are, and NaN comes last.
+    """
+    score = (magnitudes(kernel) / weight).astype(dtype)
+    bits = lax.bitcast_convert_type(score, jnp.uint64 if dtype == jnp.float64 else jnp.uint32)
+    return jnp.where(mask, bits + 1, 0)
+
+
+def _cut(keys: dict[str, UInt[Array, "..."]], count: Int[Array, ""]):
+    """The largest cut that at most `count` keys are under, and how many are missing.
+
+    Found bit by bit. It is exact and needs sums alone: no entries are sorted, or copied
+    into one array, and kernels that are sharded stay where they are.
+    """
+    dtype = next(iter(keys.values())).dtype
+    bits = 8 * dtype.itemsize
+    below = lambda cut: sum(jnp.sum(key < cut, dtype=jnp.int32) for key in keys.values())
+
+    def narrow(index, cut):
+        trial = cut | (jnp.ones((), dtype) << (bits - 1 - index).astype(dtype))
+        return jnp.where(below(trial) <= count, trial, cut)
+
+    cut = lax.fori_loop(0, bits, narrow, jnp.zeros((), dtype))
+    return cut, count - below(cut)
+
+
+def _remove(keys: dict[str, UInt[Array, "..."]], masks: Masks, count: Int[Array, ""]) -> Masks:
+    """Masks without the `count` smallest; of equal ones the first go, in the order of paths."""
+    cut, missing = _cut(keys, count)
+    places, start = {}, 0
+    for path, key in keys.items():
+        place = jnp.arange(start, start + key.size, dtype=jnp.uint32).reshape(key.shape)
+        places[path] = jnp.where(key == cut, place, NOWHERE)
+        start += key.size
+    place, _ = _cut(places, missing)
+    return {path: masks[path] & (keys[path] >= cut) & (places[path] >= place) for path in keys}
+
+
+@jax.jit
+def _shrink(kernels, masks, weights, sparsity):
+    size = sum(kernel.size for kernel in kernels.values())
+    count = jnp.round(jnp.asarray(sparsity, jnp.float32) * size).astype(jnp.int32)
+    removed = size - sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks.values())
+    dtype = jnp.result_type(*map(magnitudes, kernels.values()))
+
+    def remove(masks):
+        keys = {path: _keys(kernels[path], masks[path], weights[path], dtype) for path in kernels}
+        return _remove(keys, masks, count)
+
+    return lax.cond(count > removed, remove, lambda masks: masks, masks)
+
+
+def check_weights(weights: Mapping[str, ArrayLike]) -> None:
+    """Refuses weights that would turn the order around; traced ones are not looked at."""
+    for path, weight in weights.items():
+        if not isinstance(weight, Tracer) and not np.all(np.asarray(weight) > 0):
+            raise ValueError(f"`weights` must be positive, got {weight} for {path!r}.")
+
+
+def shrink(
+    kernels: dict[str, Float[Array, "..."]],
+    masks: Masks,
+    weights: Mapping[str, ArrayLike] | None,
+    sparsity: Float[ArrayLike, ""],
+) -> Masks:
+    """Removes the entries with the smallest |w| / weight, until `sparsity` of all are gone.
+
+    Entries that are gone count and never come back; where enough are gone nothing is done.
+    """
+    size = sum(kernel.size for kernel in kernels.values())
+    if size >= 2**31:
+        raise ValueError(
+            f"`params` must have less than 2**31 entries to choose among, got {size}: choose fewer "
+            "kernels by `where`, and treat them in groups."
+        )
+    check_weights(weights or {})
+    given = pick("weights", dict.fromkeys(kernels, 1.0) if weights is None else weights, kernels)
+    return _shrink(kernels, masks, given, sparsity) if size else masks

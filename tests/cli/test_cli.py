@@ -1,0 +1,202 @@
+"""The command line: what it prints and what it writes, whole or not at all."""
+
+import csv
+import json
+import os
+import signal
+import stat
+import sys
+import threading
+
+import numpy as np
+import pytest
+from helpers.cli_models import names_of, save, save_model, spiked, usage_error
+
+import rmtjax
+from rmtjax import checkpoint, cli
+from rmtjax.checkpoint import _rewrite
+from rmtjax.planning import _cost
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_model(tmp_path)
+
+
+def test_analyze_prints_the_table_and_writes_what_is_asked_for(tmp_path, model, capsys):
+    files = {form: tmp_path / f"report.{form}" for form in ("json", "csv", "html")}
+    options = [word for form, path in files.items() for word in (f"--{form}", str(path))]
+    assert cli.main(["analyze", model, "--level", "0.05", *options]) == 0
+    shown = capsys.readouterr()
+    report = checkpoint.analyze_file(model, rule=rmtjax.ranks.bema(level=0.05))
+    columns = shown.out.splitlines()[0].split()
+    assert shown.out == f"{report.table(*columns)}\n"
+    assert {"path", "spikes", "removed", "reason"} <= {*columns}
+    assert shown.err == ""  # no progress where no terminal is
+    assert json.loads(files["json"].read_text())["rows"] == report.to_dict()["rows"]
+    rows = files["csv"].read_text().splitlines()
+    assert [row["path"] for row in csv.DictReader(rows)] == ["a.weight", "b.weight"]
+    page = files["html"].read_text()
+    assert page.startswith("<!doctype html>")
+    assert page == report.to_page(f"rmtjax analyze {model}")
+    assert cli.main(["analyze", model, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("mode", ["factorize", "truncate"])
+def test_compress_writes_a_file_and_says_what_it_did(tmp_path, model, capsys, mode):
+    out = str(tmp_path / "out.safetensors")
+    argv = ["compress", model, "--out", out, "--rule", "fixed:16", "--mode", mode]
+    assert cli.main([*argv, "--exclude", "re:^b", "--dtype", "float64", "--device", "cpu"]) == 0
+    table, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert f"{mode}d: 16 of 60" in table
+    assert "b.weight" not in table
+    assert f" -> {out}, " in last
+    halves = {"a.weight/left", "a.weight/right"}
+    expected = halves if mode == "factorize" else {"a.weight"}
+    assert names_of(out) == {"b.weight", "b.bias"} | expected
+    assert np.dtype(float) != rmtjax.spectrum(np.ones((2, 2))).eigenvalues.dtype  # 64 bits are off
+
+
+def test_an_output_is_replaced_by_force_only(tmp_path, model, capsys):
+    out = tmp_path / "out.safetensors"
+    out.write_text("precious")
+    argv = ["compress", model, "--out", str(out), "--rule", "fixed:16", "--quiet"]
+    assert cli.main(argv) == 1
+    assert "--force" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert cli.main([*argv, "--force"]) == 0
+    assert "a.weight/left" in names_of(out)
+    assert cli.main(["compress", model, "--out", model, "--force"]) == 1
+    assert "must not be the input" in capsys.readouterr().err
+    assert "a.weight" in names_of(model)
+
+
+def test_a_report_goes_into_a_pipe_through_a_link_and_to_stdout(tmp_path, model, capsys):
+    pipe, real, link = (tmp_path / name for name in ("pipe", "real", "link"))
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    real.write_text("old")
+    real.chmod(0o640)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    argv = ["analyze", model, "--json", str(pipe), "--csv", str(link), "--html", "-"]
+    assert cli.main(argv) == 0
+    reader.join()
+    assert [row["path"] for row in json.loads(got[0])["rows"]] == ["a.weight", "b.weight"]
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert link.is_symlink()
+    assert real.read_text().startswith("path,shape,")
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    shown = capsys.readouterr().out  # no table
+    assert shown.startswith("<!doctype html>")
+    assert shown.endswith("</html>\n")
+    assert "named twice" in usage_error(capsys, *argv[:3], "-", "--csv", "-")
+
+
+def test_an_output_is_no_pipe_and_a_link_is_followed(tmp_path, model, capsys):
+    pipe, real, link = (tmp_path / name for name in ("pipe", "real", "link.safetensors"))
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    argv = ["compress", model, "--rule", "fixed:16", "--quiet", "--force", "--out"]
+    assert cli.main([*argv, str(pipe)]) == 1
+    assert "is no regular file: give the path of a file" in capsys.readouterr().err
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert cli.main([*argv, str(link)]) == 0
+    assert link.is_symlink()
+    assert "a.weight/left" in names_of(real)
+
+
+def test_analyze_tells_ranks_as_they_are_or_rounded_up_as_compress_does(tmp_path, model, capsys):
+    def shown(*argv):
+        assert cli.main([*argv]) == 0
+        return capsys.readouterr().out
+
+    assert shown("analyze", model).count("1 of 60 are signal, rank 1\n") == 2
+    rounded = shown("analyze", model, "--multiple", "8")
+    assert rounded.count("1 of 60 are signal, rank 8\n") == 2
+    assert shown("compress", model, "--out", str(tmp_path / "out.safetensors")).startswith(rounded)
+
+
+@pytest.mark.parametrize("command", ["analyze", "compress"])
+def test_what_is_alike_is_timed_once_a_command(tmp_path, monkeypatch, model, command):
+    seen = []
+    clock = lambda product: seen.append(product) or np.ones((3, len(product.ranks)))
+    monkeypatch.setattr(_cost, "time_products", clock)
+    out = ["--out", str(tmp_path / "out.safetensors"), "--force"] if command == "compress" else []
+    argv = [command, model, *out, "--rule", "fixed:16", "--batch", "7", "--quiet"]
+    for times in (1, 2):
+        assert cli.main(argv) == 0
+        assert [product.ranks for product in seen] == [(None, 16)] * times
+
+
+def test_a_name_in_full_makes_a_kernel_of_any_tensor(tmp_path, capsys):
+    path = save(tmp_path, projection=spiked(0), mask=spiked(1))
+    assert cli.main(["analyze", path, "--include", "projection"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["projection"]
+
+
+def test_a_name_in_full_may_have_brackets(tmp_path, capsys):
+    path = save(tmp_path, **{"layers[0].weight": spiked(0), "layers[1].weight": spiked(1)})
+    assert cli.main(["analyze", path, "--include", "layers[0].weight"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "layers[0].weight"
+    ]
+
+
+def test_hostile_names_steer_neither_the_terminal_nor_the_page(tmp_path, capsys):
+    hostile = {"\x1b[2J\n<script>x</script>.weight": spiked(0), "../../{0}.weight": spiked(1)}
+    page = tmp_path / "page.html"
+    assert cli.main(["analyze", save(tmp_path, **hostile), "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert len(shown.splitlines()) == 3
+    assert "<script>x" not in page.read_text()
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_is_shown_on_a_terminal(monkeypatch, model, capsys, rich):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["analyze", model]) == 0
+    shown = capsys.readouterr()
+    assert ("kernels" if rich else "[2/2] b.weight") in shown.err
+    assert "a.weight" in shown.out
+
+
+def test_an_interrupt_leaves_no_half_written_file(tmp_path, monkeypatch, model, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_rewrite, "change_leaf", interrupt)
+    argv = ["compress", model, "--out", str(tmp_path / "out.safetensors"), "--rule", "fixed:16"]
+    assert cli.main(argv) == 130
+    assert capsys.readouterr().err == "rmtjax: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_an_end_leaves_no_half_written_file(tmp_path, monkeypatch, model, capsys, name, code):
+    number = getattr(signal, name)
+
+    def end(*args):
+        assert len([*tmp_path.iterdir()]) == 2  # the write has begun
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        monkeypatch.setattr(_rewrite, "change_leaf", end)
+        argv = ["compress", model, "--out", str(tmp_path / "out.safetensors"), "--rule", "fixed:16"]
+        assert cli.main(argv) == code
+        assert capsys.readouterr().err == f"rmtjax: ended by {name}\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+        assert signal.getsignal(number) == signal.SIG_DFL
+        # Under nohup the signal is ignored, and stays so.
+        signal.signal(number, signal.SIG_IGN)
+        monkeypatch.setattr(_rewrite, "change_leaf", lambda *args: os.kill(os.getpid(), number))
+        assert cli.main(argv) == 1
+    finally:
+        signal.signal(number, before)

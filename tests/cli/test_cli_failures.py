@@ -1,0 +1,113 @@
+"""The command line where it fails: wrong usage, what it then says, and its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.cli_models import names_of, save_model, usage_error
+
+from rmtjax import cli
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rule", "beam"], "--rule must be bema, gavish_donoho, energy:SHARE or fixed:RANK"),
+        (["--rule", "energy"], "--rule must be"),
+        (["--rule", "bema:3"], "--rule must be"),
+        (["--rule", "fixed:many"], "--rule fixed:many"),
+        (["--rule", "energy:1.5"], "`share` must be in"),
+        (["--rule", "fixed:16", "--level", "0.1"], "options of the rule bema"),
+        (["--level", "2"], "`level` must be in"),
+        (["--keep", "2"], "`keep` must be in"),
+        (["--min-size", "0"], "`min_size` must be"),
+        (["--include", "re:("], "no regular expression"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--dtype", "float16"], "invalid choice"),
+        (["--json", "out.safetensors"], "is named twice"),
+    ],
+)
+def test_wrong_usage_is_told_before_the_work(tmp_path, monkeypatch, model, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in usage_error(capsys, "compress", model, "--out", "out.safetensors", *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("argv", [[], ["shrink"], ["analyze"], ["compress", "model.safetensors"]])
+def test_missing_arguments_are_wrong_usage(capsys, argv):
+    assert "usage: rmtjax" in usage_error(capsys, *argv)
+
+
+def test_wrong_usage_shows_that_of_the_command(model, capsys):
+    assert "usage: rmtjax analyze " in usage_error(capsys, "analyze", model, "--rule", "beam")
+
+
+@pytest.mark.parametrize(("argv", "shown"), [("--help", "exit codes:"), ("--version", "rmtjax ")])
+def test_help_and_version(capsys, argv, shown):
+    for words in ([argv], ["compress", argv])[: 1 + (argv == "--help")]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        assert stopped.value.code == 0
+        assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["analyze", "missing"], "rmtjax: there is nothing at 'missing': give a path"),
+        (["analyze", "model.safetensors", "--include", "c.*"], "'c.*' matches no tensor, of 3"),
+        (
+            ["analyze", "model.safetensors", "--include", "weight"],
+            ", 'b.weight'. A glob must match the whole name, and '*' stands for anything: "
+            "'*weight*' finds",
+        ),
+        (["compress", "model.safetensors", "--out", "out"], "give 'out.safetensors'"),
+        (["analyze", "model.safetensors", "--include", "*.bias"], "no tensor is chosen"),
+        (["analyze", "damaged"], "cannot read 'damaged'"),
+        (["compress", "model.safetensors", "--out", "nowhere/out"], "is no folder"),
+        (["compress", "model.safetensors", "--out", "damaged/out"], "is no folder"),
+    ],
+)
+def test_a_failure_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, model, capsys, argv, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged").write_bytes(b"\xff" * 100)
+    assert cli.main(argv) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("rmtjax: ")
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged", "model.safetensors"}
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "html"])
+def test_a_report_is_no_file_that_is_read(tmp_path, model, capsys, form):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shard = folder / "a.safetensors"
+    os.rename(model, shard)
+    index = folder / "model.safetensors.index.json"
+    names = dict.fromkeys(("a.weight", "b.weight", "b.bias"), shard.name)
+    index.write_text(json.dumps({"weight_map": names}))
+    for source, target in ((index, shard), (index, index), (folder, folder / "r"), (shard, shard)):
+        assert cli.main(["analyze", str(source), f"--{form}", str(target)]) == 1
+        assert f"--{form} must not be the input, nor lie in it" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {shard.name, index.name}
+    assert "a.weight" in names_of(shard)
+
+
+def test_the_module_runs_and_is_quiet_when_its_reader_goes(model):
+    command = [sys.executable, "-m", "rmtjax", "analyze", model]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -1,0 +1,181 @@
+"""Figures of kernels and of training: what they say; and how all figures look.
+
+An image that is missing in `tests/images` is written there and its test fails: look at it.
+"""
+
+import inspect
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+import pytest
+from helpers.plot_cases import labels, line, made_up
+from matplotlib.figure import Figure
+from matplotlib.testing.compare import compare_images
+from matplotlib.testing.decorators import remove_ticks_and_titles
+
+import rmtjax
+from rmtjax import plots
+from rmtjax.plots import _style
+
+IMAGES = Path(__file__).parent / "images"
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+@pytest.fixture(scope="module")
+def plan():
+    noise, stack = (
+        jax.random.normal(jax.random.key(seed), shape)
+        for seed, shape in ((0, (80, 120)), (1, (2, 60, 90)))
+    )
+    params = {
+        "dense": {"kernel": noise.at[:, 0].add(5.0)},
+        "head": {"kernel": noise[:, :10]},
+        "stack": {"kernel": stack.at[1, :, :2].add(5.0).at[1, :30, 1].add(-9.0)},
+    }
+    axes = {"stack/kernel": rmtjax.KernelAxes((1,), (2,), batch=(0,))}
+    return rmtjax.plan(params, axes=axes)
+
+
+def test_layers_has_a_line_for_each_kernel_with_a_spectrum(plan, ax):
+    plots.layers(plan, ax=ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["dense/kernel", "stack/kernel"]
+    assert [bar.get_width() for bar in ax.patches] == [80, 60]
+    assert line(ax, "rank")[0].tolist() == [
+        plan[f"{name}/kernel"].rank for name in ("dense", "stack")
+    ]
+    assert line(ax, "spikes")[0].tolist() == [1, 2]
+    assert "1 without a spectrum" in labels(ax)
+    assert ax.yaxis_inverted()
+
+
+def test_layers_makes_room_for_many_kernels(plan):
+    axes = [plots.layers({f"{i}": plan["dense/kernel"] for i in range(n)}) for n in (1, 60)]
+    heights = [ax.figure.get_size_inches()[1] for ax in axes]
+    for ax in axes:
+        matplotlib.pyplot.close(ax.figure)
+    assert heights[0] < 3 < 12 < heights[1]
+
+
+RECORDS = [
+    {"step": step, "loss": 1.0, "rank/a": rank, "signal/a": signal, "rank/b": 60, "signal/b": 0}
+    for step, rank, signal in ((0, 80, 0), (10, 80, 12), (20, 9, 9), (30, 8, 8))
+]
+
+
+def test_training_begins_when_the_signal_is_known(ax):
+    plots.training(RECORDS, ax=ax)
+    assert labels(ax) == ["a", "b", "signal"]
+    assert line(ax, "a").T.tolist() == [[0, 80], [10, 80], [20, 9], [30, 8]]
+    assert line(ax, "b")[1].tolist() == [60] * 4
+    signal = ax.lines[1].get_xydata().tolist()
+    assert signal == [[10, 12], [20, 9], [30, 8]]
+    with pytest.raises(ValueError, match="`records` must have keys that begin with"):
+        plots.training([{"step": 1, "loss": 2.0}])
+    with pytest.raises(ValueError, match='a "step" each'):
+        plots.training([{"rank/a": 3}])
+
+
+def test_training_makes_room_for_the_names_of_many_kernels():
+    names = [f"encoder/layer_{i}/attention/query/kernel" for i in range(12)]
+    wide = plots.training([{"step": 0} | {f"rank/{name}": 8 for name in names}])
+    matplotlib.pyplot.close(wide.figure)
+    assert wide.figure.get_size_inches()[0] > 9
+
+
+# Without the checks of types during tests, which would come first.
+unchecked = inspect.unwrap
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda: unchecked(_style.to_draw)(np.ones(3), None), "rmtjax.spectrum"),
+        (
+            lambda: unchecked(_style.to_draw)(rmtjax.spectrum(np.eye(3, dtype="f4")), 2.0),
+            "rmtjax.fit_bema",
+        ),
+        (lambda: unchecked(plots.layers)([1]), "report.plan"),
+        (lambda: unchecked(plots.training)({"step": 1}), "into a list"),
+    ],
+)
+def test_what_is_no_result_is_told_apart(draw, words):
+    with pytest.raises(TypeError, match=words):
+        draw()
+
+
+ACCURACY = (
+    [8e5, 1e5, 2e5, 1e5],
+    [98.3, 98.0, 98.2, 97.0],
+    [[98.2, 98.4], [97.8, 98.3], [98.1, 98.3], [np.nan, np.nan]],
+)
+NAMES = ["pruned", "pruned", "pruned", "random"]
+
+
+def test_accuracy_joins_what_has_one_name_and_draws_the_ends(ax):
+    plots.accuracy(*ACCURACY, names=NAMES, ax=ax)
+    assert labels(ax) == ["pruned", "random"]
+    joined, *_ = ax.containers[0]
+    assert joined.get_xdata().tolist() == [1e5, 2e5, 8e5]
+    ends = [[y for _, y in path] for path in ax.containers[0].lines[2][0].get_segments()]
+    np.testing.assert_allclose(ends, [[97.8, 98.3], [98.1, 98.3], [98.2, 98.4]])
+
+
+def test_accuracy_refuses_lengths_that_differ(ax):
+    with pytest.raises(ValueError, match="`parameters`, `accuracies` and `names`"):
+        plots.accuracy(*ACCURACY, names=NAMES[:2], ax=ax)
+
+
+MARGINS, BOUNDS = [3.0, 2.0, 0.5, 1.0, 4.0], [1.0, 2.0, 1.5, 0.2, np.nan]
+
+
+def test_certificate_counts_what_is_certain(ax):
+    plots.certificate(MARGINS, BOUNDS, ax=ax)
+    # As much as the margin is too much, and what is not finite bounds nothing.
+    assert labels(ax) == ["cannot change: 2 of 5", "may change: 3 of 5", "bound = margin"]
+    with pytest.raises(ValueError, match="`margins` and `bounds` must have one number a sample"):
+        plots.certificate(MARGINS, BOUNDS[:2])
+
+
+DRAWN = {
+    "esd_10": lambda ax, _: plots.esd(*made_up(10, 1), ax=ax),
+    "esd_200": lambda ax, _: plots.esd(*made_up(200, 6), ax=ax),
+    "esd_10000": lambda ax, _: plots.esd(*made_up(10_000, 40), ax=ax),
+    "esd_10_log": lambda ax, _: plots.esd(*made_up(10, 1), ax=ax, log=True),
+    "esd_10000_log": lambda ax, _: plots.esd(*made_up(10_000, 40, ratio=1.0), ax=ax, log=True),
+    "singular_values_10": lambda ax, _: plots.singular_values(*made_up(10, 1), ax=ax),
+    "singular_values_10000_log": lambda ax, _: plots.singular_values(
+        *made_up(10_000, 40), rank=48, ax=ax, log=True
+    ),
+    "quantiles_10": lambda ax, _: plots.quantiles(*made_up(10, 1), ax=ax),
+    "quantiles_10000": lambda ax, _: plots.quantiles(*made_up(10_000, 40), ax=ax),
+    "layers": lambda ax, plan: plots.layers(plan, ax=ax),
+    "training": lambda ax, _: plots.training(RECORDS, ax=ax),
+    "accuracy": lambda ax, _: plots.accuracy(*ACCURACY, names=NAMES, ax=ax),
+    "certificate": lambda ax, _: plots.certificate(MARGINS, BOUNDS, ax=ax),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_figures_look_as_they_did(name, plan, tmp_path):
+    """Without words and legend, which each version of matplotlib draws its own way."""
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        figure = Figure(figsize=(4, 3), dpi=60)
+        ax = figure.add_axes((0.05, 0.05, 0.75, 0.9))
+        DRAWN[name](ax, plan)
+        remove_ticks_and_titles(figure)
+        ax.set(xlabel="", ylabel="")
+        ax.get_legend().remove()
+        expected, actual = IMAGES / f"{name}.png", tmp_path / f"{name}.png"
+        if not expected.exists():
+            figure.savefig(expected)
+            pytest.fail(f"{expected} was missing: look at it.")
+        figure.savefig(actual)
+    # The root of the mean square over the pixels, of 255: an edge drawn a little softer passes, a
+    # threshold moved by a bar does not.
+    assert compare_images(str(expected), str(actual), tol=2, in_decorator=True) is None

@@ -1,0 +1,102 @@
+"""What is in the page of a report, as text; `test_page.py` and its sibling open it in a browser."""
+
+import base64
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+
+import rmtjax
+from rmtjax.report import _page
+
+
+def matrix(spikes, shape=(100, 150)):
+    noise = np.random.default_rng(0).normal(size=shape)
+    return np.float32(noise * np.where(np.arange(shape[0]) < spikes, 5, 1)[:, None])
+
+
+@pytest.fixture(scope="module")
+def report():
+    return rmtjax.analyze({f"Dense_{k}": {"kernel": matrix(k)} for k in (0, 3)})
+
+
+def data_of(page):
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    return json.loads(text)
+
+
+def test_no_text_can_end_a_script():
+    hostile = "</script><!--&\u2028\u2029"
+    text = _page.to_script([hostile])
+    assert text.isascii()
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == [hostile]
+    with pytest.raises(ValueError, match="JSON"):
+        _page.to_script(float("nan"))
+
+
+def test_the_policy_names_the_script_and_the_style(report):
+    page = report.to_page()
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', page)
+    assert policy.startswith("default-src 'none'; ")
+    for kind, tag in (("style-src", "style"), ("script-src", "script")):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind} 'sha256-{digest}'" in policy
+    assert "{{" not in page
+
+
+def test_the_spectrum_is_told_in_few_numbers(report):
+    first, second = data_of(report.to_page())["spectra"]
+    for found, row in zip((first, second), report.rows, strict=True):
+        for name in ("ratio", "variance", "edge", "threshold", "distance"):
+            assert found[name] == pytest.approx(getattr(row, name), rel=1e-3)
+        ends = row.edge * np.array([(1 - 0.8165) ** 2 / (1 + 0.8165) ** 2, 1])  # sqrt(100/150)
+        law = found["law"]
+        assert [law["lower"], law["upper"]] == pytest.approx(np.sqrt(ends), rel=0.05)
+        assert max(law["heights"]) == 1000
+        assert len(found["counts"]) <= _page.BINS
+    values = np.linalg.svd(np.float64(matrix(3)), compute_uv=False) / np.sqrt(150)
+    assert second["spikes"] == 3
+    assert second["largest"] == pytest.approx(values[:3], rel=1e-3)
+    assert sum(second["counts"]) == (values <= second["stop"]).sum()
+
+
+def test_what_is_above_the_limits_is_left_out():
+    left, right = (
+        np.linalg.qr(np.random.default_rng(n).normal(size=(n, 60)))[0] for n in (200, 300)
+    )
+    strong = np.float32(matrix(0, (200, 300)) + 200 * left @ right.T)
+    (found,) = data_of(rmtjax.analyze({"kernel": strong}).to_page())["spectra"]
+    assert found["spikes"] == 60
+    assert len(found["largest"]) == _page.MOST_SPIKES
+    assert sum(found["counts"]) == 140  # the bulk is not flattened by what is far away
+
+
+@pytest.mark.parametrize("cut", [np.nan, np.inf, 0.0, -1.0])
+def test_a_cut_that_is_none_is_not_drawn(report, cut):
+    (row, *_) = report.plan.values()
+    odd = row._replace(fit=row.fit._replace(threshold=cut))
+    (found,) = data_of(rmtjax.Report(rmtjax.Plan(kernel=odd)).to_page())["spectra"]
+    assert found["law"] is None
+    assert found["stop"] > 0
+    assert sum(found["counts"]) == found["size"]
+
+
+def test_numbers_are_those_of_the_rows(report):
+    numbers = data_of(report.to_page())["numbers"]
+    for name, column in numbers.items():
+        assert column == [getattr(row, name) for row in report.rows]
+
+
+def test_a_page_without_kernels():
+    page = rmtjax.analyze({}).to_page()
+    assert data_of(page)["spectra"] == []
+    assert "<dd>0 <small></small></dd>" in page
+
+
+def test_kernels_without_parameters_have_no_percentage():
+    page = rmtjax.analyze({"kernel": np.ones((0, 60), np.float32)}).to_page()
+    assert "%" not in re.findall(r'<dl class="totals">(.*?)</dl>', page)[0]

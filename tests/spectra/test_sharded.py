@@ -1,0 +1,170 @@
+"""Trees on several devices, in one process and in two; devices must be there from the start."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.virtual_devices import environment, run_on_devices
+
+JOB = Path(__file__).parents[1] / "helpers" / "devices_job.py"
+CHECKS = [
+    "reports",
+    "truncation",
+    "cuts",
+    "training",
+    "shares",
+    "certificate",
+    "broken",
+    "meshes",
+    "large",
+]
+
+
+def start(kind, devices, processes=1, number=0, port=0):
+    command = [sys.executable, JOB, kind, *map(str, (processes, number, port))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment(devices), text=True, **pipes)
+
+
+def finish(jobs):
+    """What each has printed; none outlives the test."""
+    try:
+        found = [job.communicate(timeout=400) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0] * len(jobs), found
+    # Between them are words of the library by which processes speak.
+    return [[line for line in out.splitlines() if line in CHECKS] for out, _ in found]
+
+
+EXPLICIT = pytest.mark.skipif(not hasattr(jax.sharding, "auto_axes"), reason="came with jax 0.7")
+
+
+@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=EXPLICIT)])
+def test_a_tree_on_eight_devices_is_as_on_one(kind):
+    assert finish([start(kind, 8)]) == [CHECKS]
+
+
+def test_a_tree_on_the_devices_of_two_processes_is_as_on_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    jobs = [start("Auto", 4, 2, number, port) for number in range(2)]
+    assert finish(jobs) == [CHECKS] * 2
+
+
+ROOM = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from rmtjax import KernelAxes
+from rmtjax._sharded import _gram, _x64
+
+mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
+dense, conv = KernelAxes((0,), (1,)), KernelAxes((0, 1, 2), (3,))
+stack, heads = KernelAxes((1,), (2,), (0,)), KernelAxes((0,), (1, 2))
+stacks = KernelAxes((2,), (3,), (0, 1))
+for axes, shape, spec in (
+    (dense, (8192, 256), P(("data", "model"))),
+    (dense, (8192, 256), P(None, "model")),
+    (dense, (8188, 256), P(None, "model")),
+    (dense, (252, 8190), P("model", "data")),
+    (heads, (8190, 4, 60), P("data", "model")),
+    (heads, (8188, 6, 60), P(None, None, "model")),
+    (stack, (8, 2046, 252), P(None, "data", "model")),
+    (stacks, (4, 8, 2048, 128), P("model")),
+    (stacks, (4, 8, 2048, 128), P(None, "model")),
+    (stacks, (4, 8, 2048, 128), P("model", "data")),
+    (conv, (3, 3, 1024, 256), P(None, None, "model")),
+    (conv, (3, 3, 1024, 256), P(None, None, "data", "model")),
+    (stack, (8, 2048, 256), P("data", None, "model")),
+):
+    sharding = NamedSharding(mesh, spec)
+    kernel = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    with _x64(True):
+        needed = _gram.lower(kernel, axes, sharding).compile().memory_analysis()
+    room = needed.temp_size_in_bytes + needed.output_size_in_bytes
+    whole = 4 * np.prod(shape)
+    # Beside Gram matrices a part of the kernel laid out anew, and one in float64.
+    assert room < whole, (shape, spec, room / whole)
+print("divided")
+"""
+
+
+def test_no_device_holds_a_whole_kernel_to_find_its_spectrum():
+    assert run_on_devices(8, ROOM) == "divided"
+
+
+CUT_ROOM = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from rmtjax import KernelAxes
+from rmtjax._sharded_directions import _longer, sharded_product
+
+mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
+dense, conv = KernelAxes((0,), (1,)), KernelAxes((0, 1, 2), (3,))
+stack = KernelAxes((1,), (2,), (0,))
+for axes, shape, spec in (
+    (dense, (8192, 256), P(("data", "model"), None)),
+    (dense, (256, 8192), P("data", "model")),
+    (conv, (3, 3, 1024, 256), P(None, None, "data", "model")),
+    (stack, (8, 2048, 256), P("data", None, "model")),
+    (stack, (8, 2048, 256), P(None, None, "model")),
+):
+    def lie(*axes):
+        sizes = [16 if axis is None else shape[axis] for axis in axes]
+        own = P(*(None if axis is None else spec[axis] for axis in axes))
+        return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, own))
+
+    kernel = lie(*range(len(shape)))
+    left, right = lie(*axes.batch, *axes.inputs, None), lie(*axes.batch, None, *axes.outputs)
+    tall = shape[-1] == 256
+    short = lie(*axes.batch, *(axes.outputs if tall else axes.inputs), None)
+    programs = (
+        _longer.lower(kernel, short, axes, kernel.sharding),
+        sharded_product.lower(
+            left, right, axes=axes, dtype=jnp.dtype("float32"), sharding=kernel.sharding
+        ),
+    )
+    for program in programs:
+        needed = program.compile().memory_analysis()
+        room = needed.temp_size_in_bytes + needed.output_size_in_bytes
+        whole = 4 * np.prod(shape)
+        # A part of the kernel, of four or eight, and what is thin.
+        assert room < 0.3 * whole, (shape, spec, room / whole)
+print("divided")
+"""
+
+
+def test_no_device_holds_a_whole_kernel_to_cut_it():
+    assert run_on_devices(8, CUT_ROOM) == "divided"
+
+
+MNIST = """
+import json, pathlib, tempfile
+from experiments import data, mnist, output
+
+sizes = {"epochs": 2, "prune_start": 1, "fine_tune_epochs": 1, "widths": (96,)}
+dataset = data.load("fashion_mnist", source="sample")
+console = output.console()
+console.quiet = True
+found = []
+for devices in (1, 4):
+    with tempfile.TemporaryDirectory() as out:
+        config = mnist.Config(devices=devices, out=pathlib.Path(out), **sizes)
+        history = mnist.run(config, dataset, console).seeds[0].history
+        found.append([[entry["loss"], entry["ranks"]] for entry in history])
+print(json.dumps(found))
+"""
+
+
+def test_the_main_job_on_four_devices_is_that_on_one():
+    one, four = json.loads(run_on_devices(8, MNIST))
+    assert [ranks for _, ranks in one] == [ranks for _, ranks in four]
+    # Sums over parts of a batch round otherwise, and ninety steps go their own ways from there.
+    np.testing.assert_allclose([loss for loss, _ in four], [loss for loss, _ in one], rtol=1e-3)
