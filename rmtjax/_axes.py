@@ -1,8 +1,14 @@
-"""A kernel seen as a stack of matrices, and back."""
+"""Kernels seen as stacks of matrices: which axes are the rows, and which are the columns.
+
+A matrix is a kernel with its input axes merged into rows and its output axes into columns. A
+kernel may be stored as the product of two thin factors, in the same place of the tree.
+"""
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -11,7 +17,7 @@ Kernel = Float[Array, "..."] | Float[np.ndarray, "..."]
 
 
 class KernelAxes(NamedTuple):
-    """Which axes of a kernel are rows of its matrix, and which are columns.
+    """Names the axes of a kernel that are rows of its matrix, and those that are columns.
 
     Attributes:
       inputs: Axes that are contracted with the inputs, in order: the rows.
@@ -23,9 +29,14 @@ class KernelAxes(NamedTuple):
     outputs: tuple[int, ...]
     batch: tuple[int, ...] = ()
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All axes, in the order of a stack of matrices."""
+        return (*self.batch, *self.inputs, *self.outputs)
+
 
 class Factors(NamedTuple):
-    """A kernel as the product of two thinner ones, in the kernel's place of a tree.
+    """Holds a kernel as the product of two thinner ones, in the kernel's place of a tree.
 
     Attributes:
       left: The input axes of the kernel, then the rank; batch axes first.
@@ -37,17 +48,15 @@ class Factors(NamedTuple):
 
 
 def is_factors(leaf: Any) -> TypeGuard[Factors]:
-    """Tells where to stop, as `is_leaf` of `jax.tree.map`."""
+    """Returns True for `Factors`: the `is_leaf` of `jax.tree.map` for parameter trees."""
     return isinstance(leaf, Factors)
 
 
 def factored_axes(factors: Factors) -> KernelAxes:
-    """The axes of the dense kernel that `factors` stand for, batch axes first.
-
-    Both factors have three axes or more only where a batch comes first in both, or where
-    a kernel has several input and several output axes; the rank tells which.
-    """
+    """Returns the axes of the dense kernel that `factors` stand for, batch axes first."""
     left, right = factors
+    # Both factors have three axes or more only if a batch comes first in both, or if the kernel
+    # has several input and several output axes. The place of the rank distinguishes these.
     stacked = (
         left.ndim >= 3
         and right.ndim >= 3
@@ -60,49 +69,143 @@ def factored_axes(factors: Factors) -> KernelAxes:
 
 
 def kernel_shape(kernel: Any) -> tuple[int, ...]:
-    """The shape of a kernel, also where factors stand for it."""
+    """Returns the shape of a kernel; of factors, the shape of their product."""
     if not is_factors(kernel):
-        return jnp.shape(kernel)
+        return tuple(kernel.shape) if hasattr(kernel, "shape") else np.shape(kernel)
     return kernel.left.shape[:-1] + kernel.right.shape[1 + len(factored_axes(kernel).batch) :]
 
 
 def check_axes(path: str, axes: KernelAxes, ndim: int) -> None:
-    """Refuses axes that are not those of the leaf, each once."""
-    if sorted((*axes.batch, *axes.inputs, *axes.outputs)) != list(range(ndim)):
+    """Raises ValueError if `axes` do not name each axis of a leaf once."""
+    if sorted(axes.order) != list(range(ndim)):
         raise ValueError(f"`axes` must name each of the {ndim} axes of {path!r} once, got {axes}.")
 
 
 def matrix_shape(shape: tuple[int, ...], axes: KernelAxes) -> tuple[int, int, int]:
-    """The shape (batch, inputs, outputs) of a kernel seen as a stack of matrices."""
-    batch, rows, columns = (
+    """Returns the shape (stack, rows, columns) of a kernel seen as a stack of matrices."""
+    stack, rows, columns = (
         math.prod(shape[axis] for axis in group)
         for group in (axes.batch, axes.inputs, axes.outputs)
     )
-    return batch, rows, columns
+    return stack, rows, columns
 
 
 def to_matrices(kernel: Kernel, axes: KernelAxes) -> Any:
-    """A kernel as a stack of shape (batch, inputs, outputs), in JAX or NumPy as it was."""
-    order = (*axes.batch, *axes.inputs, *axes.outputs)
-    return kernel.transpose(order).reshape(matrix_shape(kernel.shape, axes))
+    """Returns a kernel as a stack (stack, rows, columns), in JAX or NumPy as it was given."""
+    return kernel.transpose(axes.order).reshape(matrix_shape(kernel.shape, axes))
 
 
 def from_matrices(
     matrices: Float[Array, "b m n"], shape: tuple[int, ...], axes: KernelAxes
 ) -> Float[Array, "..."]:
-    """The kernel of the given shape that `to_matrices` turns into `matrices`."""
-    order = (*axes.batch, *axes.inputs, *axes.outputs)
+    """Returns the kernel of the given shape that `to_matrices` turns into `matrices`."""
+    order = axes.order
     moved = matrices.reshape([shape[axis] for axis in order])
     return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
 
 
 def to_stack(kernel: Any, axes: KernelAxes):
-    """A kernel as a stack of matrices of shape (inputs, outputs), or as `Factors` of stacks."""
+    """Returns a kernel as a JAX stack of matrices, or as `Factors` of stacks."""
     if not is_factors(kernel):
         return to_matrices(jnp.asarray(kernel), axes)
-    batch, rows, columns = matrix_shape(kernel_shape(kernel), axes)
-    rank = kernel.left.shape[-1]
-    return Factors(
-        jnp.reshape(kernel.left, (batch, rows, rank)),
-        jnp.reshape(kernel.right, (batch, rank, columns)),
-    )
+    stack, rows, columns = matrix_shape(kernel_shape(kernel), axes)
+    left, right = (jnp.asarray(factor) for factor in kernel)
+    rank = left.shape[-1]
+    return Factors(left.reshape(stack, rows, rank), right.reshape(stack, rank, columns))
+
+
+@dataclass(frozen=True, eq=False)
+class KernelLeaf:
+    """A leaf of a parameter tree that was chosen as a kernel.
+
+    Attributes:
+      path: Its place in the tree, such as "Dense_0/kernel".
+      leaf: A JAX or NumPy array, `Factors`, a `jax.ShapeDtypeStruct`, or any object with `shape`,
+        `dtype` and `__array__`, such as a tensor that is still in a file.
+    """
+
+    path: str
+    leaf: Any
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the leaf is `Factors`."""
+        return is_factors(self.leaf)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense kernel."""
+        return kernel_shape(self.leaf)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the leaf; of factors, the one that both promote to."""
+        leaves = jax.tree.leaves(self.leaf)
+        dtypes = [getattr(leaf, "dtype", None) or jnp.result_type(leaf) for leaf in leaves]
+        return np.dtype(dtypes[0] if len(dtypes) == 1 else jnp.promote_types(*dtypes))
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the dense kernel."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixView(KernelLeaf):
+    """A kernel seen as a stack of matrices, each of shape (rows, columns).
+
+    `planning.find_kernels` makes one for each kernel, and every later step takes it from there.
+
+    Attributes:
+      axes: The axes of the dense kernel that make it a stack of matrices.
+    """
+
+    axes: KernelAxes
+
+    @property
+    def stack(self) -> int:
+        """The number of matrices: 1 if the kernel is not a stack."""
+        return matrix_shape(self.shape, self.axes)[0]
+
+    @property
+    def rows(self) -> int:
+        """The number of inputs of each matrix."""
+        return matrix_shape(self.shape, self.axes)[1]
+
+    @property
+    def columns(self) -> int:
+        """The number of outputs of each matrix."""
+        return matrix_shape(self.shape, self.axes)[2]
+
+    @property
+    def short(self) -> int:
+        """The shorter side: the number of singular values of each matrix."""
+        return min(self.rows, self.columns)
+
+    @property
+    def long(self) -> int:
+        """The longer side."""
+        return max(self.rows, self.columns)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of factors; None for a dense kernel."""
+        return self.leaf.left.shape[-1] if is_factors(self.leaf) else None
+
+    @property
+    def full_rank(self) -> int:
+        """The largest rank the kernel can have: the short side, or less if it is factored."""
+        return min(self.short, self.rank or self.short)
+
+    def matrices(self) -> Any:
+        """Returns the stack (stack, rows, columns), or `Factors` of stacks.
+
+        JAX arrays stay JAX arrays; everything else becomes a NumPy array.
+        """
+        if is_factors(self.leaf) or isinstance(self.leaf, jax.Array):
+            return to_stack(self.leaf, self.axes)
+        return to_matrices(np.asarray(self.leaf), self.axes)
+
+    def from_matrices(self, matrices: Float[Array, "b m n"]) -> Float[Array, "..."]:
+        """Returns the dense kernel whose stack of matrices is given."""
+        return from_matrices(matrices, self.shape, self.axes)
