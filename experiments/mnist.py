@@ -55,7 +55,7 @@ class Config:
     """Share of the directions under the threshold that the first pruning keeps; it falls to 0."""
     trim: float = 0.25
     """Share of the eigenvalues left out at each end of the fit of the noise."""
-    level: float = 0.1
+    level: float = 0.01
     """Probability that noise alone gives a spike."""
     fine_tune_epochs: int = 2
     """Epochs after factorizing; the baseline gets them too."""

@@ -15,7 +15,7 @@ from experiments.minilm.words import Sentences
 
 RULES: dict[str, rmtjax.ranks.RankRule] = {
     **{f"bema {level}": rmtjax.ranks.bema(level=level) for level in (0.01, 0.1, 0.5)},
-    "bema 0.1, gate open": rmtjax.ranks.bema(tolerance=1.0),
+    "bema 0.1, gate open": rmtjax.ranks.bema(level=0.1, tolerance=1.0),
     "gavish_donoho": rmtjax.ranks.gavish_donoho(),
     **{f"energy {share}": rmtjax.ranks.energy(share) for share in (0.99, 0.95, 0.9, 0.8)},
     **{f"fixed {rank}": rmtjax.ranks.fixed(rank) for rank in (256, 128, 64)},

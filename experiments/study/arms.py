@@ -29,6 +29,10 @@ def by(rule: ranks.RankRule, **options: Any) -> Pruning:
     return Pruning(rule, tuple(sorted(options.items())))
 
 
+# The committed results were made at this level, which was then the default of `bema`. Another
+# level is another study: `results.check_same_study` would not mix the two.
+RMT = ranks.bema(level=0.1)
+
 # A rule of energy takes a share of the share each time, so that without a floor its rank
 # would fall to 1. With one, the others say what the floor does and what the rule does.
 ARMS: dict[str, Pruning] = {
@@ -36,12 +40,12 @@ ARMS: dict[str, Pruning] = {
     "fixed rank 25": by(ranks.fixed(25)),
     "energy 0.9, floor 10": by(ranks.energy(0.9), min_rank=10),
     "Gavish-Donoho": by(ranks.gavish_donoho()),
-    "RMT": by(ranks.bema()),
-    "RMT, floor 10": by(ranks.bema(), min_rank=10),
-    "RMT, settled": by(ranks.bema(), settled=0.2),
+    "RMT": by(RMT),
+    "RMT, floor 10": by(RMT, min_rank=10),
+    "RMT, settled": by(RMT, settled=0.2),
     # Of the ranks that are no signal these leave nearly a half; the second fits them anew.
-    "RMT, keep 0.45": by(ranks.bema(), keep=0.45),
-    "RMT, keep 0.45, refit": by(ranks.bema(), keep=0.45, noise="refit"),
+    "RMT, keep 0.45": by(RMT, keep=0.45),
+    "RMT, keep 0.45, refit": by(RMT, keep=0.45, noise="refit"),
 }
 
 

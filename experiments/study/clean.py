@@ -19,7 +19,7 @@ from rich.table import Table
 
 import rmtjax
 from experiments import training
-from experiments.study.arms import ARMS, carried_ranks, count_parameters, plan_by_ranks
+from experiments.study.arms import ARMS, carried_ranks, count_parameters, plan_by_ranks, RMT
 from experiments.study.options import check_positive, check_shares, DatasetName, Options
 from experiments.study.outcomes import EARLY_STOPPING, Outcome, PLAIN, summarise, tasks
 from experiments.study.recipes import Recipe, train
@@ -185,7 +185,7 @@ def cut_networks(run: Run, images: Images) -> dict[str, tuple[training.MLP, Any,
     }
     shares = [share / 1000 for share in range(1, 1001)]
     cuts = {
-        "RMT, once": by_rule(rmtjax.ranks.bema()),
+        "RMT, once": by_rule(RMT),
         "Gavish-Donoho, once": by_rule(rmtjax.ranks.gavish_donoho()),
         "energy, equal size": ranks_of_size(dense, rmtjax.ranks.energy, shares, size),
         "fixed rank, equal size": ranks_of_size(

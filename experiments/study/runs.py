@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rmtjax
-from experiments.study.arms import carried_ranks, count_parameters, plan_by_ranks
+from experiments.study.arms import carried_ranks, count_parameters, plan_by_ranks, RMT
 from experiments.study.recipes import Recipe, train
 from experiments.study.tasks import Images, Task
 
@@ -76,7 +76,7 @@ def fitted(module: nn.Module, params: Any, images: Images) -> dict[str, Any]:
 
 def cut(module: nn.Module, params: Any, images: Images, epoch: int) -> dict[str, Any]:
     """What a network would be, were it cut to its spikes now, once and for all."""
-    plan = rmtjax.plan(params, multiple=1)
+    plan = rmtjax.plan(params, rule=RMT, multiple=1)
     lower = rmtjax.truncate(params, plan)
     measured = {path: row for path, row in plan.items() if row.rank is not None}
     return {

@@ -13,7 +13,7 @@ from rich.table import Table
 import rmtjax
 from experiments import measure, training
 from experiments.study import runs
-from experiments.study.arms import count_parameters
+from experiments.study.arms import count_parameters, RMT
 from experiments.study.options import check_positive, DatasetName, Options
 from experiments.study.outcomes import Outcome, PLAIN, summarise, tasks
 from experiments.study.recipes import Recipe
@@ -22,7 +22,7 @@ from experiments.study.tables import summary_table
 from experiments.study.tasks import Images, Task
 
 RULES = {
-    "RMT": rmtjax.ranks.bema(),
+    "RMT": RMT,
     "Gavish-Donoho": rmtjax.ranks.gavish_donoho(),
     "energy 0.9": rmtjax.ranks.energy(0.9),
 }
@@ -67,7 +67,7 @@ def plan_runs(config: Config, find: Callable) -> list[Run]:
 def perform(run: Run, images: Images) -> dict[str, Any]:
     """The record of a run: that of the training, the curve, and the cut of each rule."""
     record, params = runs.watch(run, images)
-    report = rmtjax.analyze(params)
+    report = rmtjax.analyze(params, rule=RMT)
     curve = measure.truncation_curve(run.module, params, report, images.test)
     cuts = {name: cut(run, params, curve["path"], rule, images) for name, rule in RULES.items()}
     points = [[rank, round(accuracy, 2)] for rank, accuracy in curve["points"]]
