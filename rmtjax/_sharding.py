@@ -3,6 +3,7 @@
 import functools
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -58,6 +59,16 @@ def by_compiler(function: Callable, *arguments: PyTree, out: Any = None, anew: b
         return _compiled(function, out)(*arguments)
     # Compiled, for those who are not yet: under `vmap` alone.
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))(*arguments)
+
+
+def beside_accelerator() -> AbstractContextManager:
+    """Returns a context that computes on the CPU where JAX's default is an accelerator."""
+    if jax.default_backend() == "cpu":
+        return nullcontext()
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX was started without its CPU backend
+        return nullcontext()
 
 
 def fetch(tree: PyTree) -> PyTree:

@@ -1,9 +1,10 @@
 """Names for the types that several layers share."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes
 
@@ -44,7 +45,8 @@ class BulkFit(NamedTuple):
     num_spikes: Int[Array, "*batch"]
 
 
-# Chooses leaves: receives a path such as "Dense_0/kernel" and the leaf.
-Where = Callable[[str, Any], bool]
-# Names the axes of a chosen leaf, by a function or by its path; None where it is no matrix.
+# Chooses leaves: a function of a path such as "Dense_0/kernel" and the leaf, a regular expression
+# that is searched in the path, or a tree of booleans as optax's masks.
+Where = Callable[[str, Any], bool] | str | re.Pattern[str] | PyTree
+# Names the axes of a chosen leaf, by a function or by its path; None for one that is no matrix.
 Axes = Callable[[str, Any], KernelAxes | None] | Mapping[str, KernelAxes | None]

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from types import NoneType
-from typing import Any, get_args, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,9 +14,10 @@ from rmtjax._types import BulkFit
 from rmtjax._version import __version__
 from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, KEY as KEY, parse_json
 from rmtjax.noise import ranks, shrinkage
-from rmtjax.planning import Action, Cost, LayerPlan, Plan
+from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
 FORMAT = 1  # higher where an older reader would go wrong; a field may be added without
+_CASES = {"keep": Kept, "truncate": Truncated, "factorize": Factorized}
 _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator", "nuclear")}
 
 
@@ -148,21 +149,15 @@ def _take_layer(path: str, told: Any) -> LayerPlan:
         named = {name: _take_sizes(_take(axes, dict)[name]) for name in KernelAxes._fields}
         axes = KernelAxes(**named)
         check_axes(path, axes, len(shape))
-    if action not in get_args(Action):
-        raise ValueError(f"{action!r:.60} is none of {get_args(Action)}")
-    if action != "keep" and None in (rank, axes):
-        raise ValueError(f"{path!r} has no rank or no axes to {action} it")
-    return LayerPlan(
-        rank=rank,
-        fit=None if told["fit"] is None else _take_fit(told["fit"]),
-        action=action,
-        reason=_take(told["reason"], str),
-        shape=shape,
-        axes=axes,
-        spectrum=None,
-        shrink=_SHRINKERS.get(_take(told["shrink"] or "", str)),
-        cost=None if told["cost"] is None else _take_cost(told["cost"]),
-    )
+    if action not in tuple(_CASES):
+        raise ValueError(f"{action!r:.60} is none of {tuple(_CASES)}")
+    fit = None if told["fit"] is None else _take_fit(told["fit"])
+    if action != "keep" and None in (rank, axes, fit):
+        raise ValueError(f"{path!r} has no rank, no axes or no fit to {action} it")
+    fields = {"reason": _take(told["reason"], str), "shape": shape, "axes": axes, "rank": rank}
+    fields |= {"fit": fit, "cost": None if told["cost"] is None else _take_cost(told["cost"])}
+    shrink = _SHRINKERS.get(_take(told["shrink"] or "", str))
+    return Kept(**fields) if action == "keep" else _CASES[action](**fields, shrink=shrink)
 
 
 def _take_entry(told: Any) -> Entry:

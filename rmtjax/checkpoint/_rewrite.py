@@ -2,19 +2,20 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtjax._axes import Factors, is_factors
+from rmtjax._axes import Factors, is_factors, MatrixView
 from rmtjax._types import BulkFit
 from rmtjax.checkpoint._manifest import Manifest, to_json
 from rmtjax.checkpoint._tensor_names import halves
 from rmtjax.checkpoint._tensors import Entry, Tensors
 from rmtjax.noise import ranks
-from rmtjax.planning import change_leaf, LayerPlan, Plan
+from rmtjax.planning import changed_leaves, Factorized, Kept, LayerPlan, Plan, Truncated
 from rmtjax.spectra import on_host
 
 
@@ -46,11 +47,9 @@ def noise_levels(
 def _outputs(path: str, spec: Any, row: LayerPlan | None) -> dict[str, Entry]:
     """The tensors that are written for a leaf."""
     entry = lambda leaf: Entry(tuple(leaf.shape), np.dtype(leaf.dtype))
-    if row is None or row.action != "factorize":
+    if not isinstance(row, Factorized):
         pairs = zip(halves(path), spec, strict=True) if is_factors(spec) else [(path, spec)]
         return {name: entry(leaf) for name, leaf in pairs}
-    assert row.axes is not None  # for the type checker: with an action come both
-    assert row.rank is not None
     batch, inputs, outputs = (
         [row.shape[axis] for axis in group]
         for group in (row.axes.batch, row.axes.inputs, row.axes.outputs)
@@ -71,6 +70,20 @@ def _check_names(outputs: Mapping[str, Mapping[str, Entry]]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _InFile:
+    """A tensor that is read from its file whenever NumPy asks for its numbers."""
+
+    tensors: Tensors
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        del copy  # each reading is a new array
+        return self.tensors.read(self.path).astype(dtype or self.dtype, copy=False)
+
+
 class Changed:
     """What a plan makes of the tensors of a file, read and computed one leaf at a time."""
 
@@ -88,7 +101,7 @@ class Changed:
         """One tensor of the output."""
         path = self.owners[name]
         row = self.made.get(path)
-        if row is None or row.action == "keep":  # under the same names
+        if row is None or isinstance(row, Kept):  # under the same names
             return self.tensors.read(name)
         if name not in self.ready:
             self.ready |= zip(
@@ -97,11 +110,14 @@ class Changed:
         array = np.asarray(self.ready.pop(name))
         return array.astype(self.entries[name].dtype, copy=False)
 
-    def _leaf(self, path: str, row: LayerPlan) -> Any:
+    def _leaf(self, path: str, row: Truncated | Factorized) -> Any:
         leaf = self.leaves[path]
-        read = lambda: read_leaf(self.tensors, path, leaf, self.dtype)
-        numbers = lambda part: jax.ShapeDtypeStruct(part.shape, self.dtype or part.dtype)
-        return change_leaf(read, jax.tree.map(numbers, leaf), row)
+        if is_factors(leaf):
+            leaf = read_leaf(self.tensors, path, leaf, self.dtype)
+        else:
+            leaf = _InFile(self.tensors, path, leaf.shape, np.dtype(self.dtype or leaf.dtype))
+        view = MatrixView(path, leaf, row.axes)
+        return dict(changed_leaves({path: view}, {path: row}))[path]
 
 
 def tell(told: Manifest | None, found: Plan, rule: ranks.RankRule, changed: Changed) -> str:

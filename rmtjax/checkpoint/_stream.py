@@ -22,7 +22,7 @@ from rmtjax.checkpoint._open import (
 from rmtjax.checkpoint._rewrite import Changed, noise_levels, read_leaf, tell
 from rmtjax.checkpoint._tensor_names import choose, find_leaves, read_manifest, tensor_axes
 from rmtjax.noise import ranks, Shrink
-from rmtjax.planning import in_place, Plan, plan, timing_once
+from rmtjax.planning import in_place, make_clock, make_plan, Plan, PlanOptions
 from rmtjax.report import Report
 
 FilePath = str | os.PathLike[str]
@@ -81,7 +81,6 @@ class _Planned(NamedTuple):
     steps: _Steps
 
 
-@timing_once()
 def _plan_file(
     tensors: Tensors,
     *,
@@ -101,16 +100,19 @@ def _plan_file(
     steps = _Steps(progress, len(kernels) + writes * len(leaves))
     levels = noise_levels(told, leaves, fits)
     name_axes = axes if callable(axes) else tensor_axes
-    rows = Plan()
+    rows, clock = Plan(), make_clock()
     for path, spec in kernels.items():
         steps(path)
-        rows |= plan(
+        rows |= make_plan(
             {path: read_leaf(tensors, path, spec, dtype)},
-            where=lambda path, leaf: True,
-            axes=(_at(path, axes) if isinstance(axes, Mapping) else None) or name_axes,
-            fits=_at(path, levels),
-            batch=_at(path, batch),
-            **options,
+            PlanOptions(
+                where=lambda path, leaf: True,
+                axes=(_at(path, axes) if isinstance(axes, Mapping) else None) or name_axes,
+                fits=_at(path, levels),
+                batch=_at(path, batch),
+                **options,
+            ),
+            clock,
         )
     return _Planned(told, leaves, rows, steps)
 

@@ -11,7 +11,7 @@ from rmtjax._axes import factored_axes, Factors, kernel_shape, KernelAxes
 from rmtjax._types import Axes, Where
 from rmtjax.checkpoint._manifest import KEY, Manifest, parse
 from rmtjax.checkpoint._tensors import Tensors
-from rmtjax.planning import guess_axes, is_kernel
+from rmtjax.planning import guess_axes, is_kernel, to_predicate
 
 # Linear, convolution and embedding; fused attention; recurrent layers and cells.
 _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
@@ -78,7 +78,8 @@ def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) ->
     """The leaves that are kernels."""
     by_path = axes if isinstance(axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel_tensor(path, leaf)
-    chosen = {path: leaf for path, leaf in leaves.items() if (where or default)(path, leaf)}
+    wanted = to_predicate(where, dict(leaves)) or default
+    chosen = {path: leaf for path, leaf in leaves.items() if wanted(path, leaf)}
     if not chosen:
         some = ", ".join(map(repr, list(leaves)[:5])) or "none"
         raise ValueError(

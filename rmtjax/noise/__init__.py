@@ -14,4 +14,5 @@ from rmtjax.noise._density import (
     roots as roots,
     rounding as rounding,
 )
+from rmtjax.noise.ranks import check_rule as check_rule, kept_rank as kept_rank
 from rmtjax.noise.shrinkage import Shrink as Shrink

@@ -1,28 +1,40 @@
-"""Tree in, plan out, and what a plan does."""
+"""From a parameter tree to a plan, and from a plan to a smaller tree.
+
+`find_kernels` sees the leaves of a tree as matrices. `make_plan` measures their spectra and
+decides the rank of each kernel, with a reason. `truncate` and `factorize` do what a plan says, and
+`merge` multiplies factors out again. Nothing is changed before a plan is applied.
+"""
 
 from rmtjax.planning._apply import (
+    changed_leaves as changed_leaves,
     factorize as factorize,
-    in_place as in_place,
     merge as merge,
     truncate as truncate,
 )
-from rmtjax.planning._cost import add_costs as add_costs, Cost as Cost, timing_once as timing_once
-from rmtjax.planning._cut import change_leaf as change_leaf
+from rmtjax.planning._cost import add_costs as add_costs, Cost as Cost, make_clock as make_clock
 from rmtjax.planning._kernels import (
-    check_tree as check_tree,
     FACTORS as FACTORS,
     find_kernels as find_kernels,
     guess_axes as guess_axes,
     is_kernel as is_kernel,
+    leaves_by_path as leaves_by_path,
     map_kernels as map_kernels,
     NAMES as NAMES,
+    obstacle as obstacle,
     path_name as path_name,
-    unmatrixable as unmatrixable,
+    register_container as register_container,
+    to_predicate as to_predicate,
 )
-from rmtjax.planning._plan import (
-    Action as Action,
+from rmtjax.planning._options import PlanOptions as PlanOptions
+from rmtjax.planning._plan import make_plan as make_plan, plan as plan
+from rmtjax.planning._rows import (
     check_plan as check_plan,
+    Factorized as Factorized,
+    in_place as in_place,
+    Kept as Kept,
     LayerPlan as LayerPlan,
+    mismatch as mismatch,
     Plan as Plan,
-    plan as plan,
+    planned_views as planned_views,
+    Truncated as Truncated,
 )

@@ -1,85 +1,104 @@
-"""What a plan does to a parameter tree: truncate, factorize; and merge, the way back."""
+"""Applies a plan to a parameter tree: truncate, factorize, and merge, the way back."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from rmtjax._axes import factored_axes, is_factors, kernel_shape
-from rmtjax.planning._cost import Cost
-from rmtjax.planning._cut import Cut, cut_of, factorize_kernel, is_eager, truncate_kernel
-from rmtjax.planning._kernels import check_tree, map_kernels, path_name
-from rmtjax.planning._plan import check_plan, LayerPlan, Plan
-from rmtjax.spectra import is_spread, multiply, short_vectors
+from rmtjax._axes import Factors, is_factors, MatrixView
+from rmtjax._sharding import place_factors, place_like
+from rmtjax.planning._kernels import map_kernels
+from rmtjax.planning._rows import (
+    check_plan,
+    Factorized,
+    Plan,
+    planned_views,
+    Truncated,
+)
+from rmtjax.spectra import (
+    Directions,
+    keeps_most,
+    multiply,
+    product,
+    shrink_values,
+    singular_vectors,
+    split,
+    without_last,
+)
+
+Rows = Mapping[str, Truncated | Factorized]
 
 
-def _mismatch(leaf: Any, row: LayerPlan) -> str | None:
-    """What makes a leaf another one than that of the row, or None."""
-    if kernel_shape(leaf) != row.shape:
-        return f"has shape {kernel_shape(leaf)}"
-    if is_factors(leaf) and factored_axes(leaf) != row.axes:
-        return "is factorized along other axes"
-    if is_factors(leaf) and leaf.left.shape[-1] < (row.rank or 0):
-        return "is factorized with a lower rank"
-    return None
+def _factors(view: MatrixView, row: Truncated | Factorized, vectors: Directions) -> Factors:
+    """Returns the factors of a kernel, with its singular values shrunk as planned."""
+    u, s, vt = vectors
+    if row.shrink is not None:
+        # One variance for each matrix of a stack, in the shape of the batch axes.
+        variance = jnp.reshape(row.fit.variance, s.shape[:-1])
+        s = shrink_values(jnp.asarray(s), row.shrink, variance, (view.rows, view.columns))
+    return split(u, s, vt)
 
 
-def _check_plan(params: PyTree, plan: Plan) -> dict[str, Any]:
-    """The leaves by their paths; refuses what is no plan, and one made for another tree."""
-    check_plan(plan)
-    check_tree(params)
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
-    found = {path_name(key): leaf for key, leaf in leaves}
-    for path, row in plan.items():
-        seen = _mismatch(found[path], row) if path in found else "is not there"
-        if row.action != "keep" and seen:
-            raise ValueError(
-                f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "
-                f"{seen} in `params`. Make the plan from this tree with `rmtjax.plan`."
-            )
-    return found
+def _cast(factors: Factors, view: MatrixView) -> Factors:
+    """Returns factors in the dtype of a kernel, placed as it is."""
+    dtype = jax.dtypes.canonicalize_dtype(view.dtype)
+    left, right = (factor.astype(dtype) for factor in factors)
+    if is_factors(view.leaf):
+        return Factors(place_like(left, view.leaf.left), place_like(right, view.leaf.right))
+    return Factors(*place_factors(left, right, view.leaf, view.axes))
 
 
-def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:
-    """What is planned for a kernel, but that it keeps its shape."""
-    if row.action != "factorize":
-        return row
-    reason = row.reason.replace("factorized", "truncated", 1)
-    if cause:
-        head, words = reason.split(": ", 1)
-        reason = f"{head}: {cause} ({words})"
-    cost = row.cost and Cost(*row.cost[:3], *row.cost[:3])
-    return row._replace(action="truncate", reason=reason, cost=cost)
+def _pad(factors: Factors, view: MatrixView) -> Factors:
+    """Returns factors with zeros up to the rank that a factored kernel has."""
+    left, right = factors
+    missing = (view.rank or 0) - left.shape[-1]
+    widen = lambda array, axis: jnp.pad(
+        array, [(0, missing if i == axis else 0) for i in range(array.ndim)]
+    )
+    return Factors(widen(left, left.ndim - 1), widen(right, len(view.axes.batch)))
 
 
-def _is_divided(kernel: Any) -> bool:
-    """Whether a kernel is to be cut where it lies; one that is whole is cut on each device."""
-    return is_spread(kernel) and is_eager()
+def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tuple[str, Any]]:
+    """Yields path and new leaf of each kernel, computed one at a time.
+
+    Args:
+      views: The kernels. A leaf may still be in a file: it is read when it is needed.
+      rows: What is planned for each.
+    """
+    most = {
+        path
+        for path, view in views.items()
+        if isinstance(rows[path], Truncated)
+        and rows[path].shrink is None
+        and keeps_most(view, rows[path].rank)
+    }
+    for path in most:
+        yield path, place_like(without_last(views[path], rows[path].rank), views[path].leaf)
+    rest = {path: view for path, view in views.items() if path not in most}
+    for path, vectors in singular_vectors(rest, {path: rows[path].rank for path in rest}):
+        view, row = views[path], rows[path]
+        factors = _factors(view, row, vectors)
+        if isinstance(row, Factorized):
+            yield path, _cast(factors, view)
+        elif view.is_factored:
+            yield path, _cast(_pad(factors, view), view)
+        else:
+            yield path, place_like(product(factors, view), view.leaf)
 
 
-def _map_planned(change: Callable[[Cut], Any], params: PyTree, plan: Plan) -> PyTree:
-    """Applies `change` to the kernels that the plan changes."""
-    leaves = _check_plan(params, plan)
-    chosen = {path for path, row in plan.items() if row.action != "keep"}
-    # In the order of the tree, in which they are visited.
-    divided = {p: leaf for p, leaf in leaves.items() if p in chosen and _is_divided(leaf)}
-    rows: Any = plan  # those with an action have axes and a rank
-    kernels = {path: (leaf, rows[path].axes) for path, leaf in divided.items()}
-    short = short_vectors(kernels, {path: rows[path].rank for path in divided})
-
-    def visit(path, kernel):
-        cut = cut_of(lambda: kernel, kernel, plan[path])
-        return change(cut._replace(short=next(short)) if path in divided else cut)
-
-    return map_kernels(visit, params, chosen, is_leaf=is_factors)
+def _change(params: PyTree, plan: Plan) -> PyTree:
+    """Returns the tree with the leaves that the plan changes."""
+    changed = dict(changed_leaves(planned_views(params, plan), plan.changes))
+    return map_kernels(lambda path, leaf: changed[path], params, changed)
 
 
 def truncate(params: PyTree, plan: Plan) -> PyTree:
     """Lowers the rank of each kernel as planned; shapes and dtypes stay.
 
-    Factors keep their shapes too. Their last directions become 0 in both, which no gradient
-    moves again.
+    Factors keep their shapes too. Their last directions become 0 in both, and no gradient moves
+    them again.
 
     Args:
       params: The tree that the plan was made from, or one of the same shapes.
@@ -91,7 +110,7 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
 
     Raises:
       ValueError: The plan is for another tree.
-      TypeError: It is no plan.
+      TypeError: `plan` is not a plan.
 
     Examples:
       >>> import jax, rmtjax
@@ -101,14 +120,15 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
       >>> lower["kernel"].shape, int(jax.numpy.linalg.matrix_rank(lower["kernel"]))
       ((80, 60), 16)
     """
-    return _map_planned(truncate_kernel, params, plan)
+    check_plan(plan)
+    return _change(params, plan.in_place())
 
 
 def factorize(params: PyTree, plan: Plan) -> PyTree:
     """Replaces each kernel by two thin factors where the plan says they are smaller.
 
-    The tree computes what `truncate(params, plan)` computes: kernels whose factors would
-    not be smaller are truncated in place. Factors are replaced by thinner ones. Run it with
+    The tree computes what `truncate(params, plan)` computes. Kernels whose factors would not be
+    smaller are truncated in place. Factors are replaced by thinner ones. Run the tree with
     `rmtjax.linen.apply`.
 
     Args:
@@ -116,12 +136,12 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
       plan: From `rmtjax.plan`.
 
     Returns:
-      The smaller tree, with `Factors(left, right)` in the place of a kernel, and of its box where
-      it had one of `nn.with_partitioning`.
+      The smaller tree, with `Factors(left, right)` in the place of a kernel. They also replace
+      the box of `nn.with_partitioning`, if the kernel had one.
 
     Raises:
       ValueError: The plan is for another tree.
-      TypeError: It is no plan.
+      TypeError: `plan` is not a plan.
 
     Examples:
       >>> import jax, rmtjax
@@ -130,10 +150,11 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
       >>> rmtjax.factorize(params, plan)["kernel"].left.shape
       (80, 16)
     """
-    # The box of `nn.with_partitioning` names the axes of the kernel, which are no longer there.
+    check_plan(plan)
+    # The box names the axes of the dense kernel, which factors do not have.
     boxed = lambda node: hasattr(node, "replace_boxed") and is_factors(node.value)
-    thin = _map_planned(factorize_kernel, params, plan)
     unbox = lambda node: node.value if boxed(node) else node
+    thin = _change(params, plan)
     return jax.tree.map(unbox, thin, is_leaf=lambda node: boxed(node) or is_factors(node))
 
 

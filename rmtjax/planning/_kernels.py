@@ -1,6 +1,7 @@
-"""The kernels of a parameter tree, seen as matrices, and back."""
+"""Finds the kernels of a parameter tree, and the axes that make each of them a matrix."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,25 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax._axes import check_axes, KernelAxes, matrix_shape
+from rmtjax._axes import check_axes, factored_axes, is_factors, KernelAxes, KernelLeaf, MatrixView
 from rmtjax._types import Axes, Where
 
 NAMES = ("kernel", "embedding")
 # Flax's attention projects to (heads, head_dim) with these, and back with "out".
 HEAD_PROJECTIONS = ("query", "key", "value")
-# The layers of `rmtjax.nnx` that stand for one, and are no kernels each by itself.
+# The layers of `rmtjax.nnx` that stand for one. Their kernels are halves, not kernels.
 FACTORS = ("left_factor", "right_factor")
+# Objects that JAX takes for trees of parameters, and that have functions of their own. The rooms
+# that know these types register them, so that this room does not import Flax.
+_CONTAINERS: dict[type, str] = {}
+
+
+def register_container(kind: type, hint: str) -> None:
+    """Registers a type that is not a parameter tree, and what to do with its objects instead."""
+    _CONTAINERS[kind] = hint
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
-    """Chooses what Flax's layers multiply by: leaves named `kernel` or `embedding`."""
+    """Returns True for what Flax's layers multiply by: leaves named `kernel` or `embedding`."""
     del leaf
     *_, parent, name = ("", *path.split("/"))
     return name in NAMES and parent not in FACTORS
 
 
 def guess_axes(path: str, leaf: Any) -> KernelAxes | None:
-    """The axes of a kernel of Flax's layers, from its path and shape.
+    """Guesses the axes of a kernel of one of Flax's layers from its path and shape.
 
     - `Dense` (in, out), `Embed` (vocabulary, features): as they are.
     - `Conv` (*window, in, out), known by its name, and the `out` projection of attention
@@ -34,11 +43,11 @@ def guess_axes(path: str, leaf: Any) -> KernelAxes | None:
     - The `query`, `key` and `value` projections (in, heads, head_dim): all but the first
       are outputs.
 
-    Nothing else in a parameter tree tells a stack of kernels, as `nn.scan` makes it, from a
-    convolution: `rmtjax.linen.kernel_axes` asks the module instead.
+    A parameter tree does not tell a stack of kernels, as `nn.scan` makes it, from a
+    convolution. `rmtjax.linen.kernel_axes` asks the module instead.
 
     Returns:
-      None where the leaf has fewer than two axes, or more and none of these names.
+      None if the leaf has fewer than two axes, or more and none of these names.
     """
     ndim = jnp.ndim(leaf)
     parent = path.split("/")[-2] if "/" in path else ""
@@ -50,91 +59,145 @@ def guess_axes(path: str, leaf: Any) -> KernelAxes | None:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A leaf's place as a string, "Dense_0/kernel".
-
-    The box around a leaf has no name of its own: `nn.Partitioned` and `nnx.Variable` hold it
-    as their attribute `value`.
-    """
+    """Returns the place of a leaf as a string, "Dense_0/kernel"."""
+    # `nn.Partitioned` and `nnx.Variable` hold a leaf as their attribute `value`. The box has no
+    # name in the model, so the path leaves it out.
     boxed = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
     return jax.tree_util.keystr(path[: len(path) - boxed], simple=True, separator="/")
 
 
+def leaves_by_path(params: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, `Factors` as one leaf.
+
+    Raises:
+      ValueError: Two leaves have the same path.
+    """
+    leaves: dict[str, Any] = {}
+    for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors):
+        path = path_name(key)
+        if path in leaves:
+            raise ValueError(f"two leaves have the path {path!r}: rename one of them.")
+        leaves[path] = leaf
+    return leaves
+
+
+def check_container(params: PyTree) -> None:
+    """Raises TypeError for a model, which JAX would take for a tree."""
+    for kind, hint in _CONTAINERS.items():
+        if isinstance(params, kind):
+            raise TypeError(
+                f"`params` must be a tree of parameters, got the model {type(params).__name__}: "
+                f"{hint}"
+            )
+
+
 def check_tree(params: PyTree) -> None:
-    """Refuses what JAX takes for a tree: a model of nnx, which runs by its layers, and a matrix."""
+    """Raises TypeError for a model, and for one array, which has functions of its own."""
+    check_container(params)
     if isinstance(params, jax.Array | np.ndarray):
         raise TypeError(
             f"`params` must be a tree of parameters, got an array of shape {params.shape}: give "
             '`{"kernel": array}`, or call `rmtjax.spectrum`, `fit_bema`, `truncate_matrix` and '
             "`factorize_matrix`."
         )
-    if any(kind.__module__.startswith("flax.nnx") for kind in type(params).__mro__) and callable(
-        getattr(params, "set_attributes", None)
-    ):
-        raise TypeError(
-            f"`params` must be a tree of parameters, got the model {type(params).__name__}: call "
-            "the function of this name in `rmtjax.nnx`, or give `rmtjax.nnx.params(model)`."
-        )
+
+
+def _from_mask(mask: PyTree, params: PyTree) -> Callable[[str, Any], bool]:
+    """Returns the choice that a tree of booleans makes, of the structure of `params` or a prefix."""
+    spread = lambda chosen, tree: jax.tree.map(lambda _: chosen, tree, is_leaf=is_factors)
+    try:
+        chosen = leaves_by_path(jax.tree.map(spread, mask, params))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`where` must be a tree of booleans with the structure of `params`, or a prefix of it; "
+            f"got another structure ({error})."
+        ) from error
+    for path, value in chosen.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(
+                "`where` must be a function `where(path, leaf)`, a regular expression or a tree of "
+                f"booleans, got {value!r} at {path!r}."
+            )
+    return lambda path, leaf: bool(chosen[path])
+
+
+def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bool] | None:
+    """Returns the function `where(path, leaf)` that any form of `where` stands for.
+
+    Args:
+      where: A function, a regular expression that is searched in paths, or a mask: a tree of
+        booleans with the structure of `params`, or a prefix of it.
+      params: The tree whose leaves are chosen.
+    """
+    if where is None:
+        return None
+    if callable(where):
+        return lambda path, leaf: bool(where(path, leaf))
+    if isinstance(where, str | re.Pattern):
+        pattern = re.compile(where)
+        return lambda path, leaf: pattern.search(path) is not None
+    return _from_mask(where, params)
+
+
+def _view(path: str, leaf: Any, axes: Axes | None) -> KernelLeaf:
+    """Returns a chosen leaf as a matrix, or as it is if nothing makes it one."""
+    if is_factors(leaf):
+        return MatrixView(path, leaf, factored_axes(leaf))
+    # The table of `rmtjax.linen.kernel_axes` is both a mapping and a function. As a function it
+    # also knows leaves that have been stacked since.
+    if isinstance(axes, Mapping) and path in axes and not callable(axes):
+        named = axes[path]
+    else:
+        named = axes(path, leaf) if callable(axes) else guess_axes(path, leaf)
+    if named is None:
+        return KernelLeaf(path, leaf)
+    view = MatrixView(path, leaf, KernelAxes(*map(tuple, named)))  # lists would not be hashable
+    check_axes(path, view.axes, len(view.shape))
+    return view
 
 
 def find_kernels(
-    params: PyTree, where: Where | None = None, axes: Axes | None = None, is_leaf=None
-) -> dict[str, tuple[Any, KernelAxes | None]]:
-    """Path, leaf and axes of each chosen leaf, in the order of the tree.
+    params: PyTree, where: Where | None = None, axes: Axes | None = None
+) -> dict[str, KernelLeaf]:
+    """Returns the kernels of a tree by path, in its order: a `MatrixView` for each matrix.
 
     Args:
-      params: Nested dictionaries of arrays.
-      where: Chooses leaves; by default those named `kernel` or `embedding`, and those
-        that `axes` names by path.
-      axes: Names the axes of a chosen leaf; where it has None for a leaf with two
-        axes or more, the leaf is no matrix. By default, and for the paths that a
-        dictionary does not have, `guess_axes`.
-      is_leaf: As in `jax.tree.map`.
+      params: A tree of arrays or `Factors`.
+      where: Chooses leaves, in any form that `to_predicate` takes. By default those named
+        `kernel` or `embedding`, and those that `axes` names by path.
+      axes: Names the axes of a chosen leaf; None for a leaf that is not a matrix. By default, and
+        for the paths that a dictionary does not have, `guess_axes`.
     """
-    check_tree(params)
-    found = {}
+    check_container(params)
     by_path = axes if isinstance(axes, Mapping) else {}
-    name_axes = axes if callable(axes) else guess_axes
-    for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf):
-        path = path_name(key)
-        if where(path, leaf) if where else path in by_path or is_kernel(path, leaf):
-            if is_leaf and is_leaf(leaf):
-                named = None
-            elif path in by_path and not callable(axes):
-                named = by_path[path]
-            else:
-                named = name_axes(path, leaf)
-            if named is not None:
-                named = KernelAxes(*map(tuple, named))  # lists would not be hashable
-                check_axes(path, named, jnp.ndim(leaf))
-            if path in found:
-                raise ValueError(f"two leaves have the path {path!r}: rename one of them.")
-            found[path] = (leaf, named)
-    return found
+    chosen = to_predicate(where, params)
+    chosen = chosen or (lambda path, leaf: path in by_path or is_kernel(path, leaf))
+    leaves = leaves_by_path(params)
+    return {path: _view(path, leaf, axes) for path, leaf in leaves.items() if chosen(path, leaf)}
 
 
-def map_kernels(fn, params: PyTree, paths, is_leaf=None) -> PyTree:
-    """Applies `fn(path, leaf)` to the leaves at `paths`; the others stay the same objects."""
+def map_kernels(change: Callable[[str, Any], Any], params: PyTree, paths) -> PyTree:
+    """Applies `change(path, leaf)` to the leaves at `paths`; the others stay the same objects."""
 
     def visit(key, leaf):
         path = path_name(key)
-        return fn(path, leaf) if path in paths else leaf
+        return change(path, leaf) if path in paths else leaf
 
-    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_factors)
 
 
-def unmatrixable(leaf: Any, axes: KernelAxes | None, min_size: int) -> str | None:
-    """Why a leaf has no spectrum to fit, known from its shape and dtype alone."""
-    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+def obstacle(kernel: KernelLeaf, min_size: int) -> str | None:
+    """Returns why a kernel has no spectrum to fit, from its shape and dtype; None if it has."""
+    shape, dtype = kernel.shape, kernel.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         return f"not floating ({dtype})"
     if jnp.finfo(dtype).bits < 16:
         return f"too few bits ({dtype})"
-    if axes is None:
+    if not isinstance(kernel, MatrixView):
         hint = ", unless `axes` says how it is one" if len(shape) > 2 else ""
         return f"no matrix (shape {shape}){hint}"
     if 0 in shape:
         return f"empty (shape {shape})"
-    _, rows, columns = matrix_shape(shape, axes)
-    if min(rows, columns) < min_size:
-        return f"short side {min(rows, columns)} under {min_size}"
+    if kernel.short < min_size:
+        return f"short side {kernel.short} under {min_size}"
     return None

@@ -19,6 +19,16 @@ from rmtjax.spectra._host_directions import (
 )
 from rmtjax.spectra._host_spectra import host_spectra as host_spectra
 from rmtjax.spectra._lanczos import estimate as estimate, pays as estimate_pays
+from rmtjax.spectra._select import (
+    Directions as Directions,
+    estimated_spectra as estimated_spectra,
+    keeps_most as keeps_most,
+    product as product,
+    singular_vectors as singular_vectors,
+    spectra as spectra,
+    Values as Values,
+    without_last as without_last,
+)
 from rmtjax.spectra._sharded import is_spread as is_spread, sharded_spectra as sharded_spectra
 from rmtjax.spectra._sharded_directions import (
     sharded_directions as sharded_directions,

@@ -11,7 +11,6 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
-from rmtjax._axes import is_factors
 from rmtjax._types import Where
 from rmtjax.planning import find_kernels, path_name
 
@@ -35,12 +34,12 @@ def find_floating(params: PyTree, where: Where | None) -> dict[str, Array]:
     Factors have none: a zero in one of them is no zero of the kernel. Floats of 8 bits are
     left alone, as everywhere in the package: JAX does not promote them.
     """
-    found = find_kernels(params, where, axes=lambda *_: None, is_leaf=is_factors)
+    found = find_kernels(params, where)
     floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
     return {
-        path: jnp.asarray(leaf)
-        for path, (leaf, _) in found.items()
-        if not is_factors(leaf) and floating(jnp.result_type(leaf))
+        path: jnp.asarray(kernel.leaf)
+        for path, kernel in found.items()
+        if not kernel.is_factored and floating(kernel.dtype)
     }
 
 

@@ -62,9 +62,10 @@ def penalty(
     """
     _check("l1", l1)
     _check("l2", l2)
-    found = find_kernels(params, where, axes=lambda *_: None, is_leaf=is_factors)
+    found = find_kernels(params, where)
     total = jnp.zeros((), jnp.float32)
-    for leaf, _ in found.values():
+    for found_kernel in found.values():
+        leaf = found_kernel.leaf
         kernel = multiply(leaf) if is_factors(leaf) else jnp.asarray(leaf)
         if jnp.issubdtype(kernel.dtype, jnp.floating):
             kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))

@@ -9,10 +9,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from rmtjax._axes import is_factors, KernelAxes
+from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import ranks
-from rmtjax.planning import find_kernels, map_kernels, unmatrixable
+from rmtjax.planning import find_kernels, map_kernels, obstacle
 from rmtjax.training._pruning_step import How, Memory, Noise, prune_if, unpruned
 from rmtjax.training._schedule import check_count, is_due, NO_PARAMS
 
@@ -67,11 +67,11 @@ def _check(every, start, keep, noise, settled, min_rank, min_size) -> None:
 
 def _matrices(params: PyTree, where, axes, min_size: int) -> dict[str, tuple[Any, KernelAxes]]:
     """The kernels that can be pruned, with the axes that make them matrices."""
-    found = find_kernels(params, where, axes, is_leaf=is_factors)
+    found = find_kernels(params, where, axes)
     return {
-        path: (leaf, named)
-        for path, (leaf, named) in found.items()
-        if named is not None and unmatrixable(leaf, named, min_size) is None
+        path: (view.leaf, view.axes)
+        for path, view in found.items()
+        if isinstance(view, MatrixView) and not view.is_factored and not obstacle(view, min_size)
     }
 
 

@@ -1,0 +1,95 @@
+"""The options of a plan as one value, which checks itself."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rmtjax._types import Axes, BulkFit, Where
+from rmtjax.noise import check_rule, ranks, Shrink
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value}.")
+
+
+def _check_batch(batch: int | Mapping[str, int] | None) -> None:
+    by_path = isinstance(batch, Mapping)
+    for path, rows in batch.items() if by_path else [("", batch)] if batch is not None else []:
+        if isinstance(rows, bool) or not hasattr(rows, "__index__") or rows < 1:
+            place = f"[{path!r}]" if by_path else ""
+            raise ValueError(
+                f"`batch{place}` must be an integer of at least 1, got {rows!r}: the rows that a "
+                "kernel multiplies in one call."
+            )
+
+
+def _check_fits(fits: Any) -> None:
+    if not isinstance(fits, Mapping):
+        raise TypeError(
+            f"`fits` must be a dictionary from paths to fits, got {type(fits).__name__}. For the "
+            "state of an optimizer with `prune_spectrum` it is `rmtjax.noise_levels(state)`."
+        )
+    for path, fit in fits.items():
+        if not isinstance(fit, BulkFit):
+            raise TypeError(
+                f"`fits` must have a `rmtjax.BulkFit` for each path, got {type(fit).__name__} for "
+                f"{path!r}. Those of a plan are `plan.fits`."
+            )
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """All that decides a plan besides the tree. Wrong values raise an error when it is made.
+
+    `rmtjax.plan` explains each field; `analyze`, `analyze_file`, `compress_file`, `nnx.plan` and
+    the command line take the same ones.
+    """
+
+    rule: ranks.RankRule = ranks.bema()  # counts the signal directions of a spectrum
+    keep: float = 0.0  # share of the other directions that stay, in [0, 1]
+    shrink: Shrink | None = None  # changes the singular values that stay
+    where: Where | None = None  # chooses leaves; None: those that Flax's layers multiply by
+    axes: Axes | None = None  # names rows and columns; None: guessed from names and shapes
+    fits: Mapping[str, BulkFit] | None = None  # noise levels in the place of new fits, by path
+    min_rank: int = 1  # no kernel goes below
+    multiple: int = 8  # ranks are rounded up to it, so that few shapes are compiled
+    min_size: int = 50  # a shorter short side has too few eigenvalues for a law
+    exact_below: int = 4096  # from this short side on, spectra are estimated in O(n^2)
+    batch: int | Mapping[str, int] | None = None  # rows for which products are timed
+
+    def __post_init__(self):
+        check_rule(self.rule)
+        if not 0 <= self.keep <= 1:
+            raise ValueError(
+                f"`keep` must be in [0, 1], got {self.keep}: the share of the directions that are "
+                "not signal and stay all the same."
+            )
+        if self.shrink is not None and not callable(self.shrink):
+            raise TypeError(
+                "`shrink` must be a function such as `rmtjax.shrinkage.frobenius`, or None, got "
+                f"{self.shrink!r}."
+            )
+        if self.shrink is not None and self.keep > 0:
+            raise ValueError(
+                f"`keep` must be 0 with `shrink`, got {self.keep}: the directions that are not "
+                "signal would be kept and shrunk to 0. Leave one of the two out."
+            )
+        if isinstance(self.where, str):
+            try:
+                re.compile(self.where)
+            except re.error as error:
+                raise ValueError(
+                    f"`where` must be a regular expression if it is a string, got {self.where!r}: "
+                    f"{error}."
+                ) from error
+        if not (self.axes is None or callable(self.axes) or isinstance(self.axes, Mapping)):
+            raise TypeError(
+                "`axes` must be a function `axes(path, leaf)` or a dictionary from paths to "
+                f"`rmtjax.KernelAxes`, got {type(self.axes).__name__}."
+            )
+        _check_fits({} if self.fits is None else self.fits)
+        _check_batch(self.batch)
+        for name in ("min_rank", "multiple", "min_size", "exact_below"):
+            _check_count(name, getattr(self, name))

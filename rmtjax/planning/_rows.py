@@ -1,0 +1,173 @@
+"""The rows of a plan: a kernel is kept, truncated or factorized, each with its reason."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import PyTree
+
+from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, MatrixView
+from rmtjax._types import BulkFit, Spectrum
+from rmtjax.noise import Shrink
+from rmtjax.planning._cost import Cost
+from rmtjax.planning._kernels import check_tree, leaves_by_path
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A kernel that stays as it is.
+
+    Attributes:
+      reason: Why it stays.
+      shape: Shape of the dense kernel.
+      axes: What makes it a matrix; None if nothing does.
+      rank: The rank that it may have; None without a spectrum.
+      fit: The noise level that was fitted or given; None without a spectrum.
+      spectrum: The spectrum as NumPy arrays; None if it was not computed, or not saved.
+      cost: Parameters, multiply-adds and milliseconds.
+    """
+
+    reason: str
+    shape: tuple[int, ...]
+    axes: KernelAxes | None = None
+    rank: int | None = None
+    fit: BulkFit | None = None
+    spectrum: Spectrum | None = None
+    cost: Cost | None = None
+    action = "keep"
+    shrink = None
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A kernel whose rank goes down in place: factors would not be smaller, or not faster.
+
+    Attributes:
+      reason: Why it is truncated, and why not factorized.
+      shape: Shape of the dense kernel.
+      axes: What makes it a matrix.
+      rank: Rank after the truncation.
+      fit: The noise as NumPy numbers, for a stack an array with an entry for each matrix.
+      spectrum: The spectrum as NumPy arrays; None after loading from a file.
+      shrink: Changes the singular values that stay; None leaves them.
+      cost: Parameters, multiply-adds and milliseconds, before and after the plan.
+    """
+
+    reason: str
+    shape: tuple[int, ...]
+    axes: KernelAxes
+    rank: int
+    fit: BulkFit
+    spectrum: Spectrum | None = None
+    shrink: Shrink | None = None
+    cost: Cost | None = None
+    action = "truncate"
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """A kernel that two thinner factors replace.
+
+    Attributes:
+      reason: What was found.
+      shape: Shape of the dense kernel.
+      axes: What makes it a matrix.
+      rank: Rank of the factors.
+      fit: The noise as NumPy numbers, for a stack an array with an entry for each matrix.
+      spectrum: The spectrum as NumPy arrays; None after loading from a file.
+      shrink: Changes the singular values that stay; None leaves them.
+      cost: Parameters, multiply-adds and milliseconds, before and after the plan.
+    """
+
+    reason: str
+    shape: tuple[int, ...]
+    axes: KernelAxes
+    rank: int
+    fit: BulkFit
+    spectrum: Spectrum | None = None
+    shrink: Shrink | None = None
+    cost: Cost | None = None
+    action = "factorize"
+
+
+LayerPlan = Kept | Truncated | Factorized
+
+
+class Plan(dict[str, LayerPlan]):
+    """A dictionary from the path of each kernel to `Kept`, `Truncated` or `Factorized`."""
+
+    @property
+    def fits(self) -> dict[str, BulkFit]:
+        """The noise levels by path. A plan that is made after a cut must be given these."""
+        return {path: row.fit for path, row in self.items() if row.fit is not None}
+
+    @property
+    def changes(self) -> dict[str, Truncated | Factorized]:
+        """The rows of the kernels that do not stay as they are."""
+        return {path: row for path, row in self.items() if not isinstance(row, Kept)}
+
+    def in_place(self) -> "Plan":
+        """Returns the plan in which every kernel keeps its shape."""
+        return Plan({path: in_place(row) for path, row in self.items()})
+
+    def __str__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{path:<{width}}  {row.reason}" for path, row in self.items())
+
+
+def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:
+    """Returns the row of a kernel that may not change its shape, for a cause in words."""
+    if not isinstance(row, Factorized):
+        return row
+    reason = row.reason.replace("factorized", "truncated", 1)
+    if cause:
+        head, words = reason.split(": ", 1)
+        reason = f"{head}: {cause} ({words})"
+    cost = row.cost and Cost(*row.cost[:3], *row.cost[:3])
+    return Truncated(**{**vars(row), "reason": reason, "cost": cost})
+
+
+def with_cost(row: LayerPlan, cost: Cost) -> LayerPlan:
+    """Returns the row with its cost."""
+    return replace(row, cost=cost)
+
+
+def check_plan(plan: Any) -> None:
+    """Raises TypeError if `plan` is not a `Plan`."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"`plan` must be a `rmtjax.Plan`, as `rmtjax.plan` makes it, got {type(plan).__name__}."
+        )
+
+
+def mismatch(leaf: Any, row: LayerPlan) -> str | None:
+    """Returns what makes a leaf a different one than the row was made for, or None."""
+    if kernel_shape(leaf) != row.shape:
+        return f"has shape {kernel_shape(leaf)}"
+    if isinstance(row, Kept) or not is_factors(leaf):
+        return None
+    if factored_axes(leaf) != row.axes:
+        return "is factorized along other axes"
+    return "is factorized with a lower rank" if leaf.left.shape[-1] < row.rank else None
+
+
+def planned_views(params: PyTree, plan: Plan) -> dict[str, MatrixView]:
+    """Returns the kernels that a plan changes, in the order of the tree.
+
+    Raises:
+      TypeError: `plan` is not a plan, or `params` not a tree.
+      ValueError: The plan is for another tree.
+    """
+    check_plan(plan)
+    check_tree(params)
+    changes: Mapping[str, Truncated | Factorized] = plan.changes
+    leaves = leaves_by_path(params)
+    for path, row in changes.items():
+        difference = mismatch(leaves[path], row) if path in leaves else "is not there"
+        if difference:
+            raise ValueError(
+                f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "
+                f"{difference} in `params`. Make the plan from this tree with `rmtjax.plan`."
+            )
+    paths = [path for path in leaves if path in changes]
+    return {path: MatrixView(path, leaves[path], changes[path].axes) for path in paths}
