@@ -18,11 +18,13 @@ from rmtjax.noise import fit_bema as fit_bema, ranks as ranks, shrinkage as shri
 from rmtjax.planning import (
     Cost as Cost,
     factorize as factorize,
-    LayerPlan as LayerPlan,
+    Factorized as Factorized,
+    Kept as Kept,
     merge as merge,
     Plan as Plan,
     plan as plan,
     truncate as truncate,
+    Truncated as Truncated,
 )
 from rmtjax.report import analyze as analyze, Report as Report, Row as Row
 from rmtjax.spectra import (
@@ -45,15 +47,17 @@ from rmtjax.training import (
 __all__ = [
     "BulkFit",
     "Cost",
+    "Factorized",
     "Factors",
+    "Kept",
     "KernelAxes",
-    "LayerPlan",
     "Plan",
     "PruneEntriesState",
     "PruneState",
     "Report",
     "Row",
     "Spectrum",
+    "Truncated",
     "analyze",
     "certificate",
     "checkpoint",

@@ -146,15 +146,22 @@ def test_the_face_of_a_room_is_a_docstring_and_names(room):
         assert sorted(names) == rmtjax.__all__
 
 
+def is_from(value, module):
+    return getattr(value, "__module__", "") == module.__name__
+
+
 def public_objects():
     """Functions and classes that a user can reach by a name, each once."""
     found = {}
     for name in ("", *PUBLIC):
         module = importlib.import_module(f"rmtjax.{name}".rstrip("."))
-        for key, value in vars(module).items():
-            home = getattr(value, "__module__", "")
-            listed = home.startswith("rmtjax") and not key.startswith("_")
-            if listed and (inspect.isfunction(value) or inspect.isclass(value)):
+        public = lambda key: not key.startswith("_")
+        defined = [
+            key for key, value in vars(module).items() if is_from(value, module) and public(key)
+        ]
+        for key in getattr(module, "__all__", defined):
+            value = getattr(module, key)
+            if inspect.isfunction(value) or inspect.isclass(value):
                 found.setdefault(id(value), (f"{module.__name__}.{key}", value))
     return dict(found.values())
 
@@ -173,7 +180,8 @@ def test_every_module_has_a_docstring(module):
 def test_every_public_function_tells_its_arguments_and_gives_an_example(function):
     document = inspect.getdoc(function)
     assert document
-    assert "Examples:" in document
+    room = inspect.getdoc(importlib.import_module(function.__module__.rpartition(".")[0])) or ""
+    assert "Examples:" in document or "Examples:" in room
     told = document.partition("Args:")[2].partition("\n\n")[0]
     parameters = inspect.signature(function).parameters.values()
     for parameter in parameters if len(parameters) > 1 else ():

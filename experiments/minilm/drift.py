@@ -146,7 +146,9 @@ def cut_alone(study: Study, path: str, rank: int) -> dict[str, Any]:
     return {"rank": rank, **{name: cosine(cut) for name, cut in kinds.items()}}
 
 
-def _accepts(rule: rmtjax.ranks.RankRule, row: rmtjax.LayerPlan) -> bool:
+def _accepts(
+    rule: rmtjax.ranks.RankRule, row: rmtjax.Kept | rmtjax.Truncated | rmtjax.Factorized
+) -> bool:
     if row.spectrum is None or row.fit is None:
         return False
     return bool(rule.accepts(*jax.tree.map(jnp.asarray, (row.spectrum, row.fit))))

@@ -50,6 +50,12 @@ def _unfitted(spectra: Spectrum) -> BulkFit:
     return BulkFit(nan, nan, nan, nan, num_spikes=jnp.zeros(nan.shape, jnp.int32))
 
 
+def _num_populated(spectrum: Spectrum) -> Int[Array, ""]:
+    """Returns how many directions of factors are not zero: what a truncation left."""
+    present = jax.vmap(above_rounding, (None, 0))(spectrum, spectrum.eigenvalues)
+    return jnp.sum(present, dtype=jnp.int32)
+
+
 @partial(jax.jit, static_argnames=("rule", "factored"))
 def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> dict[str, Any]:
     """Returns what a `Measurement` says besides the spectra, by the names of its fields."""
@@ -58,21 +64,15 @@ def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> 
         fits = _unfitted(spectra) if factored else each(rule.fit, spectra)
     # A supplied fit came from another spectrum. Recount its spikes on this one.
     fits = fits._replace(num_spikes=jax.vmap(count_above)(spectra, fits.threshold))
+    stack, size = spectra.eigenvalues.shape
+    full = jnp.full(stack, size, jnp.int32)
     return {
         "fits": fits,
         "noisy": jax.vmap(above_rounding)(spectra, fits.variance),
         "accepted": jax.vmap(rule.accepts)(spectra, fits),
         "signal": jax.vmap(rule)(spectra, fits),
+        "populated": jax.vmap(_num_populated)(spectra) if factored else full,
     }
-
-
-def _populated(view: MatrixView, values: Values) -> Any:
-    """Returns how many directions of each matrix are not zero; all of a dense kernel."""
-    spectra, size = values.spectrum, view.full_rank
-    if not view.is_factored:
-        return np.full(view.stack, size, np.int32)
-    # Transposed, so that each column is compared with the largest eigenvalue of its matrix.
-    return np.sum(above_rounding(spectra, spectra.eigenvalues.T), axis=0, dtype=np.int32)
 
 
 def _measure_values(
@@ -83,7 +83,7 @@ def _measure_values(
     with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
         for path, found in values.items():
             fit = fits.get(path)
-            given = None if fit is None else jax.tree.map(np.atleast_1d, fit)
+            given = None if fit is None else jax.tree.map(np.ravel, fit)
             factored = views[path].is_factored
             judged[path] = _judge(found.spectrum, given, rule=rule, factored=factored)
     judged = jax.device_get(judged)
@@ -91,7 +91,6 @@ def _measure_values(
         path: Measurement(
             found.spectrum,
             **judged[path],
-            populated=_populated(views[path], found),
             estimated=bool((found.num_exact < views[path].full_rank).any()),
         )
         for path, found in values.items()

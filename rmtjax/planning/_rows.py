@@ -119,10 +119,8 @@ def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:
     """Returns the row of a kernel that may not change its shape, for a cause in words."""
     if not isinstance(row, Factorized):
         return row
-    reason = row.reason.replace("factorized", "truncated", 1)
-    if cause:
-        head, words = reason.split(": ", 1)
-        reason = f"{head}: {cause} ({words})"
+    words = row.reason.partition(": ")[2]
+    reason = f"truncated: {cause} ({words})" if cause else f"truncated: {words}"
     cost = row.cost and Cost(*row.cost[:3], *row.cost[:3])
     return Truncated(**{**vars(row), "reason": reason, "cost": cost})
 

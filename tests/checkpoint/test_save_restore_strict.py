@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import rmtjax
-from rmtjax import checkpoint, Factors, KernelAxes, LayerPlan
+from rmtjax import checkpoint, Factorized, Factors, KernelAxes
 from rmtjax.checkpoint import _manifest
 from rmtjax.checkpoint._open import Entry, open_tensors, write_tensors
 
@@ -19,7 +19,8 @@ THIN = {
     "Dense_0": {"kernel": Factors(jnp.ones((80, 8)), jnp.ones((8, 60))), "bias": jnp.zeros(60)},
     "Dense_1": {"kernel": jnp.ones((60, 80)), "bias": jnp.zeros(80)},
 }
-ROW = LayerPlan(8, None, "factorize", "told", (80, 60), KernelAxes((0,), (1,)), None)
+FIT = rmtjax.BulkFit(*np.float32([1.0, 2.0, 3.0, 0.1]), np.int32(4))
+ROW = Factorized("factorized: 4 of 60", (80, 60), KernelAxes((0,), (1,)), 8, FIT)
 PLAN = rmtjax.Plan({"Dense_0/kernel": ROW})
 
 

@@ -1,5 +1,6 @@
 """A case of `layer_cases` through the functions for trees and linen, or through those for nnx."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -62,7 +63,7 @@ class Layer:
     def full(self):
         """Factors of full rank, which are larger than the kernel: no plan has them."""
         rows = {
-            path: row._replace(rank=row.spectrum.eigenvalues.shape[-1])
+            path: dataclasses.replace(row, rank=row.spectrum.eigenvalues.shape[-1])
             for path, row in self.plan.items()
             if row.action == "factorize"
         }

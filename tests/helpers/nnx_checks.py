@@ -17,9 +17,8 @@ def rank_plan(model, rank, **options):
     """A plan without a look at the spectra, which would compile for each shape."""
     axes = rmtjax.nnx.kernel_axes(model, **options)
     kernels = by_path(rmtjax.nnx.params(model, **options))
-    row = lambda path: rmtjax.LayerPlan(
-        rank, None, "factorize", "", kernels[path].shape, axes[path], None
-    )
+    fit = rmtjax.BulkFit(1.0, 1.0, 1.0, 0.0, 0)  # not used where nothing is shrunk
+    row = lambda path: rmtjax.Factorized("", kernels[path].shape, axes[path], rank, fit)
     return rmtjax.Plan({path: row(path) for path in axes})
 
 

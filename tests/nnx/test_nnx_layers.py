@@ -1,5 +1,6 @@
 """Each layer of `flax.nnx`, thin: its outputs, its gradients and its parameters."""
 
+import dataclasses
 import functools
 
 import jax
@@ -202,7 +203,7 @@ def test_a_thin_layer_has_the_outputs_and_gradients_of_the_truncated_one(name, g
 def test_at_full_rank_a_thin_layer_is_the_layer(name, gates):
     model, plan, *_ = models(name, gates)
     full = {
-        path: row._replace(rank=min(stacked(np.empty(row.shape), row.axes).shape[1:]))
+        path: dataclasses.replace(row, rank=min(stacked(np.empty(row.shape), row.axes).shape[1:]))
         for path, row in plan.items()
     }
     thin = rmt_nnx.factorize(model, rmtjax.Plan(full))

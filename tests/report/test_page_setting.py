@@ -1,5 +1,7 @@
 """The page of a report where things are against it: odd names, a phone, the dark, no JavaScript."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers.page_reports import few, many, measured, THREE
@@ -24,7 +26,7 @@ def test_names_are_no_markup(show):
     row = measured().plan["Dense_2/kernel"]
     names = [*HOSTILE, "reason"]
     plan = rmtjax.Plan(dict.fromkeys(names, row))
-    plan["reason"] = row._replace(reason="<b>bold</b>", action="<i>odd</i>")
+    plan["reason"] = dataclasses.replace(row, reason="<b>bold</b>")
     page = show(rmtjax.Report(plan), HOSTILE[0])
     expected = [
         name if name.isprintable() else name.encode("unicode_escape").decode() for name in names
@@ -32,13 +34,11 @@ def test_names_are_no_markup(show):
     expected[names.index("")] = "(no name)"
     assert page.column(1) == expected
     assert page.column(3)[-1] == "<b>bold</b>"
-    assert page.column(2)[-1] == "<i>odd</i>"
     for number in (1, 2, 3):
         page.sort(number)
     page.search("<script>")
     assert page.column(1) == HOSTILE[:1]
     page.open()
-    Select(page.one("#verdict")).select_by_visible_text("<i>odd</i>")
     assert page.run("window.hit") is None
     assert len(page.all("script")) == 2
     assert not page.all("img, i, table svg[onload]")

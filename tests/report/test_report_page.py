@@ -1,6 +1,7 @@
 """What is in the page of a report, as text; `test_page.py` and its sibling open it in a browser."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -78,7 +79,7 @@ def test_what_is_above_the_limits_is_left_out():
 @pytest.mark.parametrize("cut", [np.nan, np.inf, 0.0, -1.0])
 def test_a_cut_that_is_none_is_not_drawn(report, cut):
     (row, *_) = report.plan.values()
-    odd = row._replace(fit=row.fit._replace(threshold=cut))
+    odd = dataclasses.replace(row, fit=row.fit._replace(threshold=cut))
     (found,) = data_of(rmtjax.Report(rmtjax.Plan(kernel=odd)).to_page())["spectra"]
     assert found["law"] is None
     assert found["stop"] > 0
