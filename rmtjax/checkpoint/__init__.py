@@ -1,23 +1,32 @@
-"""Checkpoints that carry their plan: .safetensors files and orbax folders.
+"""Checkpoints that carry their plan, in .safetensors files and orbax folders.
 
-What is restored is checked first, name by name, against what was saved and against the tree that
-is to be filled: either all of it is there, or an error names what is not. Every library of the
-safetensors format reads these files, and orbax these folders. Factors stand in them as `PATH/left`
-and `PATH/right`.
+`save` writes a parameter tree with its plan, `restore` fills a tree, and `load_plan` returns the
+plan alone. `restore` first compares every name, shape and dtype with the plan's manifest and with
+the tree that is to be filled. A difference raises an error that names it. `analyze_file` and
+`compress_file` work on files that are larger than memory.
+
+Other programs can read the results: factors are tensors with the names `PATH/left` and
+`PATH/right`.
 """
 
-from rmtjax.checkpoint._open import (
-    check_target as check_target,
-    open_tensors as open_tensors,
-    replacing as replacing,
-    Tensors as Tensors,
+from rmtjax.checkpoint._manifest import read_manifest as read_manifest
+from rmtjax.checkpoint._open import check_target as check_target, open_tensors as open_tensors
+from rmtjax.checkpoint._safetensors import replacing as replacing
+from rmtjax.checkpoint._save_restore import (
+    load_plan as load_plan,
+    restore as restore,
+    save as save,
 )
-from rmtjax.checkpoint._save_restore import plan as plan, restore as restore, save as save
-from rmtjax.checkpoint._stream import analyze_file as analyze_file, compress_file as compress_file
+from rmtjax.checkpoint._stream import (
+    analyze_checkpoint as analyze_checkpoint,
+    analyze_file as analyze_file,
+    compress_checkpoint as compress_checkpoint,
+    compress_file as compress_file,
+)
 from rmtjax.checkpoint._tensor_names import (
     find_leaves as find_leaves,
     is_kernel_tensor as is_kernel_tensor,
-    read_manifest as read_manifest,
 )
+from rmtjax.checkpoint._tensors import Tensors as Tensors
 
-__all__ = ["analyze_file", "compress_file", "plan", "restore", "save"]
+__all__ = ["analyze_file", "compress_file", "load_plan", "restore", "save"]

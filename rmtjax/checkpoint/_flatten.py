@@ -1,4 +1,4 @@
-"""A tree as arrays with names, and back."""
+"""Flattens a parameter tree to named arrays, and nests them again."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from rmtjax.checkpoint._tensor_names import halves
 from rmtjax.checkpoint._tensors import CODES, Entry
 from rmtjax.planning import path_name
 
-# A Python number, and what it may be saved as: an integer of any size.
+# A Python number, and the dtypes it may be saved as: an integer of any size.
 _NUMBERS = {
     bool: np.bool_,
     int: np.integer,
@@ -24,7 +24,7 @@ Keys = tuple[str | int, ...]
 
 
 def _as_array(name: str, leaf: Any) -> Any:
-    """A leaf that a checkpoint can hold; a Python number is what jax would make of it."""
+    """Returns a leaf as an array that a checkpoint can hold, a Python number as jax casts it."""
     if _number_type(leaf) is not None:
         leaf = jnp.asarray(leaf)
     dtype = getattr(leaf, "dtype", type(leaf).__name__)
@@ -37,33 +37,39 @@ def _as_array(name: str, leaf: Any) -> Any:
 
 
 def _number_type(leaf: Any) -> type | None:
-    """The type of a Python number, the first that it has: a boolean is an integer, too."""
+    """Returns the type of a Python number; None for anything else."""
+    # `bool` comes first: a boolean is an instance of `int`, too.
     kinds = () if hasattr(leaf, "dtype") else _NUMBERS
     return next((kind for kind in kinds if isinstance(leaf, kind)), None)
 
 
 def number_types(tree: PyTree) -> dict[str, type]:
-    """Path to type of each leaf that is a Python number."""
+    """Returns the type of each leaf that is a Python number, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     kinds = {path_name(key_path): _number_type(leaf) for key_path, leaf in leaves}
     return {path: kind for path, kind in kinds.items() if kind is not None}
 
 
 def is_number(entry: Entry, kind: type) -> bool:
-    """Whether what was saved is one number of the kind of a Python type."""
+    """Returns True if a saved tensor is one number of the kind of a Python type."""
     return entry.shape == () and bool(jnp.issubdtype(entry.dtype, _NUMBERS[kind]))
 
 
 def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:
-    """Path to array or factors, name to array, and path to keys where it does not tell them."""
+    """Flattens a tree to named arrays.
+
+    Returns:
+      Path to array or `Factors`; name to array, where factors have two names; and path to keys
+      for the paths that splitting at "/" would not give back.
+    """
     leaves, arrays, keys = {}, {}, {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors):
         path = path_name(key_path)
         if not path:
             raise ValueError("a tree must have a name for each leaf: put the leaf in a dictionary.")
-        told = _dictionary_keys(path, key_path)
-        if told != tuple(path.split("/")):
-            keys[path] = told
+        key_names = _dictionary_keys(path, key_path)
+        if key_names != tuple(path.split("/")):
+            keys[path] = key_names
         parts = zip(halves(path), leaf, strict=True) if is_factors(leaf) else [(path, leaf)]
         for name, array in parts:
             if name in arrays:
@@ -74,7 +80,8 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Key
 
 
 def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
-    """The keys of the dictionaries that lead to a leaf; None where other nodes do."""
+    """Returns the dictionary keys that lead to a leaf; None if other nodes lead there."""
+    # `path_name` leaves out the attribute `value` of a box, so its key is left out as well.
     boxed = len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value")
     keys: tuple[Any, ...] = tuple(
         getattr(key, "key", None) for key in key_path[: len(key_path) - boxed]
@@ -84,7 +91,11 @@ def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
 
 
 def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str | int, Any]:
-    """Nested dictionaries of the leaves; what is not told of a path is as its slashes say."""
+    """Returns nested dictionaries of the leaves. A path without keys is split at "/".
+
+    Raises:
+      ValueError: A path is both a leaf and a dictionary.
+    """
     tree: dict[str | int, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = keys.get(path) or path.split("/")
@@ -97,8 +108,3 @@ def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str
             raise ValueError(f"{path!r} is both a leaf and a dictionary: restore it by `like`")
         node[last] = leaf
     return tree
-
-
-def entries(arrays: Mapping[str, Any]) -> dict[str, Entry]:
-    """Name to shape and dtype."""
-    return {name: Entry(tuple(a.shape), np.dtype(a.dtype)) for name, a in arrays.items()}

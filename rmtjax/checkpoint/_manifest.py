@@ -1,4 +1,4 @@
-"""A plan as the text that a checkpoint carries, and back."""
+"""Writes and parses the manifest of a checkpoint: its plan and its entries, as JSON."""
 
 import json
 import math
@@ -12,26 +12,29 @@ import numpy as np
 from rmtjax._axes import check_axes, KernelAxes
 from rmtjax._types import BulkFit
 from rmtjax._version import __version__
-from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, KEY as KEY, parse_json
+from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, KEY, parse_json, Tensors
 from rmtjax.noise import ranks, shrinkage
 from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
-FORMAT = 1  # higher where an older reader would go wrong; a field may be added without
-_CASES = {"keep": Kept, "truncate": Truncated, "factorize": Factorized}
+# Raise it when an older reader would misread the text. Readers ignore names that they do not know,
+# so a new field does not need a new format.
+FORMAT = 1
+_ROWS: dict[str, Any] = {row.action: row for row in (Kept, Truncated, Factorized)}
 _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator", "nuclear")}
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint says of itself.
+    """Holds what a checkpoint says of its tensors.
 
     Attributes:
-      plan: The plan, without spectra; None where none was saved.
-      rule: The rank rule of all rows in words; None where it was not told, or there are several.
-      versions: Of rmtjax and jax when it was written.
-      factors: The paths at which factors stand; None where it was not told.
-      entries: Name to shape and dtype of every tensor; None where it was not told.
-      keys: Path to keys where the path alone does not tell them: an integer, or a key with
-        a slash. None in their place where something else than dictionaries leads there.
+      plan: The plan, without spectra; None if none was saved.
+      rule: The rank rule of all rows in words; None if it is unknown, or there are several.
+      versions: Versions of rmtjax and jax that wrote the checkpoint.
+      factors: The paths of kernels that are stored as factors; None if they are not listed.
+      entries: Name to shape and dtype of every tensor; None if they are not listed.
+      keys: Path to dictionary keys, for paths that splitting at "/" would not give back: those
+        with an integer key, or a key with a slash. None for a path through other nodes than
+        dictionaries.
     """
 
     plan: Plan | None
@@ -42,30 +45,31 @@ class Manifest(NamedTuple):
     keys: dict[str, tuple[str | int, ...] | None]
 
 
-def _tell(number: Any) -> Any:
-    """A number as JSON can hold it, which knows no NaN."""
+def _dump_number(number: Any) -> Any:
+    # JSON has no NaN and no infinity, so these are written as strings.
     return str(number) if isinstance(number, float) and not math.isfinite(number) else number
 
 
-def _tell_fit(fit: BulkFit) -> dict[str, Any]:
-    told: dict[str, Any] = {"dtype": str(np.asarray(fit.variance).dtype)}
+def _dump_fit(fit: BulkFit) -> dict[str, Any]:
+    fields: dict[str, Any] = {"dtype": str(np.asarray(fit.variance).dtype)}
     for name, value in fit._asdict().items():
         numbers = np.asarray(value).tolist()
-        told[name] = [*map(_tell, numbers)] if isinstance(numbers, list) else _tell(numbers)
-    return told
+        several = isinstance(numbers, list)
+        fields[name] = [*map(_dump_number, numbers)] if several else _dump_number(numbers)
+    return fields
 
 
-def _tell_layer(layer: LayerPlan) -> dict[str, Any]:
+def _dump_row(row: LayerPlan) -> dict[str, Any]:
     names = {function: name for name, function in _SHRINKERS.items()}
     return {
-        "rank": layer.rank,
-        "action": layer.action,
-        "reason": layer.reason,
-        "shape": layer.shape,
-        "axes": layer.axes and layer.axes._asdict(),
-        "fit": layer.fit and _tell_fit(layer.fit),
-        "shrink": layer.shrink and names.get(layer.shrink, str(layer.shrink)),
-        "cost": layer.cost and {name: _tell(n) for name, n in layer.cost._asdict().items()},
+        "rank": row.rank,
+        "action": row.action,
+        "reason": row.reason,
+        "shape": row.shape,
+        "axes": row.axes and row.axes._asdict(),
+        "fit": row.fit and _dump_fit(row.fit),
+        "shrink": row.shrink and names.get(row.shrink, str(row.shrink)),
+        "cost": row.cost and {name: _dump_number(n) for name, n in row.cost._asdict().items()},
     }
 
 
@@ -77,133 +81,132 @@ def to_json(
     entries: Mapping[str, Entry] | None = None,
     keys: Mapping[str, Sequence[str | int] | None] | None = None,
 ) -> str:
-    """What a checkpoint says of itself, for the key `KEY` of its metadata.
-
-    Args:
-      plan: The plan. A shrinker of one's own is told by its name, and read as None.
-      rule: The rank rule by which it was made.
-      factors: The paths at which factors stand. By default those of the plan for which the
-        checkpoint has both.
-      entries: Every tensor of the checkpoint, so that a reader can miss one.
-      keys: As in `Manifest`.
-    """
-    told = {
+    """Returns the text of a manifest for the key `KEY`; the arguments are as in `Manifest`."""
+    fields = {
         "format": FORMAT,
         "versions": {"rmtjax": __version__, "jax": jax.__version__},
         "rule": None if rule is None else str(rule),
-        "plan": None if plan is None else {path: _tell_layer(row) for path, row in plan.items()},
+        "plan": None if plan is None else {path: _dump_row(row) for path, row in plan.items()},
         "factors": None if factors is None else sorted(factors),
         "entries": entries
         and {name: [CODES[entry.dtype], *entry.shape] for name, entry in entries.items()},
         "keys": dict(keys or {}),
     }
-    return json.dumps(told, allow_nan=False)
+    return json.dumps(fields, allow_nan=False)
 
 
-def _take(value: Any, *kinds: type) -> Any:
-    """A value of one of the types that it may have; a boolean is no integer."""
+def _check(value: Any, *kinds: type) -> Any:
+    """Returns a value of one of the types; raises ValueError for any other."""
+    # In Python a boolean is an integer. In a manifest it is a mistake.
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f"{value!r:.60} is no {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
 
-def _take_sizes(value: Any) -> tuple[int, ...]:
-    sizes = tuple(_take(size, int) for size in _take(value, list))
+def _parse_sizes(value: Any) -> tuple[int, ...]:
+    sizes = tuple(_check(size, int) for size in _check(value, list))
     if min(sizes, default=0) < 0:
         raise ValueError(f"{value!r:.60} has a negative number")
     return sizes
 
 
-def _take_float(value: Any) -> float:
+def _parse_float(value: Any) -> float:
     if value in ("nan", "inf", "-inf"):
         return float(value)
-    return float(_take(value, int, float))
+    return float(_check(value, int, float))
 
 
-def _take_fit(told: Any) -> BulkFit:
-    told = _take(told, dict)
-    dtype = np.dtype({"float32": "float32", "float64": "float64"}[told["dtype"]])
-    several = isinstance(told["variance"], list)
+def _parse_fit(fields: Any) -> BulkFit:
+    fields = _check(fields, dict)
+    dtype = np.dtype({"float32": "float32", "float64": "float64"}[fields["dtype"]])
+    several = isinstance(fields["variance"], list)
     numbers: dict[str, Any] = {}
     for name in BulkFit._fields:
-        row = _take(told[name], list) if several else [told[name]]
-        numbers[name] = [_take(n, int) if name == "num_spikes" else _take_float(n) for n in row]
-    if len({len(row) for row in numbers.values()}) > 1:
-        raise ValueError("a fit has rows of different lengths")
-    for name, row in numbers.items():
-        array = np.asarray(row, np.int32 if name == "num_spikes" else dtype)
+        row = _check(fields[name], list) if several else [fields[name]]
+        parse = (lambda n: _check(n, int)) if name == "num_spikes" else _parse_float
+        array = np.asarray([*map(parse, row)], np.int32 if name == "num_spikes" else dtype)
         numbers[name] = array if several else array[0]
+    if len({np.size(array) for array in numbers.values()}) > 1:
+        raise ValueError("a fit has rows of different lengths")
     return BulkFit(**numbers)
 
 
-def _take_cost(told: Any) -> Cost:
-    told = _take(told, dict)
-    return Cost(**{name: _take(told[name], int, float, NoneType) for name in Cost._fields})
+def _parse_axes(path: str, fields: Any, ndim: int) -> KernelAxes:
+    fields = _check(fields, dict)
+    axes = KernelAxes(**{name: _parse_sizes(fields[name]) for name in KernelAxes._fields})
+    check_axes(path, axes, ndim)
+    return axes
 
 
-def _take_layer(path: str, told: Any) -> LayerPlan:
-    told = _take(told, dict)
-    rank, action, shape, axes = (told[name] for name in ("rank", "action", "shape", "axes"))
-    shape, rank = _take_sizes(shape), _take(rank, int, NoneType)
-    if axes is not None:
-        named = {name: _take_sizes(_take(axes, dict)[name]) for name in KernelAxes._fields}
-        axes = KernelAxes(**named)
-        check_axes(path, axes, len(shape))
-    if action not in tuple(_CASES):
-        raise ValueError(f"{action!r:.60} is none of {tuple(_CASES)}")
-    fit = None if told["fit"] is None else _take_fit(told["fit"])
-    if action != "keep" and None in (rank, axes, fit):
-        raise ValueError(f"{path!r} has no rank, no axes or no fit to {action} it")
-    fields = {"reason": _take(told["reason"], str), "shape": shape, "axes": axes, "rank": rank}
-    fields |= {"fit": fit, "cost": None if told["cost"] is None else _take_cost(told["cost"])}
-    shrink = _SHRINKERS.get(_take(told["shrink"] or "", str))
-    return Kept(**fields) if action == "keep" else _CASES[action](**fields, shrink=shrink)
+def _parse_row(path: str, fields: Any) -> LayerPlan:
+    fields = _check(fields, dict)
+    action, shape = fields["action"], _parse_sizes(fields["shape"])
+    if action not in [*_ROWS]:  # a list, because the action may be of an unhashable type
+        raise ValueError(f"{action!r:.60} is none of {(*_ROWS,)}")
+    present = {name for name in ("axes", "fit", "cost") if fields[name] is not None}
+    number = lambda name: _check(_check(fields["cost"], dict)[name], int, float, NoneType)
+    row: dict[str, Any] = {
+        "reason": _check(fields["reason"], str),
+        "shape": shape,
+        "axes": _parse_axes(path, fields["axes"], len(shape)) if "axes" in present else None,
+        "rank": _check(fields["rank"], int, NoneType),
+        "fit": _parse_fit(fields["fit"]) if "fit" in present else None,
+        "cost": Cost(*map(number, Cost._fields)) if "cost" in present else None,
+    }
+    if action == Kept.action:
+        return Kept(**row)
+    missing = [name for name in ("rank", "axes", "fit") if row[name] is None]
+    if missing:
+        raise ValueError(f"{path!r} has no {missing[0]} to {action} it")
+    return _ROWS[action](**row, shrink=_SHRINKERS.get(_check(fields["shrink"] or "", str)))
 
 
-def _take_entry(told: Any) -> Entry:
-    code, *shape = _take(told, list)
-    entry = Entry(_take_sizes(shape), DTYPES[code])
+def _parse_entry(fields: Any) -> Entry:
+    code, *shape = _check(fields, list)
+    entry = Entry(_parse_sizes(shape), DTYPES[code])
     if not entry.possible:
         raise ValueError(f"{shape} is larger than any memory")
     return entry
 
 
-def _take_keys(path: str, told: Any) -> tuple[str | int, ...] | None:
-    keys = told if told is None else tuple(_take(key, str, int) for key in told)
+def _parse_keys(path: str, value: Any) -> tuple[str | int, ...] | None:
+    keys = value if value is None else tuple(_check(key, str, int) for key in value)
     if keys is not None and "/".join(map(str, keys)) != path:
         raise ValueError(f"{keys} are not the keys of {path!r}")
     return keys
 
 
-def _take_all(told: Any) -> Manifest:
-    told = _take(told, dict)
-    if _take(told["format"], int) > FORMAT:
-        raise ValueError(f"format {told['format']}, and this rmtjax knows {FORMAT}: upgrade it")
-    plan, entries, factors = told["plan"], told["entries"], told["factors"]
+def _parse_fields(fields: Any) -> Manifest:
+    fields = _check(fields, dict)
+    # Before anything else: a newer format may have other fields.
+    if _check(fields["format"], int) > FORMAT:
+        raise ValueError(f"format {fields['format']}, and this rmtjax knows {FORMAT}: upgrade it")
+    plan, entries, factors = fields["plan"], fields["entries"], fields["factors"]
     if plan is not None:
-        plan = Plan({path: _take_layer(path, row) for path, row in _take(plan, dict).items()})
+        plan = Plan({path: _parse_row(path, row) for path, row in _check(plan, dict).items()})
     if entries is not None:
-        entries = {name: _take_entry(row) for name, row in _take(entries, dict).items()}
+        entries = {name: _parse_entry(row) for name, row in _check(entries, dict).items()}
     if factors is not None:
-        factors = tuple(_take(path, str) for path in _take(factors, list))
+        factors = tuple(_check(path, str) for path in _check(factors, list))
+    versions, keys = _check(fields["versions"], dict), _check(fields["keys"], dict)
     return Manifest(
         plan=plan,
-        rule=_take(told["rule"], str, NoneType),
-        versions={name: _take(text, str) for name, text in _take(told["versions"], dict).items()},
+        rule=_check(fields["rule"], str, NoneType),
+        versions={name: _check(text, str) for name, text in versions.items()},
         factors=factors,
         entries=entries,
-        keys={path: _take_keys(path, keys) for path, keys in _take(told["keys"], dict).items()},
+        keys={path: _parse_keys(path, value) for path, value in keys.items()},
     )
 
 
 def parse(text: str) -> Manifest:
-    """All that a checkpoint says of itself.
+    """Parses a manifest.
 
     Raises:
       ValueError: The text is malformed, or of a newer format.
     """
     try:
-        return _take_all(parse_json(text))
+        return _parse_fields(parse_json(text))
     except (KeyError, TypeError, OverflowError, ValueError) as error:
         cause = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
@@ -212,11 +215,7 @@ def parse(text: str) -> Manifest:
         ) from error
 
 
-def from_json(text: str) -> Plan:
-    """The plan of a checkpoint; empty where none was saved.
-
-    Raises:
-      ValueError: The text is malformed, or of a newer format.
-    """
-    plan = parse(text).plan
-    return Plan() if plan is None else plan
+def read_manifest(tensors: Tensors) -> Manifest | None:
+    """Returns the manifest of a checkpoint; None if this package did not write it."""
+    text = tensors.metadata.get(KEY)
+    return None if text is None else parse(text)

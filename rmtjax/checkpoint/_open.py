@@ -1,17 +1,15 @@
-"""Checkpoints on disk, read and written one tensor at a time."""
+"""Opens checkpoints in any layout on disk, and writes .safetensors files."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from rmtjax.checkpoint._orbax import open_folder
 from rmtjax.checkpoint._safetensors import (
-    check_regular as check_regular,
     open_file,
-    replacing as replacing,
     write_file,
 )
 from rmtjax.checkpoint._tensors import Entry as Entry, parse_json, Tensors as Tensors
@@ -21,44 +19,48 @@ INDEX = ".safetensors.index.json"
 
 
 def _find_index(folder: Path) -> Path | None:
-    """The index of a folder of shards; None where it has none."""
-    found = sorted(folder.glob(f"*{INDEX}"))
+    """Returns the index of a folder of shards; None if it has none."""
+    indexes = sorted(folder.glob(f"*{INDEX}"))
+    # Hugging Face gives this name to the index of a model, and others to those of its variants.
     usual = folder / f"model{INDEX}"
-    if len(found) > 1 and usual not in found:
-        names = ", ".join(path.name for path in found)
+    if len(indexes) > 1 and usual not in indexes:
+        names = ", ".join(path.name for path in indexes)
         raise ValueError(f"{str(folder)!r} has several indexes: give the path of one of {names}.")
-    return usual if usual in found else next(iter(found), None)
+    return usual if usual in indexes else next(iter(indexes), None)
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor to shard, as an index tells it."""
+    """Returns the file name of the shard of each tensor."""
     refuse = lambda cause: ValueError(
         f"cannot read {str(path)!r}: {cause}. Copy or download it again."
     )
     if not path.is_file():
         raise refuse("it is no regular file")
     try:
-        told = parse_json(path.read_bytes())
+        fields = parse_json(path.read_bytes())
     except ValueError as error:
         raise refuse(f"it is no JSON ({error})") from error
-    shards = told.get("weight_map") if isinstance(told, dict) else None
+    shards = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise refuse("it has no `weight_map` of names to files")
     return shards
 
 
 def _check_shard(folder: Path, name: str) -> Path:
-    """The path of a shard, which lies in the folder and nowhere else."""
+    """Returns the path of a shard, and checks that it is a file in the folder."""
     path = folder / name
+    # An index comes with a download. It must not make us read files outside of the folder.
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(SUFFIX):
         raise ValueError(
             f"the index in {str(folder)!r} names the shard {name!r}, and may only name "
             f"{SUFFIX} files of its own folder: do not trust it."
         )
+    # The listing comes first: `exists` raises an error for a name that is too long.
     if name not in os.listdir(folder) or not path.exists():
         raise ValueError(f"{str(folder)!r} lacks its shard {name!r}: copy or download it again.")
     root = folder.resolve()
-    if root.parent.name == "snapshots":  # the cache of Hugging Face links to ../../blobs
+    # In the cache of Hugging Face, a file in snapshots/REVISION/ is a link to ../../blobs/.
+    if root.parent.name == "snapshots":
         root = root.parents[1]
     if not path.resolve().is_relative_to(root):
         raise ValueError(
@@ -68,55 +70,56 @@ def _check_shard(folder: Path, name: str) -> Path:
     return path
 
 
-def _check_index(folder: Path, told: Mapping[str, str] | None, placed: Mapping[str, str]) -> None:
-    """Refuses an index that does not tell just what the shards have."""
-    if told is None:
-        return
-    for name in [*told, *placed]:
-        if told.get(name) != placed.get(name):
+def _check_index(folder: Path, index: Mapping[str, str], shards: Mapping[str, str]) -> None:
+    """Raises ValueError if an index does not name the tensors that the shards have."""
+    for name in [*index, *shards]:
+        if index.get(name) != shards.get(name):
             raise ValueError(
-                f"the index of {str(folder)!r} places the tensor {name!r} in {told.get(name)!r}, "
-                f"and it is in {placed.get(name)!r}: download both again."
+                f"the index of {str(folder)!r} places the tensor {name!r} in {index.get(name)!r}, "
+                f"and it is in {shards.get(name)!r}: download both again."
             )
 
 
 @contextlib.contextmanager
 def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
-    """Several files as one checkpoint; the index, where there is one, names every tensor."""
-    told = None if index is None else _read_index(index)
-    names = {path.name for path in folder.glob(f"*{SUFFIX}")} if told is None else {*told.values()}
+    """Opens several files as one checkpoint. An index, if there is one, names every tensor."""
+    named = None if index is None else _read_index(index)
+    names = (
+        {path.name for path in folder.glob(f"*{SUFFIX}")} if named is None else {*named.values()}
+    )
     paths = [_check_shard(folder, name) for name in sorted(names)]
-    homes, entries, metadata = {}, {}, {}
+    shards, entries, metadata = {}, {}, {}
     with contextlib.ExitStack() as stack:
         for path in paths:
             shard = stack.enter_context(open_file(path))
             for name, entry in shard.entries.items():
-                if name in homes:
+                if name in shards:
                     raise ValueError(
-                        f"{str(path)!r} and {str(homes[name].path)!r} both have the tensor "
+                        f"{str(path)!r} and {str(shards[name].path)!r} both have the tensor "
                         f"{name!r}: remove the one that does not belong there."
                     )
-                homes[name], entries[name] = shard, entry
+                shards[name], entries[name] = shard, entry
             metadata |= shard.metadata
-        _check_index(folder, told, {name: shard.path.name for name, shard in homes.items()})
-        read = lambda name: homes[name].read(name)
+        if named is not None:
+            _check_index(folder, named, {name: shard.path.name for name, shard in shards.items()})
+        read = lambda name: shards[name].read(name)
         files = (*paths, *([] if index is None else [index]))
         yield Tensors(folder, "safetensors", entries, metadata, read, files)
 
 
 @contextlib.contextmanager
 def open_tensors(path: str | os.PathLike[str]) -> Iterator[Tensors]:
-    """Opens a checkpoint and reads what it holds, but no tensor of it.
+    """Opens a checkpoint and reads the entries of its tensors, but no data.
 
     Args:
-      path: A .safetensors file; a folder of such files, with an index or without; the index
-        itself; a folder that orbax wrote: a tree, or a step with one tree among its items.
+      path: A .safetensors file; a folder of such files, with or without an index; the index; or
+        a folder that orbax wrote: a tree, or a step with one tree among its items.
 
     Yields:
       `Tensors`, which can be read within the context.
 
     Raises:
-      ValueError: The file is damaged or hostile, or nothing of these.
+      ValueError: The file is damaged, hostile or in another format.
       FileNotFoundError: There is nothing at `path`.
     """
     path = Path(path)
@@ -133,15 +136,16 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[Tensors]:
 
 
 def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> None:
-    """Refuses to write over a file that is read, or into the folder that it is read from.
+    """Raises ValueError if an output would replace the input, or be in its folder.
 
     Args:
-      tensors: What is read.
-      path: Where is to be written.
-      name: What the path is called where it was given.
+      tensors: The input.
+      path: The path of the output.
+      name: The argument or option that gave the path.
     """
     folder, last = os.path.split(os.path.abspath(path))
-    # As written, without its links, and without those of its folder: a shard may be a link.
+    # The path as written, without links, and without the links of its folder: a shard may be a
+    # link, and so may the folder of the output.
     places = {
         Path(folder, last),
         Path(os.path.realpath(path)),
@@ -160,19 +164,19 @@ def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> N
 def write_tensors(
     path: str | os.PathLike[str],
     entries: Mapping[str, Entry],
-    read: Callable[[str], np.ndarray],
+    arrays: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a .safetensors file a tensor at a time; what is at `path` stays until all is written.
+    """Writes a .safetensors file, one tensor at a time. An error leaves the old file in place.
 
     Args:
-      path: Of the file. A link there is followed, and stays.
+      path: The path of the file. A link is followed, and stays a link.
       entries: Name to shape and dtype of each tensor.
-      read: `read(name)` gives the tensor, of just that shape and dtype.
-      metadata: Texts to keep with it.
+      arrays: Name and data of each tensor, in any order. They may be made one at a time.
+      metadata: Texts to keep with the tensors.
 
     Raises:
-      ValueError: A dtype is none of the format, a tensor is not as told, or something else than
-        a regular file is at `path`.
+      ValueError: The format does not have a dtype, an array does not fit its entry or is missing,
+        or a folder, a device or a pipe is at `path`.
     """
-    write_file(Path(path), entries, read, metadata)
+    write_file(Path(path), entries, arrays, metadata)

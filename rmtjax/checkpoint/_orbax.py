@@ -1,4 +1,4 @@
-"""Folders that orbax wrote: their leaves read one by one; and trees written as such folders."""
+"""Reads the leaves of a folder that orbax wrote, one at a time, and writes such folders."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ import numpy as np
 from rmtjax.checkpoint._tensors import CODES, Entry, KEY, parse_json, Tensors
 from rmtjax.planning import path_name
 
-# A block of zstd, which orbax compresses with, holds at most 128 KiB in at least 4 bytes.
+# Orbax compresses with zstd, of which a block of 4 bytes or more holds at most 128 KiB.
 MAX_RATIO = 2**15
 
 
@@ -22,7 +22,7 @@ def _has_tree(folder: Path) -> bool:
 
 
 def _find_tree(path: Path) -> Path:
-    """The folder of the tree: the one given, or the only tree among the items of a step."""
+    """Returns the folder of the tree: the given one, or the only tree among the items of a step."""
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     items = [folder for folder in folders if _has_tree(folder)]
     if _has_tree(path) or len(items) == 1:
@@ -43,9 +43,10 @@ def _find_tree(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _naming(folder: os.PathLike[str]) -> Iterator[None]:
-    """Whatever orbax raises becomes one error: what it reads may be of any kind of damage."""
+    """Turns any error of orbax into one ValueError that names the folder."""
     try:
         yield
+    # Damaged files make orbax, tensorstore and JSON raise errors of many types.
     except Exception as error:
         raise ValueError(
             f"cannot read {os.fspath(folder)!r}: {error}. It is damaged or no checkpoint of orbax: "
@@ -54,38 +55,38 @@ def _naming(folder: os.PathLike[str]) -> Iterator[None]:
 
 
 def _read_texts(folder: Path) -> dict[str, str]:
-    """The texts saved with a tree. Orbax takes a damaged file for one without any."""
+    """Returns the texts that were saved with a tree."""
+    # Not by orbax: from a damaged file it returns no texts, and no error.
     path = folder / "_CHECKPOINT_METADATA"
-    told = parse_json(path.read_bytes()) if path.is_file() else {}
-    texts = told.get("custom_metadata") or {}
+    fields = parse_json(path.read_bytes()) if path.is_file() else {}
+    texts = fields.get("custom_metadata") or {}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
-def _find_leaves(tree: Any, ours: bool) -> dict[str, tuple[Entry, Any]]:
-    """Path to entry and keys of each array; a text among the leaves is none."""
+def _find_arrays(tree: Any, ours: bool) -> dict[str, tuple[Entry, Any]]:
+    """Returns the entry and the keys of each array by path; `ours`: this package saved the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # By itself `nnx.State` is saved with each leaf in a box, under a key of its own.
+    # Orbax saves each leaf of an `nnx.State` in a dictionary with the key "value".
     box = jax.tree_util.DictKey("value")
     boxed = not ours and all(key[-1:] == (box,) and len(key) > 1 for key, _ in leaves)
-    found = {}
+    arrays = {}
     for key, leaf in leaves:
+        # Texts and empty nodes are leaves as well.
         if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
             continue
         name = path_name(key[:-1] if boxed else key)
         entry = Entry(tuple(map(int, leaf.shape)), np.dtype(leaf.dtype))
-        if name in found:
+        if name in arrays:
             raise ValueError(f"two leaves have the path {name!r}")
         if entry.dtype not in CODES:
             raise ValueError(f"{name!r} has dtype {entry.dtype}, none of {[*map(str, CODES)]}")
-        found[name] = entry, key
-    return found
+        arrays[name] = entry, key
+    return arrays
 
 
 def _check_sizes(folder: os.PathLike[str], tree: Any) -> None:
-    """Refuses arrays, and chunks of them, that so few bytes cannot hold.
-
-    Nothing has been allocated yet: tensorstore ends the process where it cannot have a chunk.
-    """
+    """Raises ValueError if the files are too small for the arrays, or chunks, that they claim."""
+    # Checked before the first read: tensorstore ends the process if it cannot allocate a chunk.
     files = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
     size = sum(os.lstat(file).st_size for file in files)
     for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -100,7 +101,8 @@ def _check_sizes(folder: os.PathLike[str], tree: Any) -> None:
 
 @contextlib.contextmanager
 def open_folder(path: Path) -> Iterator[Tensors]:
-    """Opens a folder that orbax wrote; see `rmtjax._files.open_tensors`."""
+    """Opens a folder that orbax wrote, as `open_tensors` describes."""
+    # Imported late, because orbax takes longer to import than the rest of the package.
     import orbax.checkpoint as ocp
     from etils import epath  # the paths of orbax
 
@@ -110,10 +112,11 @@ def open_folder(path: Path) -> Iterator[Tensors]:
             texts = _read_texts(Path(folder))
             tree = handler.metadata(folder).tree
             _check_sizes(folder, tree)
-            leaves = _find_leaves(tree, ours=KEY in texts)
+            leaves = _find_arrays(tree, ours=KEY in texts)
             entries = {name: entry for name, (entry, _) in leaves.items()}
 
         def read(name: str) -> np.ndarray:
+            # Placeholders make orbax skip all other leaves.
             entry, wanted = leaves[name]
             item = jax.tree_util.tree_map_with_path(
                 lambda key, leaf: leaf if key == wanted else ocp.PLACEHOLDER, tree
@@ -131,22 +134,22 @@ def open_folder(path: Path) -> Iterator[Tensors]:
 
 
 def _check_names(tree: Any) -> None:
-    """Refuses names that orbax, which joins keys by dots, would write over one another."""
-    found = set()
+    """Raises ValueError if orbax, which joins keys with dots, would give two leaves one name."""
+    names = set()
     for key, _ in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(key, simple=True, separator=".")
-        if name in found:
+        if name in names:
             raise ValueError(f"two leaves would be {name!r} for orbax: rename a key with a dot.")
-        found.add(name)
+        names.add(name)
 
 
 def save_folder(path: Path, tree: Any, metadata: Mapping[str, str]) -> None:
-    """Saves a tree as orbax does; all of it or nothing.
+    """Saves a tree as a folder of orbax. After an error there is no folder.
 
     Args:
-      path: Of the folder, which must not exist.
-      tree: Nested dictionaries of arrays, none of them empty: orbax refuses those.
-      metadata: Texts to keep with it.
+      path: The path of the folder, which must not exist.
+      tree: Nested dictionaries of arrays. Orbax does not save empty arrays.
+      metadata: Texts to keep with the tree.
     """
     import orbax.checkpoint as ocp
 

@@ -1,8 +1,9 @@
-"""One .safetensors file: its header checked, its tensors read and written one by one.
+"""Reads and writes one .safetensors file, one tensor at a time.
 
-The format is a length (8 bytes, little-endian), a JSON object of that length, and the data that
-the object divides among its names. The library of its authors maps the whole file into memory,
-has no float8 in NumPy, and writes no tensor before it has them all; hence these few functions.
+The file begins with a length (8 bytes, little-endian) and a JSON object of that length. The object
+says which part of the data that follow belongs to which name. The library of the format's authors
+is not used: it maps the complete file into memory, does not read float8 into NumPy, and needs all
+tensors in memory before it writes the first.
 
 References:
   https://github.com/huggingface/safetensors, "Format".
@@ -14,7 +15,7 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,19 +23,20 @@ import numpy as np
 
 from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_json, Tensors
 
-MAX_HEADER = 100_000_000  # bytes, as in the library of the format's authors
-_ALIGNED = 64  # bytes, to which XLA wants arrays aligned; others JAX copies
+MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
+_ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
 
 
 class _MalformedError(ValueError):
-    """What is wrong with a file, without its name."""
+    """A fault of a file, in words that do not name the file."""
 
 
-def _entry(name: str, told: Any) -> tuple[Entry, int, int]:
-    """The entry of a tensor, and where in the data it begins and ends."""
-    if not isinstance(told, dict) or told.keys() != {"dtype", "shape", "data_offsets"}:
+def _parse_entry(name: str, fields: Any) -> tuple[Entry, int, int]:
+    """Returns the entry of a tensor, and where in the data it begins and ends."""
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise _MalformedError(f"tensor {name!r} needs a dtype, a shape and data_offsets alone")
-    code, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
+    code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    # `type` and not `isinstance`: a boolean is not a size.
     sizes = lambda value: isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
     if not isinstance(code, str) or code not in DTYPES:
         raise _MalformedError(f"tensor {name!r} has dtype {code!r}, not one of {list(DTYPES)}")
@@ -61,20 +63,20 @@ def _check_text(*names: Any) -> None:
 
 
 def _parse(header: bytes, size: int) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
-    """Entries with where they begin, in the order of the data, and the metadata."""
+    """Returns name to (entry, offset in the data), in the order of the data; and the metadata."""
     try:
-        told = parse_json(header.decode())
+        fields = parse_json(header.decode())
     except ValueError as error:
         raise _MalformedError(f"its header is no JSON ({error})") from error
-    if not isinstance(told, dict):
+    if not isinstance(fields, dict):
         raise _MalformedError("its header is no JSON object")
-    metadata = told.pop("__metadata__", {})
+    metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise _MalformedError("its metadata is no JSON object")
-    _check_text(*told, *metadata, *metadata.values())
-    places = sorted(
-        ((name, *_entry(name, value)) for name, value in told.items()), key=lambda row: row[2:]
-    )
+    _check_text(*fields, *metadata, *metadata.values())
+    places = [(name, *_parse_entry(name, value)) for name, value in fields.items()]
+    places.sort(key=lambda place: place[2:])
+    # Without gaps and overlaps, no bytes are hidden and none belong to two tensors.
     position = 0
     for name, _, begin, end in places:
         if begin != position:
@@ -86,7 +88,7 @@ def _parse(header: bytes, size: int) -> tuple[dict[str, tuple[Entry, int]], dict
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
-    """Entries with where in the file they begin, and the metadata."""
+    """Returns name to (entry, offset in the file), and the metadata."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise _MalformedError(f"it has {size} bytes, too few for a header")
@@ -100,13 +102,15 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[Entry, int]], dict[str
 
 
 def _read_tensor(file: BinaryIO, entry: Entry, begin: int) -> np.ndarray:
-    room = np.empty(entry.num_bytes + _ALIGNED, np.uint8)
-    first = -room.ctypes.data % _ALIGNED
-    data = room[first : first + entry.num_bytes]
+    """Reads one tensor into memory that JAX can use without a copy."""
+    buffer = np.empty(entry.num_bytes + _ALIGNED, np.uint8)
+    first = -buffer.ctypes.data % _ALIGNED
+    data = buffer[first : first + entry.num_bytes]
     array = data.view(entry.dtype).reshape(entry.shape)
     file.seek(begin)
     if file.readinto(data.data) != data.size:  # pyright: ignore[reportAttributeAccessIssue]
         raise _MalformedError("it has become shorter since it was opened")
+    # Other bytes than 0 and 1 give NumPy booleans that are both true and equal to False.
     if entry.dtype == np.bool_ and data.max(initial=0) > 1:
         raise _MalformedError("it has a boolean that is neither 0 nor 1")
     return array
@@ -114,6 +118,7 @@ def _read_tensor(file: BinaryIO, entry: Entry, begin: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
+    """Adds the name of the file to the faults that are found in it."""
     try:
         yield
     except _MalformedError as error:
@@ -123,9 +128,10 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[Tensors]:
-    """Opens one .safetensors file; see `rmtjax._files.open_tensors`."""
+    """Opens one .safetensors file, as `open_tensors` describes."""
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {str(path)!r}: give a path that is there.")
+    # To open a pipe would wait for a writer, so the check comes first.
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"cannot read {str(path)!r}: it is no regular file. Give a file's path.")
     with open(path, "rb") as file:
@@ -140,10 +146,15 @@ def open_file(path: Path) -> Iterator[Tensors]:
         yield Tensors(path, "safetensors", entries, metadata, read, (path,))
 
 
-def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
-    told: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name, entry in entries.items():
+def _make_header(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Returns the header of a file, and where in the file each tensor begins."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets, position = {}, 0
+    # Larger items first, so that each tensor begins at a multiple of its item size.
+    for name in sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name)):
+        entry = entries[name]
         if entry.dtype not in CODES:
             raise ValueError(
                 f"`entries` has {name!r} of dtype {entry.dtype}, which a .safetensors file cannot "
@@ -151,22 +162,23 @@ def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
             )
         end = position + entry.num_bytes
         row = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": (position, end)}
-        told[name], position = row, end
-    text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+        fields[name], offsets[name], position = row, position, end
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
     if len(text) > MAX_HEADER:
         raise ValueError(
             f"`entries` and `metadata` make a header of {len(text)} bytes, over the {MAX_HEADER} "
             "of the format: write several files."
         )
-    return struct.pack("<Q", len(text)) + text
+    begin = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: begin + n for name, n in offsets.items()}
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of the one at `path` once all has been written.
+    """Yields a file that replaces the one at `path` when the context ends without an error.
 
-    A link stays, what it leads to is replaced, and has the mode that it had.
+    A link stays a link: the file that it leads to is replaced, and its mode is kept.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -175,6 +187,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             if path.exists():
                 os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             yield file
+            # Without `fsync`, a crash could leave the new name with none of the data.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -183,7 +196,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_regular(path: Path, name: str) -> None:
-    """Refuses to put a file in the place of a folder, a device or a pipe."""
+    """Raises ValueError if a folder, a device or a pipe is at `path`."""
     if path.exists() and not path.is_file():
         raise ValueError(f"`{name}` {str(path)!r} is no regular file: give the path of a file.")
 
@@ -191,20 +204,24 @@ def check_regular(path: Path, name: str) -> None:
 def write_file(
     path: Path,
     entries: Mapping[str, Entry],
-    read: Callable[[str], np.ndarray],
+    arrays: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes one .safetensors file; see `rmtjax._files.write_tensors`."""
-    # Larger items first: each tensor then begins at a multiple of the size of its items.
-    order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
-    header = _header({name: entries[name] for name in order}, metadata)
+    """Writes one .safetensors file, as `write_tensors` describes."""
+    header, offsets = _make_header(entries, metadata)
     check_regular(path, "path")
     with replacing(path) as file:
         file.write(header)
-        for name in order:
-            array = np.asarray(read(name), order="C")
-            found = Entry(array.shape, array.dtype)
-            if found != entries[name]:
-                raise ValueError(f"`read` gave {found} for {name!r}, not {entries[name]}.")
+        for name, array in arrays:
+            array = np.asarray(array, order="C")
+            if name not in offsets:
+                raise ValueError(f"`arrays` has {name!r} twice, or `entries` does not have it.")
+            if Entry.of(array) != entries[name]:
+                raise ValueError(
+                    f"`arrays` gave {Entry.of(array)} for {name!r}, not {entries[name]}."
+                )
+            file.seek(offsets.pop(name))
             file.write(array.reshape(-1).view(np.uint8).data)
-            del array  # before the next one is read
+            del array  # so that its memory is free before the next one is read
+        if offsets:
+            raise ValueError(f"`arrays` lacks {min(offsets)!r}, which `entries` has.")

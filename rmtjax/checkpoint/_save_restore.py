@@ -1,4 +1,4 @@
-"""Save and restore parameter trees with their plans."""
+"""Saves and restores parameter trees with their plans."""
 
 import dataclasses
 import os
@@ -11,45 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax._axes import Factors, is_factors, kernel_shape
-from rmtjax.checkpoint._flatten import entries as entries_of, flatten, is_number, nest, number_types
-from rmtjax.checkpoint._manifest import KEY, Manifest, to_json
-from rmtjax.checkpoint._open import Entry, open_tensors, Tensors, write_tensors
+from rmtjax._axes import is_factors
+from rmtjax.checkpoint._flatten import flatten, is_number, nest, number_types
+from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
+from rmtjax.checkpoint._open import open_tensors, SUFFIX, write_tensors
 from rmtjax.checkpoint._orbax import save_folder
-from rmtjax.checkpoint._stream import analyze_file as analyze_file, compress_file as compress_file
-from rmtjax.checkpoint._tensor_names import (
-    check_factors,
-    find_leaves,
-    halves,
-    is_moment,
-    read_manifest,
-)
-from rmtjax.noise import ranks
-from rmtjax.planning import check_plan, FACTORS, Plan
-
-__all__ = ["analyze_file", "compress_file", "plan", "restore", "save"]
+from rmtjax.checkpoint._tensor_names import check_factors, find_leaves, halves, is_moment
+from rmtjax.checkpoint._tensors import Entry, KEY, Tensors
+from rmtjax.noise import check_rule, ranks
+from rmtjax.planning import check_plan_fits, FACTORS, Plan
 
 FilePath = str | os.PathLike[str]
 
 
-def _check_plan(plan: Plan, leaves: Mapping[str, Any]) -> None:
-    """Refuses a plan that is not that of these leaves, arrays or factors."""
-    for path, row in plan.items():
-        if path not in leaves:
-            raise ValueError(f"the plan names {path!r}, which is no path of the tree")
-        leaf = leaves[path]
-        if kernel_shape(leaf) != row.shape:
-            raise ValueError(
-                f"the plan is of {path!r} with shape {row.shape}, and it is {kernel_shape(leaf)}"
-            )
-        if is_factors(leaf) and row.action == "factorize" and leaf.left.shape[-1] != row.rank:
-            raise ValueError(
-                f"the plan gives {path!r} rank {row.rank}, and it has {leaf.left.shape[-1]}"
-            )
-
-
-def _check_here(arrays: Mapping[str, Any]) -> None:
-    """Refuses what other processes hold parts of: each would write, and none has all."""
+def _check_addressable(arrays: Mapping[str, Any]) -> None:
+    """Raises ValueError if an array is spread over several processes."""
+    # Each process would write the file, and none of them has all the data.
     for path, array in arrays.items():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(
@@ -59,32 +36,31 @@ def _check_here(arrays: Mapping[str, Any]) -> None:
             )
 
 
-def _check_whole(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Refuses the state of a thin nnx model: nothing would tell that its factors are such.
-
-    Their moments in the state of an optimizer may stand by themselves: they are restored into it.
-    """
+def _check_no_halves(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Raises ValueError for the state of a thin nnx model, in which factors are single leaves."""
+    # Restored, they would be kernels of their own. Their moments in an optimizer may be single:
+    # they are restored into the state of that optimizer.
     layers = [
         path
         for path in leaves
         if not is_moment(path) and not {*path.split("/")}.isdisjoint(FACTORS)
     ]
-    alone = layers + [half for path in plan for half in halves(path) if half in leaves]
-    if alone:
+    single = layers + [half for path in plan for half in halves(path) if half in leaves]
+    if single:
         raise ValueError(
-            f"the tree has {alone[0]!r}, a factor by itself: of a thin nnx model save "
+            f"the tree has {single[0]!r}, a factor by itself: of a thin nnx model save "
             "`rmtjax.nnx.params(model)`, and not its state."
         )
 
 
-def _compare(found: Mapping[str, Entry], wanted: Mapping[str, Entry], name: str) -> None:
-    """Refuses all that is missing, of another shape or dtype, or not asked for."""
-    faults = [f"{key!r} is missing" for key in wanted if key not in found]
-    faults += [f"{key!r} is not in {name}" for key in found if key not in wanted]
+def _check_entries(entries: Mapping[str, Entry], wanted: Mapping[str, Entry], source: str) -> None:
+    """Raises ValueError unless the entries of a file are exactly those that a source names."""
+    faults = [f"{name!r} is missing" for name in wanted if name not in entries]
+    faults += [f"{name!r} is not in {source}" for name in entries if name not in wanted]
     faults += [
-        f"{key!r} is {found[key]}, and {entry} in {name}"
-        for key, entry in wanted.items()
-        if key in found and found[key] != entry
+        f"{name!r} is {entries[name]}, and {entry} in {source}"
+        for name, entry in wanted.items()
+        if name in entries and entries[name] != entry
     ]
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
@@ -94,24 +70,23 @@ def _compare(found: Mapping[str, Entry], wanted: Mapping[str, Entry], name: str)
 def save(
     path: FilePath, params: PyTree, plan: Plan | None = None, rule: ranks.RankRule | None = None
 ) -> None:
-    """Saves a parameter tree with its plan; all of it, or nothing.
+    """Saves a parameter tree with its plan. After an error, nothing has changed on disk.
 
     Args:
-      path: A name in .safetensors, which replaces the file that is there; else the folder for
-        orbax, which must not exist.
-      params: Nested dictionaries of arrays, dense or factorized; boxed (`nn.Partitioned`,
-        `nnx.State`) they are saved without their boxes. Of a thin nnx model, give
-        `rmtjax.nnx.params(model)`: its state has no `Factors`. Anything else, such as a list, has
-        to be restored into a tree that is `like` it. For a file, sharded arrays are gathered one by
-        one.
-      plan: The plan of the tree: what was decided, why, and by which noise levels.
+      path: A name in .safetensors, which replaces an existing file. Any other name is a folder
+        for orbax, which must not exist.
+      params: Nested dictionaries of arrays, dense or factorized. Boxes (`nn.Partitioned`,
+        `nnx.State`) are left out. For a thin nnx model, give `rmtjax.nnx.params(model)`, because
+        the model's state has no `Factors`. Other nodes, such as lists, can be saved, and are
+        restored into a tree that is `like` it. For a file, sharded arrays are gathered one by one.
+      plan: The plan of the tree: decisions, reasons and noise levels.
       rule: The rank rule by which the plan was made, for the record.
 
     Raises:
-      ValueError: A leaf is no array of numbers, or lies on devices of several processes, two leaves
-        have one path, two factors are not those of one kernel, or stand by themselves as in the
-        state of a thin nnx model, the plan is not that of the tree, or the folder exists.
-      TypeError: `plan` is no plan, or `rule` no rank rule.
+      ValueError: A leaf is not an array of numbers, or is on devices of several processes. Two
+        leaves have one path. Two factors do not fit, or are single leaves, as in the state of a
+        thin nnx model. The plan is for another tree. The folder exists.
+      TypeError: `plan` is not a plan, or `rule` is not a rank rule.
 
     Examples:
       >>> import jax, pathlib, rmtjax, tempfile
@@ -120,81 +95,93 @@ def save(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = pathlib.Path(folder, "thin.safetensors")
       ...     rmtjax.checkpoint.save(path, rmtjax.factorize(params, plan), plan)
-      ...     print(rmtjax.checkpoint.plan(path))
+      ...     print(rmtjax.checkpoint.load_plan(path))
       Dense_0/kernel  factorized: 16 of 200 are signal, rank 16
     """
-    if plan is not None:
-        check_plan(plan)
     if rule is not None:
-        ranks.check_rule(rule)
+        check_rule(rule)
     leaves, arrays, keys = flatten(params)
-    _check_here(arrays)
-    _check_whole(leaves, plan or {})
+    _check_addressable(arrays)
+    _check_no_halves(leaves, plan or {})
     for name, leaf in leaves.items():
         if is_factors(leaf):
             check_factors(name, leaf)
     if plan is not None:
-        _check_plan(plan, leaves)
-    entries = entries_of(arrays)
+        check_plan_fits(plan, leaves)
+    entries = {name: Entry.of(array) for name, array in arrays.items()}
     factors = [path for path, leaf in leaves.items() if is_factors(leaf)]
-    text = to_json(plan, rule, factors=factors, entries=entries, keys=keys)
-    metadata = {KEY: text}
-    if Path(path).suffix == ".safetensors":
-        write_tensors(path, entries, lambda name: np.asarray(arrays[name]), metadata)
-    else:  # where an empty array stands in the manifest alone: orbax has none
+    metadata = {KEY: to_json(plan, rule, factors=factors, entries=entries, keys=keys)}
+    if Path(path).suffix == SUFFIX:
+        gathered = ((name, np.asarray(array)) for name, array in arrays.items())
+        write_tensors(path, entries, gathered, metadata)
+    else:
+        # Orbax does not save empty arrays. The manifest has them, and `restore` makes them anew.
         full = {path: leaf for path, leaf in leaves.items() if is_factors(leaf) or leaf.size}
         save_folder(Path(path), nest(full, keys), metadata)
 
 
-def _with_empty(tensors: Tensors, told: Manifest | None) -> Tensors:
-    """An orbax folder with the empty arrays that only its manifest knows."""
-    if tensors.layout != "orbax" or told is None or told.entries is None:
+def _with_empty(tensors: Tensors, manifest: Manifest | None) -> Tensors:
+    """Returns an orbax folder with the empty arrays that only its manifest has."""
+    if tensors.layout != "orbax" or manifest is None or manifest.entries is None:
         return tensors
-    empty = {name: entry for name, entry in told.entries.items() if 0 in entry.shape}
+    empty = {name: entry for name, entry in manifest.entries.items() if 0 in entry.shape}
     read = lambda name: np.empty(*empty[name]) if name in empty else tensors.read(name)
     return dataclasses.replace(tensors, entries={**tensors.entries, **empty}, read=read)
 
 
 def _to_jax(array: np.ndarray, like: Any = None) -> Any:
-    """A jax array, placed as the leaf that it is like; never in another dtype."""
+    """Returns a jax array of the same dtype, placed as the leaf that it is like."""
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array  # 64 bits, which are switched off in jax
+        return array  # of 64 bits, which are switched off in jax
     sharding = getattr(like, "sharding", None)
-    # An array that has not been put anywhere may move; one put there by name may not.
+    # An array that was never placed by name may move with the computation, and so may this one.
     if sharding is None or not getattr(like, "committed", True):
         return jnp.asarray(array)
     return jax.device_put(array, sharding)
 
 
-def _nested_paths(told: Manifest | None, leaves: Mapping[str, Any]) -> dict[str | int, Any]:
-    """Nested dictionaries with the path of each leaf in its place."""
-    keys = told.keys if told else {}
-    for path in leaves:
-        if path in keys and keys[path] is None:
-            raise ValueError(
-                f"not only dictionaries lead to {path!r}: give a tree of that form as `like`"
-            )
-    return nest({path: path for path in leaves}, keys)
+def _nest_leaves(leaves: Mapping[str, Any], manifest: Manifest | None) -> PyTree:
+    """Returns nested dictionaries of the leaves of a file, which are not read yet."""
+    keys = manifest.keys if manifest else {}
+    unknown = next((path for path in leaves if keys.get(path, ()) is None), None)
+    if unknown is not None:
+        raise ValueError(
+            f"not only dictionaries lead to {unknown!r}: give a tree of that form as `like`"
+        )
+    return nest(leaves, keys)
+
+
+def _like_entries(
+    arrays: Mapping[str, Any], numbers: Mapping[str, type], entries: Mapping[str, Entry]
+) -> dict[str, Entry]:
+    """Returns the entries that a file must have to fill a tree."""
+    wanted = {name: Entry.of(array) for name, array in arrays.items()}
+    # A Python number takes any size of its kind: orbax saves the step of Flax in 64 bits.
+    fitting = [
+        name for name, kind in numbers.items() if name in entries and is_number(entries[name], kind)
+    ]
+    return wanted | {name: entries[name] for name in fitting}
 
 
 def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
-    """Restores what `save` or `compress_file` wrote, or a checkpoint from elsewhere; all of it.
+    """Restores a checkpoint completely, or raises an error that names what does not fit.
 
     Args:
-      path: A .safetensors file or a folder of them, or a folder of orbax.
-      like: A tree to fill, of arrays or of `jax.ShapeDtypeStruct`, boxed or not; with a sharding of
-        theirs. Shapes and dtypes must be those that were saved. A Python number is filled with one
-        of its type, if one of its kind was saved, of however many bits.
+      path: A .safetensors file, a folder of them, or a folder of orbax: written by `save` or
+        `compress_file`, or from elsewhere.
+      like: A tree to fill, of arrays or of `jax.ShapeDtypeStruct`, boxed or not. Shapes and dtypes
+        must be those that were saved. A sharding of a leaf is used for its array. A Python number
+        is filled with one of its type, if a number of that kind was saved in any size.
 
     Returns:
-      A tree such as `like`; by default nested dictionaries, of names that are split at "/"
-      (Torch's, with dots, stay whole), with `Factors` where they were saved.
-      The leaves are jax arrays of the dtypes saved; of 64 bits, where jax has these switched off,
-      NumPy arrays.
+      A tree such as `like`. By default nested dictionaries, with names that are split at "/" and
+      not at dots, and with `Factors` for kernels that were saved as factors.
+      The leaves are jax arrays of the dtypes saved. They are NumPy arrays for dtypes of 64 bits,
+      if these are switched off in jax.
 
     Raises:
-      ValueError: An entry is missing, is there besides, or has another shape or dtype than it was
-        saved with or than in `like`; or the file is damaged.
+      ValueError: An entry is missing, is not expected, or has another shape or dtype than in the
+        manifest or in `like`. Or the file is damaged.
       FileNotFoundError: There is nothing at `path`.
 
     Examples:
@@ -211,45 +198,42 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
     numbers = number_types(like)
     with open_tensors(path) as tensors:
         try:
-            told = read_manifest(tensors)
-            tensors = _with_empty(tensors, told)
-            if told and told.entries is not None:
-                _compare(tensors.entries, told.entries, "its manifest")
-            leaves = find_leaves(tensors, told)
-            _check_plan((told and told.plan) or Plan(), leaves)
-            if wanted is not None:
-                expected = entries_of(wanted) | {
-                    name: entry
-                    for name, entry in tensors.entries.items()
-                    if name in numbers and is_number(entry, numbers[name])
-                }
-                _compare(tensors.entries, expected, "`like`")
-            paths = _nested_paths(told, leaves) if wanted is None else None
+            manifest = read_manifest(tensors)
+            tensors = _with_empty(tensors, manifest)
+            if manifest and manifest.entries is not None:
+                _check_entries(tensors.entries, manifest.entries, "its manifest")
+            leaves = find_leaves(tensors, manifest)
+            tree = like
+            check_plan_fits((manifest and manifest.plan) or Plan(), leaves)
+            if wanted is None:
+                tree = _nest_leaves(leaves, manifest)
+            else:
+                expected = _like_entries(wanted, numbers, tensors.entries)
+                _check_entries(tensors.entries, expected, "`like`")
         except ValueError as error:
             cause = str(error).rstrip(".")
             raise ValueError(f"cannot restore {os.fspath(path)!r}: {cause}.") from error
-        get = lambda name, like=None: _to_jax(tensors.read(name), like)
         if wanted is None:
-            halved = lambda path: Factors(*map(get, halves(path)))
-            return jax.tree.map(lambda p: halved(p) if is_factors(leaves[p]) else get(p), paths)
+            return jax.tree.map(lambda leaf: _to_jax(np.asarray(leaf)), tree)
         arrays = [
-            numbers[name](tensors.read(name).item()) if name in numbers else get(name, leaf)
+            numbers[name](tensors.read(name).item())
+            if name in numbers
+            else _to_jax(tensors.read(name), leaf)
             for name, leaf in wanted.items()
         ]
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
-def plan(path: FilePath) -> Plan:
-    """The plan that a checkpoint carries: all of it but the spectra.
+def load_plan(path: FilePath) -> Plan:
+    """Loads the plan that a checkpoint carries, without its spectra.
 
-    Its noise levels are of use where what was cut is to be cut again:
-    `rmtjax.plan(params, fits={path: row.fit for path, row in plan.items() if row.fit})`.
+    Give its noise levels to `rmtjax.plan(params, fits=plan.fits)` to cut the same kernels again.
 
     Args:
-      path: Of the checkpoint.
+      path: The path of the checkpoint.
 
     Raises:
-      ValueError: There is no plan, or none that can be read.
+      ValueError: There is no plan, or it cannot be read.
       FileNotFoundError: There is nothing at `path`.
 
     Examples:
@@ -258,14 +242,14 @@ def plan(path: FilePath) -> Plan:
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = pathlib.Path(folder, "dense.safetensors")
       ...     rmtjax.checkpoint.save(path, params, rmtjax.plan(params))
-      ...     plan = rmtjax.checkpoint.plan(path)
+      ...     plan = rmtjax.checkpoint.load_plan(path)
       >>> plan["Dense_0/kernel"].reason
       'kept: no signal stands out of the noise'
     """
     with open_tensors(path) as tensors:
-        told = read_manifest(tensors)
-    if told is None or told.plan is None:
+        manifest = read_manifest(tensors)
+    if manifest is None or manifest.plan is None:
         raise ValueError(
             f"{os.fspath(path)!r} carries no plan: make one by `rmtjax.plan`, and save it with it."
         )
-    return told.plan
+    return manifest.plan

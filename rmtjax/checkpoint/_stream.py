@@ -1,60 +1,57 @@
-"""Checkpoint files that may be larger than memory: analyzed and compressed a kernel at a time."""
+"""Analyzes and compresses checkpoint files larger than memory, a kernel at a time."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from rmtjax._types import Axes, BulkFit, Where
-from rmtjax.checkpoint._manifest import KEY, Manifest
+from rmtjax.checkpoint._manifest import Manifest, read_manifest
 from rmtjax.checkpoint._open import (
-    check_regular,
     check_target,
     open_tensors,
     SUFFIX,
     Tensors,
     write_tensors,
 )
-from rmtjax.checkpoint._rewrite import Changed, noise_levels, read_leaf, tell
-from rmtjax.checkpoint._tensor_names import choose, find_leaves, read_manifest, tensor_axes
+from rmtjax.checkpoint._rewrite import find_outputs, output_manifest, with_dtype, write_outputs
+from rmtjax.checkpoint._safetensors import check_regular
+from rmtjax.checkpoint._tensor_names import choose, find_leaves, tensor_axes
+from rmtjax.checkpoint._tensors import KEY
 from rmtjax.noise import ranks, Shrink
-from rmtjax.planning import in_place, make_clock, make_plan, Plan, PlanOptions
+from rmtjax.planning import make_clock, make_plan, Plan, PlanOptions, rows_by_path
 from rmtjax.report import Report
 
 FilePath = str | os.PathLike[str]
-# Called before each step, with the number of steps done, that of all steps, and a path.
+Mode = Literal["factorize", "truncate"]
+# Called before each step with the number of steps done, the number of all steps, and a path.
 Progress = Callable[[int, int, str], None]
 
 
 def _check_dtype(dtype: Any) -> np.dtype | None:
     if dtype is None:
         return None
-    found = np.dtype(dtype)
-    if found.name not in ("float32", "float64"):
+    checked = np.dtype(dtype)
+    if checked.name not in ("float32", "float64"):
         raise ValueError(
-            f"`dtype` must be float32 or float64, got {found}: it is that of the computation; what "
-            "is written keeps the dtype of the kernel."
+            f"`dtype` must be float32 or float64, got {checked}: it is that of the computation; "
+            "what is written keeps the dtype of the kernel."
         )
-    if jax.dtypes.canonicalize_dtype(found) != found:
+    # JAX would silently compute in float32.
+    if jax.dtypes.canonicalize_dtype(checked) != checked:
         raise ValueError(
             "`dtype` float64 needs `jax.config.update('jax_enable_x64', True)` before it."
         )
-    return found
-
-
-def _at(path: str, value: Any) -> Any:
-    """An option of one kernel; None where a dictionary leaves it out."""
-    if not isinstance(value, Mapping):
-        return value
-    return {path: value[path]} if path in value else None
+    return checked
 
 
 class _Steps:
-    """Tells the progress; counts what has been done."""
+    """Counts the steps of the work, and reports each before it begins."""
 
     def __init__(self, progress: Progress | None, total: int):
         self.progress, self.total, self.done = progress, total, 0
@@ -65,72 +62,100 @@ class _Steps:
         self.done += 1
 
 
-class _Planned(NamedTuple):
-    """A file, and what is planned for its kernels.
-
-    Attributes:
-      told: What it says of itself.
-      leaves: Its tensors by path, factors as one.
-      rows: The plan.
-      steps: Of which those of planning are done.
-    """
-
-    told: Manifest | None
-    leaves: dict[str, Any]
-    rows: Plan
-    steps: _Steps
+def _known_fits(
+    manifest: Manifest | None, leaves: Mapping[str, Any], fits: Mapping[str, BulkFit] | None
+) -> dict[str, BulkFit]:
+    """Returns noise levels by path: the given ones, and those by which kernels were cut before."""
+    unknown = min((fits or {}).keys() - leaves.keys(), default=None)
+    if unknown is not None:
+        raise ValueError(f"`fits` has {unknown!r}, which is no path of the file.")
+    # A kernel that was only kept still has its noise, and is fitted like any other.
+    changes = manifest.plan.changes if manifest and manifest.plan else {}
+    saved = {path: row.fit for path, row in changes.items() if path in leaves}
+    return saved | dict(fits or {})
 
 
-def _plan_file(
-    tensors: Tensors,
-    *,
-    where: Where | None,
-    axes: Axes | None,
-    fits: Mapping[str, BulkFit] | None,
-    batch: int | Mapping[str, int] | None,
+def _plan_kernels(
+    kernels: Mapping[str, Any],
+    fits: Mapping[str, BulkFit],
+    options: PlanOptions,
     dtype: np.dtype | None,
-    progress: Progress | None,
-    writes: bool = False,
-    **options: Any,
-) -> _Planned:
-    """Plans a kernel at a time: each shape is compiled once for all."""
-    told = read_manifest(tensors)
-    leaves = find_leaves(tensors, told)
-    kernels = choose(leaves, where, axes)
-    steps = _Steps(progress, len(kernels) + writes * len(leaves))
-    levels = noise_levels(told, leaves, fits)
-    name_axes = axes if callable(axes) else tensor_axes
-    rows, clock = Plan(), make_clock()
-    for path, spec in kernels.items():
-        steps(path)
-        rows |= make_plan(
-            {path: read_leaf(tensors, path, spec, dtype)},
-            PlanOptions(
-                where=lambda path, leaf: True,
-                axes=(_at(path, axes) if isinstance(axes, Mapping) else None) or name_axes,
-                fits=_at(path, levels),
-                batch=_at(path, batch),
-                **options,
-            ),
-            clock,
+    step: Callable[[str], None],
+) -> Plan:
+    """Returns the plan of stored kernels, each of which is read alone."""
+    by_path = options.axes if isinstance(options.axes, Mapping) else {}
+    name_axes = options.axes if callable(options.axes) else tensor_axes
+    rows = rows_by_path(options.batch, kernels)
+    plan, clock = Plan(), make_clock()  # one clock, so that equal products are timed once
+    for path, leaf in kernels.items():
+        step(path)
+        alone = dataclasses.replace(
+            options,
+            where=lambda path, leaf: True,
+            axes={path: by_path[path]} if path in by_path else name_axes,
+            fits={path: fits[path]} if path in fits else None,
+            batch=rows.get(path),
         )
-    return _Planned(told, leaves, rows, steps)
+        plan |= make_plan({path: with_dtype(leaf, dtype)}, alone, clock)
+    return plan
 
 
-def _write(
-    tensors: Tensors, planned: _Planned, out: FilePath, rule: ranks.RankRule, dtype: np.dtype | None
-) -> None:
-    """Writes the file that a plan makes of another, a tensor at a time."""
-    told, leaves, rows, steps = planned
-    changed = Changed(tensors, leaves, rows, dtype)
-    steps.total = steps.done + len(changed.entries)
-    metadata = {**tensors.metadata, KEY: tell(told, rows, rule, changed)}
+def analyze_checkpoint(
+    path: FilePath,
+    options: PlanOptions,
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Analyzes a checkpoint, as `analyze_file` describes."""
+    checked = _check_dtype(dtype)
+    with open_tensors(path) as tensors:
+        manifest = read_manifest(tensors)
+        leaves = find_leaves(tensors, manifest)
+        kernels = choose(leaves, options.where, options.axes)
+        fits = _known_fits(manifest, leaves, options.fits)
+        step = _Steps(progress, len(kernels))
+        return Report(_plan_kernels(kernels, fits, options, checked, step))
 
-    def read(name: str) -> np.ndarray:
-        steps(name)
-        return changed.read(name)
 
-    write_tensors(out, changed.entries, read, metadata)
+def _check_output(tensors: Tensors, out: FilePath) -> None:
+    check_target(tensors, out, "`out`")
+    # `checkpoint.restore` and `save` tell a file from a folder by this ending.
+    if Path(out).suffix != SUFFIX:
+        raise ValueError(
+            f"`out` must end in {SUFFIX}, which is what is written, got {os.fspath(out)!r}: "
+            f"give {os.fspath(out) + SUFFIX!r}."
+        )
+
+
+def compress_checkpoint(
+    path: FilePath,
+    out: FilePath,
+    options: PlanOptions,
+    mode: Mode = "factorize",
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Writes a smaller checkpoint, as `compress_file` describes."""
+    if mode not in ("factorize", "truncate"):
+        raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
+    check_regular(Path(out), "out")
+    checked = _check_dtype(dtype)
+    with open_tensors(path) as tensors:
+        _check_output(tensors, out)
+        manifest = read_manifest(tensors)
+        leaves = find_leaves(tensors, manifest)
+        kernels = choose(leaves, options.where, options.axes)
+        fits = _known_fits(manifest, leaves, options.fits)
+        step = _Steps(progress, len(kernels) + len(leaves))
+        plan = _plan_kernels(kernels, fits, options, checked, step)
+        if mode == "truncate":
+            plan = plan.in_place()
+        outputs = find_outputs(leaves, plan)
+        entries = {name: entry for part in outputs.values() for name, entry in part.items()}
+        text = output_manifest(manifest, plan, options.rule, outputs)
+        arrays = write_outputs(leaves, plan, outputs, checked, step)
+        write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
+    return Report(plan)
 
 
 def analyze_file(
@@ -147,37 +172,33 @@ def analyze_file(
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Looks at every kernel of a checkpoint, one in memory at a time; changes nothing.
+    """Analyzes every kernel of a checkpoint with one in memory at a time; changes nothing.
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
-      rule: A rank rule of `rmtjax.ranks`.
-      where: `where(path, leaf)` chooses the kernels by name, shape and dtype; the leaf is a
-        `jax.ShapeDtypeStruct`, or `Factors` of two. By default Flax's `kernel` and `embedding`,
-        and Torch's weights with two axes or more; but not those of an optimizer's state: what lies
-        below `opt_state`, or in a state alone below `0/mu`, `0/nu` or `0/trace` (any number).
-      axes: The axes that make a kernel a matrix, as in `rmtjax.plan`. By default guessed from
-        Flax's names, and for Torch's, which are stored as (outputs, inputs, *window), the first
-        axis against the others. Torch's fused kernels (q, k and v; the gates of a recurrent layer)
-        are one matrix; a stack of kernels cannot be told from its name, and has a row that says so:
-        of Torch, three axes of which the last is over 16, without "conv" in the layer's name.
-      fits: Noise levels to use instead of new fits, as in `rmtjax.plan`. What `compress_file`
-        has cut is judged by those in the file.
-      multiple: Ranks are rounded up to a multiple of it: 1 tells them as they are, 8 as
-        `compress_file` makes them.
-      min_size: Kernels with a shorter short side get a row without a fit.
-      exact_below: Spectra are estimated from this short side on, as in `rmtjax.plan`.
-      batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
-      dtype: float32 or float64, in which spectra are computed; by default that of the kernel,
-        float32 at least, and float32 where jax has 64 bits switched off.
+      where: Chooses the kernels: a function `where(path, leaf)`, a regular expression that is
+        searched in the path, or a dictionary from paths to booleans. A leaf has a shape and a
+        dtype, or is `Factors` of two such leaves. By default Flax's `kernel` and `embedding`, and
+        Torch's weights with two axes or more. The state of an optimizer is not chosen: the leaves
+        below `opt_state`, or below `0/mu`, `0/nu` or `0/trace` with any number.
+      axes: The axes that make a kernel a matrix, as in `rmtjax.plan`. By default they are guessed
+        from Flax's names. Torch stores (outputs, inputs, *window): its first axis is taken
+        against the others. A stack of Torch kernels needs `axes`. Three axes count as a stack if
+        the last is longer than 16 and the layer's name does not contain "conv".
+      fits: Noise levels in the place of new fits, as in `rmtjax.plan`. A kernel that
+        `compress_file` has cut is judged by the level in the file.
+      multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
+      rule, min_size, exact_below, batch: As in `rmtjax.plan`.
+      dtype: float32 or float64, for the computation. By default the dtype of the kernel, but at
+        least float32, and float32 if 64 bits are switched off in jax.
       progress: `progress(done, total, path)` is called before each kernel.
 
     Returns:
-      A `Report`, the one that `rmtjax.analyze` makes of the tree.
+      A `Report`, as `rmtjax.analyze` makes it of the tree.
 
     Raises:
-      ValueError: The file is damaged, holds no kernel, or an option does not fit.
-      OSError: It cannot be read.
+      ValueError: The file is damaged, has no kernel, or an option does not fit it.
+      OSError: The file cannot be read.
 
     Examples:
       >>> import jax, pathlib, tempfile
@@ -189,11 +210,17 @@ def analyze_file(
       ...     print(checkpoint.analyze_file(path).rows[0].reason)
       factorized: 1 of 200 are signal, rank 1
     """
-    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
-    options |= {"batch": batch, "dtype": _check_dtype(dtype), "progress": progress}
-    options |= {"exact_below": exact_below}
-    with open_tensors(path) as tensors:
-        return Report(_plan_file(tensors, **options, multiple=multiple).rows)
+    options = PlanOptions(
+        rule=rule,
+        where=where,
+        axes=axes,
+        fits=fits,
+        multiple=multiple,
+        min_size=min_size,
+        exact_below=exact_below,
+        batch=batch,
+    )
+    return analyze_checkpoint(path, options, dtype, progress)
 
 
 def compress_file(
@@ -211,48 +238,40 @@ def compress_file(
     min_size: int = 50,
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
-    mode: Literal["factorize", "truncate"] = "factorize",
+    mode: Mode = "factorize",
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Writes a checkpoint whose kernels are cut to their signal; one is in memory at a time.
+    """Writes a checkpoint whose kernels are cut to their signal, with one in memory at a time.
 
-    The file is read twice: once to plan, once to write. What is no kernel, or is kept, is copied
-    bit by bit. The output is there when all of it has been written, and carries its plan: it can be
-    analyzed and compressed again, and `rmtjax.checkpoint.restore` makes a tree of it.
+    The file is read twice: once to plan, and once to write. Tensors that are kept, or are not
+    kernels, are copied bit by bit. An old output is replaced when the new one is complete. The
+    output carries its plan, so it can be analyzed and compressed again, and
+    `rmtjax.checkpoint.restore` makes a tree of it.
 
-    Memory, on CPU, is three times the largest tensor, counted in float32, and a constant; four
-    times where more than half of the directions of a kernel are kept and shrunk, and up to seven
-    times a kernel of float64, or that is computed in it.
+    On CPU, the memory is a constant plus three times the largest tensor, counted in float32. It is
+    four times if more than half of the directions of a kernel are kept and shrunk. It is up to
+    seven times for a kernel in float64, or computed in float64.
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
-      out: The file to write, a name in .safetensors; it takes the place of the file that is
-        there, and has its mode. A link is followed.
-      rule: As in `analyze_file`.
-      keep: As in `rmtjax.plan`.
-      shrink: As in `rmtjax.plan`.
-      where: As in `analyze_file`.
-      axes: As in `analyze_file`.
-      fits: As in `analyze_file`.
-      min_rank: As in `rmtjax.plan`.
-      multiple: As in `rmtjax.plan`.
-      min_size: As in `rmtjax.plan`.
-      exact_below: As in `rmtjax.plan`.
-      batch: As in `rmtjax.plan`.
-      mode: "factorize" writes PATH/left and PATH/right where these are smaller; "truncate" keeps
-        names and shapes, for programs that know nothing of factors.
-      dtype: As in `analyze_file`; the output has the dtypes of the input.
+      out: The file to write, with a name in .safetensors. An existing file is replaced and its
+        mode is kept. A link is followed.
+      keep, shrink, min_rank, multiple, min_size, exact_below, batch: As in `rmtjax.plan`.
+      rule, where, axes, fits, dtype: As in `analyze_file`. The output has the dtypes of the input.
+      mode: "factorize" writes PATH/left and PATH/right if they are smaller. "truncate" keeps names
+        and shapes, for programs that do not know factors.
       progress: `progress(done, total, path)` is called before each kernel that is planned, and
-        before each tensor that is written.
+        before each leaf that is written.
 
     Returns:
-      A `Report` of what has been done.
+      A `Report` of what was done.
 
     Raises:
-      ValueError: As `analyze_file`; or `out` is read, lies in the folder that is read, has no name
-        in .safetensors, or is no regular file; or a factor would have the name of another tensor.
-      OSError: The input cannot be read, or the output not written.
+      ValueError: As in `analyze_file`. Or `out` is the input, is in the folder of the input, does
+        not end in .safetensors, or is not a regular file. Or a factor would have the name of
+        another tensor.
+      OSError: The input cannot be read, or the output cannot be written.
 
     Examples:
       >>> import jax, pathlib, tempfile
@@ -265,24 +284,7 @@ def compress_file(
       ...     print(checkpoint.restore(out)["Dense_0"]["kernel"].left.shape)
       (200, 8)
     """
-    if mode not in ("factorize", "truncate"):
-        raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
-    check_regular(Path(out), "out")
-    found = _check_dtype(dtype)
-    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
-    options |= {"batch": batch, "dtype": found, "progress": progress, "keep": keep}
-    options |= {"shrink": shrink, "min_rank": min_rank, "multiple": multiple}
-    options |= {"exact_below": exact_below}
-    with open_tensors(path) as tensors:
-        check_target(tensors, out, "`out`")
-        if Path(out).suffix != SUFFIX:  # by which `checkpoint.save` tells a file from a folder
-            raise ValueError(
-                f"`out` must end in {SUFFIX}, which is what is written, got {os.fspath(out)!r}: "
-                f"give {os.fspath(out) + SUFFIX!r}."
-            )
-        planned = _plan_file(tensors, **options, writes=True)
-        if mode == "truncate":
-            rows = {path: in_place(row) for path, row in planned.rows.items()}
-            planned = planned._replace(rows=Plan(rows))
-        _write(tensors, planned, out, rule, found)
-    return Report(planned.rows)
+    options = PlanOptions(
+        rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
+    )
+    return compress_checkpoint(path, out, options, mode, dtype, progress)

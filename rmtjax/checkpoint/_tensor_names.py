@@ -1,30 +1,30 @@
-"""What the tensors of a file are, kernels or factors of one, as far as their names tell."""
+"""Finds kernels, factors and optimizer moments in a checkpoint by the names of its tensors."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from rmtjax._axes import factored_axes, Factors, kernel_shape, KernelAxes
 from rmtjax._types import Axes, Where
-from rmtjax.checkpoint._manifest import KEY, Manifest, parse
-from rmtjax.checkpoint._tensors import Tensors
+from rmtjax.checkpoint._manifest import Manifest
+from rmtjax.checkpoint._tensors import StoredTensor, Tensors
 from rmtjax.planning import guess_axes, is_kernel, to_predicate
 
 # Linear, convolution and embedding; fused attention; recurrent layers and cells.
 _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
-# What optax keeps of each parameter has that one's name: below `opt_state`, or, of a state that
-# was saved alone, below `0/mu`.
+# An optax moment has the name of its parameter. It stands below `opt_state`, or below `0/mu` if
+# the state was saved alone.
 _MOMENT = re.compile(r"(.*/)?opt_state/.*|(.*/)?\d+/(mu|nu|trace)/.+/[^/]+")
-# Torch's convolutions over one axis are as long as their window, which is short.
+# Torch's one-dimensional convolutions end in the axis of their window. Windows are short, so a
+# longer last axis means a stack of matrices.
 _WINDOW = 16
 
 
 def _flax_path(name: str) -> str:
-    """The name with the separator of paths; some writers join them with a dot."""
+    """Returns a name with "/" between its parts; Torch and some other writers use dots."""
     return name.replace(".", "/")
 
 
@@ -33,15 +33,15 @@ def _is_torch(name: str) -> bool:
 
 
 def is_moment(name: str) -> bool:
-    """Whether it is that of a moment of an optimizer, which has the name of what it is of."""
+    """Returns True for the name of an optimizer's moment."""
     return bool(_MOMENT.fullmatch(_flax_path(name)))
 
 
 def is_kernel_tensor(name: str, leaf: Any) -> bool:
-    """Chooses Flax's `kernel` and `embedding`, and Torch's weights of two axes or more.
+    """Returns True for Flax's `kernel` and `embedding`, and Torch weights of two axes or more.
 
-    A Torch weight with one axis is the scale of a normalization. The moments of an optimizer,
-    named as the kernels that they are of, are none.
+    A Torch weight with one axis is the scale of a normalization. The moments of an optimizer are
+    not chosen, although they have the names of kernels.
     """
     if is_moment(name):
         return False
@@ -51,17 +51,17 @@ def is_kernel_tensor(name: str, leaf: Any) -> bool:
 
 
 def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
-    """The axes of a kernel, from its name and shape.
+    """Guesses the axes of a kernel from its name and shape.
 
-    - Flax: as `rmtjax.plan` guesses them. Stacked kernels (`nn.scan`) look like nothing known.
+    - Flax: as `rmtjax.plan` guesses them. Stacked kernels (`nn.scan`) are not recognized.
     - Torch: the first axis against all others, as stored, so that factors keep their order:
       (outputs, inputs), (outputs, inputs, *window). Fused kernels are one matrix: those of
       q, k and v (3 E, E), of the gates of a recurrent layer (4 H, inputs), GPT-2's `c_attn`.
 
     Returns:
-      None where the leaf is no matrix: a depthwise or grouped convolution, which Torch stores as
-      (outputs, 1, *window), or a stack: three axes, of which the last is too long for a window
-      (over 16) and the name tells no convolution.
+      None if the leaf is not a matrix. This is a depthwise or grouped convolution, which Torch
+      stores as (outputs, 1, *window), or a stack. A leaf with three axes counts as a stack if the
+      last one is longer than 16 and the layer's name does not contain "conv".
     """
     shape = kernel_shape(leaf)
     if not _is_torch(name):
@@ -75,11 +75,20 @@ def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
 
 
 def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) -> dict[str, Any]:
-    """The leaves that are kernels."""
+    """Returns the leaves that are kernels.
+
+    Raises:
+      ValueError: There are none, or `where` has a path that is not in the file.
+    """
+    if isinstance(where, Mapping):
+        unknown = min(where.keys() - leaves.keys(), default=None)
+        if unknown is not None:
+            raise ValueError(f"`where` has {unknown!r}, which is no path of the file.")
+        where = {path: where.get(path, False) for path in leaves}
     by_path = axes if isinstance(axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel_tensor(path, leaf)
-    wanted = to_predicate(where, dict(leaves)) or default
-    chosen = {path: leaf for path, leaf in leaves.items() if wanted(path, leaf)}
+    is_chosen = to_predicate(where, dict(leaves)) or default
+    chosen = {path: leaf for path, leaf in leaves.items() if is_chosen(path, leaf)}
     if not chosen:
         some = ", ".join(map(repr, list(leaves)[:5])) or "none"
         raise ValueError(
@@ -90,18 +99,12 @@ def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) ->
 
 
 def halves(path: str) -> tuple[str, str]:
-    """The names of the factors of a kernel."""
+    """Returns the names of the factors of a kernel."""
     return f"{path}/left", f"{path}/right"
 
 
-def read_manifest(tensors: Tensors) -> Manifest | None:
-    """What the file says of itself, if this package wrote it."""
-    text = tensors.metadata.get(KEY)
-    return None if text is None else parse(text)
-
-
 def check_factors(path: str, factors: Factors) -> None:
-    """Refuses halves that are not those of one kernel."""
+    """Raises ValueError if two tensors are not the factors of one kernel."""
     left, right = factors
     fits = (
         min(len(left.shape), len(right.shape)) >= 2
@@ -109,43 +112,41 @@ def check_factors(path: str, factors: Factors) -> None:
         and (factored_axes(factors).batch or left.shape[-1] == right.shape[0])
     )
     if not fits or left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating):
-        told = " and ".join(f"{half.dtype} of shape {half.shape}" for half in factors)
+        pair = " and ".join(f"{half.dtype} of shape {half.shape}" for half in factors)
         raise ValueError(
-            f"the halves of {path!r} are {told}, and must have one rank and one floating dtype."
+            f"the halves of {path!r} are {pair}, and must have one rank and one floating dtype."
         )
 
 
-def find_leaves(tensors: Tensors, told: Manifest | None) -> dict[str, Any]:
-    """Path, shape and dtype of each leaf of a file, in its order; factors are one leaf.
+def find_leaves(tensors: Tensors, manifest: Manifest | None) -> dict[str, Any]:
+    """Returns the leaves of a checkpoint by path, in the order of the file; factors are one leaf.
+
+    Each is a `StoredTensor` or `Factors` of two. No data is read.
 
     Raises:
-      ValueError: The file says that it has the factors of a kernel, and lacks one, or they are
-        no factors.
+      ValueError: A factor that the manifest names is missing, or two tensors are not factors.
     """
-    specs: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
-        for name, entry in tensors.entries.items()
+    stored: dict[str, Any] = {
+        name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()
     }
-    if told is None:
-        return specs
-    paths = told.factors
-    if paths is None:
-        paths = [path for path in told.plan or () if specs.keys() >= {*halves(path)}]
-    double = min(specs.keys() & paths, default=None)
+    if manifest is None:
+        return stored
+    paths = manifest.factors
+    if paths is None:  # a manifest may leave the list out: then its plan names the candidates
+        paths = [path for path in manifest.plan or () if stored.keys() >= {*halves(path)}]
+    double = min(stored.keys() & paths, default=None)
     if double is not None:
         raise ValueError(f"{str(tensors.path)!r} has {double!r} dense and as factors: remove one.")
     owners = {name: path for path in paths for name in halves(path)}
-    missing = min(owners.keys() - specs.keys(), default=None)
+    missing = min(owners.keys() - stored.keys(), default=None)
     if missing is not None:
         raise ValueError(
             f"{str(tensors.path)!r} lacks {missing!r}, which its own plan names: it is damaged, or "
             "its tensors were renamed. Write it again from its source."
         )
-    leaves = {}
-    for name, spec in specs.items():
-        path = owners.get(name)
-        leaf = spec if path is None else Factors(*(specs[half] for half in halves(path)))
-        leaves[name if path is None else path] = leaf
-    for path in paths:
-        check_factors(path, leaves[path])
-    return leaves
+    factors = {path: Factors(*(stored[half] for half in halves(path))) for path in paths}
+    for path, pair in factors.items():
+        check_factors(path, pair)
+    # The left half may come before or after the right one: the first of them places the kernel.
+    places = {owners.get(name, name): leaf for name, leaf in stored.items()}
+    return {path: factors.get(path, leaf) for path, leaf in places.items()}

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, known before any of its data is read."""
+"""Names, shapes and dtypes of the tensors in a checkpoint, known before any data is read."""
 
 import json
 import math
@@ -10,73 +10,77 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-KEY = "rmtjax"  # the key under which the metadata of a checkpoint hold its plan
-# The codes of the safetensors format that NumPy, with the types that jax adds, can hold.
+KEY = "rmtjax"  # the key of this package in the metadata of a checkpoint
+# The codes of the safetensors format that NumPy can hold, with the dtypes that jax adds to it.
 DTYPES = {
-    code: np.dtype(dtype)
-    for code, dtype in {
-        "BOOL": np.bool_,
-        "U8": np.uint8,
-        "I8": np.int8,
-        "F8_E5M2": jnp.float8_e5m2,
-        "F8_E4M3": jnp.float8_e4m3fn,
-        "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
-        "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
-        "F8_E8M0": jnp.float8_e8m0fnu,
-        "U16": np.uint16,
-        "I16": np.int16,
-        "F16": np.float16,
-        "BF16": jnp.bfloat16,
-        "U32": np.uint32,
-        "I32": np.int32,
-        "F32": np.float32,
-        "U64": np.uint64,
-        "I64": np.int64,
-        "F64": np.float64,
-        "C64": np.complex64,
-    }.items()
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2FNUZ": np.dtype(jnp.float8_e5m2fnuz),
+    "F8_E4M3FNUZ": np.dtype(jnp.float8_e4m3fnuz),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "F32": np.dtype(np.float32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_NDIM = 32  # what every NumPy can hold
+MAX_NDIM = 32  # the limit of NumPy 1, so that every NumPy can read the shape
 
 
 class Entry(NamedTuple):
-    """The shape and dtype of one tensor of a checkpoint.
+    """Holds the shape and dtype of one tensor of a checkpoint.
 
     Attributes:
-      shape: Its shape.
-      dtype: Its NumPy dtype; bfloat16 and float8 are those of jax.
+      shape: The shape, as a tuple of sizes.
+      dtype: The NumPy dtype; bfloat16 and float8 are those of jax.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @classmethod
+    def of(cls, array: Any) -> "Entry":
+        """Returns the entry of any object with a shape and a dtype."""
+        return cls(tuple(array.shape), np.dtype(array.dtype))
 
     def __str__(self) -> str:
         return f"{self.dtype} of shape {self.shape}"
 
     @property
     def num_bytes(self) -> int:
-        """What its numbers take, however large a shape is claimed."""
+        """The size of the data in bytes."""
+        # In Python integers: a damaged file may claim a shape that overflows 64 bits.
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def possible(self) -> bool:
-        """Whether an array can have the shape: NumPy limits that of an empty one, too."""
+        """Whether an array can have the shape."""
+        # NumPy refuses huge shapes even if one size is 0 and the array is empty.
         largest = self._replace(shape=tuple(max(size, 1) for size in self.shape))
         return len(self.shape) <= MAX_NDIM and largest.num_bytes < 2**63
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """An open checkpoint: what it holds, and a function that reads one tensor.
+    """An open checkpoint: the entries of its tensors, and a function that reads one tensor.
 
     Attributes:
-      path: Where it lies.
+      path: The path that was opened.
       layout: "safetensors" or "orbax".
       entries: Name to `Entry`, in the order of the file.
-      metadata: Texts that were saved with it.
-      read: `read(name)` gives one tensor; its memory is free when it is dropped.
-      files: What is read while it is open: files, or the folder that orbax wrote.
+      metadata: Texts that were saved with the tensors.
+      read: `read(name)` returns one tensor and keeps no reference to it.
+      files: The files that stay open, or the folder that orbax wrote.
     """
 
     path: Path
@@ -87,8 +91,36 @@ class Tensors:
     files: tuple[Path, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor that is still in a file: `np.asarray` reads it, each time from the file.
+
+    It stands for an array until its numbers are needed, so that the kernels of a large file are in
+    memory one at a time.
+
+    Attributes:
+      tensors: The open checkpoint.
+      name: The name of the tensor.
+      dtype: The dtype in which it is read.
+    """
+
+    tensors: Tensors
+    name: str
+    dtype: np.dtype
+    shape = property(lambda self: self.tensors.entries[self.name].shape)
+    ndim = property(lambda self: len(self.shape))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy  # every read is a new array
+        return self.tensors.read(self.name).astype(dtype or self.dtype, copy=False)
+
+
 def parse_json(text: str | bytes) -> Any:
-    """JSON in which a name stands once and a number is finite; ValueError for anything else."""
+    """Parses JSON strictly.
+
+    Raises:
+      ValueError: The text is not JSON, an object has a name twice, or a number is not finite.
+    """
 
     def unique(pairs):
         names = dict(pairs)

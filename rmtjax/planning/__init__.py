@@ -11,7 +11,12 @@ from rmtjax.planning._apply import (
     merge as merge,
     truncate as truncate,
 )
-from rmtjax.planning._cost import add_costs as add_costs, Cost as Cost, make_clock as make_clock
+from rmtjax.planning._cost import (
+    add_costs as add_costs,
+    Cost as Cost,
+    make_clock as make_clock,
+    rows_by_path as rows_by_path,
+)
 from rmtjax.planning._kernels import (
     FACTORS as FACTORS,
     find_kernels as find_kernels,
@@ -29,6 +34,7 @@ from rmtjax.planning._options import PlanOptions as PlanOptions
 from rmtjax.planning._plan import make_plan as make_plan, plan as plan
 from rmtjax.planning._rows import (
     check_plan as check_plan,
+    check_plan_fits as check_plan_fits,
     Factorized as Factorized,
     in_place as in_place,
     Kept as Kept,

@@ -149,6 +149,27 @@ def mismatch(leaf: Any, row: LayerPlan) -> str | None:
     return "is factorized with a lower rank" if leaf.left.shape[-1] < row.rank else None
 
 
+def check_plan_fits(plan: Any, leaves: Mapping[str, Any]) -> None:
+    """Raises an error unless a plan was made for a tree with these leaves.
+
+    Args:
+      plan: The plan.
+      leaves: Path to array or `Factors`, of the dense tree or of the one that the plan makes.
+
+    Raises:
+      TypeError: `plan` is not a plan.
+      ValueError: A kernel that it changes is missing, or has another shape, axes or rank.
+    """
+    check_plan(plan)
+    for path, row in plan.changes.items():
+        difference = mismatch(leaves[path], row) if path in leaves else "is not there"
+        if difference:
+            raise ValueError(
+                f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "
+                f"{difference} in this one. Make the plan from this tree with `rmtjax.plan`."
+            )
+
+
 def planned_views(params: PyTree, plan: Plan) -> dict[str, MatrixView]:
     """Returns the kernels that a plan changes, in the order of the tree.
 
@@ -158,14 +179,7 @@ def planned_views(params: PyTree, plan: Plan) -> dict[str, MatrixView]:
     """
     check_plan(plan)
     check_tree(params)
-    changes: Mapping[str, Truncated | Factorized] = plan.changes
-    leaves = leaves_by_path(params)
-    for path, row in changes.items():
-        difference = mismatch(leaves[path], row) if path in leaves else "is not there"
-        if difference:
-            raise ValueError(
-                f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "
-                f"{difference} in `params`. Make the plan from this tree with `rmtjax.plan`."
-            )
+    leaves, changes = leaves_by_path(params), plan.changes
+    check_plan_fits(plan, leaves)
     paths = [path for path in leaves if path in changes]
     return {path: MatrixView(path, leaves[path], changes[path].axes) for path in paths}

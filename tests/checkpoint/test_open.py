@@ -11,7 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rmtjax.checkpoint._open import Entry, open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._tensors import Entry
 
 MODEL = {"a/kernel": np.float32([[1, 2]]), "b/kernel": np.float32([[3]]), "b/bias": np.float32([4])}
 SHARDS = {"model-1.safetensors": ["a/kernel"], "model-2.safetensors": ["b/kernel", "b/bias"]}
@@ -19,8 +20,8 @@ INDEX = "model.safetensors.index.json"
 
 
 def write(path, arrays, metadata=()):
-    entries = {name: Entry(array.shape, array.dtype) for name, array in arrays.items()}
-    write_tensors(path, entries, arrays.__getitem__, dict(metadata))
+    entries = {name: Entry.of(array) for name, array in arrays.items()}
+    write_tensors(path, entries, arrays.items(), dict(metadata))
 
 
 def read(path):
@@ -136,32 +137,34 @@ def test_a_folder_in_the_place_of_a_file(folder):
         write(folder / "model-2.safetensors", MODEL)
 
 
-def failing(name):
-    if name == "b/kernel":
-        raise RuntimeError("the disk is full")
-    return MODEL[name]
+def failing():
+    yield "a/kernel", MODEL["a/kernel"]
+    raise RuntimeError("the disk is full")
 
 
-def reversed_axes(name):
-    return MODEL[name].T
-
-
-def half(name):
-    return MODEL[name].astype(np.float16)
+def changed(change):
+    return lambda: ((name, change(array)) for name, array in MODEL.items())
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [(failing, "disk is full"), (reversed_axes, "(2, 1) for 'a/kernel'"), (half, "gave float16")],
+    [
+        (failing, "disk is full"),
+        (changed(np.transpose), "(2, 1) for 'a/kernel'"),
+        (changed(np.float16), "gave float16"),
+        (lambda: [*MODEL.items()][:2], "lacks 'b/bias'"),
+        (lambda: [*MODEL.items(), ("c", MODEL["b/bias"])], "has 'c' twice, or `entries` does not"),
+        (lambda: [*MODEL.items()] * 2, "has 'a/kernel' twice"),
+    ],
 )
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, source, words):
-    entries = {name: Entry(array.shape, array.dtype) for name, array in MODEL.items()}
+    entries = {name: Entry.of(array) for name, array in MODEL.items()}
     path = tmp_path / "a.safetensors"
     for before in ({}, {"a.safetensors": b"old"}):
         for name, data in before.items():
             (tmp_path / name).write_bytes(data)
         with pytest.raises((RuntimeError, ValueError)) as caught:
-            write_tensors(path, entries, source, {})
+            write_tensors(path, entries, source(), {})
         assert words in str(caught.value)
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -175,20 +178,21 @@ def test_a_write_replaces_what_was_there(tmp_path):
 
 def test_a_dtype_that_no_file_holds(tmp_path):
     with pytest.raises(ValueError, match=r"'x' of dtype int4, .*: cast it to one of bool"):
-        write_tensors(tmp_path / "a", {"x": Entry((1,), np.dtype(jnp.int4))}, lambda _: None, {})
+        write_tensors(tmp_path / "a", {"x": Entry((1,), np.dtype(jnp.int4))}, [], {})
 
 
 SIZE, COUNT = 2**22, 40  # 160 MB in tensors of 4 MB
 PEAK = """
 import resource, sys
-from rmtjax._files import open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors, write_tensors
 
 unit = 1 if sys.platform == "darwin" else 1024
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 with open_tensors(sys.argv[1]) as tensors:
     tensors.read(next(iter(tensors.entries)))  # what is imported late is no part of it
     before = peak()
-    write_tensors(sys.argv[2], tensors.entries, tensors.read, {})
+    arrays = ((name, tensors.read(name)) for name in tensors.entries)
+    write_tensors(sys.argv[2], tensors.entries, arrays, {})
     print(peak() - before)
 """
 # A process starts with the peak of the one that started it: here a small one in between.

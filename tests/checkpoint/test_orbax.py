@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from rmtjax.checkpoint import _orbax
-from rmtjax.checkpoint._open import Entry, open_tensors
+from rmtjax.checkpoint._open import open_tensors
+from rmtjax.checkpoint._tensors import Entry
 
 TREE = {
     "Dense_0": {
@@ -69,7 +70,7 @@ def test_whatever_orbax_wrote_is_read_leaf_by_leaf(tmp_path, writer):
     with open_tensors(tmp_path / "saved") as tensors:
         assert (tensors.layout, tensors.path) == ("orbax", tmp_path / "saved")
         assert tensors.metadata == {}
-        assert tensors.entries == {name: Entry(a.shape, a.dtype) for name, a in leaves.items()}
+        assert tensors.entries == {name: Entry.of(a) for name, a in leaves.items()}
         for name, leaf in leaves.items():
             array = tensors.read(name)
             assert type(array) is np.ndarray

@@ -12,8 +12,8 @@ import safetensors.numpy
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rmtjax.checkpoint._open import Entry, open_tensors, write_tensors
-from rmtjax.checkpoint._tensors import CODES, DTYPES
+from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry
 
 # What the library itself has in NumPy; it reads the others as bytes.
 COMMON = [dtype for code, dtype in DTYPES.items() if not code.startswith(("F8", "BF"))]
@@ -27,11 +27,11 @@ ARRAYS = {
 
 
 def entries_of(arrays):
-    return {name: Entry(array.shape, array.dtype) for name, array in arrays.items()}
+    return {name: Entry.of(array) for name, array in arrays.items()}
 
 
 def write(path, arrays, **metadata):
-    write_tensors(path, entries_of(arrays), arrays.__getitem__, metadata)
+    write_tensors(path, entries_of(arrays), arrays.items(), metadata)
     return path
 
 
@@ -68,7 +68,7 @@ TREES = st.dictionaries(
 @given(arrays=TREES, metadata=st.dictionaries(st.text(max_size=4), st.text(), max_size=2))
 def test_files_are_those_of_the_library(tmp_path_factory, arrays, metadata):
     path = tmp_path_factory.mktemp("files") / "a.safetensors"
-    write_tensors(path, entries_of(arrays), arrays.__getitem__, metadata)
+    write_tensors(path, entries_of(arrays), arrays.items(), metadata)
     same(safetensors.numpy.load_file(path), arrays)
     with safetensors.safe_open(path, "np") as opened:
         assert (opened.metadata() or {}) == metadata

@@ -55,7 +55,7 @@ def test_a_factorized_tree_comes_back_with_its_plan(path, plan, thin):
     same(restored, thin)
     assert isinstance(restored["Dense_0"]["kernel"], Factors)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
-    assert str(checkpoint.plan(path)) == str(plan)
+    assert str(checkpoint.load_plan(path)) == str(plan)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), thin)
     same(checkpoint.restore(path, like=spec), thin)
     with open_tensors(path) as tensors:
@@ -66,7 +66,7 @@ def test_a_factorized_tree_comes_back_with_its_plan(path, plan, thin):
 
 def test_what_is_restored_can_be_cut_again_by_the_saved_noise(path, plan, thin):
     checkpoint.save(path, thin, plan)
-    fits = {name: row.fit for name, row in checkpoint.plan(path).items() if row.fit}
+    fits = {name: row.fit for name, row in checkpoint.load_plan(path).items() if row.fit}
     again = rmtjax.plan(checkpoint.restore(path), fits=fits, multiple=1, where=WHERE)
     assert again["Dense_0/kernel"].reason.startswith("factorized again")
     assert again["Dense_0/kernel"].fit == plan["Dense_0/kernel"].fit
@@ -90,7 +90,7 @@ def test_there_may_be_no_plan(path):
     checkpoint.save(path, PARAMS)
     same(checkpoint.restore(path), PARAMS)
     with pytest.raises(ValueError, match=r"carries no plan: make one by `rmtjax\.plan`"):
-        checkpoint.plan(path)
+        checkpoint.load_plan(path)
 
 
 LEAVES = {

@@ -10,8 +10,9 @@ from hypothesis import given, settings, strategies as st
 
 import rmtjax
 from rmtjax import checkpoint, KernelAxes
-from rmtjax.checkpoint import _tensor_names
-from rmtjax.checkpoint._open import Entry, open_tensors, write_tensors
+from rmtjax.checkpoint._manifest import read_manifest
+from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._tensors import Entry
 
 FIT = rmtjax.BulkFit(*np.float32([1, 2, 2, 0]), np.int32(0))
 INDEX = "model.safetensors.index.json"
@@ -27,8 +28,8 @@ def spiked(seed, shape=(80, 60), spikes=2):
 
 
 def write(path, tensors, **metadata):
-    entries = {name: Entry(array.shape, array.dtype) for name, array in tensors.items()}
-    write_tensors(path, entries, tensors.__getitem__, metadata)
+    entries = {name: Entry.of(array) for name, array in tensors.items()}
+    write_tensors(path, entries, tensors.items(), metadata)
     return path
 
 
@@ -114,7 +115,7 @@ def test_what_was_compressed_is_judged_by_its_own_noise(tmp_path, tree):
     assert {name: a.tobytes() for name, a in read(again).items()} == {
         name: a.tobytes() for name, a in read(thin).items()
     }
-    assert checkpoint.plan(again).keys() == checkpoint.plan(thin).keys()
+    assert checkpoint.load_plan(again).keys() == checkpoint.load_plan(thin).keys()
     assert checkpoint.restore(again)["Dense_0"]["kernel"].left.shape[-1] == 2
     # A lower rank replaces the factors by thinner ones.
     checkpoint.compress_file(again, thin, rule=rmtjax.ranks.fixed(1), multiple=1)
@@ -129,7 +130,7 @@ def test_a_rule_is_told_where_it_is_that_of_all(tmp_path):
     def rule(source, target, rank, **options):
         checkpoint.compress_file(source, target, rule=rmtjax.ranks.fixed(rank), **options)
         with open_tensors(target) as opened:
-            return _tensor_names.read_manifest(opened).rule
+            return read_manifest(opened).rule
 
     assert rule(path, out, 16, **only("a.weight")) == str(FIXED)
     assert rule(out, path, 16, **only("b.weight")) == str(FIXED)

@@ -10,13 +10,14 @@ import pytest
 MEASURE = """
 import sys
 from rmtjax import checkpoint, ranks
-from rmtjax._files import Entry, write_tensors
+from rmtjax.checkpoint._open import write_tensors
+from rmtjax.checkpoint._tensors import Entry
 import numpy as np
 path, modes = sys.argv[1], sys.argv[2].split()
 rows, columns, copies, parts = map(int, sys.argv[3:])
-entry = Entry((rows, columns), np.dtype(np.float32))
-draw = lambda name: np.random.default_rng(0).standard_normal(entry.shape, np.float32)
-write_tensors(path, {f"{i}.weight": entry for i in range(copies)}, draw, {})
+entries = {f"{i}.weight": Entry((rows, columns), np.dtype(np.float32)) for i in range(copies)}
+draw = lambda: np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+write_tensors(path, entries, ((name, draw()) for name in entries), {})
 peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024
 checkpoint.analyze_file(path)
 analyzed = peak()

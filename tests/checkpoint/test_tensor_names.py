@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rmtjax import KernelAxes
-from rmtjax.checkpoint import _tensor_names
+from rmtjax.checkpoint._tensor_names import is_kernel_tensor, tensor_axes
 
 
 @pytest.mark.parametrize(
@@ -26,16 +26,14 @@ from rmtjax.checkpoint import _tensor_names
 )
 def test_kernels_are_known_by_name(name, shape, axes):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert _tensor_names.is_kernel(name, leaf)
-    assert _tensor_names.kernel_axes(name, leaf) == axes
+    assert is_kernel_tensor(name, leaf)
+    assert tensor_axes(name, leaf) == axes
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "lstm.bias_hh_l0", "position_ids", "weight_g"])
 def test_what_is_no_kernel_has_no_row(name):
-    assert not _tensor_names.is_kernel(name, jax.ShapeDtypeStruct((60,), jnp.float32))
-    assert not _tensor_names.is_kernel(
-        "attention.masked_bias", jax.ShapeDtypeStruct((80, 60), jnp.int8)
-    )
+    assert not is_kernel_tensor(name, jax.ShapeDtypeStruct((60,), jnp.float32))
+    assert not is_kernel_tensor("attention.masked_bias", jax.ShapeDtypeStruct((80, 60), jnp.int8))
 
 
 @pytest.mark.parametrize(
@@ -52,4 +50,4 @@ def test_what_is_no_kernel_has_no_row(name):
     ],
 )
 def test_moments_of_an_optimizer_are_no_kernels(name, moment):
-    assert _tensor_names.is_kernel(name, jax.ShapeDtypeStruct((80, 60), jnp.float32)) != moment
+    assert is_kernel_tensor(name, jax.ShapeDtypeStruct((80, 60), jnp.float32)) != moment

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rmtjax import cli
-from rmtjax.checkpoint._open import Entry, open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._tensors import Entry
 
 
 def spiked(seed):
@@ -14,9 +15,9 @@ def spiked(seed):
 
 
 def save(folder, **tensors):
-    entries = {name: Entry(array.shape, array.dtype) for name, array in tensors.items()}
+    entries = {name: Entry.of(array) for name, array in tensors.items()}
     path = folder / "model.safetensors"
-    write_tensors(path, entries, tensors.__getitem__, {})
+    write_tensors(path, entries, tensors.items(), {})
     return str(path)
 
 

@@ -209,6 +209,6 @@ def test_what_is_saved_comes_back(run, request, tmp_path):
     restored = checkpoint.restore(path)
     assert jax.tree.structure(restored) == jax.tree.structure(run.thin)
     reasons = {path: row.reason for path, row in run.plan.items()}
-    assert {path: row.reason for path, row in checkpoint.plan(path).items()} == reasons
+    assert {path: row.reason for path, row in checkpoint.load_plan(path).items()} == reasons
     one, other = run.step(restored), run.step(run.thin)
     jax.tree.map(np.testing.assert_array_equal, one, other)

@@ -160,7 +160,7 @@ def test_save(name, tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
     jax.tree.map(np.testing.assert_array_equal, restored, tree)
     decided = lambda plan: {path: (row.action, row.rank) for path, row in plan.items()}
-    assert decided(checkpoint.plan(path)) == decided(found.plan)
+    assert decided(checkpoint.load_plan(path)) == decided(found.plan)
     wanted = found.gradients("thin")[1]
     jax.tree.map(np.testing.assert_array_equal, found.gradient(found.refill(restored))[1], wanted)
 
