@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+import rmtjax
 from rmtjax import Factors, KernelAxes
+from rmtjax._axes import KernelLeaf, MatrixView
 from rmtjax.planning import _cost
 from rmtjax.planning._cost import Cost, Product
 
@@ -21,14 +23,16 @@ MATRIX, CONV, STACK = (
 )
 
 
-def no_clock(product):
-    raise AssertionError(f"timed {product}")
+def factors_win(product):
+    """A clock by which each alternative takes half of the time of the one before."""
+    return np.asarray([[0.5**i for i in range(len(product.ranks))]])
 
 
 def cost_of(leaf, axes, rows=None, *, rank=None, path="kernel"):
-    """The cost of a leaf that is not timed, whose factors get a rank."""
-    load = _cost.load_of(path, leaf, axes, {} if rows is None else {path: rows})
-    return _cost.weigh(load._replace(timed=False), rank or load.rank, no_clock)[0]
+    """The cost of a leaf whose factors get a rank; with rows, they win."""
+    view = KernelLeaf(path, leaf) if axes is None else MatrixView(path, leaf, axes)
+    rank = rank or (view.rank if axes else None)
+    return _cost.weigh(view, rank, rows, factors_win)[0]
 
 
 def flops(function, *arguments):
@@ -204,28 +208,27 @@ def test_costs_add_up_with_or_without_times():
     assert _cost.add_costs([untimed, timed, timed]) == Cost(21, 42, 1.0, 63, 84, 0.5)
 
 
-def test_rows_are_told_for_all_kernels_or_for_each():
+def test_rows_are_given_for_all_kernels_or_for_each():
     paths = ["a/kernel", "b/kernel"]
-    assert _cost.check_batch(None, paths) == {}
-    assert _cost.check_batch(7, paths) == {"a/kernel": 7, "b/kernel": 7}
-    assert _cost.check_batch({"b/kernel": 3}, paths) == {"b/kernel": 3}
+    assert _cost.rows_by_path(None, paths) == {}
+    assert _cost.rows_by_path(7, paths) == {"a/kernel": 7, "b/kernel": 7}
+    assert _cost.rows_by_path({"b/kernel": 3}, paths) == {"b/kernel": 3}
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "8", None])
-@pytest.mark.parametrize("paths", [["kernel"], []], ids=str)
-def test_wrong_rows_are_named_with_their_value(value, paths, monkeypatch):
+def test_wrong_rows_are_named_with_their_value(value, monkeypatch):
     # As users have it: the type checker of the tests would speak first, in its own words.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    make = partial(rmtjax.plan, {})
     if value is not None:
         with pytest.raises(ValueError, match=rf"^`batch` must be an integer .* got {value!r}:"):
-            _cost.check_batch(value, paths)
-    if paths:
-        with pytest.raises(ValueError, match=rf"^`batch\['kernel'\]` must be .* got {value!r}:"):
-            _cost.check_batch({"kernel": value}, paths)
+            make(batch=value)
+    with pytest.raises(ValueError, match=rf"^`batch\['kernel'\]` must be .* got {value!r}:"):
+        make(batch={"kernel": value})
 
 
 def test_rows_of_a_kernel_that_is_not_there_are_refused():
     with pytest.raises(ValueError, match=r"`batch` has 'b', which is none .*, such as 'a/kernel'"):
-        _cost.check_batch({"a/kernel": 1, "b": 1}, ["c/kernel", "a/kernel"])
+        _cost.rows_by_path({"a/kernel": 1, "b": 1}, ["c/kernel", "a/kernel"])
     with pytest.raises(ValueError, match=r"`batch` has 'b', which is none .*; there are none"):
-        _cost.check_batch({"b": 1}, [])
+        _cost.rows_by_path({"b": 1}, [])

@@ -10,7 +10,8 @@ from jax import lax
 
 import rmtjax
 from rmtjax import KernelAxes
-from rmtjax.planning import _kernels
+from rmtjax._axes import MatrixView
+from rmtjax.planning import find_kernels
 
 KEY = jax.random.key(0)
 # Products of float32 summed in another order: some eps of the largest entry.
@@ -39,6 +40,13 @@ def zeros(module, *args):
 def axes_by_path(params):
     """The axes in a plan that fits nothing: no kernel is long enough."""
     return {path: row.axes for path, row in rmtjax.plan(params, min_size=10_000).items()}
+
+
+def view_of(path, kernel):
+    """A kernel at a path, with the axes that are guessed for it."""
+    parent, _, name = path.rpartition("/")
+    tree = {parent: {name: kernel}} if parent else {name: kernel}
+    return find_kernels(tree)[path]
 
 
 def inputs_first(ndim):
@@ -95,7 +103,7 @@ def test_the_matrix_of_a_convolution_multiplies_patches(window, names, options):
     layer = nn.Conv(4, window, use_bias=False, **options)
     outputs, variables = layer.init_with_output(KEY, inputs)
     kernel = variables["params"]["kernel"]
-    (matrix,) = _kernels.to_matrices(kernel, _kernels.kernel_axes("Conv_0/kernel", kernel))
+    (matrix,) = view_of("Conv_0/kernel", kernel).matrices()
     strides = (options.get("strides", 1),) * len(window)
     patches = lax.conv_general_dilated_patches(
         inputs, window, strides, options.get("padding", "SAME"), dimension_numbers=names
@@ -123,7 +131,7 @@ def test_the_matrices_of_attention_multiply_as_its_projections_do(name):
         module.apply(variables, inputs)
     ((seen, outputs),) = calls
     kernel = variables["params"][name]["kernel"]
-    (matrix,) = _kernels.to_matrices(kernel, _kernels.kernel_axes(f"{name}/kernel", kernel))
+    (matrix,) = view_of(f"{name}/kernel", kernel).matrices()
     rows = seen.reshape(2, 4, -1)
     np.testing.assert_allclose(rows @ matrix, outputs.reshape(2, 4, -1), **CLOSE)
 
@@ -132,7 +140,7 @@ def test_the_matrix_of_a_dense_layer_is_its_kernel():
     inputs = jax.random.normal(KEY, (2, 8))
     outputs, variables = nn.Dense(5, use_bias=False).init_with_output(KEY, inputs)
     kernel = variables["params"]["kernel"]
-    (matrix,) = _kernels.to_matrices(kernel, _kernels.kernel_axes("kernel", kernel))
+    (matrix,) = view_of("kernel", kernel).matrices()
     np.testing.assert_allclose(inputs @ matrix, outputs, **CLOSE)
 
 
@@ -150,14 +158,16 @@ def shapes_and_axes(draw):
 def test_matrices_hold_each_entry_at_its_place_and_go_back(case, random):
     shape, axes = case
     kernel = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    matrices = _kernels.to_matrices(jnp.asarray(kernel), axes)
+    view = MatrixView("kernel", jnp.asarray(kernel), axes)
+    matrices = view.matrices()
+    assert matrices.shape == (view.stack, view.rows, view.columns)
     index = [random.randrange(size) for size in shape]
     place = [0, 0, 0]
     for position, group in enumerate((axes.batch, axes.inputs, axes.outputs)):
         for axis in group:
             place[position] = place[position] * shape[axis] + index[axis]
     assert np.asarray(matrices)[tuple(place)] == kernel[tuple(index)]
-    np.testing.assert_array_equal(_kernels.from_matrices(matrices, shape, axes), kernel)
+    np.testing.assert_array_equal(view.from_matrices(matrices), kernel)
 
 
 @pytest.mark.parametrize(

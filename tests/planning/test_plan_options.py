@@ -1,6 +1,6 @@
 """Plans of all trees and stacks, the options of a plan, and the noise levels that it is given."""
 
-import inspect
+import re
 
 import flax
 import jax
@@ -71,6 +71,23 @@ def test_where_chooses_leaves_by_path_and_shape():
     assert chosen(where=lambda path, leaf: path == "a/weight") == ["a/weight"]
     assert chosen(where=lambda path, leaf: leaf.ndim == 1) == ["b/bias"]
     assert chosen(where=lambda path, leaf: False) == []
+    assert chosen(where="^b/") == ["b/bias", "b/kernel"]
+    assert chosen(where=re.compile("weight|bias")) == ["a/weight", "b/bias"]
+    mask = {"a": {"kernel": True, "weight": False}, "b": False}  # a prefix, as optax's masks
+    assert chosen(where=mask) == ["a/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "words"),
+    [
+        ("(", ValueError, "`where` must be a regular expression if it is a string, got '\\('"),
+        ({"a": True}, ValueError, "`where` must be a tree of booleans with the structure"),
+        ({"kernel": 1.0}, TypeError, "`where` must be a function .* got 1.0 at 'kernel'"),
+    ],
+)
+def test_a_wrong_choice_is_refused(where, error, words):
+    with pytest.raises(error, match=words):
+        rmtjax.plan({"kernel": GOOD}, where=where)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +149,10 @@ def test_options_out_of_range_are_named_with_their_value(options, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", ["bema", 56, rmtjax.ranks.bema])
-def test_what_is_no_rule_is_refused_by_name(rule):
-    plan = inspect.unwrap(rmtjax.plan)
+def test_what_is_no_rule_is_refused_by_name(rule, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(TypeError, match="`rule` must be a rank rule"):
-        plan({"kernel": GOOD}, rule=rule)
+        rmtjax.plan({"kernel": GOOD}, rule=rule)
 
 
 def test_kernels_that_share_a_path_are_refused():
