@@ -1,4 +1,4 @@
-"""Arrays on several devices: what lies where, and who decides on it."""
+"""Helpers for sharded arrays: query shardings, place results, run functions under explicit meshes."""
 
 import functools
 import importlib
@@ -17,7 +17,7 @@ from rmtjax._axes import KernelAxes
 
 
 def mesh_of(array: Any) -> Any:
-    """The mesh on whose devices, more than one, a concrete array lies; None of others."""
+    """Returns the mesh that a concrete array is stored on; None for one device and for tracers."""
     if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
         return None
     sharding: Any = array.sharding
@@ -25,8 +25,8 @@ def mesh_of(array: Any) -> Any:
 
 
 def typed_sharding(array: Any) -> NamedSharding | None:
-    """The sharding that is part of the type of an array, on a mesh with explicit axes."""
-    # Which came with jax 0.7, and without which nothing can be done about it.
+    """Returns the sharding in the type of an array, which it has on a mesh with explicit axes."""
+    # Explicit axes came with jax 0.7. Before it no array has a sharding in its type.
     if not hasattr(jax.sharding, "auto_axes") or not isinstance(array, jax.Array):
         return None
     sharding = jax.typeof(array).sharding
@@ -40,24 +40,29 @@ def _compiled(function: Callable, out: Any) -> Callable:
 
 
 def by_compiler(function: Callable, *arguments: PyTree, out: Any = None, anew: bool = False) -> Any:
-    """Calls a function in which the compiler decides where arrays lie.
+    """Calls a function under automatic axes: the compiler decides on the shardings inside.
 
-    As it does anyway where the axes of a mesh are of the type Auto. On a mesh with explicit axes
-    a decomposition would refuse a sharded matrix. There the results lie as `out` says, a sharding
-    or a tuple that begins as the results do: whole on each device where it has None. Compiled
-    `anew` for a function of the user's, which may not do again what it has done.
+    Meshes with axes of type Auto need nothing for that. On a mesh with explicit axes, a
+    decomposition would refuse a sharded matrix.
+
+    Args:
+      function: Takes and returns trees of arrays.
+      *arguments: Its arguments.
+      out: The shardings of the results on an explicit mesh: one, or a tuple that begins as the
+        results do. None replicates a result.
+      anew: Compile again for this call. A function of the user's may behave differently each time.
     """
     leaves = jax.tree.leaves(arguments)
-    found = (typed_sharding(leaf) for leaf in leaves)
-    mesh = next((sharding.mesh for sharding in found if sharding is not None), None)
+    shardings = (typed_sharding(leaf) for leaf in leaves)
+    mesh = next((sharding.mesh for sharding in shardings if sharding is not None), None)
     if mesh is None:
         return function(*arguments)
-    whole = NamedSharding(mesh, PartitionSpec())
-    place = lambda own: whole if own is None else own
-    out = jax.tree.map(place, out, is_leaf=lambda own: own is None)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    place = lambda sharding: replicated if sharding is None else sharding
+    out = jax.tree.map(place, out, is_leaf=lambda sharding: sharding is None)
     if not (anew or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)):
         return _compiled(function, out)(*arguments)
-    # Compiled, for those who are not yet: under `vmap` alone.
+    # `auto_axes` needs a compiled program. Under `vmap` alone there is none yet.
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))(*arguments)
 
 
@@ -72,7 +77,7 @@ def beside_accelerator() -> AbstractContextManager:
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Arrays in the memory of the host, also where other processes hold parts of them."""
+    """Returns arrays in the memory of the host, gathered from all processes that hold parts."""
 
     def gather(leaf):
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -83,18 +88,18 @@ def fetch(tree: PyTree) -> PyTree:
 
 
 def specs(sharding: NamedSharding, ndim: int) -> list[Any]:
-    """What each axis of an array is divided over."""
+    """Returns the mesh axes over which each axis of an array is divided, None for no division."""
     return [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
 
 
 def _in_force(mesh: Any) -> Any:
-    """A mesh within a compiled program: within `by_compiler` it has other types of axes."""
+    """Returns the mesh to use in a compiled program: `by_compiler` changes the types of its axes."""
     current = jax.sharding.get_abstract_mesh()
     return current if current.axis_names == mesh.axis_names else mesh
 
 
 def constrain(array: jax.Array, mesh: Any, spec: Iterable[Any]) -> jax.Array:
-    """An array within a compiled program, and within `by_compiler`, divided over a mesh."""
+    """Constrains the sharding of an array within a compiled program, and within `by_compiler`."""
     sharding = NamedSharding(_in_force(mesh), PartitionSpec(*spec))
     return jax.lax.with_sharding_constraint(array, sharding)
 
@@ -102,40 +107,42 @@ def constrain(array: jax.Array, mesh: Any, spec: Iterable[Any]) -> jax.Array:
 def _shard_map() -> Callable:
     if hasattr(jax, "shard_map"):
         return jax.shard_map
-    old: Any = importlib.import_module("jax.experimental.shard_map")  # its place in jax 0.6
-    return functools.partial(old.shard_map, check_rep=False)  # it does not know all of ours
+    # In jax 0.6 it is experimental, and its check of replication lacks rules for decompositions.
+    old: Any = importlib.import_module("jax.experimental.shard_map")
+    return functools.partial(old.shard_map, check_rep=False)
 
 
-def mesh_of_whole(tree: PyTree) -> Any:
-    """The mesh on each of whose devices concrete arrays lie whole; None of others."""
-    meshes = {mesh_of(leaf) for leaf in jax.tree.leaves(tree)}
-    whole = len(meshes) == 1 and None not in meshes
-    whole = whole and all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree))
-    return meshes.pop() if whole else None
+def replicating_mesh(tree: PyTree) -> Any:
+    """Returns the mesh on which all arrays of a tree are replicated; None if there is none."""
+    leaves = jax.tree.leaves(tree)
+    meshes = {mesh_of(leaf) for leaf in leaves}
+    if len(meshes) > 1 or None in meshes or not all(leaf.is_fully_replicated for leaf in leaves):
+        return None
+    return meshes.pop()
 
 
 def in_shares(function: Callable[[PyTree], PyTree], stack: PyTree, mesh: Any) -> PyTree:
-    """A function of a stack, arrays with a leading axis, of which each device has a share.
+    """Applies a function to a replicated stack, of which each device of a mesh takes a share.
 
-    Within a compiled program. What the function returns has the same leading axis.
+    Call it within a compiled program. The stack and the results have the same leading axis.
     """
     size, names = len(jax.tree.leaves(stack)[0]), mesh.axis_names
-    if size == 1:  # large, it may be, and not to be copied
+    if size == 1:  # indexing would copy the matrix, which may be large
         return function(stack)
     share = -(-size // mesh.size)
 
-    def own(stack):
-        # The last again where there are none left: what is found of it is left out.
+    def of_device(stack):
+        # Devices without work repeat the last matrix. Their results are cut off below.
         indices = jax.lax.axis_index(names) * share + jnp.arange(share)
         return function(jax.tree.map(lambda leaf: leaf[jnp.minimum(indices, size - 1)], stack))
 
-    whole, shares = PartitionSpec(), PartitionSpec(names)
-    divide = _shard_map()(own, mesh=_in_force(mesh), in_specs=whole, out_specs=shares)
-    return jax.tree.map(lambda leaf: leaf[:size], divide(stack))
+    replicated, divided = PartitionSpec(), PartitionSpec(names)
+    run = _shard_map()(of_device, mesh=_in_force(mesh), in_specs=replicated, out_specs=divided)
+    return jax.tree.map(lambda leaf: leaf[:size], run(stack))
 
 
-def _sharding_of(array: Any) -> NamedSharding | None:
-    """How an array lies on a mesh, where that can be known."""
+def _named_sharding(array: Any) -> NamedSharding | None:
+    """Returns the sharding of an array on a mesh, where it can be known."""
     if isinstance(array, jax.core.Tracer):
         return typed_sharding(array)
     sharding = getattr(array, "sharding", None)
@@ -143,38 +150,39 @@ def _sharding_of(array: Any) -> NamedSharding | None:
 
 
 def place_like(new: jax.Array, old: Any) -> jax.Array:
-    """An array where another of its shape lies."""
-    sharding = _sharding_of(old)
+    """Places an array as another one of its shape is placed."""
+    sharding = _named_sharding(old)
     return _commit_like(new, old) if sharding is None else jax.device_put(new, sharding)
 
 
 def _commit_like(new: jax.Array, old: Any) -> jax.Array:
-    """An array on the one device on which another is to stay."""
+    """Commits an array to the device to which another is committed, if it is."""
     concrete = not any(isinstance(array, jax.core.Tracer) for array in (new, old))
-    bound = concrete and isinstance(old, jax.Array) and old.committed
-    return jax.device_put(new, old.sharding) if bound else new
+    committed = concrete and isinstance(old, jax.Array) and old.committed
+    return jax.device_put(new, old.sharding) if committed else new
 
 
 def place_factors(left: jax.Array, right: jax.Array, kernel: Any, axes: KernelAxes):
-    """Factors of a kernel, divided along its axes as it is; their rank is not divided."""
-    sharding = _sharding_of(kernel)
+    """Divides factors along the axes of their kernel as it is divided; the rank is not divided."""
+    sharding = _named_sharding(kernel)
     if sharding is None:
         return _commit_like(left, kernel), _commit_like(right, kernel)
     spec = specs(sharding, kernel.ndim)
     batch, inputs, outputs = ([spec[axis] for axis in group] for group in (axes[2], *axes[:2]))
-    put = lambda array, own: jax.device_put(
-        array, NamedSharding(sharding.mesh, PartitionSpec(*own), memory_kind=sharding.memory_kind)
+    put = lambda array, spec: jax.device_put(
+        array, NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
     )
     return put(left, [*batch, *inputs, None]), put(right, [*batch, None, *outputs])
 
 
 def merged_sharding(left: jax.Array, right: jax.Array, axes: KernelAxes) -> NamedSharding | None:
-    """How the product of factors lies that have shardings in their types."""
-    own = typed_sharding(left), typed_sharding(right)
-    if own[0] is None or own[1] is None:
+    """Returns the sharding of the product of factors that have shardings in their types."""
+    of_left, of_right = typed_sharding(left), typed_sharding(right)
+    if of_left is None or of_right is None:
         return None
-    outputs = specs(own[1], right.ndim)[1 + len(axes.batch) :]
-    spec = [*specs(own[0], left.ndim)[:-1], *outputs]
-    names = [name for part in spec for name in (part if isinstance(part, tuple) else (part,))]
-    taken = [name for name in names if name is not None]
-    return NamedSharding(own[0].mesh, PartitionSpec(*spec if len(taken) == len({*taken}) else ()))
+    outputs = specs(of_right, right.ndim)[1 + len(axes.batch) :]
+    spec = [*specs(of_left, left.ndim)[:-1], *outputs]
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    names = [name for part in parts for name in part if name is not None]
+    # A mesh axis can divide one array axis only. If both factors use it, replicate the product.
+    return NamedSharding(of_left.mesh, PartitionSpec(*spec if len(names) == len({*names}) else ()))
