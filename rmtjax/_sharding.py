@@ -1,4 +1,4 @@
-"""Helpers for sharded arrays: query shardings, place results, run functions under explicit meshes."""
+"""Helpers for sharded arrays: query shardings, place results, run under explicit meshes."""
 
 import functools
 import importlib
@@ -93,7 +93,7 @@ def specs(sharding: NamedSharding, ndim: int) -> list[Any]:
 
 
 def _in_force(mesh: Any) -> Any:
-    """Returns the mesh to use in a compiled program: `by_compiler` changes the types of its axes."""
+    """Returns the mesh to use inside a program: `by_compiler` changes the types of its axes."""
     current = jax.sharding.get_abstract_mesh()
     return current if current.axis_names == mesh.axis_names else mesh
 
