@@ -5,12 +5,6 @@ decides the rank of each kernel, with a reason. `truncate` and `factorize` do wh
 `merge` multiplies factors out again. Nothing is changed before a plan is applied.
 """
 
-from rmtjax.planning._apply import (
-    changed_leaves as changed_leaves,
-    factorize as factorize,
-    merge as merge,
-    truncate as truncate,
-)
 from rmtjax.planning._cost import (
     add_costs as add_costs,
     Cost as Cost,
@@ -43,4 +37,10 @@ from rmtjax.planning._rows import (
     Plan as Plan,
     planned_views as planned_views,
     Truncated as Truncated,
+)
+from rmtjax.planning._truncate import (
+    changed_leaves as changed_leaves,
+    factorize as factorize,
+    merge as merge,
+    truncate as truncate,
 )
