@@ -18,7 +18,8 @@ PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 EXAMPLES = {page: EXAMPLE.findall(text) for page, text in PAGES.items()}
 ELSEWHERE = {"layers", "training_live"}  # run by `test_layer_table.py` and `test_metrics.py`
 RUN = [page for page, examples in EXAMPLES.items() if examples and page not in ELSEWHERE]
-SHOWN = set(re.findall(r"^::: (\S+)", "\n".join(p.read_text() for p in DOCS.glob("api/*.md")), re.M))
+REFERENCE = "\n".join(page.read_text() for page in DOCS.glob("api/*.md"))
+SHOWN = set(re.findall(r"^::: (\S+)", REFERENCE, re.M))
 
 
 @pytest.mark.parametrize("page", PAGES)
