@@ -1,4 +1,4 @@
-"""`python -m rmtjax` is the command `rmtjax`."""
+"""Runs the command `rmtjax` for `python -m rmtjax`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Names as text that steers no terminal."""
+"""Makes names safe to print."""
 
 
 def printable(name: str) -> str:
-    """A name that steers neither a terminal nor a table."""
+    """Returns a name in which control characters, which could steer a terminal, are escaped."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()

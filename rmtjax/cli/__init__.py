@@ -1,4 +1,7 @@
-"""The command `rmtjax`."""
+"""The command line: `rmtjax analyze` and `rmtjax compress`.
+
+A path to a checkpoint comes in. A table, a report or a smaller checkpoint goes out.
+"""
 
 from rmtjax.cli._main import main as main
 

@@ -1,4 +1,4 @@
-"""The arguments of the command line, and what they mean."""
+"""Parses and checks the arguments of the command line."""
 
 import argparse
 import fnmatch
@@ -26,34 +26,34 @@ exit codes:
   130  interrupted (SIGINT)
   141  the reader of the output went away
   143  terminated (SIGTERM)
-However a command ends, it leaves no half-written file.
+A command that ends early leaves no half-written file.
 """
+# The type of the number after the colon, and the rule.
 _RULES = {
     "bema": (None, ranks.bema),
     "gavish_donoho": (None, ranks.gavish_donoho),
     "energy": (float, ranks.energy),
     "fixed": (int, ranks.fixed),
 }
-
-
 FORMS = ("json", "csv", "html")
 
 
 class UsageError(Exception):
-    """What is wrong with the arguments, known only once they are seen together."""
+    """A fault of the arguments that `argparse` does not find."""
 
 
 def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.RankRule:
-    """A rank rule from its name, with a number after a colon where it has one."""
+    """Returns a rank rule from its name, and its number after a colon: "energy:0.99"."""
     name, colon, number = text.partition(":")
     kind, rule = _RULES.get(name.replace("-", "_"), (None, None))
     if rule is None or bool(colon) != bool(kind):
         raise UsageError(
             f"--rule must be bema, gavish_donoho, energy:SHARE or fixed:RANK, got {text!r}."
         )
-    options = {"level": level, "trim": trim} if rule is ranks.bema else {}
+    # Only what was given is passed on, so that the defaults stand in one place.
+    options = {"level": level, "trim": trim}
     options = {name: value for name, value in options.items() if value is not None}
-    if rule is not ranks.bema and (level, trim) != (None, None):
+    if rule is not ranks.bema and options:
         raise UsageError(f"--level and --trim are options of the rule bema, not of {name}.")
     try:
         return rule(kind(number)) if kind else rule(**options)
@@ -62,9 +62,9 @@ def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.Rank
 
 
 def matcher(pattern: str) -> Callable[[str], Any]:
-    """A test of names, from a glob, or from a regular expression after "re:"."""
+    """Returns a test of names from a glob, or from a regular expression after "re:"."""
     if not pattern.startswith("re:"):
-        # A name in full may have brackets, which are no set of letters then.
+        # A complete name may have brackets, which a glob would take for a set of letters.
         return lambda name: name == pattern or fnmatch.fnmatchcase(name, pattern)
     try:
         return re.compile(pattern[3:]).search
@@ -73,7 +73,7 @@ def matcher(pattern: str) -> Callable[[str], Any]:
 
 
 def pattern_hint(pattern: str) -> str:
-    """What a glob that matches nothing may have lacked."""
+    """Returns a remedy for a pattern that matches nothing."""
     if pattern.startswith("re:"):
         return ""
     return (
@@ -83,7 +83,8 @@ def pattern_hint(pattern: str) -> str:
 
 
 def is_stdout(path: str) -> bool:
-    """Whether a report is to go where the table would, by the name "-" or another one."""
+    """Returns True if a path is stdout: "-", or a name such as /dev/stdout."""
+    # The inode shows it for any name, also that of a file which stdout is redirected to.
     try:
         return path == "-" or os.path.samestat(os.stat(path), os.fstat(1))
     except OSError:
@@ -91,20 +92,21 @@ def is_stdout(path: str) -> bool:
 
 
 def is_special(path: str) -> bool:
-    """Whether there is something that is written into, and not replaced: a pipe, a device."""
+    """Returns True for a pipe or a device, which is written into and not replaced."""
     return os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode)
 
 
 def reports(args: argparse.Namespace) -> dict[str, str]:
-    """Form to path of each report that is asked for."""
+    """Returns the path of each report that is asked for, by its form."""
     return {form: getattr(args, form) for form in FORMS if getattr(args, form)}
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Refuses, before the work, to write where something must stay, or where no one can."""
+    """Raises an error, before the work, for an output that cannot or must not be written."""
     out, files = getattr(args, "out", None), reports(args).values()
     if out and os.path.lexists(out) and not args.force:
         raise FileExistsError(f"{out!r} is there already: give --force to replace it.")
+    # Links are followed, because two names may lead to one file.
     taken = {os.path.realpath(out)} if out else set()
     for path in files:
         target = "-" if is_stdout(path) else os.path.realpath(path)
@@ -120,90 +122,66 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
-    add = command.add_argument
+    add, pattern = command.add_argument, {"action": "append", "default": [], "metavar": "PATTERN"}
     add("file", metavar="FILE", help=".safetensors file, sharded folder or orbax checkpoint")
-    add(
-        "--rule",
-        default="bema",
-        help="bema (default), gavish_donoho, energy:SHARE such as energy:0.99, fixed:RANK",
-    )
-    add("--level", type=float, help="of bema: P(noise alone gives a spike), default 0.1")
+    rules = "bema (default), gavish_donoho, energy:SHARE such as energy:0.99, fixed:RANK"
+    add("--rule", default="bema", help=rules)
+    add("--level", type=float, help="of bema: P(noise alone gives a spike), default 0.01")
     add("--trim", type=float, help="of bema: share left out at each end, default 0.25")
-    add(
-        "--include",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="kernels with such a name only; a glob of the whole name, as '*attention*', or a "
-        "regular expression after 're:'; may be given again; a name in full makes a kernel of any "
-        "tensor",
+    include = (
+        "only kernels with such a name: a glob of the complete name, as '*attention*', or a "
+        "regular expression after 're:'; can be repeated; a complete name makes a kernel of any "
+        "tensor"
     )
-    add("--exclude", action="append", default=[], metavar="PATTERN", help="no such kernels")
+    add("--include", **pattern, help=include)
+    add("--exclude", **pattern, help="not these kernels")
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
-    add(
-        "--exact-below",
-        type=int,
-        default=4096,
-        help="spectra are estimated from this short side on, default 4096",
+    exact = "spectra are estimated from this short side on, default 4096"
+    add("--exact-below", type=int, default=4096, help=exact)
+    rounded = (
+        "ranks are rounded up to a multiple of it; default 1 in analyze, which shows them "
+        "unrounded, and 8 in compress, so that few shapes are compiled"
     )
-    add(
-        "--multiple",
-        type=int,
-        default=multiple,
-        help="ranks are rounded up to it; default 1 in analyze, which tells them as they are, and "
-        "8 in compress, so that few shapes are compiled",
-    )
-    add("--batch", type=int, help="rows to time each kernel with: keeps what factors do not win")
+    add("--multiple", type=int, default=multiple, help=rounded)
+    add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
     for form in FORMS:
-        add(
-            f"--{form}",
-            metavar="FILE",
-            help=f"writes the report as {form.upper()}; to stdout with '-', and then no table",
-        )
+        where = f"writes the report as {form.upper()}; '-' is stdout, without the table"
+        add(f"--{form}", metavar="FILE", help=where)
     add("--quiet", action="store_true", help="no table and no progress")
 
 
 def _add_compress(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--out", required=True, metavar="OUT", help="file to write, NAME.safetensors")
-    add("--force", action="store_true", help="replaces OUT if it is there")
-    add(
-        "--mode",
-        choices=("factorize", "truncate"),
-        default="factorize",
-        help="factorize (default): thin factors NAME/left and NAME/right where smaller; "
-        "truncate: lower rank, same names and shapes",
+    add("--force", action="store_true", help="replaces an existing OUT")
+    modes = (
+        "factorize (default): thin factors NAME/left and NAME/right where smaller; "
+        "truncate: lower rank, same names and shapes"
     )
+    add("--mode", choices=("factorize", "truncate"), default="factorize", help=modes)
     add("--keep", type=float, default=0.0, help="share of the noise directions that stay, 0 to 1")
     add("--shrink", choices=("frobenius", "operator", "nuclear"), help="shrinks what is kept")
     add("--min-rank", type=int, default=1, help="smallest rank, default 1")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="rmtjax",
-        description="Finds the noise in the kernels of a checkpoint, and removes it.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Returns the parser of the command line."""
+    # The raw formatter keeps the lines of the epilog, which `argparse` would join.
+    layout = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    text = "Finds the noise in the kernels of a checkpoint, and removes it."
+    parser = argparse.ArgumentParser(prog="rmtjax", description=text, **layout)
     parser.add_argument("--version", action="version", version=f"rmtjax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text, multiple, add_own in (
-        ("analyze", "a row for each kernel: its noise, its spikes, its rank", 1, None),
-        ("compress", "writes a checkpoint whose kernels are cut to their spikes", 8, _add_compress),
+    for name, text, multiple in (
+        ("analyze", "a row for each kernel: its noise, its spikes, its rank", 1),
+        ("compress", "writes a checkpoint whose kernels are cut to their spikes", 8),
     ):
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        command = commands.add_parser(name, help=text, description=text, **layout)
         _add_common(command, multiple)
-        if add_own is not None:
-            add_own(command)
+        if name == "compress":
+            _add_compress(command)
+        # For faults that are found later: the usage that is printed is that of the command.
         command.set_defaults(refuse=command.error)
     return parser

@@ -1,7 +1,8 @@
-"""The command `rmtjax`: looks at a checkpoint, or makes a smaller one, a kernel at a time."""
+"""Runs the command `rmtjax`, which analyzes or compresses a checkpoint."""
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -13,19 +14,9 @@ from typing import Any
 
 import jax
 
+from rmtjax import checkpoint
 from rmtjax._text import printable
 from rmtjax._types import Where
-from rmtjax.checkpoint import (
-    analyze_file,
-    check_target,
-    compress_file,
-    find_leaves,
-    is_kernel_tensor,
-    open_tensors,
-    read_manifest,
-    replacing,
-    Tensors,
-)
 from rmtjax.cli._arguments import (
     check_outputs,
     is_special,
@@ -38,18 +29,18 @@ from rmtjax.cli._arguments import (
     UsageError,
 )
 from rmtjax.noise import shrinkage
-from rmtjax.planning import plan
+from rmtjax.planning import PlanOptions
 from rmtjax.report import Report
 
-# The columns of the table: what a kernel would lose is to be seen before it is cut.
-FOUND = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
+# `removed` shows what a kernel would lose, before it is cut.
+FITTED = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
 COSTS = ("parameters", "multiply_adds", "milliseconds")
 
 
-def _select(tensors: Tensors, include: list[str], exclude: list[str]) -> Where:
-    """Chooses kernels by patterns, each of which must match: a slip would change others."""
+def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str]) -> Where:
+    """Returns the choice of kernels by patterns; raises ValueError if one matches nothing."""
     matchers = {pattern: matcher(pattern) for pattern in (*include, *exclude)}
-    names = list(find_leaves(tensors, read_manifest(tensors)))
+    names = list(checkpoint.find_leaves(tensors, checkpoint.read_manifest(tensors)))
     for pattern, matches in matchers.items():
         if not any(map(matches, names)):
             some = ", ".join(map(repr, names[:5])) or "none"
@@ -59,15 +50,16 @@ def _select(tensors: Tensors, include: list[str], exclude: list[str]) -> Where:
     def where(name: str, leaf: Any) -> bool:
         if any(matchers[pattern](name) for pattern in exclude):
             return False
+        # A complete name chooses any tensor; a pattern chooses among the kernels.
         chosen = not include or any(matchers[pattern](name) for pattern in include)
-        return name in include or (chosen and is_kernel_tensor(name, leaf))
+        return name in include or (chosen and checkpoint.is_kernel_tensor(name, leaf))
 
     return where
 
 
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A line that tells how far the work is, on a terminal only, and gone in the end."""
+    """Yields a callback that shows the progress on a terminal, and clears it in the end."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -75,6 +67,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
+        # Without rich, each step overwrites the line: \r goes to its start, \x1b[K clears it.
         line = lambda done, total, path: f"\r\x1b[K[{done + 1}/{total}] {printable(path)[:60]}"
         show = lambda text: print(text, end="", file=sys.stderr, flush=True)
         try:
@@ -88,16 +81,17 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
 
 
 def _write_text(path: str, text: str) -> None:
-    """Writes into a pipe or a device; a file it replaces, whole or not at all."""
+    """Writes a report. A file is replaced when the text is complete."""
     if is_stdout(path):
         print(text, end="", flush=True)
         return
-    with open(path, "wb") if is_special(path) else replacing(Path(path)) as file:
+    # A pipe or a device stays, and is written into.
+    with open(path, "wb") if is_special(path) else checkpoint.replacing(Path(path)) as file:
         file.write(text.encode())
 
 
 def _show(report: Report, args: argparse.Namespace) -> None:
-    """Writes the files asked for, then the table, where stdout is free for it."""
+    """Writes the reports, and prints the table."""
     title = f"rmtjax {args.command} {printable(args.file)}"
     text = {
         "json": lambda: report.to_json() + "\n",
@@ -108,47 +102,48 @@ def _show(report: Report, args: argparse.Namespace) -> None:
         _write_text(path, text[form]())
     if not args.quiet:
         timed = report.totals.milliseconds is not None
-        print(report.table(*FOUND, *(COSTS if timed else ()), "reason"), flush=True)
+        print(report.table(*FITTED, *(COSTS if timed else ()), "reason"), flush=True)
 
 
 def _size(path: str) -> str:
-    """The size of all tensors of a checkpoint."""
-    with open_tensors(path) as tensors:
+    """Returns the size of all tensors of a checkpoint."""
+    with checkpoint.open_tensors(path) as tensors:
         sizes = [math.prod(a.shape) * a.dtype.itemsize for a in tensors.entries.values()]
     return f"{sum(sizes) / 1e6:,.1f} MB"
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """What both commands tell the library; what it would refuse at any file is wrong usage."""
+def _plan_options(args: argparse.Namespace) -> PlanOptions:
+    """Returns the options of the plan. A value that no file could have is wrong usage."""
     options: dict[str, Any] = {"rule": parse_rule(args.rule, args.level, args.trim)}
-    options |= {"min_size": args.min_size, "batch": args.batch, "multiple": args.multiple}
-    options |= {"exact_below": args.exact_below}
+    names = ["min_size", "batch", "multiple", "exact_below"]
     if args.command == "compress":
-        options |= {"keep": args.keep, "min_rank": args.min_rank}
+        names += ["keep", "min_rank"]
         options["shrink"] = getattr(shrinkage, args.shrink) if args.shrink else None
     try:
-        plan({}, **options)
+        return PlanOptions(**options, **{name: getattr(args, name) for name in names})
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    return options
 
 
 def _work(args: argparse.Namespace) -> None:
     """Runs the command."""
-    options = _options(args)
+    options = _plan_options(args)
     check_outputs(args)
-    with open_tensors(args.file) as tensors:
+    with checkpoint.open_tensors(args.file) as tensors:
         for form, target in reports(args).items():
             if not is_stdout(target):
-                check_target(tensors, target, f"--{form}")
-        options |= {"where": _select(tensors, args.include, args.exclude), "dtype": args.dtype}
+                checkpoint.check_target(tensors, target, f"--{form}")
+        where = _select(tensors, args.include, args.exclude)
+        options = dataclasses.replace(options, where=where)
     with _progress(args.quiet) as progress:
-        options["progress"] = progress
         if args.command == "analyze":
-            report = analyze_file(args.file, **options)
+            report = checkpoint.analyze_checkpoint(args.file, options, args.dtype, progress)
         else:
-            report = compress_file(args.file, args.out, mode=args.mode, **options)
-    args.quiet |= any(map(is_stdout, reports(args).values()))  # no table in the report
+            report = checkpoint.compress_checkpoint(
+                args.file, args.out, options, args.mode, args.dtype, progress
+            )
+    # A report on stdout must be all that is there, so that a program can read it.
+    args.quiet |= any(map(is_stdout, reports(args).values()))
     _show(report, args)
     if args.command == "compress" and not args.quiet:
         before, after = (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
@@ -157,7 +152,8 @@ def _work(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _computing(device: str | None, dtype: str | None) -> Iterator[None]:
-    """On a device, and with 64 bits where they are asked for."""
+    """Selects the device, and switches 64 bits on for float64, within the context."""
+    # `main` may be called in a program that goes on: its setting must come back.
     before = jax.dtypes.canonicalize_dtype("float64") == "float64"
     try:
         if dtype == "float64":
@@ -173,20 +169,22 @@ def _computing(device: str | None, dtype: str | None) -> Iterator[None]:
 
 
 class _EndedError(BaseException):
-    """A signal that asks for an end; no error of the work, which nothing but `_run` may catch."""
+    """A signal asked for the end."""
+
+    # Not an `Exception`: the code that the signal interrupts must not catch it as its error.
 
 
 @contextlib.contextmanager
 def _ending() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP unwind the work, so that what is half-written is removed.
-
-    A signal that is ignored, as under nohup, or that a caller handles, is left as it is.
-    """
+    """Turns SIGTERM and SIGHUP into an error, so that half-written files are removed."""
 
     def end(number: int, frame: Any):
-        signal.signal(number, signal.SIG_IGN)  # once is enough
+        # A second signal must not interrupt the clean-up after the first.
+        signal.signal(number, signal.SIG_IGN)
         raise _EndedError(signal.Signals(number))
 
+    # Python allows this in the main thread only. A signal that is ignored, as under nohup, or that
+    # the caller handles, stays as it is.
     numbers = []
     if threading.current_thread() is threading.main_thread():
         known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -201,12 +199,12 @@ def _ending() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Runs a command; what fails becomes a message and an exit code."""
+    """Runs a command and returns the exit code. An error becomes a message."""
     try:
         with _ending(), _computing(args.device, args.dtype):
             _work(args)
     except BrokenPipeError:
-        # Nobody reads any more, and the interpreter is to find nothing to flush.
+        # The interpreter flushes stdout when it ends, which would print the error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -230,8 +228,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
       The exit code: 0 done, 1 the file or the work failed, 129 hung up, 130 interrupted, 141
-      broken pipe, 143 terminated. SIGHUP and SIGTERM are caught in the main thread only, and
-      where nothing else handles them.
+      broken pipe, 143 terminated. SIGHUP and SIGTERM are caught in the main thread only, and if
+      nothing else handles them.
 
     Raises:
       SystemExit: With code 2 and a message for wrong usage; with 0 for `--help` and `--version`.
@@ -245,4 +243,4 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args)
     except UsageError as error:
-        return args.refuse(str(error))  # leaves, with the usage of the command
+        return args.refuse(str(error))  # exits with code 2 after the usage of the command

@@ -1,4 +1,8 @@
-"""Plan in, tables and pages out."""
+"""Reports on parameter trees, and on the plans that are made for them.
+
+`analyze` makes a `Report` of a tree. A report shows a plan as rows, text, JSON, CSV, Markdown,
+HTML, a data frame or a page that opens in a browser.
+"""
 
 from rmtjax.report._report import analyze as analyze, Report as Report
 from rmtjax.report._row import Row as Row

@@ -1,4 +1,4 @@
-"""A report as one HTML page, which needs nothing else: no network, and no other file."""
+"""Renders a report as one HTML page that needs no network and no other file."""
 
 import base64
 import functools
@@ -23,7 +23,7 @@ from rmtjax.report._row import Row, to_cell
 
 BINS, POINTS, MOST_SPIKES = 80, 60, 50
 _VERDICTS = {"factorize": "factorized", "truncate": "truncated", "keep": "kept"}
-# Heads and fields, in the order that the style sheet of narrow screens numbers.
+# Heads and fields. The style sheet counts the columns in this order on narrow screens.
 _COLUMNS = {
     "kernel": "path",
     "verdict": "action",
@@ -42,7 +42,7 @@ _NUMBERS = [name for name in _COLUMNS.values() if name not in _TEXTS]
 
 
 class _Drawn(NamedTuple):
-    """The one matrix of a kernel that is drawn: of a stack that with most spikes."""
+    """Holds the matrix of a kernel that is drawn: in a stack, the one with the most spikes."""
 
     values: np.ndarray  # square roots of the eigenvalues, descending
     ratio: float
@@ -52,14 +52,14 @@ class _Drawn(NamedTuple):
 
     @property
     def has_noise(self) -> bool:
-        """Whether there is noise above rounding, and a rank that the spikes have left to it."""
+        """Whether there is noise above rounding, and a direction that is not a spike."""
         floor = rounding(self.values) ** 2
         noise = all(floor < cut < np.inf for cut in (self.fit.edge, self.fit.threshold))
         return noise and bool(self.fit.num_spikes < self.values.size)
 
 
 def _choose(layer: LayerPlan) -> _Drawn | None:
-    """What to draw of a kernel, or None: it has no spectrum, or one that is not finite."""
+    """Returns what is drawn of a kernel; None if it has no finite spectrum."""
     if layer.spectrum is None or layer.fit is None:
         return None
     stack = np.asarray(layer.spectrum.eigenvalues)
@@ -72,22 +72,23 @@ def _choose(layer: LayerPlan) -> _Drawn | None:
 
 
 def _short(value: float) -> float | None:
-    """Four digits, which no pixel needs more of; None where there is no number."""
+    """Returns a number with four digits, which suffice for every pixel; None if not finite."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-# Compiled once for each number of kernels.
+# All curves in one program, which is compiled once for each number of kernels.
 _curve = jax.jit(jax.vmap(functools.partial(law_curve, points=POINTS)))
 
 
 def _laws(drawn: Sequence[_Drawn]) -> list[dict[str, Any]]:
-    """The laws of all kernels at once: ends, peak, and densities in thousandths of it."""
+    """Returns the laws of all kernels: ends, peak, and densities in thousandths of the peak."""
     if not drawn:
         return []
     numbers = ((d.ratio, d.values.size, d.fit.num_spikes, d.fit.edge) for d in drawn)
     ratio, size, spikes, edge = map(np.array, zip(*numbers, strict=True))
     grids, densities = map(np.asarray, _curve(np.float32(ratio), size, spikes, np.float32(edge)))
     peaks = densities.max(axis=1)
+    # Integers of three digits: the page of a large model has 180,000 of them.
     heights = np.rint(1000 * densities / peaks[:, None]).astype(int).tolist()
     ends = np.column_stack([grids[:, 0], grids[:, -1], peaks]).tolist()
     names = "lower", "upper", "peak"
@@ -98,7 +99,8 @@ def _laws(drawn: Sequence[_Drawn]) -> list[dict[str, Any]]:
 
 
 def _bars(drawn: _Drawn) -> Histogram:
-    """Some 3 p^(1/3) bars share the bulk; spikes that are far away would flatten it."""
+    """Returns the histogram of a spectrum, with about 3 p^(1/3) bars in the bulk."""
+    # It stops at twice the threshold: spikes that are far away would flatten the bulk.
     top, bins = float(drawn.values[0]), np.clip(3 * drawn.values.size ** (1 / 3), 8, BINS / 2)
     cut = float(drawn.fit.threshold) ** 0.5 if drawn.has_noise else top
     stop = float(np.clip(top, 1.1 * cut, 2 * cut)) or 1.0
@@ -106,7 +108,7 @@ def _bars(drawn: _Drawn) -> Histogram:
 
 
 def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
-    """One spectrum, as the script draws it, with its numbers."""
+    """Returns the numbers from which the script draws a spectrum."""
     bars, spikes = _bars(drawn), int(drawn.fit.num_spikes) if law else 0
     numbers = {"ratio": drawn.ratio, **drawn.fit._asdict()}
     names = "ratio", "variance", "edge", "threshold", "distance"
@@ -125,64 +127,50 @@ def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _spectra(plan: Plan) -> list[dict[str, Any] | None]:
-    """The spectra of all kernels, None where there is none to draw."""
+    """Returns the spectra of all kernels, None for those that are not drawn."""
     drawn = [_choose(layer) for layer in plan.values()]
     laws = iter(_laws([d for d in drawn if d is not None and d.has_noise]))
     return [d and _spectrum(d, next(laws) if d.has_noise else None) for d in drawn]
 
 
 def to_script(data: Any) -> str:
-    """JSON that may stand in a script: no text in it can end the element, or a line."""
+    """Returns JSON for a script element."""
+    # A name such as "</script>" would end the element.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # in ASCII
     return re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
-def _verdict(action: str) -> str:
-    return _VERDICTS.get(action, action)
-
-
 def _line(row: Row, columns: dict[str, str]) -> str:
-    """A row of the table."""
-    verdict = _verdict(row.action)
+    """Returns a row of the table."""
+    verdict = _VERDICTS[row.action]
     texts = {name: to_cell(row, name, _ARROW) for name in columns.values()}
     texts["path"] = texts["path"] or "(no name)"
     texts["reason"] = texts["reason"].removeprefix(f"{verdict}: ")
     path, _, *rest = (html.escape(text) for text in texts.values())
-    path = re.sub("[/.]", r"\g<0><wbr>", path)  # a name is broken there first
-    badge = f'<b class="{html.escape(row.action)}">{html.escape(verdict)}</b>'
+    path = re.sub("[/.]", r"\g<0><wbr>", path)  # where a long name may break
+    badge = f'<b class="{row.action}">{verdict}</b>'
     cells = "".join(f"<td>{cell}</td>" for cell in (badge, *rest))
     return f'<tr><th scope="row">{path}</th>{cells}</tr>'
 
 
 def _head(columns: dict[str, str]) -> str:
-    """The heads of the columns; those of numbers tell their field."""
+    """Returns the heads of the columns."""
+    # The script sorts a column of numbers by the field in its key, and others by their text.
     key = lambda name: "" if name in _TEXTS else f' data-key="{name}"'
     return "".join(f'<th scope="col"{key(name)}>{head}</th>' for head, name in columns.items())
 
 
-def _percent(ratio: float) -> str:
-    return f"{ratio - 1:+.1%}".replace("-", "\u2212")
-
-
 def _totals(actions: Counter[str], totals: Cost) -> str:
-    """The sums above the table."""
-    words = ", ".join(f"{count:,} {_verdict(name)}" for name, count in actions.items())
-    kernels = f"{actions.total():,} <small>{html.escape(words)}</small>"
-    entries = {"kernels": kernels}
+    """Returns the totals that are shown above the table."""
+    words = ", ".join(f"{count:,} {_VERDICTS[name]}" for name, count in actions.items())
+    entries = {"kernels": f"{actions.total():,} <small>{words}</small>"}
     for head, name in list(_COLUMNS.items())[-3:]:
         before, after = getattr(totals, name), getattr(totals, f"{name}_after")
         if before is not None:
-            change = f" <small>{_percent(after / before)}</small>" if before != after else ""
+            percent = f"{after / before - 1:+.1%}".replace("-", "\u2212") if before else ""
+            change = f" <small>{percent}</small>" if before != after else ""
             entries[head] = to_cell(totals, name, _ARROW) + change
     return "".join(f"<div><dt>{head}</dt><dd>{text}</dd></div>" for head, text in entries.items())
-
-
-def _options(actions: Counter[str]) -> str:
-    """The choice of verdicts that there are."""
-    return "".join(
-        f'<option value="{html.escape(action)}">{html.escape(_verdict(action))}</option>'
-        for action in actions
-    )
 
 
 @functools.cache
@@ -191,23 +179,17 @@ def _asset(suffix: str) -> str:
 
 
 def _digest(text: str) -> str:
-    """By which a page names the one script, or style, that it allows."""
+    """Returns the digest by which the policy of the page allows a script or a style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
-    """The page of a report: its rows as a table, and what the script needs besides.
-
-    Args:
-      title: Its heading.
-      rows: Those of the report.
-      totals: The sums of their costs.
-      plan: The plan behind the rows, in the same order.
-    """
+    """Returns the page of a report; `plan` has the spectra of the rows, in the same order."""
     timed = totals.milliseconds is not None
     columns = {head: name for head, name in _COLUMNS.items() if timed or name != "milliseconds"}
     numbers = {name: [getattr(row, name) for row in rows] for name in _NUMBERS}
     actions = Counter(sorted(row.action for row in rows))
+    option = lambda action: f'<option value="{action}">{_VERDICTS[action]}</option>'
     style, script = _asset("css"), _asset("js")
     fields = {
         "title": html.escape(printable(title)),
@@ -216,10 +198,10 @@ def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
         "style_digest": _digest(style),
         "script_digest": _digest(script),
         "totals": _totals(actions, totals),
-        "options": _options(actions),
+        "options": "".join(map(option, actions)),
         "head": _head(columns),
         "rows": "\n".join(_line(row, columns) for row in rows),
         "data": to_script({"numbers": numbers, "spectra": _spectra(plan)}),
     }
-    # In one pass: what looks like a field in a name is none.
+    # In one pass, because a kernel may have a name such as "{{rows}}".
     return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], _asset("html"))

@@ -1,4 +1,4 @@
-"""A report on a parameter tree: a row a kernel, as data, as text or as a page."""
+"""Reports on a parameter tree: a row for each kernel, as data, as text or as a page."""
 
 import csv
 import html
@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 from jaxtyping import PyTree
@@ -14,7 +15,7 @@ from jaxtyping import PyTree
 from rmtjax._text import printable
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import ranks
-from rmtjax.planning import add_costs, Cost, Plan, plan
+from rmtjax.planning import add_costs, Cost, make_plan, Plan, PlanOptions
 from rmtjax.report._page import render
 from rmtjax.report._row import make_row, Row, to_cell, to_text
 
@@ -24,21 +25,18 @@ if TYPE_CHECKING:
 
 
 def _plain(value: Any) -> Any:
-    """A value that spreadsheets take for what it is: one line, and no formula."""
+    """Returns a value that a spreadsheet shows as one line, and does not run as a formula."""
     if not isinstance(value, str):
         return value
-    return (
-        f"'{printable(value)}"
-        if value.lstrip().startswith(("=", "+", "-", "@"))
-        else printable(value)
-    )
+    # Spreadsheets take a text that begins with one of these signs for a formula.
+    quote = "'" if value.lstrip().startswith(("=", "+", "-", "@")) else ""
+    return quote + printable(value)
 
 
+# The default columns of tables, without and with the costs that `batch` measures.
 _COLUMNS = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "reason")
 _TIMED = (*_COLUMNS[:-1], "parameters", "multiply_adds", "milliseconds", "reason")
-
-
-# What Markdown would take for a sign of its own; an underscore within a word is none.
+# The signs that Markdown reads as markup. An underscore within a word is not one of them.
 _SIGNS = re.compile(r"[\\`*\[\]~|]|(?<![^\W_])_|_(?![^\W_])")
 
 
@@ -51,14 +49,14 @@ def _check_columns(columns: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What `rmtjax.analyze` found: a view of a plan.
+    """Shows a plan as tables, text, data or a page. `rmtjax.analyze` makes it.
 
-    A notebook shows it as a table, and so does `rich.print`. Names of kernels are data: whatever
-    they hold, they steer no terminal, and are no markup.
+    A notebook and `rich.print` show it as a table. Names of kernels are escaped in every form, so
+    that they cannot control a terminal or act as markup.
 
-    Tables have the columns that are named, fields of `Row`; by default what was fitted, and the
-    costs where these were timed. A cost that the plan changes stands as `before -> after`, and
-    the totals stand under the costs.
+    The columns of a table are fields of `Row`. By default these are the results of the fit, and
+    the costs if these were timed. A cost that the plan changes is written as `before -> after`.
+    The totals are below the costs.
 
     Attributes:
       plan: The plan behind the report, with the spectra.
@@ -66,23 +64,25 @@ class Report:
 
     plan: Plan
 
-    @property
+    # Cached, because every form of the report asks for them. A frozen dataclass allows it: the
+    # cache writes into `__dict__`, and not by `setattr`.
+    @cached_property
     def rows(self) -> tuple[Row, ...]:
         """A `Row` for each kernel, in the order of the tree."""
         return tuple(make_row(path, layer) for path, layer in self.plan.items())
 
     @property
     def totals(self) -> Cost:
-        """The sums of the costs of all kernels, of milliseconds those of the kernels timed."""
+        """The sums of the costs of all kernels; of milliseconds over the kernels timed."""
         return add_costs(layer.cost for layer in self.plan.values() if layer.cost)
 
     def cells(self, *columns: str) -> list[list[str]]:
-        """The rows as text, for a table of one's own: the fields of `Row` named."""
+        """Returns the named fields of each row as text."""
         _check_columns(columns)
         return [[to_cell(row, name) for name in columns] for row in self.rows]
 
     def _lines(self, columns: tuple[str, ...]) -> tuple[list[str], list[list[str]], list[str]]:
-        """Head, rows and totals of a table; without costs, or without kernels, no totals."""
+        """Returns head, rows and totals of a table; no totals without costs or kernels."""
         totals = self.totals
         columns = columns or (_COLUMNS if totals.milliseconds is None else _TIMED)
         rows = self.cells(*columns)
@@ -91,9 +91,9 @@ class Report:
         return list(columns), rows, total
 
     def table(self, *columns: str) -> str:
-        """The rows as aligned text."""
+        """Returns the rows as aligned text."""
         head, rows, foot = self._lines(columns)
-        lines = [head, *rows, *([foot] if foot else [])]
+        lines = [head, *rows, *filter(None, [foot])]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         pad = lambda line: "  ".join(map(str.ljust, line, widths)).rstrip()
         return "\n".join(map(pad, lines))
@@ -102,19 +102,18 @@ class Report:
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON can hold: a list of dictionaries, "rows", and "totals"."""
+        """Returns data that JSON can hold: "rows", a list of dictionaries, and "totals"."""
         rows = [{**row._asdict(), "shape": list(row.shape)} for row in self.rows]
         return {"rows": rows, "totals": self.totals._asdict()}
 
     def to_json(self) -> str:
-        """What `to_dict` has, as text."""
+        """Returns the data of `to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_csv(self, *columns: str) -> str:
-        """The rows as comma-separated values, in full precision; by default with all fields.
+        """Returns the rows as comma-separated values in full precision, by default all fields.
 
-        A text is printable, and has a quote before it where a spreadsheet would take it for a
-        formula.
+        A text that a spreadsheet would take for a formula begins with a quote.
         """
         _check_columns(columns)
         columns, file = columns or Row._fields, io.StringIO()
@@ -126,7 +125,7 @@ class Report:
         return file.getvalue()
 
     def to_markdown(self, *columns: str) -> str:
-        """The rows as a Markdown table, escaped."""
+        """Returns the rows as a Markdown table."""
         head, rows, foot = self._lines(columns)
         lines = [head, ["---"] * len(head), *rows, *([foot] if foot else [])]
         entities = str.maketrans({"&": "&amp;", "<": "&lt;"})
@@ -134,28 +133,28 @@ class Report:
         return "\n".join(f"| {' | '.join(map(escape, line))} |" for line in lines)
 
     def to_html(self, *columns: str) -> str:
-        """The rows as an HTML table, escaped, without a style of its own."""
+        """Returns the rows as an HTML table without a style."""
         head, rows, foot = self._lines(columns)
         cells = lambda line, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
         line = lambda line, tag="td": f"<tr>{cells(line, tag)}</tr>"
         body = "\n".join(map(line, rows))
         tail = f"\n<tfoot>{line(foot)}</tfoot>" if foot else ""
         head = f"<thead>{line(head, 'th')}</thead>"
-        # The classes by which notebooks leave out what they would take for mathematics.
+        # With these classes, notebooks do not take a dollar sign in a name for mathematics.
         table = '<table class="tex2jax_ignore mathjax_ignore">'
         return f"{table}\n{head}\n<tbody>\n{body}\n</tbody>{tail}\n</table>"
 
     def _repr_html_(self) -> str:
-        """How a notebook shows the report."""
+        """Returns what a notebook shows."""
         return self.to_html()
 
     def __rich__(self) -> "Table":
-        """How `rich` shows the report."""
+        """Returns the table that `rich` shows."""
         from rich.table import Table
         from rich.text import Text
 
         timed = () if self.totals.milliseconds is None else ("milliseconds",)
-        # What 80 columns of a terminal have room for.
+        # A terminal of 80 columns has room for these.
         columns = ("path", "spikes", "distance", "parameters", *timed, "reason")
         head, rows, foot = self._lines(columns)
         table = Table(box=None, show_footer=bool(foot), header_style="bold", footer_style="bold")
@@ -167,7 +166,7 @@ class Report:
         return table
 
     def to_pandas(self) -> "DataFrame":
-        """The rows as a `pandas.DataFrame` with the fields of `Row`; what is not known is missing.
+        """Returns the rows as a `pandas.DataFrame`, with missing values for unknown numbers.
 
         Raises:
           ModuleNotFoundError: pandas is not installed: `pip install 'rmtjax[pandas]'`.
@@ -178,19 +177,20 @@ class Report:
             raise ModuleNotFoundError(
                 "`Report.to_pandas` needs pandas: pip install 'rmtjax[pandas]'"
             ) from error
+        # pandas would make floats of integers among which one is missing.
         dtypes = {int | None: "Int64", float | None: "float64"}
         kinds = {name: dtypes[kind] for name, kind in Row.__annotations__.items() if kind in dtypes}
         return pandas.DataFrame.from_records(self.rows, columns=Row._fields).astype(kinds)
 
     def to_page(self, title: str = "rmtjax") -> str:
-        """A whole HTML page that needs no network: totals, a table of kernels, their spectra.
+        """Returns an HTML page with totals, a table of kernels, and their spectra.
 
-        The table can be sorted and filtered, and each kernel opened, by keyboard too; without
-        JavaScript it is a table still. Spectra are drawn from histograms: a page of 3,000 kernels
-        has some megabytes.
+        The page needs no network. Mouse or keyboard sort and filter the table and open kernels.
+        Without JavaScript the table is still there. Spectra are drawn from histograms: a page of
+        3,000 kernels has a few megabytes.
 
         Args:
-          title: Its heading.
+          title: The heading.
         """
         return render(title, self.rows, self.totals, self.plan)
 
@@ -206,22 +206,16 @@ def analyze(
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
 ) -> Report:
-    """Looks at every kernel of a parameter tree; changes nothing.
+    """Analyzes every kernel of a parameter tree; changes nothing.
 
     Args:
       params: Nested dictionaries of arrays, as `module.init(...)["params"]`.
-      rule: A rank rule of `rmtjax.ranks`.
-      where: `where(path, leaf)` chooses the kernels, as in `rmtjax.plan`.
-      axes: The axes that make a kernel a matrix, as in `rmtjax.plan`.
-      fits: Noise levels to use instead of new fits, as in `rmtjax.plan`.
-      min_size: Kernels with a shorter short side get a row without a fit.
-      exact_below: Spectra are estimated from this short side on, as in `rmtjax.plan`.
-      batch: Rows for which kernels are timed, dense and as factors, as in `rmtjax.plan`.
+      rule, where, axes, fits, min_size, exact_below, batch: As in `rmtjax.plan`.
 
     Returns:
       A `Report`: `.rows`, `.totals`, `.table()`, `.to_dict()`, `.to_json()`, `.to_csv()`,
       `.to_markdown()`, `.to_html()`, `.to_pandas()`, `.to_page()`, and `.plan` with the spectra.
-      Its ranks are exact, not rounded up to a multiple.
+      Ranks are not rounded up to a multiple, and kernels under `min_size` have rows without a fit.
 
     Raises:
       ValueError: An option is out of range, or `axes` or `batch` does not fit the tree.
@@ -233,5 +227,14 @@ def analyze(
       >>> report.rows[0].spikes, report.rows[0].reason
       (1, 'factorized: 1 of 200 are signal, rank 1')
     """
-    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
-    return Report(plan(params, **options, exact_below=exact_below, batch=batch, multiple=1))
+    options = PlanOptions(
+        rule=rule,
+        where=where,
+        axes=axes,
+        fits=fits,
+        multiple=1,
+        min_size=min_size,
+        exact_below=exact_below,
+        batch=batch,
+    )
+    return Report(make_plan(params, options))

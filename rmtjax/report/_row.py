@@ -1,4 +1,4 @@
-"""A kernel of a report as a row: its numbers, and their text."""
+"""Makes the rows of a report: the numbers of a kernel, and their text."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,31 +10,31 @@ from rmtjax.planning import Cost, LayerPlan
 
 
 class Row(NamedTuple):
-    r"""One kernel. Numbers are None where there is no spectrum, or where it is not finite.
+    r"""Holds the numbers of one kernel. They are None without a spectrum that is finite.
 
-    For a stack of matrices these are the mean variance, edge and threshold, and the largest
+    A stack of matrices has the mean variance, edge and threshold of its members, and the largest
     distance and number of spikes.
 
     Attributes:
       path: Place in the tree.
-      shape: Of the kernel.
+      shape: Shape of the dense kernel.
       action: "factorize", "truncate" or "keep".
-      reason: Why.
-      ratio: Aspect ratio $p / n$ of its matrix.
+      reason: The reason of the action, in words.
+      ratio: Aspect ratio $p / n$ of the matrix.
       variance: $\sigma^2$ of the noise.
       edge: End of the Marchenko-Pastur bulk, on the scale of the eigenvalues $s^2 / n$.
       threshold: The cut for a spike.
-      spikes: Number of eigenvalues above it.
+      spikes: Number of eigenvalues above the threshold.
       distance: Kolmogorov distance between bulk and law, when the noise was fitted.
-      rank: Rank that the plan gives the kernel.
-      removed: Share of the sum of the squares of its entries that the plan takes away, in [0, 1);
-        what shrinkage takes besides is not counted.
+      rank: Rank of the kernel after the plan.
+      removed: Share of the sum of squared entries that the plan removes, in [0, 1). What shrinkage
+        removes is not counted.
       parameters: Numbers in the kernel.
-      multiply_adds: For the rows of `batch`, or for one row without it.
-      milliseconds: Measured time of one call; None where it was not timed.
-      parameters_after: The same after the plan, where factors stand for the kernel.
-      multiply_adds_after: As `parameters_after`.
-      milliseconds_after: As `parameters_after`.
+      multiply_adds: Multiply-adds for the rows of `batch`, or for one row without `batch`.
+      milliseconds: Measured time of one call; None if it was not timed.
+      parameters_after: As `parameters`, after the plan.
+      multiply_adds_after: As `multiply_adds`, after the plan.
+      milliseconds_after: As `milliseconds`, after the plan.
     """
 
     path: str
@@ -58,20 +58,21 @@ class Row(NamedTuple):
 
 
 def _number(value: Any) -> float | None:
-    """A Python number, for JSON too, which knows no NaN."""
+    """Returns a Python number; None if it is not finite, which JSON does not have."""
     return float(value) if math.isfinite(value) else None
 
 
 def _removed(layer: LayerPlan) -> float:
-    """The share of the eigenvalues beyond the rank, of all matrices of a stack."""
+    """Returns the share of the eigenvalues beyond the rank, over all matrices of a stack."""
     if layer.action == "keep" or layer.spectrum is None:
         return 0.0
+    # In float64: for a large kernel float32 would lose digits in the sum.
     eigenvalues = np.asarray(layer.spectrum.eigenvalues, np.float64)
     return float(eigenvalues[..., layer.rank :].sum() / eigenvalues.sum())
 
 
 def make_row(path: str, layer: LayerPlan) -> Row:
-    """The row of a kernel, from what is planned for it."""
+    """Returns the row of a kernel from its row of the plan."""
     fit, spectrum = layer.fit, layer.spectrum
     costs = layer.cost._asdict() if layer.cost else {}
     row = Row(path, layer.shape, layer.action, layer.reason, **costs)
@@ -91,7 +92,7 @@ def make_row(path: str, layer: LayerPlan) -> Row:
 
 
 def to_text(value: Any) -> str:
-    """A cell, in which a name steers nothing; four digits are what the eye can use."""
+    """Returns the text of a cell. Numbers have four digits."""
     if value is None:
         return "-"
     if isinstance(value, tuple):
@@ -102,7 +103,7 @@ def to_text(value: Any) -> str:
 
 
 def to_cell(row: Row | Cost, name: str, arrow: str = " -> ") -> str:
-    """A field as text, with what becomes of it."""
+    """Returns a field as text, with its value after the plan if that is different."""
     value = getattr(row, name)
     after = getattr(row, f"{name}_after", value)
     return to_text(value) if after == value else f"{to_text(value)}{arrow}{to_text(after)}"

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 from helpers.page_reports import few, many, measured, THREE
-from selenium.webdriver.support.select import Select
 
 import rmtjax
 
