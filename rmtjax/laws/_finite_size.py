@@ -53,7 +53,7 @@ def check_level(level: float) -> None:
     if not 1e-6 <= level <= 1 - 1e-6:
         raise ValueError(
             f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}: it is the probability "
-            "that noise alone gives a spike, 0.1 by default; a small level is a high threshold."
+            "that noise alone gives a spike, 0.01 by default; a small level is a high threshold."
         )
 
 

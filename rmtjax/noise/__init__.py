@@ -1,4 +1,9 @@
-"""Spectrum in, noise level and rank out."""
+"""Estimates the noise in a spectrum, and from it the rank.
+
+The input is a `Spectrum`. `fit_bema` returns its noise level, rank rules count its signal
+directions, and shrinkage corrects the singular values that remain. `histogram` and `law_curve`
+return the numbers that figures and report pages draw.
+"""
 
 from rmtjax.noise import ranks as ranks, shrinkage as shrinkage
 from rmtjax.noise._bema import (
@@ -14,5 +19,5 @@ from rmtjax.noise._density import (
     roots as roots,
     rounding as rounding,
 )
-from rmtjax.noise.ranks import check_rule as check_rule, kept_rank as kept_rank
+from rmtjax.noise._rule import check_rule as check_rule, kept_rank as kept_rank
 from rmtjax.noise.shrinkage import Shrink as Shrink

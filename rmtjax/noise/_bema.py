@@ -198,7 +198,7 @@ def fit_bema(
     spectrum: Spectrum,
     *,
     trim: float = 0.25,
-    level: float = 0.1,
+    level: float = 0.01,
     rank: Int[ArrayLike, ""] | None = None,
 ) -> BulkFit:
     r"""Fits the Marchenko-Pastur law to the bulk by eigenvalue matching (BEMA).

@@ -1,108 +1,46 @@
-"""Rank rules: how many directions of a matrix are signal.
+"""Rank rules: they count how many directions of a matrix are signal.
 
-Each rule is a frozen value that can be called, hashed, printed and compared:
+Each rule is a frozen value. It can be called, hashed, printed and compared:
 
-- `rule.fit(spectrum, rank=None)` estimates the noise; `rank` is that which the matrix was
-  truncated to, if it was: what is left of the fit is NaN where too little is left;
-- `rule.accepts(spectrum, fit)` says whether the rule may be believed;
-- `rule.needs_noise` says whether the count depends on a noise level at all;
-- `rule(spectrum, fit=None)` counts the signal directions, by the noise level of `fit`
-  where one is given: so that a level found once can be used again on a spectrum that has
-  been truncated since.
+- `rule.fit(spectrum, rank=None)` estimates the noise. If the matrix was truncated, `rank` is
+  its rank. The fit is NaN if too few ranks are left.
+- `rule.accepts(spectrum, fit)` is True if the count can be trusted.
+- `rule.needs_noise` is True if the count depends on a noise level.
+- `rule(spectrum, fit=None)` counts the signal directions. It uses the noise level of `fit` if
+  one is given, so a level can be reused after the matrix has been truncated.
 
-All are pure and work under `jit` and `vmap`, on the `Spectrum` of one matrix.
+All methods are pure functions of the `Spectrum` of one matrix. They work under `jit` and `vmap`.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.laws import check_level, check_significance, critical_distance, marchenko_pastur
 from rmtjax.noise._bema import above_rounding, bulk_fit, check_trim, count_above, fit_bema
+from rmtjax.noise._rule import Rank, RankRule as RankRule
 
-Rank = Int[ArrayLike, ""] | None
-
-
-@runtime_checkable
-class RankRule(Protocol):
-    """What a rank rule is: see the head of this module."""
-
-    @property
-    def needs_noise(self) -> bool:
-        """Whether the count depends on a noise level."""
-        ...
-
-    def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
-        """Estimates the noise."""
-        ...
-
-    def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
-        """Whether the count may be believed."""
-        ...
-
-    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
-        """Number of signal directions."""
-        ...
-
-
-def check_rule(rule: object) -> None:
-    """Refuses what is no rank rule, such as its name, a number, or the class itself.
-
-    Args:
-      rule: What was given as `rule`.
-
-    Raises:
-      TypeError: It is no rank rule.
-
-    Examples:
-      >>> import rmtjax
-      >>> rmtjax.ranks.check_rule(rmtjax.ranks.fixed(16))
-    """
-    if isinstance(rule, type) or not isinstance(rule, RankRule):
-        raise TypeError(
-            f"`rule` must be a rank rule such as `rmtjax.ranks.bema()` or "
-            f"`rmtjax.ranks.fixed(16)`, got {rule!r}."
-        )
-
-
-def kept_rank(
-    num_signal: Int[ArrayLike, ""],
-    size: Int[ArrayLike, ""],
-    keep: ArrayLike = 0.0,
-    min_rank: Int[ArrayLike, ""] = 1,
-) -> Int[Array, ""]:
-    r"""$r = K + \lfloor keep \cdot (p - K) \rfloor$, at least `min_rank`.
-
-    All $K$ signal directions and the largest part of the rest, as in the papers.
-    """
-    # The thousandth of a rank forgives rounding: 0.7 * 10 is 7, not 6.
-    share = jnp.asarray(keep, jnp.float32)  # a bfloat16 cannot count to 1,000
-    rest = jnp.floor(share * jnp.subtract(size, num_signal) + 1e-3).astype(jnp.int32)
-    return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)
+__all__ = ["RankRule", "bema", "energy", "fixed", "gavish_donoho"]
 
 
 @dataclass(frozen=True)
-class bema:  # noqa: N801 - called like a function, as everything in this module
-    r"""Spikes above the Tracy-Widom threshold of a Marchenko-Pastur bulk.
+class bema:  # noqa: N801 - rules are called like functions, `ranks.bema()`
+    r"""Counts the spikes above the Tracy-Widom threshold of a Marchenko-Pastur bulk.
 
-    The bulk is fitted by `rmtjax.fit_bema`. The rule refuses where the law does not fit:
-    where the Kolmogorov distance of the noise ranks is above $(0.4 \log p + c) / p + d$. Pure
-    noise exceeds the first term with a probability of `significance`, at any size (simulated at
-    the default `trim` and `level`, p = 10 to 800); $d$ is what a trained bulk may depart from
-    the law besides. Bulks of kernels trained on MNIST stay under 0.01 with SGD and under 0.02
-    with Adam. It refuses too where half of the ranks are spikes: a law of the minority is no
-    bulk.
+    `rmtjax.fit_bema` fits the bulk. The rule accepts the fit if the Kolmogorov-Smirnov distance
+    of the noise ranks is at most $(0.4 \log p + c) / p + d$. Pure noise exceeds the first term
+    with probability `significance`. That was simulated at the default `trim` and levels of 0.01
+    and 0.1, for p = 10 to 800. The tolerance $d$ allows for the departure of a trained bulk from
+    the law. Kernels trained on MNIST stay under 0.01 with SGD and under 0.02 with Adam. The rule
+    also rejects a fit with spikes in half of the ranks, because the rest is then a minority.
 
     Attributes:
       trim: Share of the noise eigenvalues left out at each end of the fit, in [0, 0.5).
       level: Probability that noise alone gives a spike, in (0, 1).
-      significance: Probability that pure noise is refused at a tolerance of 0, in [0.001, 0.5].
-      tolerance: $d$, in [0, 1]; 1 opens the gate to all that is finite and has a minority of
-        spikes.
+      significance: Probability that pure noise is rejected at a tolerance of 0, in [0.001, 0.5].
+      tolerance: $d$, in [0, 1]. With 1, every finite spectrum with a minority of spikes passes.
 
     References:
       Ke, Ma and Lin, J. Am. Stat. Assoc. 118 (2023) 374-392,
@@ -111,7 +49,8 @@ class bema:  # noqa: N801 - called like a function, as everything in this module
 
     needs_noise = True
     trim: float = 0.25
-    level: float = 0.1
+    # At 0.1, one kernel of pure noise in ten has a false spike and is cut to it.
+    level: float = 0.01
     significance: float = 0.01
     tolerance: float = 0.015
 
@@ -121,8 +60,8 @@ class bema:  # noqa: N801 - called like a function, as everything in this module
         check_significance(self.significance)
         if not 0 <= self.tolerance <= 1:
             raise ValueError(
-                f"`tolerance` must be in [0, 1], got {self.tolerance}: it is the distance from "
-                "the law that is allowed besides that of pure noise; 1 opens the gate."
+                f"`tolerance` must be in [0, 1], got {self.tolerance}. It is the distance from the "
+                "law allowed in addition to that of pure noise. With 1, every distance passes."
             )
 
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
@@ -130,32 +69,33 @@ class bema:  # noqa: N801 - called like a function, as everything in this module
         return fit_bema(spectrum, trim=self.trim, level=self.level, rank=rank)
 
     def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
-        """Whether the law fits; False for a spectrum that is not finite, or has no noise."""
+        """Returns True if the law fits. A spectrum that is not finite or has no noise fails."""
         size = spectrum.eigenvalues.shape[-1]
         limit = critical_distance(size, self.significance)
-        few = (fit.num_spikes < size // 2) | (size < 10)  # of so few a half may be one
+        # Below 10 ranks, one or two true spikes can already be a half.
+        few = (fit.num_spikes < size // 2) | (size < 10)
         fits = (fit.distance <= limit + self.tolerance) & few
         return fits & above_rounding(spectrum, fit.variance)
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
-        """Number of eigenvalues above the threshold of `fit`."""
+        """Counts the eigenvalues above the threshold of `fit`."""
         fit = self.fit(spectrum) if fit is None else fit
         return count_above(spectrum, fit.threshold)
 
 
 @dataclass(frozen=True)
 class gavish_donoho:  # noqa: N801
-    r"""The optimal hard threshold for singular values in white noise.
+    r"""Counts the singular values above the optimal hard threshold in white noise.
 
-    The cut is $s > c(\gamma) \sqrt{n} \sigma$ with
-    $c(\gamma)^2 = 2 (\gamma + 1) + 8 \gamma / (\gamma + 1 + \sqrt{\gamma^2 + 14 \gamma + 1})$
-    and $\sigma^2$ the median eigenvalue over that of the Marchenko-Pastur law; for a
-    square matrix $s > 2.858$ times the median singular value. It minimises the expected
-    Frobenius error of the truncated matrix and lies 15 to 20 % above the edge: directions
-    in between can be detected, but cost more error than they give back.
+    The threshold is $s > c(\gamma) \sqrt{n} \sigma$ with
+    $c(\gamma)^2 = 2 (\gamma + 1) + 8 \gamma / (\gamma + 1 + \sqrt{\gamma^2 + 14 \gamma + 1})$.
+    Here $\sigma^2$ is the median eigenvalue over the median of the Marchenko-Pastur law. For a
+    square matrix the threshold is 2.858 times the median singular value. It minimises the
+    expected Frobenius error of the truncated matrix and is 15 to 20 % above the edge. Directions
+    in between can be detected, but keeping them adds more error than it removes.
 
-    The median assumes that less than about half of the directions are signal. There is no
-    gate: what is finite is accepted.
+    The median assumes that less than about half of the directions are signal. Every finite
+    spectrum is accepted.
 
     References:
       Gavish and Donoho, IEEE Trans. Inf. Theory 60 (2014) 5040-5053,
@@ -165,86 +105,92 @@ class gavish_donoho:  # noqa: N801
     needs_noise = True
 
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
-        """Noise level from the median eigenvalue, threshold by the closed form."""
+        """Takes the noise level from the median eigenvalue and the threshold from its formula."""
         ratio = spectrum.ratio
         median = jnp.median(spectrum.eigenvalues)
         variance = median / marchenko_pastur.ppf(jnp.asarray(0.5, ratio.dtype), ratio)
-        if rank is not None:  # a median needs both halves
+        if rank is not None:  # The median of a truncated spectrum must be a value that was kept.
             size = spectrum.eigenvalues.shape[-1]
             variance = jnp.where(2 * jnp.asarray(rank) > size + 1, variance, jnp.nan)
         root = jnp.sqrt(ratio**2 + 14 * ratio + 1)
-        cut = 2 * (ratio + 1) + 8 * ratio / (ratio + 1 + root)
-        threshold = variance * cut
+        threshold = variance * (2 * (ratio + 1) + 8 * ratio / (ratio + 1 + root))
         spikes = count_above(spectrum, threshold)
         return bulk_fit(spectrum, variance, threshold, variance, spikes, rank)
 
     def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
-        """Whether the noise level is finite and more than rounding."""
+        """Returns True if the noise level is finite and larger than rounding errors."""
         return jnp.isfinite(fit.variance) & above_rounding(spectrum, fit.variance)
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
-        """Number of eigenvalues above the threshold of `fit`."""
+        """Counts the eigenvalues above the threshold of `fit`."""
         fit = self.fit(spectrum) if fit is None else fit
         return count_above(spectrum, fit.threshold)
 
 
 class _WithoutNoise:
-    """What rules share that ask nothing of the noise: BEMA's fit, as a diagnostic only."""
+    """Shares what rules have in common that need no noise level: a fit for the report only."""
 
     needs_noise = False
 
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
-        """BEMA's fit, which this rule reports and does not use."""
+        """Fits the bulk by BEMA. The count does not use this fit."""
         return fit_bema(spectrum, rank=rank)
 
     def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
-        """Whether the spectrum is finite."""
+        """Returns True if the spectrum is finite."""
         del fit
         return jnp.isfinite(spectrum.eigenvalues).all()
 
 
 @dataclass(frozen=True)
 class energy(_WithoutNoise):  # noqa: N801
-    r"""The fewest directions that hold a share of the energy.
+    r"""Counts the fewest directions that hold a share of the energy.
 
-    The smallest $r$ with $\sum_{k \le r} s_k^2 \ge share \cdot \sum_k s_k^2$. Applied
-    again to what it has truncated, it takes a share of the share: under `prune_spectrum`
-    the rank goes on falling.
+    This is the smallest $r$ with $\sum_{k \le r} s_k^2 \ge share \cdot \sum_k s_k^2$. On a
+    truncated matrix the rule takes a share of the share. Under `prune_spectrum` the rank
+    therefore falls at every pruning step.
 
     Attributes:
-      share: In (0, 1].
+      share: Share of the sum of squares, in (0, 1].
     """
 
     share: float
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
-            raise ValueError(f"`share` must be in (0, 1], got {self.share}.")
+            raise ValueError(
+                f"`share` must be in (0, 1], got {self.share}. It is a share of the sum of "
+                "squares, such as 0.99."
+            )
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
-        """Number of directions that hold the share."""
+        """Counts the directions that hold the share."""
         del fit
         held = jnp.cumsum(spectrum.eigenvalues)
-        # At least the last entry reaches a share of 1, whatever the rounding.
+        # Compare with the last partial sum, not with a sum of its own: the two may differ by
+        # rounding, and then no entry would reach a share of 1.
         missing = jnp.sum(held < self.share * held[-1], dtype=jnp.int32)
         return jnp.where(held[-1] > 0, jnp.minimum(missing + 1, held.shape[0]), 0)
 
 
 @dataclass(frozen=True)
 class fixed(_WithoutNoise):  # noqa: N801
-    """A rank chosen by hand, or all directions where there are fewer.
+    """Returns a rank chosen by hand, or the number of directions if that is smaller.
 
     Attributes:
-      rank: At least 1.
+      rank: Number of directions, at least 1.
     """
 
     rank: int
 
     def __post_init__(self):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"`rank` must be an integer of at least 1, got {self.rank!r}.")
+            raise ValueError(
+                f"`rank` must be an integer of at least 1, got {self.rank!r}. For a share of the "
+                "energy use `rmtjax.ranks.energy`."
+            )
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
-        """The rank."""
+        """Returns the rank."""
         del fit
         return jnp.asarray(min(self.rank, spectrum.eigenvalues.shape[-1]), jnp.int32)

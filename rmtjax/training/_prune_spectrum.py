@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._types import Axes, BulkFit, Where
-from rmtjax.noise import ranks
+from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import find_kernels, map_kernels, obstacle
 from rmtjax.training._pruning_step import How, Memory, Noise, prune_if, unpruned
 from rmtjax.training._schedule import check_count, is_due, NO_PARAMS
@@ -166,7 +166,7 @@ def prune_spectrum(
     """
     _check(every, start, keep, noise, settled, min_rank, min_size)
     rule = ranks.bema() if rule is None else rule
-    ranks.check_rule(rule)
+    check_rule(rule)
     how = How(rule, noise, waits=settled is not None)
 
     def init_fn(params: PyTree) -> PruneState:

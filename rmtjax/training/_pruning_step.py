@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from rmtjax._axes import from_matrices, KernelAxes, matrix_shape, to_matrices
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import BulkFit, Spectrum
-from rmtjax.noise import ranks
+from rmtjax.noise import kept_rank, ranks
 from rmtjax.spectra import (
     compose,
     directions,
@@ -91,7 +91,7 @@ def _cut(matrices, s, lower_to, noise, memory: Memory, keep, min_rank, settled, 
         # Until then no noise level is carried: a settled kernel is to be judged by its own.
         waits = ~ready & (memory.rank == size)
         fits = jax.tree.map(lambda new, old: jnp.where(waits, old, new), fits, memory.fits)
-    kept = ranks.kept_rank(signal, size, keep, min_rank)
+    kept = kept_rank(signal, size, keep, min_rank)
     lower = lower_to(kept)
     scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)  # no square is too large or too small
     squares = lambda stack: jnp.sum(jnp.square(stack / scale))
@@ -141,7 +141,7 @@ def _prune_stack(
     block = _signal_block(matrices.shape, how)
     if block is None:
         return by_all()
-    kept = partial(ranks.kept_rank, size=min(matrices.shape[1:]), keep=keep, min_rank=min_rank)
+    kept = partial(kept_rank, size=min(matrices.shape[1:]), keep=keep, min_rank=min_rank)
     enough = kept(block - 1) < block  # with more signal there is less that is kept besides
     found = _signal(matrices[0], least[0], enough, block)
 

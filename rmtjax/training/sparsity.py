@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from rmtjax._axes import from_matrices, matrix_shape
 from rmtjax._types import Spectrum, Where
-from rmtjax.noise import ranks
+from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import LayerPlan, Plan
 from rmtjax.training._masks import (
     check_sparsity,
@@ -140,7 +140,7 @@ def threshold_mask(
       code of their earlier papers sweeps one threshold for all kernels by hand.
     """
     _check_plan(plan)
-    ranks.check_rule(rule)
+    check_rule(rule)
     found, masks = find_floating(params, lambda path, _: path in plan), {}
     for path, row in plan.items():
         if row.fit is None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.noise_cases import fit, noise_of
 from scipy import optimize
 
 import rmtjax
@@ -91,14 +92,6 @@ def reference_fit(matrix, trim, level):
     return variance, edge, threshold, distance, np.sum(ascending > threshold)
 
 
-def fit(matrix, **kwargs):
-    return rmtjax.fit_bema(rmtjax.spectrum(matrix), **kwargs)
-
-
-def noise_of(shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
 SETTINGS = [(0.25, 0.1), (0.2, 0.9), (0.0, 0.5), (0.4, 0.8)]  # trim and level
 
 
@@ -126,7 +119,7 @@ def test_is_the_fit_of_the_reference(shape, trim, level, spiked):
 def test_float64_is_exact():
     with jax.enable_x64(True):
         matrix = jnp.asarray(np.random.default_rng(0).standard_normal((80, 130)))
-        got, expected = fit(matrix), reference_fit(matrix, 0.25, 0.1)
+        got, expected = fit(matrix, level=0.1), reference_fit(matrix, 0.25, 0.1)
         assert {leaf.dtype for leaf in got[:4]} == {jnp.dtype("float64")}
         for i in (0, 1, 3):
             np.testing.assert_allclose(got[i], expected[i], rtol=1e-9)  # quadrature-free

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_bema import fit, noise_of
+from helpers.noise_cases import fit, noise_of
 
 import rmtjax
 
 DRAWS = 200
-LEVELS = (0.1, 0.5, 0.9)
+LEVELS = (0.01, 0.1, 0.5, 0.9)
 
 
 @jax.jit
@@ -110,7 +110,7 @@ def test_signals_below_the_detection_limit_leave_no_trace(shape):
     strength = 0.5 * (rows * columns) ** 0.25
     left, _ = jnp.linalg.qr(noise_of((rows, 3), seed=1))
     right, _ = jnp.linalg.qr(noise_of((columns, 3), seed=2))
-    count = jax.jit(lambda matrix: fit(matrix).num_spikes)
+    count = jax.jit(lambda matrix: fit(matrix, level=0.1).num_spikes)
     counts = [count(noise_of(shape, seed) + strength * left @ right.T) for seed in range(10)]
     # Alarms at a level of 0.1: 5 or more of 10 has a probability of 0.2 %.
     assert np.count_nonzero(counts) < 5

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.noise_cases import fit, noise_of
 from hypothesis import given, settings, strategies as st
-from test_bema import fit, noise_of
 
 import rmtjax
 from rmtjax import Spectrum
@@ -18,7 +18,7 @@ COMPILED_FIT = jax.jit(rmtjax.fit_bema)
 
 @functools.cache
 def spectrum_with_a_loud_row(shape):
-    return rmtjax.spectrum(noise_of(shape).at[0].add(1.0))
+    return rmtjax.spectrum(noise_of(shape).at[0].add(2.0))
 
 
 @pytest.mark.parametrize("shape", [(60, 80), (10, 300)])

@@ -8,21 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.noise_cases import each_rule, noise_of, RULES, spectrum_of
 from hypothesis import given, strategies as st
 
 import rmtjax
 from rmtjax import ranks, Spectrum
-
-RULES = [ranks.bema(), ranks.gavish_donoho(), ranks.energy(0.9), ranks.fixed(3)]
-each_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
-
-
-def noise_of(shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def spectrum_of(eigenvalues, ratio=0.5):
-    return Spectrum(jnp.asarray(eigenvalues, jnp.float32), jnp.float32(ratio))
+from rmtjax.noise import kept_rank
 
 
 @functools.cache
@@ -152,15 +143,15 @@ def test_a_rank_that_is_full_changes_nothing(rule):
     ],
 )
 def test_kept_rank_by_hand(num_signal, size, keep, min_rank, expected):
-    assert ranks.kept_rank(num_signal, size, keep, min_rank) == expected
-    traced = jax.jit(ranks.kept_rank, static_argnums=1)
+    assert kept_rank(num_signal, size, keep, min_rank) == expected
+    traced = jax.jit(kept_rank, static_argnums=1)
     assert traced(num_signal, size, keep, min_rank) == expected
 
 
 @given(data=st.data(), size=st.integers(1, 4096), percent=st.integers(0, 100))
 def test_kept_rank_is_the_formula_of_the_papers(data, size, percent):
     num_signal = data.draw(st.integers(0, size))
-    rank = int(ranks.kept_rank(num_signal, size, percent / 100))
+    rank = int(kept_rank(num_signal, size, percent / 100))
     exact = num_signal + math.floor(Fraction(percent, 100) * (size - num_signal))
     assert rank == max(exact, 1)
     assert num_signal <= rank <= size
@@ -169,7 +160,7 @@ def test_kept_rank_is_the_formula_of_the_papers(data, size, percent):
 @given(data=st.data(), size=st.integers(1, 4096), keeps=st.lists(st.floats(0, 1), min_size=2))
 def test_kept_rank_rises_with_keep(data, size, keeps):
     num_signal = data.draw(st.integers(0, size))
-    kept = [int(ranks.kept_rank(num_signal, size, keep)) for keep in [0.0, *sorted(keeps), 1.0]]
+    kept = [int(kept_rank(num_signal, size, keep)) for keep in [0.0, *sorted(keeps), 1.0]]
     assert kept == sorted(kept)
     assert kept[0] == max(num_signal, 1)
     assert kept[-1] == size
@@ -210,7 +201,7 @@ def test_rules_are_values(rule):
 
 
 def test_rules_print_and_compare_their_parameters():
-    expected = "bema(trim=0.25, level=0.1, significance=0.01, tolerance=0.015)"
+    expected = "bema(trim=0.25, level=0.01, significance=0.01, tolerance=0.015)"
     assert repr(ranks.bema()) == expected
     assert ranks.bema(level=0.2) != ranks.bema()
     assert ranks.energy(0.5) != ranks.energy(0.6)

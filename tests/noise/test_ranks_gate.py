@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_ranks import each_rule, noise_of, RULES, spectrum_of
+from helpers.noise_cases import each_rule, noise_of, RULES, spectrum_of
 
 import rmtjax
 from rmtjax import ranks, Spectrum

@@ -189,7 +189,7 @@ def test_a_plan_shrinks_what_it_keeps(transform):
     scales = np.array([1.0, 0.3])
     counts = [planted([3, 2, 1.5], (60, 80), 3)[1], planted([2.5], (60, 80), 4)[1]]
     params = {"kernel": jnp.asarray(scales[:, None, None] * counts, jnp.float32)}
-    options = {"rule": ranks.bema(), "axes": lambda path, leaf: STACK}
+    options = {"rule": ranks.bema(level=0.1), "axes": lambda path, leaf: STACK}
     plan = rmtjax.plan(params, shrink=shrinkage.frobenius, **options)
     row = plan["kernel"]
     assert row.reason == "factorized: 3 of 60 are signal, rank 8, shrunk"
@@ -239,5 +239,6 @@ def test_options_that_contradict_one_another_are_refused():
     plan = inspect.unwrap(rmtjax.plan)
     with pytest.raises(ValueError, match=r"`keep` must be 0 with `shrink`, got 0\.5"):
         plan({}, shrink=shrinkage.frobenius, keep=0.5)
-    with pytest.raises(TypeError, match=r"`shrink` must be a function such as .*, got 'frobenius'"):
+    # The check of types that the suite adds may come first.
+    with pytest.raises(TypeError, match=r"shrink.*'frobenius'"):
         plan({}, shrink="frobenius")

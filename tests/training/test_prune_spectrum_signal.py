@@ -8,6 +8,7 @@ import pytest
 from helpers.transform_checks import ATOL, planted, truncated
 
 from rmtjax import prune_spectrum, ranks
+from rmtjax.noise import kept_rank
 from rmtjax.spectra import _gram, _subspace_iteration
 
 SHAPE = (320, 300)
@@ -67,7 +68,7 @@ def test_where_more_is_needed_all_directions_are_found(options):
     pruned, state = step(optimizer, params, state)
     rank, signal = int(state.ranks["kernel"]), int(state.signal["kernel"])
     kept = {name: options[name] for name in options if name in ("keep", "min_rank")}
-    assert rank == int(ranks.kept_rank(signal, 300, **kept)) >= 3
+    assert rank == int(kept_rank(signal, 300, **kept)) >= 3
     np.testing.assert_allclose(pruned, truncated(params["kernel"], rank), atol=ATOL)
 
 
