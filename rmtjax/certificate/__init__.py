@@ -1,25 +1,24 @@
-r"""What a change of kernels can change in the predictions, as bounds that hold.
+r"""Certificates: rigorous bounds on how much changed kernels can change the predictions.
 
-A chain of dense layers $a_{l+1} = \phi(a_l W_l + b_l)$, the last without $\phi$, has kernels
-changed from $W_l$ to $W'_l = W_l - R_l$. With $a_l$ the activations before the change, those
-after it are off by at most
+In come a network before and after the change, and inputs. Out come a bound on the change of each
+logit, whether each prediction must stay the same, and a bound on the increase of the loss.
 
-$d_{l+1} = \|a_l R_l\|_2 + \|W'_l\|_2\, d_l$, and $d_1 = 0$,
+The network is a chain of dense layers $a_{l+1} = \phi(a_l W_l + b_l)$, the last one without
+$\phi$. Its kernels change from $W_l$ to $W'_l = W_l - R_l$. Let $a_l$ be the activations before the
+change. Since $\phi$ does not increase distances, the activations move by at most
 
-since $\phi$ is no expansion. This is the telescope that changes the layers one by one, the
-last first. The last layer is followed exactly: its logits change by $-a R + v$, where the
-entry $k$ of $v$ is at most $\|W'_{\cdot k}\|_2\, d$ and the difference of two entries at most
-$\|W'_{\cdot j} - W'_{\cdot k}\|_2\, d$.
+$d_{l+1} = \|a_l R_l\|_2 + \|W'_l\|_2\, d_l$, with $d_1 = 0$.
 
-So the bound is exact where the last kernel alone is changed. Further up it is loose, by
-a factor for each layer between: products of operator norms suppose that each layer
-stretches the worst there is.
+The logits of the last layer change by $-a R + v$. Entry $k$ of $v$ is at most
+$\|W'_{\cdot k}\|_2\, d$, and two entries differ by at most
+$\|W'_{\cdot j} - W'_{\cdot k}\|_2\, d$. So the bound is exact if only the last kernel changes. If
+earlier kernels change, it is loose: a product of operator norms assumes that every layer stretches
+its inputs as much as it can.
 
-The bounds are on the networks in exact arithmetic, with the parameters as JAX holds them. The
-rounding of what is computed here is bounded and added: for a sum of n products
-$(n + 8)\, \epsilon$ of the sum of magnitudes, for a norm $(n + 8)\, \epsilon$ and for an
-operator norm $2 \max(m, n)\, \epsilon$ of itself. Numbers below the least normal one count
-as zero. A run in floating point adds rounding of its own.
+The bounds hold for the networks in exact arithmetic, with the parameters as JAX stores them. The
+rounding of the bounds is added to them. It is $(n + 8)\, \epsilon$ of the sum of magnitudes for a
+sum of n products, $(n + 8)\, \epsilon$ of a norm and $2 \max(m, n)\, \epsilon$ of an operator norm.
+Subnormal numbers count as zero. The rounding of a run in floating point is not included.
 """
 
 from rmtjax.certificate._certify import Certificate as Certificate, certify as certify

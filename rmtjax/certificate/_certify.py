@@ -1,4 +1,4 @@
-"""Bounds on the predictions of a network whose kernels were changed."""
+"""Computes the bounds on the predictions of a network whose kernels have changed."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,17 +26,17 @@ Activation = Callable[[Array], Array]
 
 
 class Certificate(NamedTuple):
-    """What is certain of a changed network, on the samples given.
+    """Bounds on the outputs of a changed network on given samples.
 
-    What is not finite bounds nothing: the prediction counts as one that may change.
+    A value that is not finite is not a bound: the prediction counts as one that may change.
 
     Attributes:
       change: Bound on the magnitude of the change of each logit.
-      unchanged: Whether the prediction, the largest logit, certainly stays the same.
+      unchanged: Whether the prediction, the largest logit, must stay the same.
       loss: Bound on the increase of the mean cross-entropy; may be negative. Without labels
-        it holds for any. NaN where a label is no class.
-      removed: Squares of entries that the kernels have lost, rounded down: for a truncation
-        the sum of the squared singular values removed.
+        it holds for all labels. NaN if a label is not a class.
+      removed: Sum of the squared entries that the kernels have lost, rounded down. For a
+        truncation it is the sum of the squared singular values removed.
     """
 
     change: Float[Array, "samples outputs"]
@@ -45,40 +45,42 @@ class Certificate(NamedTuple):
     removed: Float[Array, ""]
 
     def lowers_loss(self, l2: Float[ArrayLike, ""]) -> Bool[Array, ""]:
-        r"""Whether cross-entropy plus $\mu_2 \sum W_{ij}^2$, the kernels', certainly falls.
+        r"""Returns True if cross-entropy plus $\mu_2 \sum W_{ij}^2$ over kernels must decrease.
 
-        That is `loss` $< \mu_2$ `removed`; `l2` is $\mu_2$, as in `rmtjax.penalty`.
+        The condition is `loss` $< \mu_2$ `removed`; `l2` is $\mu_2$, as in `rmtjax.penalty`.
         """
         return self.loss < l2 * self.removed
 
 
 class _Hidden(NamedTuple):
-    """The inputs of a layer, as far as they are known."""
+    """The inputs of a layer, with bounds for each sample."""
 
     values: Array  # before the change, as computed
-    rounding: Array  # bound on the distance from these to the exact ones, of each sample
-    distance: Array  # bound on the distance from the exact ones before to those after
-    exact: bool = False  # whether both are 0: no need for the norms of the first kernel then
+    rounding: Array  # bound on the distance between `values` and the exact ones
+    distance: Array  # bound on the distance between the exact ones before and after the change
+    exact: bool = False  # both bounds are 0, so the norms of the kernel are not needed
 
 
 class _Outputs(NamedTuple):
-    values: Array  # before the change, as computed
+    """The outputs of a layer for the inputs as computed, and bounds on their rounding."""
+
+    values: Array  # before the change
     rounding: Array
-    shift: Array  # what the layer's own change takes from them
+    shift: Array  # by how much the change of this layer lowers them
     shift_rounding: Array
 
 
 def _outputs(hidden: Array, old: Layer, new: Layer) -> _Outputs:
-    """What a layer and its change make of the inputs as computed."""
+    """Returns the outputs of a layer and of its change."""
     removed = jax.tree.map(jnp.subtract, old, new)
     return _Outputs(*affine(hidden, old), *affine(hidden, removed))
 
 
 def _pass(hidden: _Hidden, old: Layer, new: Layer, activation: Activation) -> _Hidden:
-    """The inputs of the layer after this one."""
+    """Returns the inputs of the next layer."""
     out = _outputs(hidden.values, old, new)
     values = activation(out.values)
-    # An activation is taken to be right to 8 eps.
+    # An activation is assumed to be correct to 8 eps: XLA gives no bound for `exp` and `tanh`.
     rounding = norm(out.rounding + 8 * eps_of(values) * jnp.abs(values), axis=1)
     distance = norm(jnp.abs(out.shift) + out.shift_rounding, axis=1)
     if not hidden.exact:
@@ -93,28 +95,30 @@ def _pick(array: Array, index: Array) -> Array:
 
 
 def _leads(logits: Array, doubt: Array, best: Array, apart: Array | float = 0.0) -> Array:
-    """Whether a class certainly has the largest logit.
+    """Returns True if the class `best` must have the largest logit.
 
-    Each logit is known up to `doubt`, and differences from the best up to `apart` besides.
+    Each logit is known up to `doubt`, and its difference from the best up to another `apart`.
     """
     ahead = _pick(logits, best) - logits > doubt + _pick(doubt, best) + apart
     return jnp.all(ahead | (jnp.arange(logits.shape[1])[None, :] == best[:, None]), axis=1)
 
 
 def _increase(out: _Outputs, labels: Array, apart: Array) -> Array:
-    r"""Bound on the increase of each sample's cross-entropy.
+    r"""Returns a bound on the increase of each sample's cross-entropy.
 
-    It is $\log \sum_j p_j e^{u_j}$ for probabilities $p$ before the change and $u_j$ what the
-    logit $j$ gains on that of the label, here its upper bound.
+    It is $\log \sum_j p_j e^{u_j}$ with the probabilities $p$ before the change and a bound
+    $u_j$ on the gain of logit $j$ over that of the label.
     """
     eps, classes = eps_of(out.values), jnp.arange(out.values.shape[1])[None, :]
     gain = _pick(out.shift, labels) - out.shift + apart
     gain += out.shift_rounding + _pick(out.shift_rounding, labels)
     gain = jnp.where(classes == labels[:, None], 0, gain)
-    largest = jnp.max(gain, axis=1)  # at least 0, and a bound by itself
-    # The probabilities are right to a factor between exp(-doubt) and exp(doubt).
+    # The largest gain, at least 0, is a bound too.
+    largest = jnp.max(gain, axis=1)
+    # The probabilities are correct to a factor between exp(-doubt) and exp(doubt).
     doubt = 2 * jnp.max(out.rounding, axis=1) + (classes.size + 8) * eps
-    usable = (largest < 40) & (doubt < 1)  # so that no exponential overflows
+    # Beyond these limits an exponential would overflow, or be meaningless.
+    usable = (largest < 40) & (doubt < 1)
     factor = jnp.expm1(jnp.where(usable[:, None], gain, 0))
     slack = jnp.sign(factor) * jnp.expm1(jnp.where(usable, doubt, 0))[:, None]
     exact = jnp.log1p(jnp.sum(jax.nn.softmax(out.values) * (1 + slack) * factor, axis=1))
@@ -125,16 +129,17 @@ def _increase(out: _Outputs, labels: Array, apart: Array) -> Array:
 def _bound(
     hidden: _Hidden, old: Layer, new: Layer, labels: Array | None
 ) -> tuple[Array, Array, Array]:
-    """`change`, `unchanged` and `loss` from the inputs of the last layer."""
+    """Returns `change`, `unchanged` and `loss` from the inputs of the last layer."""
     out = _outputs(hidden.values, old, new)
-    # The rounding of the inputs becomes one of the outputs.
+    # The rounding of the inputs spreads to the outputs.
     spread = lambda kernel: hidden.rounding[:, None] * norm(kernel, axis=0)[None, :]
     rounding = out.rounding + spread(old.kernel)
     shift_rounding = out.shift_rounding + spread(old.kernel - new.kernel)
     out = _Outputs(out.values, rounding, out.shift, shift_rounding)
     moved = hidden.distance[:, None]
     between = lambda column: norm(new.kernel - column[:, None], axis=0)
-    distances = lax.map(between, new.kernel.T)  # not at once: as large as a kernel each
+    # One class at a time: each step needs as much memory as the kernel.
+    distances = lax.map(between, new.kernel.T)
     change = jnp.abs(out.shift) + shift_rounding + moved * norm(new.kernel, axis=0)[None, :]
     best, doubt = jnp.argmax(out.values, axis=1), rounding + shift_rounding
     unchanged = _leads(out.values, rounding, best)
@@ -155,16 +160,17 @@ def _certify(
     layers: Sequence[str],
     activation: Activation,
 ) -> Certificate:
-    """What is computed of arrays that have been checked."""
-    # One dtype for all, or a difference would be rounded more than is reckoned with.
+    """Returns the certificate of layers that have been checked."""
+    # In one dtype: a difference of two dtypes is rounded more than the bounds allow for.
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, old, new)))
     values, old, new = jax.tree.map(lambda a: a.astype(dtype), (values, old, new))
     zero = jnp.zeros(len(values), dtype)
     hidden = _Hidden(values, zero, zero, exact=True)
     for pair in zip(old[:-1], new[:-1], strict=True):
         hidden = _pass(hidden, *pair, activation)
-    once = dict(zip(layers, zip(old, new, strict=True), strict=True))  # one may come again
-    removed = [lost_squares(a.kernel, b.kernel) for a, b in once.values()]
+    # A layer that is applied several times lost its entries once.
+    distinct = dict(zip(layers, zip(old, new, strict=True), strict=True))
+    removed = [lost_squares(a.kernel, b.kernel) for a, b in distinct.values()]
     return Certificate(*_bound(hidden, old[-1], new[-1], labels), sum(removed, zero[0]))
 
 
@@ -177,36 +183,35 @@ def certify(
     labels: Int[ArrayLike, " samples"] | None = None,
     activation: Activation = jax.nn.relu,
 ) -> Certificate:
-    r"""What a change of some kernels can change in the predictions for given inputs.
+    r"""Bounds how much changed kernels can change the predictions for given inputs.
 
-    Bounds as told at the head of this module. The loss: with $p$ the probabilities before
-    the change and $u_j$ the bound on what the logit $j$ gains on that of the label, the
-    cross-entropy of a sample increases by at most $\log \sum_j p_j e^{u_j}$; without labels by
-    at most $2 \max_k$ `change`, which is the budget of the source.
+    `rmtjax.certificate` derives the bounds on logits. Let $p$ be the probabilities before the
+    change and $u_j$ a bound on the gain of logit $j$ over that of the label. Then the cross-entropy
+    of a sample increases by at most $\log \sum_j p_j e^{u_j}$. Without labels it increases by at
+    most $2 \max_k$ `change`, the budget of the source.
 
-    On the same inputs both networks can also be run, which is sharper where layers before
-    the last were changed. The certificate never runs the changed one, holds whatever the
-    layers between do at their worst, and is not at the mercy of rounding.
+    To run both networks on the same inputs is sharper if layers before the last have changed. The
+    certificate does not run the changed network, and it includes the rounding of its own bounds.
 
     Args:
-      before: Nested dictionaries of arrays, as `module.init(...)["params"]`.
-      after: The changed tree: truncated, masked, quantized or trained on; factors merged
-        by `rmtjax.merge`. Biases may differ too.
-      inputs: What the first of the layers receives, shape (samples, inputs). To bound the
-        change of a network's last layers, capture the activations before them.
+      before: Nested dictionaries of arrays, such as `module.init(...)["params"]`.
+      after: The changed tree: truncated, masked, quantized or trained further. Factors must be
+        merged with `rmtjax.merge`. Biases may differ too.
+      inputs: Inputs of the first of the layers, shape (samples, inputs). To bound the change of
+        the last layers of a network, capture the activations before them.
       layers: Paths of the dense layers in the order in which they are applied.
       labels: Class of each sample.
-      activation: Between the layers: elementwise with slopes in [-1, 1], as relu, tanh
-        and sigmoid. A slope above that which a grid of points shows is refused.
+      activation: Between the layers: elementwise with slopes in [-1, 1], such as relu, tanh
+        and sigmoid. Slopes are checked on a grid of points.
 
     Returns:
-      A `Certificate` in float32 at least; works under `jit` with `layers` and `activation`
-      held fixed.
+      A `Certificate` in float32 at least. Works under `jit` if `layers` and `activation` are
+      static.
 
     Raises:
       ValueError: Layers are missing or do not fit, labels have another shape, or the
         activation is too steep.
-      TypeError: A kernel or the inputs are not floating, labels are no integers, or a
+      TypeError: A kernel or the inputs are not floating, labels are not integers, or a
         kernel is factorized.
 
     Examples:
@@ -214,17 +219,17 @@ def certify(
       >>> before = {"Dense_0": {"kernel": jnp.array([[3.0, 0.0], [0.0, 1.0]])}}
       >>> after = {"Dense_0": {"kernel": jnp.array([[3.0, 0.0], [0.0, 0.0]])}}
       >>> inputs = jnp.array([[1.0, 2.0], [1.0, 4.0]])
-      >>> found = rmtjax.certificate.certify(before, after, inputs, layers=["Dense_0"])
-      >>> print(found.change.round(3))
+      >>> bounds = rmtjax.certificate.certify(before, after, inputs, layers=["Dense_0"])
+      >>> print(bounds.change.round(3))
       [[0. 2.]
        [0. 4.]]
-      >>> print(found.unchanged)
+      >>> print(bounds.unchanged)
       [ True False]
 
     References:
       Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608. They sum
-      a Lipschitz constant times $2 \|a R\|_\infty$; here it is the Euclidean norm, for
-      which a product of norms is such a constant.
+      a Lipschitz constant times $2 \|a R\|_\infty$. This function uses the Euclidean norm, for
+      which a product of operator norms is such a constant.
     """
     values = jnp.asarray(inputs)
     old, new = read_layers("before", before, layers), read_layers("after", after, layers)
@@ -233,8 +238,9 @@ def certify(
     if labels is not None:
         labels = jnp.asarray(labels)
         check_labels(labels, len(values))
-    find = partial(_certify, layers=layers, activation=activation)
+    compute = partial(_certify, layers=layers, activation=activation)
     if any(map(mesh_of, jax.tree.leaves((values, old, new)))):
-        # At once: of several processes each step by itself might wait for another one's.
-        find = jax.jit(find)
-    return by_compiler(find, values, old, new, labels, anew=True)
+        # As one program. Processes that run single operations may do so in different orders, and
+        # then they wait for each other forever.
+        compute = jax.jit(compute)
+    return by_compiler(compute, values, old, new, labels, anew=True)

@@ -1,4 +1,4 @@
-"""Products, norms and sums in floating point, with bounds on what rounding does to them."""
+"""Products, norms and sums in floating point, with bounds on their rounding."""
 
 from functools import partial
 from typing import NamedTuple
@@ -21,24 +21,26 @@ class Layer(NamedTuple):
 
 
 def eps_of(array: Array) -> float:
-    """The distance from 1 to the next number."""
+    """Returns the distance from 1 to the next number of the dtype."""
     return float(jnp.finfo(array.dtype).eps)
 
 
 def norm(array: Array, axis: int | None = None) -> Array:
-    """The Euclidean norm along an axis, rounded up."""
+    """Returns the Euclidean norm along an axis, rounded up."""
     largest = jnp.max(jnp.abs(array), axis=axis, keepdims=True)
-    scaled = array / jnp.where(largest > 0, largest, 1)  # or small squares would underflow
+    # Without the scaling, the squares of small entries would underflow to 0.
+    scaled = array / jnp.where(largest > 0, largest, 1)
     size = array.size if axis is None else array.shape[axis]
     norm = jnp.squeeze(largest, axis) * jnp.sqrt(jnp.sum(scaled**2, axis))
     return norm * (1 + (size + 8) * eps_of(array))
 
 
 def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
-    r"""The largest singular value $\|W\|_2$, rounded up by $2 \max(m, n)\, \epsilon$ of itself.
+    r"""Returns the largest singular value $\|W\|_2$, rounded up.
 
-    No vector $x$ has $\|x W\|_2 > \|W\|_2 \|x\|_2$. The decomposition is taken to be right to
-    $\max(m, n)\, \epsilon$, as `jnp.linalg.matrix_rank` takes it.
+    Every vector $x$ has $\|x W\|_2 \le \|W\|_2 \|x\|_2$. The value is multiplied by
+    $1 + 2 \max(m, n)\, \epsilon$. The decomposition is assumed to be correct to
+    $\max(m, n)\, \epsilon$, as in `jnp.linalg.matrix_rank`.
 
     Args:
       matrix: Real matrix of any floating dtype; lifted to float32 at least.
@@ -47,7 +49,7 @@ def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
       A scalar; NaN for a matrix that is not finite.
 
     Raises:
-      ValueError: `matrix` has not two axes, or no entries.
+      ValueError: `matrix` does not have two axes, or has no entries.
       TypeError: `matrix` is not of a real floating dtype.
 
     Examples:
@@ -66,12 +68,12 @@ def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
 
 
 def affine(inputs: Array, layer: Layer) -> tuple[Array, Array]:
-    """The outputs of a layer, and a bound on the rounding of each.
+    """Returns the outputs of a layer, and a bound on the rounding of each.
 
-    A sum of n products is off by n u / (1 - n u) of the sum of their magnitudes, in any order,
-    with u = eps / 2 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section
-    3.1). The double of it has room for the rounding of a kernel that is a difference, of
-    the bound itself and of the sums in which it is used.
+    In any order of summation, a sum of n products has an error of at most n u / (1 - n u) of the
+    sum of their magnitudes, with u = eps / 2 (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2002, section 3.1). Twice this bound also covers the rounding of a kernel that
+    is a difference, of the bound itself and of the sums in which it is used.
     """
     kernel, bias = layer
     magnitudes = _product(jnp.abs(inputs), jnp.abs(kernel)) + jnp.abs(bias)[None, :]
@@ -80,14 +82,14 @@ def affine(inputs: Array, layer: Layer) -> tuple[Array, Array]:
 
 
 def mean(values: Array) -> Array:
-    """The mean, rounded up."""
+    """Returns the mean, rounded up."""
     return jnp.mean(values) + (len(values) + 8) * eps_of(values) * jnp.mean(jnp.abs(values))
 
 
 def lost_squares(old: Array, new: Array) -> Array:
-    """The squares of the entries of `old`, less those of `new`, rounded down."""
+    """Returns the sum of squares of `old` minus that of `new`, rounded down."""
     terms = (old - new) * (old + new)
-    # The sum of sums that rounds least; XLA would make one long sum of it.
+    # A sum of sums of columns is rounded less than one long sum, which XLA would make of it.
     columns = lax.optimization_barrier([jnp.sum(a, axis=0) for a in (terms, jnp.abs(terms))])
     total, magnitudes = map(jnp.sum, columns)
     return total - (sum(old.shape) + 8) * eps_of(old) * magnitudes

@@ -1,18 +1,14 @@
 """Factorized trees under unmodified `flax.linen` modules.
 
-Where the tree holds `Factors` in the place of a kernel, the layer that owns it runs as two
-thinner layers of Flax's own: `Dense`, `DenseGeneral` and with it attention, `Einsum`,
-`Conv`, `ConvTranspose` (their window first, then a 1x1 product), `Embed`, and the cells of
-`nn.RNN` that are made of these, also inside `nn.scan`, `nn.vmap` and `nn.remat`. Layers of
-one's own join by `rmtjax.register_layer`. Under `jit` all of this happens while tracing and
-costs nothing.
+In come a module and its variables, with `Factors` in place of some kernels. Out come its outputs:
+a layer with a factored kernel runs as two thin layers of Flax. This holds for `Dense`,
+`DenseGeneral` and attention, `Einsum`, `Conv` and `ConvTranspose` (their window first, then a 1x1
+product), `Embed`, and the recurrent cells made of these. It also holds inside `nn.scan`, `nn.vmap`
+and `nn.remat`. `rmtjax.register_layer` adds layers of the user. Under `jit` the layers are split
+while tracing, so a compiled call does not pay for it.
 """
 
-from rmtjax.linen._apply import (
-    apply as apply,
-    factorized as factorized,
-    kernel_axes as kernel_axes,
-    KernelTable as KernelTable,
-)
+from rmtjax.linen._apply import apply as apply, factorized as factorized
+from rmtjax.linen._kernel_axes import kernel_axes as kernel_axes, KernelTable as KernelTable
 
 __all__ = ["KernelTable", "apply", "factorized", "kernel_axes"]

@@ -1,30 +1,18 @@
-"""The layers of `flax.linen` that hold kernels: along which axes, and how two run for one."""
+"""The layers of `flax.linen` that hold kernels: their axes, and the two thin layers for each."""
 
-import difflib
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from rmtjax._axes import Factors, is_factors, KernelAxes
-from rmtjax.models import check_names, einsum_axes, registered, split_einsum
-from rmtjax.planning import NAMES
-from rmtjax.spectra import multiply
+from rmtjax.models import einsum_axes, split_einsum
 
-KNOWN = (
-    nn.Dense,
-    nn.DenseGeneral,
-    nn.Einsum,
-    nn.Conv,
-    nn.ConvLocal,
-    nn.ConvTranspose,
-    nn.Embed,
-)
-# Read kernels that have a place of their own, and multiply with several at once. The cell
-# beside it computes the same of the same tree, by layers.
+# By the exact type. A subclass may do anything with its kernel, so it is not a known layer.
+KNOWN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Embed)
+# These cells read the kernels of layers that they do not call, and multiply by several at once.
+# Their layers cannot be intercepted. The other cell computes the same from the same tree, and
+# calls its layers.
 CELLS: dict[type[nn.Module], type[nn.Module]] = {nn.OptimizedLSTMCell: nn.LSTMCell}
 
 
@@ -33,28 +21,28 @@ def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def call_inputs(module: nn.Module, args, kwargs) -> tuple[Any, str | None] | None:
-    """The one input of a layer's call, and the equation of an einsum; None for other calls."""
+    """Returns the inputs of a layer's call and its einsum equation; None for other calls."""
     values = [*args, *kwargs.values()]
     equation = getattr(module, "einsum_str", None)
     if type(module) is nn.Einsum:
-        told = [value for value in values if isinstance(value, str)]
+        equations = [value for value in values if isinstance(value, str)]
         values = [value for value in values if not isinstance(value, str) and value is not None]
-        equation = (*told, equation)[0]
+        equation = (*equations, equation)[0]
     return (values[0], equation) if len(values) == 1 else None
 
 
 def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes | None:
-    """The axes of the kernel of one of Flax's layers; None where it is no matrix."""
+    """Returns the axes of the kernel of a layer of Flax; None if it is not a matrix."""
     first = ndim - 1
     if type(module) is nn.Einsum:
         return einsum_axes(equation) if equation else None
     if type(module) is nn.DenseGeneral:
         batch = len(_as_tuple(module.batch_dims))
         first = batch + len(_as_tuple(module.axis))
-        return KernelAxes(
-            tuple(range(batch, first)), tuple(range(first, ndim)), tuple(range(batch))
-        )
-    if type(module) is nn.ConvLocal:  # has another matrix at each place
+        ends = ((batch, first), (first, ndim), (0, batch))
+        return KernelAxes(*(tuple(range(*end)) for end in ends))
+    # `ConvLocal` has another matrix at each position of the window.
+    if type(module) is nn.ConvLocal:
         return None
     if type(module) is nn.Conv and (module.feature_group_count > 1 or module.mask is not None):
         return None
@@ -63,72 +51,20 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
     return KernelAxes(tuple(range(first)), (first,)) if type(module) in KNOWN else None
 
 
-def own_kernels(module: nn.Module, args, kwargs) -> dict[str, tuple[KernelAxes | None, tuple]]:
-    """The kernels of a layer by name, as it is called: axes and shape."""
-    shape = lambda name: jnp.shape(nn.unbox(module.get_variable("params", name)))
-    mine = registered(type(module))
-    if mine is not None:
-        held = module.variables.get("params", {})
-        names = [name for name, leaf in held.items() if not isinstance(leaf, Mapping)]
-        missing, others = mine.keys() - set(names), [name for name in names if name not in mine]
-        slip = any(difflib.get_close_matches(name, others) for name in missing)
-        if slip or len(missing) == len(mine):  # else it may be there in other configurations
-            check_names(type(module), names)
-        return {name: (axes, shape(name)) for name, axes in mine.items() if has(module, name)}
-    if type(module) not in KNOWN:
-        return {}
-    call = call_inputs(module, args, kwargs)
-    equation = call[1] if call else None
-    axes = lambda name: layer_axes(module, len(shape(name)), equation)
-    return {name: (axes(name), shape(name)) for name in NAMES if has(module, name)}
-
-
-def has(module: nn.Module, name: str) -> bool:
-    """Whether a module has a parameter of this name."""
-    return module.has_variable("params", name)
-
-
-def _stack_axes(stored: tuple[int, ...], used: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that a lifted transformation took away, the leading ones if several fit."""
-    ndim = len(stored)
-    for taken in itertools.combinations(range(ndim), ndim - len(used)):
-        if tuple(stored[axis] for axis in range(ndim) if axis not in taken) == used:
-            return taken
-    raise ValueError(f"no axes of {stored} can be taken away to leave {used}")
-
-
-def lift_axes(axes: KernelAxes, stored: tuple[int, ...], used: tuple[int, ...]) -> KernelAxes:
-    """Axes of a kernel of the shape used, told as axes of one of the shape stored."""
-    taken = _stack_axes(stored, used)
-    left = [axis for axis in range(len(stored)) if axis not in taken]
-    move = lambda group: tuple(left[axis] for axis in group)
-    return KernelAxes(move(axes.inputs), move(axes.outputs), (*taken, *move(axes.batch)))
-
-
-def form_kernels(module: nn.Module, params: Mapping[str, Any], remedy: str) -> dict[str, Any]:
-    """The parameters of a module, factors multiplied out; the remedy is for who has odd ones."""
-    own = {name: nn.unbox(leaf) for name, leaf in params.items()}
-    for name, leaf in own.items():
-        if is_factors(leaf) and not jax.tree_util.all_leaves(leaf):  # as qwix holds them
-            raise TypeError(
-                f"{type(module).__name__} {'/'.join(module.path)!r} cannot multiply out factors "
-                f"that are no arrays, got {type(leaf.left).__name__} in {name!r}. {remedy}"
-            )
-    return {name: multiply(leaf) if is_factors(leaf) else leaf for name, leaf in own.items()}
-
-
 def _einsum_stages(module: nn.Einsum, factors: Factors, equation: str | None):
+    """Returns the two einsums that stand for one; None if the factors do not fit it."""
+    equation = equation or ""
     axes = einsum_axes(equation) if equation else None
     if axes is None or len(axes.inputs) + len(axes.batch) != factors.left.ndim - 1:
         return None
-    left, right = split_einsum(equation or "", axes)
+    left, right = split_einsum(equation, axes)
     first = {"einsum_str": left, "shape": factors.left.shape, "use_bias": False}
     second = {"einsum_str": right, "shape": factors.right.shape}
     return tuple(module.clone(parent=None, **fields) for fields in (first, second))
 
 
 def _stages(module: nn.Module, factors: Factors, equation: str | None):
-    """The two layers that stand for one; None where the factors do not fit it."""
+    """Returns the two layers that stand for one; None if the factors do not fit it."""
     if type(module) is nn.Einsum:
         return _einsum_stages(module, factors, equation)
     batch = len(_as_tuple(getattr(module, "batch_dims", ())))
@@ -139,8 +75,8 @@ def _stages(module: nn.Module, factors: Factors, equation: str | None):
     if type(module) is nn.Dense:
         return module.clone(**thin), module.clone(parent=None)
     if type(module) is nn.DenseGeneral:
-        second = module.clone(parent=None, axis=-1, batch_dims=tuple(range(batch)))
-        return module.clone(**thin), second
+        last = {"axis": -1, "batch_dims": tuple(range(batch)), "parent": None}
+        return module.clone(**thin), module.clone(**last)
     if type(module) in (nn.Conv, nn.ConvTranspose):
         same = ("features", "use_bias", "dtype", "param_dtype", "precision")
         second = nn.Dense(**{name: getattr(module, name) for name in same}, parent=None)
@@ -149,7 +85,7 @@ def _stages(module: nn.Module, factors: Factors, equation: str | None):
 
 
 def run_layer(module: nn.Module, params: Mapping[str, Any], inputs, equation: str | None):
-    """A layer whose kernel is `Factors`, as two; None where that cannot be."""
+    """Runs a layer whose kernel is `Factors` as two layers; None if the factors do not fit it."""
     factors = params["kernel"]
     stages = _stages(module, factors, equation)
     if stages is None:
@@ -160,28 +96,25 @@ def run_layer(module: nn.Module, params: Mapping[str, Any], inputs, equation: st
 
 
 def run_embed(module: nn.Embed, params: Mapping[str, Any], inputs, method: str):
-    """Rows of the left factor, then the right one; `attend` the other way round."""
+    """Looks up rows of the left factor and multiplies by the right one; `attend` reversed."""
     left, right = params["embedding"]
     table = module.clone(parent=None, features=left.shape[-1])
     rows = {"params": {"embedding": left}}
-    dense = lambda kernel, x: nn.Dense(
-        kernel.shape[-1],
-        use_bias=False,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        parent=None,
-    ).apply({"params": {"kernel": kernel}}, x)
-    if method == "attend":
-        return table.apply(rows, dense(right.T, inputs), method=method)
-    return dense(right, table.apply(rows, inputs))
+    attend = method == "attend"
+    kernel = right.T if attend else right
+    same = {name: getattr(module, name) for name in ("dtype", "param_dtype")}
+    dense = nn.Dense(kernel.shape[-1], use_bias=False, parent=None, **same)
+    multiply = lambda inputs: dense.apply({"params": {"kernel": kernel}}, inputs)
+    look_up = lambda inputs: table.apply(rows, inputs, method=method)
+    return look_up(multiply(inputs)) if attend else multiply(look_up(inputs))
 
 
 def run_cell(module: nn.Module, params: Mapping[str, Any], args, kwargs):
-    """A cell that has factors below it, by the cell that is made of layers; None for others."""
+    """Runs a cell of `CELLS` with factors by the cell that calls layers; None for other cells."""
     if type(module) not in CELLS:
         return None
-    below = [leaf for own in params.values() if isinstance(own, Mapping) for leaf in own.values()]
-    if not any(map(is_factors, nn.unbox(below))):
+    layers = [layer for layer in params.values() if isinstance(layer, Mapping)]
+    if not any(is_factors(nn.unbox(leaf)) for layer in layers for leaf in layer.values()):
         return None
     names = (f for f in module.__dataclass_fields__ if f not in ("parent", "name"))
     fields = {name: getattr(module, name) for name in names}

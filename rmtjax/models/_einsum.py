@@ -1,4 +1,8 @@
-"""Einsums of inputs with a kernel: the axes of the kernel, and two einsums that stand for one."""
+"""Einsum equations `inputs,kernel->outputs`: the kernel's axes, and the equations of its factors.
+
+Example: in `bsd,dhk->bshk`, the kernel has the input axis d and the output axes h and k. With
+factors, `bsd,da->bsa` and `bsa,ahk->bshk` compute the same outputs.
+"""
 
 import string
 
@@ -6,22 +10,25 @@ from rmtjax._axes import KernelAxes
 
 
 def _terms(equation: str) -> list[str]:
-    """The letters of inputs, kernel and outputs."""
+    """Returns the letters of the inputs, of the kernel and of the outputs."""
     return equation.replace(" ", "").replace("->", ",").split(",")
 
 
 def einsum_axes(equation: str) -> KernelAxes | None:
-    """What becomes of the axes of the kernel in `inputs,kernel->outputs`.
+    """Returns the axes of the kernel in `inputs,kernel->outputs`.
 
-    Letters of the kernel and the inputs alone are contracted: the rows. Those of the kernel and
-    the outputs alone are the columns; those of all three make a stack.
+    Letters that the kernel shares with the inputs only are contracted: they are input axes.
+    Letters that it shares with the outputs only are output axes. Letters in all three are batch
+    axes.
 
     Returns:
-      None where the kernel is no matrix: a letter comes twice, stands for several axes or is
-      the kernel's alone.
+      None if the kernel is not a matrix: a letter is repeated, is an ellipsis, or occurs in the
+      kernel only.
     """
     inputs, kernel, outputs = _terms(equation)
     letters = set(kernel)
+    # A repeated letter is a diagonal and a letter of the kernel alone is a sum. In neither case are
+    # the outputs a product with the kernel as it is stored.
     if len(letters) < len(kernel) or "." in letters or letters - {*inputs, *outputs}:
         return None
     choose = lambda fits: tuple(axis for axis, letter in enumerate(kernel) if fits(letter))
@@ -33,11 +40,12 @@ def einsum_axes(equation: str) -> KernelAxes | None:
 
 
 def split_einsum(equation: str, axes: KernelAxes) -> tuple[str, str]:
-    """The two equations of a kernel in factors, left and right, batch axes first in both."""
+    """Returns the equations for the left and the right factor, with batch axes first in both."""
     inputs, kernel, outputs = _terms(equation)
     batch, rows, columns = (
         "".join(kernel[axis] for axis in group) for group in (axes.batch, axes.inputs, axes.outputs)
     )
     rank = next(letter for letter in string.ascii_letters if letter not in equation)
+    # The first einsum contracts the rows, so the second one sees every other letter of the inputs.
     hidden = "".join(letter for letter in inputs if letter not in rows) + rank
     return f"{inputs},{batch}{rows}{rank}->{hidden}", f"{hidden},{batch}{rank}{columns}->{outputs}"

@@ -1,31 +1,33 @@
-"""Layers of one's own, told by one call."""
+"""The registry of users' layers: which of their parameters are kernels, and along which axes."""
 
 from collections.abc import Collection, Mapping
 
 from rmtjax._axes import KernelAxes
 
+# By the exact type. A subclass may do anything with the kernel, so it does not inherit the entry.
 _KERNELS: dict[type, dict[str, KernelAxes]] = {}
 
 
 def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
-    """Tells which parameters of a layer of one's own are kernels, and along which axes.
+    """Registers a layer of the user: which of its parameters are kernels, and their axes.
 
-    From then on `rmtjax.linen.kernel_axes` and `rmtjax.nnx.kernel_axes` find them, and a
-    layer whose kernels have been factorized runs with two thin products in the place of each
-    product with the kernel, and with its kernel formed, and a warning, where it does
-    something else with it. A subclass is another layer: it is registered by itself. Other modules
-    must not read the kernel of a linen layer that makes it in `setup`.
+    `rmtjax.linen.kernel_axes` and `rmtjax.nnx.kernel_axes` find these kernels from now on. After
+    factorization, the layer computes each product with a kernel as two thin products. If it does
+    anything else with a kernel, that kernel is multiplied out and a warning is issued. Register
+    subclasses separately. If a linen layer makes its kernel in `setup`, other modules must not
+    read it.
 
     Args:
       layer: A subclass of `flax.linen.Module` or of `flax.nnx.Module`.
-      kernels: From the name of a parameter of the layer to its axes: those contracted with the
-        inputs, and those that the outputs carry. Of a kernel that is stored as (outputs, inputs)
-        the transpose is taken, which has the same spectrum.
+      kernels: Maps the name of a parameter to its axes: those contracted with the inputs, and
+        those that the outputs carry. A kernel stored as (outputs, inputs) is seen as its
+        transpose, which has the same spectrum.
 
     Raises:
-      TypeError: `layer` is no class, `kernels` no mapping, or an entry no `KernelAxes`.
-      ValueError: `kernels` is empty, or two axes of an entry are the same. Where axes are asked
-        for, or a plan: a layer of the model has no parameter of such a name.
+      TypeError: `layer` is not a class, `kernels` is not a mapping, or an entry is not a
+        `KernelAxes`.
+      ValueError: `kernels` is empty, or an entry does not name each axis once. Later, when axes or
+        a plan are asked for: a layer of the model has no parameter of a registered name.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
@@ -41,24 +43,23 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
       >>> plan = rmtjax.plan(variables["params"], rule=rmtjax.ranks.fixed(8), axes=axes)
       >>> print(plan)
       weight  factorized: 8 of 60 are signal, rank 8
-      >>> thin = rmtjax.factorize(variables["params"], plan)
-      >>> rmtjax.linen.apply(module, {"params": thin}, x).shape
+      >>> factored = rmtjax.factorize(variables["params"], plan)
+      >>> rmtjax.linen.apply(module, {"params": factored}, x).shape
       (2, 60)
     """
     if not isinstance(layer, type):
-        raise TypeError(f"`layer` must be a class, got {layer!r}: give its type.")
+        raise TypeError(f"`layer` must be a class, got {layer!r}. Give its type.")
     if not isinstance(kernels, Mapping):
         raise TypeError(
-            "`kernels` must map names of parameters to their `rmtjax.KernelAxes`, as "
-            f'{{"weight": axes}} does, got {kernels!r}.'
+            "`kernels` must map names of parameters to their `rmtjax.KernelAxes`, such as "
+            f'{{"weight": axes}}, got {kernels!r}.'
         )
     if not kernels:
         raise ValueError("`kernels` must name at least one parameter of the layer, got none.")
     for name, axes in kernels.items():
         if not isinstance(axes, KernelAxes):
             raise TypeError(f"`kernels` must map {name!r} to a `rmtjax.KernelAxes`, got {axes!r}.")
-        named = [*axes.batch, *axes.inputs, *axes.outputs]
-        if sorted(named) != list(range(len(named))) or not (axes.inputs and axes.outputs):
+        if sorted(axes.order) != list(range(len(axes.order))) or not (axes.inputs and axes.outputs):
             raise ValueError(
                 f"`kernels` must name each axis of {name!r} once, from 0, and have inputs and "
                 f"outputs, got {axes}."
@@ -67,23 +68,24 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
 
 
 def _in_order(axes: KernelAxes) -> KernelAxes:
-    """The matrix or its transpose, whichever has its axes in the order of the kernel."""
-    turned = KernelAxes(axes.outputs, axes.inputs, axes.batch)
-    order = (*turned.batch, *turned.inputs, *turned.outputs)
-    return turned if order == tuple(range(len(order))) else axes
+    """Returns the axes or their transpose, whichever has them in the order of the kernel."""
+    # Factors hold the axes in the order (inputs, rank) and (rank, outputs), so only a kernel in
+    # this order can be multiplied out without a permutation that nothing records.
+    transposed = KernelAxes(axes.outputs, axes.inputs, axes.batch)
+    return transposed if transposed.order == tuple(range(len(axes.order))) else axes
 
 
 def registered(layer: type) -> dict[str, KernelAxes] | None:
-    """The kernels of a layer by name; None where it has not been registered."""
+    """Returns the kernels of a registered layer by name; None if it is not registered."""
     return _KERNELS.get(layer)
 
 
-def check_names(layer: type, held: Collection[str]) -> None:
-    """Refuses a kernel that was told under a name which the layer does not have."""
-    missing = min((registered(layer) or {}).keys() - set(held), default=None)
+def check_names(layer: type, parameters: Collection[str]) -> None:
+    """Raises ValueError if a kernel is registered under a name that the layer does not have."""
+    missing = min((registered(layer) or {}).keys() - set(parameters), default=None)
     if missing is not None:
         raise ValueError(
-            f"`rmtjax.register_layer` was told a kernel {missing!r} of `{layer.__name__}`, whose "
-            f"parameters are {', '.join(map(repr, sorted(held))) or 'none'}: register it again, "
-            "by the names that are there."
+            f"`rmtjax.register_layer` has a kernel {missing!r} for `{layer.__name__}`, whose "
+            f"parameters are {', '.join(map(repr, sorted(parameters))) or 'none'}. Register it "
+            "again with one of these names."
         )

@@ -1,23 +1,21 @@
-"""The tree functions for models of `flax.nnx`.
+"""Models of `flax.nnx`: their parameters as trees, and the functions of `rmtjax` for models.
 
-`params` gives the parameters of a model as a tree, with `rmtjax.Factors` where a layer is thin,
-and `replace` gives a copy of the model with the parameters of such a tree, and thin layers where
-it has factors. The other functions are those of the same names for trees, between these two:
-they leave the given model as it was, and a new one shares the arrays that do not change. A model
-made thin is a model like any: it splits, compiles and trains; what `rmtjax.checkpoint` saves of it
-is `params`, not its state. Kernels are those of Flax's own layers and of those told by
-`rmtjax.register_layer`.
+`params` returns the parameters of a model as a tree, with `rmtjax.Factors` for each thin layer.
+`replace` copies a model with the parameters of such a tree. A layer whose kernel is `Factors`
+becomes thin in the copy: it runs as two layers. The other functions apply those of the same names
+in `rmtjax` to this tree. No function changes the given model. A new model shares the arrays that do
+not change. A thin model splits, compiles and trains like any other. To save it with
+`rmtjax.checkpoint`, save `params(model)` instead of its state. Kernels are those of Flax's layers
+and of layers that `rmtjax.register_layer` has registered.
 """
 
-from rmtjax.nnx._verbs import (
+from rmtjax.nnx._plans import (
     analyze as analyze,
     factorize as factorize,
-    kernel_axes as kernel_axes,
     merge as merge,
-    params as params,
     plan as plan,
-    replace as replace,
     truncate as truncate,
 )
+from rmtjax.nnx._trees import kernel_axes as kernel_axes, params as params, replace as replace
 
 __all__ = ["analyze", "factorize", "kernel_axes", "merge", "params", "plan", "replace", "truncate"]

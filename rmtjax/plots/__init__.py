@@ -1,8 +1,8 @@
-"""Figures, with matplotlib: `pip install 'rmtjax[plots]'`.
+"""Figures with matplotlib: `pip install 'rmtjax[plots]'`.
 
-Each function draws plain results on the axes given, by default on those of a new figure, and
-returns the axes, of which everything can be changed afterwards. No meaning hangs on a colour
-alone: lines and markers differ too.
+In come plain results: spectra, plans, logs. Each function draws them on the given axes, or on a new
+figure, and returns the axes for further changes. Lines and markers differ as well as colours, so
+that a figure can be read without colours.
 
 Examples:
   >>> import jax, rmtjax

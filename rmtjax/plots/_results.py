@@ -1,4 +1,4 @@
-"""Figures of kernels, of training, and of networks."""
+"""Draws results: ranks of kernels, training, accuracy of networks, certificates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TYPE_CHECKING
@@ -28,33 +28,28 @@ Intervals = Float[ArrayLike, "k 2"] | Sequence[Sequence[float]]
 
 
 def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: str = "") -> "Axes":
-    """Draws the spikes of each kernel, the rank that it is given, and its full rank.
+    """Draws the number of spikes, the planned rank and the full rank of each kernel.
 
     Args:
-      plan: From `rmtjax.plan`, or of a report: `report.plan`. Kernels without a spectrum are
-        counted in the legend.
+      plan: From `rmtjax.plan`, or `report.plan`. The legend counts kernels without a spectrum.
       ax: Where to draw; by default on a new figure, as high as the kernels need.
       title: Above the axes.
 
     Returns:
-      The axes: a line for each kernel, the first one on top.
+      The axes, with a line for each kernel, the first one on top.
 
     Raises:
-      TypeError: `plan` is no plan.
+      TypeError: `plan` is not a plan.
     """
-    check_type("plan", plan, Mapping, "Of a report take `report.plan`.")
+    check_type("plan", plan, Mapping, "For a report, give `report.plan`.")
     shown = {path: row for path, row in plan.items() if row.spectrum is not None}
     if ax is None:
         ax = new_axes(height=max(1.5 + 0.22 * len(shown), 2.5))
     lines = np.arange(len(shown))
-    full, ranks, spikes = (
-        np.array([count(row) for row in shown.values()], int)
-        for count in (
-            lambda row: row.spectrum.eigenvalues.shape[-1],
-            lambda row: row.rank,
-            lambda row: np.max(row.fit.num_spikes),
-        )
-    )
+    full = [row.spectrum.eigenvalues.shape[-1] for row in shown.values() if row.spectrum]
+    ranks = np.array([row.rank for row in shown.values()], int)
+    # A stack has one rank, that of its matrix with the most spikes.
+    spikes = [np.max(row.fit.num_spikes) for row in shown.values() if row.fit]
     ax.barh(lines, full, height=0.5, color="0.85", label="full rank")
     ax.plot(ranks, lines, "o", color=BLUE, fillstyle="none", markersize=8, label="rank")
     ax.plot(spikes, lines, "x", color=VERMILION, label="spikes")
@@ -62,7 +57,8 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
         ax.plot([], [], " ", label=f"{len(plan) - len(shown)} without a spectrum")
     ax.set_yticks(lines, list(shown), fontsize="small")
     ax.set_ylim(len(shown) - 0.4, -0.6)
-    ax.set_xscale("symlog", linthresh=1)  # 0 is a number of spikes
+    # The number of spikes may be 0, which a logarithmic axis cannot show.
+    ax.set_xscale("symlog", linthresh=1)
     ax.set_xlim(left=-0.2)
     return finish(ax, "number of directions", "", title, beside=True)
 
@@ -70,20 +66,20 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
 def training(
     records: Sequence[Mapping[str, Any]], *, ax: "Axes | None" = None, title: str = ""
 ) -> "Axes":
-    """Draws rank and spikes of each kernel over training.
+    """Draws the rank and the number of spikes of each kernel over training.
 
     Args:
-      records: What `rmtjax.metrics` gave, each with the "step" at which: lines of a log.
+      records: Lines of a log: the results of `rmtjax.metrics`, each with its "step".
       ax: Where to draw; by default on a new figure.
       title: Above the axes.
 
     Returns:
-      The axes: of each kernel the rank as a full line, and the directions that are signal as a
-      broken one, from the first look at it on.
+      The axes. Each kernel has its rank as a solid line, and its number of signal directions as a
+      dashed line that begins at its first fit.
 
     Raises:
       ValueError: No record has a rank, or one has no "step".
-      TypeError: `records` is no sequence.
+      TypeError: `records` is not a sequence.
     """
     check_type("records", records, Sequence, "Put a single record into a list.")
     paths = dict.fromkeys(
@@ -94,14 +90,15 @@ def training(
             '`records` must have keys that begin with "rank/", and a "step" each: dictionaries '
             '`{"step": step, **rmtjax.metrics(opt_state)}`.'
         )
-    if ax is None:  # with room for the names of many kernels
+    if ax is None:
+        # A legend beside the axes needs room for its longest name.
         beside = max(map(len, paths)) if len(paths) >= LEGEND else 0
         ax = new_axes(width=6.4 + 0.075 * beside)
     dot = dot_size(len(records))
     for index, path in enumerate(paths):
         for name, line in (("rank", "-"), ("signal", "--")):
             key = f"{name}/{path}"
-            # 0 directions are signal before the first look.
+            # Before the first fit the number of signal directions is 0. It is not drawn.
             points = [(r["step"], r[key]) for r in records if r.get(key)]
             label = path if name == "rank" else None
             x, y = zip(*points, strict=True) if points else ((), ())
@@ -127,7 +124,7 @@ def accuracy(
       parameters: Of each network, above 0; the axis is logarithmic.
       accuracies: Of each network, in %.
       intervals: Lower and upper end of each interval; NaN where there is none.
-      names: Of each network, for the legend. Networks that share a name are joined by a line.
+      names: Of each network, for the legend. A line joins the networks of one name.
       ax: Where to draw; by default on a new figure.
       title: Above the axes.
 
@@ -147,11 +144,11 @@ def accuracy(
         )
     ax = new_axes() if ax is None else ax
     for index, name in enumerate(dict.fromkeys(names)):
-        own = [i for i in np.argsort(x, kind="stable") if names[i] == name]
-        error = np.abs(ends[own] - y[own, None]).T
-        # Caps of several widths: networks of one size stand in one another's place.
+        named = [i for i in np.argsort(x, kind="stable") if names[i] == name]
+        error = np.abs(ends[named] - y[named, None]).T
+        # Networks of one size cover each other. Caps of several widths keep their intervals apart.
         cap = 3 + 2 * (index % 4)
-        ax.errorbar(x[own], y[own], error, capsize=cap, linewidth=1, label=name, **style(index))
+        ax.errorbar(x[named], y[named], error, capsize=cap, linewidth=1, label=name, **style(index))
     ax.set_xscale("log")
     return finish(ax, "parameters", "accuracy, %", title, form="k")
 
@@ -163,15 +160,14 @@ def certificate(
     ax: "Axes | None" = None,
     title: str = "",
 ) -> "Axes":
-    r"""Draws for each sample how far its margin can fall against the margin itself.
+    r"""Draws a bound on the decrease of each sample's margin against the margin.
 
-    Under the line, where the bound is less than the margin, no removal that the bound is for
-    can change the prediction.
+    Below the line the bound is less than the margin, so the removal cannot change the prediction.
 
     Args:
-      margins: The largest logit less the second largest one, of the dense network.
-      bounds: The most that the removal can take from that margin: twice the bound on the
-        change of a logit.
+      margins: The largest logit minus the second largest one, of the dense network.
+      bounds: By how much the removal can lower that margin: twice the bound on the change of a
+        logit.
       ax: Where to draw; by default on a new figure.
       title: Above the axes.
 
@@ -188,8 +184,8 @@ def certificate(
             f"{x.shape} and {y.shape}."
         )
     ax = new_axes() if ax is None else ax
-    dot = dot_size(x.size)
-    safe = y < x
+    # A bound that is not finite is not below the margin, so its prediction may change.
+    safe, dot = y < x, dot_size(x.size)
     for chosen, name, marker, color in (
         (safe, "cannot change", "o", BLUE),
         (~safe, "may change", "x", VERMILION),

@@ -1,7 +1,7 @@
-r"""Figures of the spectrum of one matrix.
+r"""Draws the spectrum of one matrix.
 
-The singular values $s$ are drawn as $\sqrt\lambda = s / \sqrt n$, $n$ the longer side, on which
-bulk and spikes can be seen together.
+Singular values $s$ are drawn as $\sqrt\lambda = s / \sqrt n$ with the longer side $n$. On this
+scale the bulk and the spikes fit into one figure.
 """
 
 from typing import TYPE_CHECKING
@@ -37,24 +37,19 @@ def _not_finite(ax: "Axes", title: str) -> "Axes":
 
 
 def _bars(ax: "Axes", drawn: Drawn, edges: np.ndarray) -> None:
-    """The density of all values, of which zeros are not drawn, and the spikes under it."""
+    """Draws the density of the values that are not 0, and the spikes below it."""
     counts, _ = np.histogram(drawn.values[drawn.present], edges)
     density = counts / (drawn.values.size * np.diff(edges))
+    # A logarithmic axis has no 0 for the bars to stand on.
     floor = 0.5 * density[counts > 0].min(initial=1) if ax.get_yscale() == "log" else 0
     ax.stairs(np.maximum(density, floor), edges, baseline=floor, fill=True, color=PALE)
     ax.set_ylim(bottom=floor)
     ax.set_xlim(edges[0] / 1.03, edges[-1] * 1.03)
-    spikes = drawn.values[: drawn.spikes]
-    ax.plot(
-        spikes,
-        np.full(spikes.size, 0.025),
-        "|",
-        color=VERMILION,
-        markersize=9,
-        markeredgewidth=1.5,
-        transform=ax.get_xaxis_transform(),
-        label=f"{spikes.size} spike{'s' * (spikes.size != 1)}",
-    )
+    spikes, size = drawn.values[: drawn.spikes], {"markersize": 9, "markeredgewidth": 1.5}
+    label = f"{spikes.size} spike{'s' * (spikes.size != 1)}"
+    # In this transform y is a share of the height of the axes, whatever the density is.
+    foot = {"transform": ax.get_xaxis_transform(), "label": label}
+    ax.plot(spikes, np.full(spikes.size, 0.025), "|", color=VERMILION, **size, **foot)
 
 
 def esd(
@@ -66,20 +61,20 @@ def esd(
     bins: int | None = None,
     log: bool = False,
 ) -> "Axes":
-    r"""Draws the spectrum of one matrix, the law fitted to it, edge, threshold and spikes.
+    r"""Draws the spectral density of one matrix, the fitted law, its edge, threshold and spikes.
 
-    The density is that of $\sqrt\lambda$. Spikes have a tick each at the foot, since among
-    thousands of values the bar of one cannot be seen. Zero eigenvalues, as a truncation
-    leaves them, are counted in the legend and not drawn: they would hide all the rest.
+    The density is that of $\sqrt\lambda$. Each spike has a tick at the bottom, since the bar of one
+    value among thousands is invisible. Zero eigenvalues, which a truncation leaves, are counted in
+    the legend. They are not drawn, because their bar would be far higher than the others.
 
     Args:
       spectrum: From `rmtjax.spectrum`, or of a row of a plan.
       fit: From `rmtjax.fit_bema`, or of the same row.
       ax: Where to draw; by default on a new figure.
       title: Above the axes.
-      bins: Number of bars from 0 to the largest value, with `log` from the smallest one; by
-        default so many that about $2 p^{1/3}$ of them share the bulk.
-      log: Both axes logarithmic: for spikes that are far away, and tails.
+      bins: Number of bars from 0 to the largest value, with `log` from the smallest one. By
+        default about $2 p^{1/3}$ bars cover the bulk.
+      log: Makes both axes logarithmic, for distant spikes and for tails.
 
     Returns:
       The axes.
@@ -97,14 +92,13 @@ def esd(
     if fit.variance > 0:
         law = law_curve(*law_of(spectrum, fit), points=400)
         ax.plot(*law, color=BLACK, label="Marchenko-Pastur")
-        if drawn.zeros:  # the bulk that was cut stood higher than all that is left
+        # The law is that of the bulk before the truncation, and higher than what is left.
+        if drawn.zeros:
             ax.set_ylim(top=max(ax.get_ylim()[1], 1.05 * float(np.max(law[1]))))
-    for name, cut, line, color in (
-        ("edge", drawn.edge, ":", BLUE),
-        ("threshold", drawn.threshold, "--", VERMILION),
-    ):
-        if cut > 0:
-            ax.axvline(cut, color=color, linestyle=line, label=name)
+    if drawn.edge > 0:
+        ax.axvline(drawn.edge, color=BLUE, linestyle=":", label="edge")
+    if drawn.threshold > 0:
+        ax.axvline(drawn.threshold, color=VERMILION, linestyle="--", label="threshold")
     if drawn.zeros:
         ax.plot([], [], " ", label=f"{drawn.zeros} zeros not drawn")
     return finish(ax, _SCALED, "density", title)
@@ -127,7 +121,7 @@ def singular_values(
       rank: Number of singular values kept, in [0, p]; by default those above the threshold.
       ax: Where to draw; by default on a new figure.
       title: Above the axes.
-      log: Both axes logarithmic; zeros are left out.
+      log: Makes both axes logarithmic, without zeros.
 
     Returns:
       The axes.
@@ -148,13 +142,11 @@ def singular_values(
         ax.set(xscale="log", yscale="log")
     rank = drawn.spikes if rank is None else rank
     ranks, dot = np.arange(1, size + 1), dot_size(size)
+    # A logarithmic axis has no 0.
     shown = drawn.present if log else np.ones(size, bool)
-    for chosen, name, marker, color in (
-        (ranks <= rank, "kept", "^", VERMILION),
-        (ranks > rank, "cut", "o", BLUE),
-    ):
-        some = chosen & shown
-        ax.plot(ranks[some], drawn.values[some], marker, color=color, markersize=dot, label=name)
+    kept, cut = shown & (ranks <= rank), shown & (ranks > rank)
+    ax.plot(ranks[kept], drawn.values[kept], "^", color=VERMILION, markersize=dot, label="kept")
+    ax.plot(ranks[cut], drawn.values[cut], "o", color=BLUE, markersize=dot, label="cut")
     if drawn.threshold > 0:
         ax.axhline(drawn.threshold, color=BLACK, linestyle="--", label="threshold")
     ax.axvline(rank + 0.5, color=BLACK, linestyle=":", label=f"rank {rank} of {size}")
@@ -166,9 +158,9 @@ def quantiles(
 ) -> "Axes":
     r"""Draws the quantiles of the bulk against those of the law that was fitted to it.
 
-    The noise eigenvalue $\lambda_{(i)}$, ascending from $i = 0$, stands over the quantile
-    $F^{-1}((i + 1/2) / m)$ of the law, $m = p - K$ with the $K$ spikes of the fit left out.
-    On the line the law holds; zeros are not drawn.
+    The noise eigenvalue $\lambda_{(i)}$, ascending from $i = 0$, is drawn over the quantile
+    $F^{-1}((i + 1/2) / m)$ of the law. Here $m = p - K$ for $K$ spikes of the fit. Where the law
+    holds, the points are on the line. Zeros are not drawn.
 
     Args:
       spectrum: From `rmtjax.spectrum`, or of a row of a plan.
@@ -186,6 +178,7 @@ def quantiles(
     ax = new_axes() if ax is None else ax
     if not drawn.finite:
         return _not_finite(ax, title)
+    # The law was fitted to what these spikes leave, also if the threshold was changed since then.
     bulk = slice(int(fit.num_spikes), None)
     values, present = drawn.values[bulk][::-1], drawn.present[bulk][::-1]
     if fit.variance > 0:

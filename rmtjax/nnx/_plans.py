@@ -1,0 +1,197 @@
+"""Plans of models of `flax.nnx`: `plan`, `analyze`, and what a plan does to a model."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from rmtjax import planning
+from rmtjax._types import Axes, BulkFit, Where
+from rmtjax.nnx import _trees
+from rmtjax.nnx._trees import Gates, params, replace
+from rmtjax.nnx._variables import read
+from rmtjax.noise import ranks, Shrink
+from rmtjax.planning import check_plan, in_place, make_plan, Plan, PlanOptions
+from rmtjax.report import Report
+
+
+def _plan(model: nnx.Module, gates: Gates, options: PlanOptions) -> Plan:
+    """Makes the plan of a model. Only known layers are factorized."""
+    opened = _trees.open_layers(model)
+    stacked = _trees.split_gates(opened, gates)
+    axes = _trees.axes_of(opened, stacked)
+    options = options if options.axes is not None else dataclasses.replace(options, axes=axes)
+    plan = make_plan(_trees.to_tree(opened, stacked), options)
+    unknown = "its layer is not known, unless `rmtjax.register_layer` registers it"
+    causes = {path: unknown for path in plan if not axes.get(path)} | _trees.obstacles(opened)
+    return Plan({p: in_place(row, causes[p]) if p in causes else row for p, row in plan.items()})
+
+
+def _levels(fits: Mapping[str, BulkFit] | None) -> Mapping[str, BulkFit] | None:
+    """Returns noise levels as arrays: `nnx.Optimizer` keeps its state in variables."""
+    is_box = lambda leaf: isinstance(leaf, nnx.Variable)
+    return jax.tree.map(lambda leaf: read(leaf) if is_box(leaf) else leaf, fits, is_leaf=is_box)
+
+
+def _planned_tree(model: nnx.Module, plan: Plan) -> dict:
+    """Returns the parameters of a model, with the gates in the form that the plan has them."""
+    check_plan(plan)
+    opened = _trees.open_layers(model)
+    return _trees.to_tree(opened, _trees.planned_gates(opened, plan))
+
+
+def plan(  # noqa: D417 - one line describes several arguments
+    model: nnx.Module,
+    *,
+    gates: Gates = "fused",
+    rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
+    keep: float = 0.0,
+    shrink: Shrink | None = None,
+    where: Where | None = None,
+    axes: Axes | None = None,
+    fits: Mapping[str, BulkFit] | None = None,
+    min_rank: int = 1,
+    multiple: int = 8,
+    min_size: int = 50,
+    exact_below: int = 4096,
+    batch: int | Mapping[str, int] | None = None,
+) -> Plan:
+    """Decides the rank of each kernel of a model; changes nothing.
+
+    Args:
+      model: Any nnx model, dense or thin.
+      gates: As in `rmtjax.nnx.params`.
+      rule, keep, shrink, where, axes, min_rank, multiple, min_size, exact_below, batch: As in
+        `rmtjax.plan`. By default `axes` are those of `rmtjax.nnx.kernel_axes`.
+      fits: Noise levels as in `rmtjax.plan`. Those that `rmtjax.prune_spectrum` carries in an
+        `nnx.Optimizer` are `rmtjax.noise_levels(optimizer.opt_state)`.
+
+    Returns:
+      A `Plan` for `truncate` and `factorize`. Kernels that another module than a known layer
+      holds or rewrites, such as `nnx.WeightNorm`, are truncated instead of factorized.
+
+    Examples:
+      >>> import rmtjax
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(80, 60, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> print(rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
+      layers/0/kernel  factorized: 16 of 60 are signal, rank 16
+    """
+    fits = _levels(fits)
+    options = PlanOptions(
+        rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
+    )
+    return _plan(model, gates, options)
+
+
+def analyze(  # noqa: D417
+    model: nnx.Module,
+    *,
+    gates: Gates = "fused",
+    rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
+    where: Where | None = None,
+    axes: Axes | None = None,
+    fits: Mapping[str, BulkFit] | None = None,
+    min_size: int = 50,
+    exact_below: int = 4096,
+    batch: int | Mapping[str, int] | None = None,
+) -> Report:
+    """Reports the spectrum, the noise fit and the rank of every kernel of a model.
+
+    Args:
+      model: Any nnx model, dense or thin.
+      gates: As in `rmtjax.nnx.params`.
+      rule, where, axes, min_size, exact_below, batch: As in `rmtjax.analyze`. By default `axes`
+        are those of `rmtjax.nnx.kernel_axes`.
+      fits: As in `rmtjax.nnx.plan`.
+
+    Returns:
+      A `Report`.
+
+    Examples:
+      >>> import rmtjax
+      >>> from flax import nnx
+      >>> report = rmtjax.nnx.analyze(nnx.Embed(300, 60, rngs=nnx.Rngs(0)))
+      >>> report.rows[0].path, report.rows[0].shape
+      ('embedding', (300, 60))
+    """
+    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
+    fixed = {"exact_below": exact_below, "batch": batch, "multiple": 1}
+    return Report(plan(model, gates=gates, **options, **fixed))
+
+
+def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
+    """Truncates the kernels of a model as planned; shapes and dtypes stay.
+
+    Args:
+      model: The model that the plan was made from, or one of the same shapes.
+      plan: From `rmtjax.nnx.plan`.
+
+    Returns:
+      The new model, with the same layers.
+
+    Raises:
+      ValueError: The plan is for another model.
+      TypeError: `plan` is not a plan, or `model` is not a module.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
+      >>> lower = rmtjax.nnx.truncate(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
+      >>> int(jax.numpy.linalg.matrix_rank(lower.kernel[...]))
+      16
+    """
+    return replace(model, planning.truncate(_planned_tree(model, plan), plan))
+
+
+def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
+    """Makes those layers of a model thin that the plan factorizes.
+
+    The new model has the same outputs as `truncate(model, plan)` up to rounding. Layers that are
+    thin become thinner.
+
+    Args:
+      model: The model that the plan was made from, or one of the same shapes.
+      plan: From `rmtjax.nnx.plan`.
+
+    Returns:
+      The new model, with layers that run as two, `left_factor` and `right_factor`.
+
+    Raises:
+      ValueError: The plan is for another model.
+      TypeError: `plan` is not a plan, or `model` is not a module.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, rmtjax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
+      >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
+      >>> thin(jnp.ones((2, 80))).shape
+      (2, 60)
+      >>> size = lambda model: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+      >>> size(model), size(thin)
+      (4860, 2300)
+    """
+    return replace(model, planning.factorize(_planned_tree(model, plan), plan))
+
+
+def merge(model: nnx.Module) -> nnx.Module:
+    """Multiplies out all factors of a model, so that its layers are dense again.
+
+    Args:
+      model: Any nnx model, dense or thin.
+
+    Returns:
+      The new model, with the layers that it had before `factorize`.
+
+    Examples:
+      >>> import rmtjax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
+      >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
+      >>> rmtjax.nnx.merge(thin).kernel.shape
+      (80, 60)
+    """
+    return replace(model, planning.merge(params(model)))

@@ -1,0 +1,289 @@
+"""Models of `flax.nnx` as trees of parameters, and models from trees."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, Literal
+
+import jax
+from flax import nnx
+from jaxtyping import PyTree
+
+from rmtjax._axes import is_factors, kernel_shape, KernelAxes
+from rmtjax.nnx import _layers
+from rmtjax.nnx._layers import kernels, layer_axes
+from rmtjax.nnx._thin import factors_of, make_dense, make_thin, pairs_of
+from rmtjax.nnx._variables import is_single, Pair, read, write
+from rmtjax.planning import path_name, Plan
+
+Gates = Literal["fused", "each"]
+_CELLS = (nnx.OptimizedLSTMCell, nnx.GRUCell)
+# Modules that normalize the kernels of another one at each call. Older Flax lacks some of them.
+_REWRITERS = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))
+
+
+def modules_of(model: nnx.Module) -> list[Any]:
+    """Returns the modules of a model, a shared one once."""
+    return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+
+
+def variables_of(model: nnx.Module) -> dict[tuple, nnx.Param]:
+    """Returns the parameters of one array each by path, a shared one once."""
+    by_identity = {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param) and is_single(read(node)):
+            # Flax before 0.12 visits a shared variable more than once. The first path counts.
+            by_identity.setdefault(id(node), (path, node))
+    return dict(by_identity.values())
+
+
+def paths_of(model: nnx.Module) -> dict[int, str]:
+    """Returns the path of each parameter by its identity."""
+    return {id(node): _name(path) for path, node in variables_of(model).items()}
+
+
+def open_layers(model: nnx.Module) -> nnx.Module:
+    """Returns a copy with dense layers, where `Factors` are the value of a thin layer's kernel."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` must be a `flax.nnx.Module`, got {type(model).__name__}. For a tree of "
+            "parameters, call the function of this name in `rmtjax`."
+        )
+    copy, shared = nnx.clone(model), {}
+    for layer in modules_of(copy):
+        factors, opened = factors_of(layer), {}
+        for name, pair in pairs_of(layer).items():
+            # Layers that share their factors get one kernel. The pair is stored with it, so that
+            # its identity cannot be that of another pair later.
+            key = tuple(map(id, pair))
+            if key not in shared:
+                shared[key] = _layers.make_kernel(pair, factors[name]), pair
+            opened[name], _ = shared[key]
+        if opened:
+            make_dense(layer, opened)
+    return copy
+
+
+def num_gates(opened: nnx.Module) -> dict[str, int]:
+    """Returns how many gates a kernel of a recurrent cell holds side by side, by path."""
+    gates, paths = {}, paths_of(opened)
+    for cell in modules_of(opened):
+        for layer in (cell.dense_i, cell.dense_h) if type(cell) in _CELLS else ():
+            for kernel in kernels(layer).values() if type(layer) is nnx.Linear else ():
+                gates[paths[id(kernel)]] = layer.out_features // cell.hidden_features
+    return gates
+
+
+def split_gates(opened: nnx.Module, gates: Gates) -> dict[str, int]:
+    """Returns `num_gates` for the kernels whose gates an option wants as a stack."""
+    if gates not in get_args(Gates):
+        raise ValueError(f"`gates` must be one of {get_args(Gates)}, got {gates!r}.")
+    return num_gates(opened) if gates == "each" else {}
+
+
+def planned_gates(opened: nnx.Module, plan: Plan) -> dict[str, int]:
+    """Returns `num_gates` for the kernels whose gates were a stack when a plan was made."""
+    ndims = {_name(path): len(kernel_shape(read(v))) for path, v in variables_of(opened).items()}
+    stacked = lambda path: path in plan and len(plan[path].shape) > ndims[path]
+    return {path: gates for path, gates in num_gates(opened).items() if stacked(path)}
+
+
+def to_tree(opened: nnx.Module, gates: Mapping[str, int]) -> dict:
+    """Returns the parameters as nested dictionaries, with the gates of some kernels as a stack."""
+    tree: dict = {}
+    for path, variable in variables_of(opened).items():
+        value, name = read(variable), _name(path)
+        if name in gates and not is_factors(value):
+            value = _layers.unfold(value, gates[name])
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def axes_of(opened: nnx.Module, gates: Mapping[str, int]) -> dict[str, KernelAxes | None]:
+    """Returns the axes of the kernels by path, with the gates of some of them as a stack."""
+    paths, by_path = paths_of(opened), {}
+    for layer in modules_of(opened):
+        by_name = kernels(layer)
+        for name, axes in layer_axes(layer).items():
+            path = paths[id(by_name[name])]
+            if axes and path in gates and not is_factors(read(by_name[name])):
+                # `unfold` puts the gates after the batch axes.
+                gate = len(axes.batch)
+                axes = KernelAxes((gate + 1,), (gate + 2,), (*axes.batch, gate))
+            # Layers that share a kernel must agree on its axes.
+            by_path[path] = axes if by_path.get(path, axes) == axes else None
+    return by_path
+
+
+def _params_in(value: Any) -> Iterator[nnx.Param]:
+    """Yields the parameters in an attribute of a module, without those of other modules."""
+    if isinstance(value, nnx.Param):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _params_in(part)
+
+
+def obstacles(opened: nnx.Module) -> dict[str, str]:
+    """Returns the kernels of known layers that must stay one parameter, by path, and why."""
+    paths, modules, causes = paths_of(opened), modules_of(opened), {}
+    owned = {id(kernel) for layer in modules for kernel in kernels(layer).values()}
+    for module in modules:
+        cause = f"`{type(module).__name__}` holds it too, and is not a known layer"
+        known = kernels(module)
+        others = _params_in([value for name, value in vars(module).items() if name not in known])
+        causes |= {paths[id(param)]: cause for param in others if id(param) in owned}
+        if isinstance(module, _REWRITERS):
+            cause = f"`{type(module).__name__}` rewrites it at each call"
+            rewritten = variables_of(module.layer_instance).values()
+            causes |= {paths[id(param)]: cause for param in rewritten}
+    return causes
+
+
+def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
+    """Returns the parameters of a model as a tree, with `Factors` for the kernel of a thin layer.
+
+    Args:
+      model: Any nnx model. What it shares has one entry.
+      gates: The form of the kernels of `nnx.OptimizedLSTMCell` and `nnx.GRUCell`, which hold
+        several gates side by side. "fused" returns them as they are, (in, gates * h). "each"
+        returns stacks (gates, in, h), so that each gate keeps separate directions.
+
+    Returns:
+      Nested dictionaries of the arrays of all `nnx.Param`, by the names in the model. A parameter
+      that holds no array, or a tree of arrays, is left out; `replace` keeps it unchanged.
+
+    Raises:
+      TypeError: `model` is not a module.
+      ValueError: `gates` has another value.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(80, 60, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> jax.tree.map(lambda array: array.shape, rmtjax.nnx.params(model))
+      {'layers': {0: {'bias': (60,), 'kernel': (80, 60)}}}
+    """
+    opened = open_layers(model)
+    return to_tree(opened, split_gates(opened, gates))
+
+
+def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, KernelAxes | None]:
+    """Returns the axes of the kernels of a model by path, from the types of its layers.
+
+    Args:
+      model: Any nnx model.
+      gates: As in `params`.
+
+    Returns:
+      The `axes` argument of `rmtjax.plan`. If `gates` is "fused", also that of
+      `rmtjax.prune_spectrum` in an `nnx.Optimizer`. None for kernels that are not matrices:
+      grouped and masked convolutions, transposed kernels, einsums that sum over the kernel alone.
+
+    Examples:
+      >>> import rmtjax
+      >>> from flax import nnx
+      >>> rmtjax.nnx.kernel_axes(nnx.LinearGeneral(8, (4, 5), rngs=nnx.Rngs(0)))
+      {'kernel': KernelAxes(inputs=(0,), outputs=(1, 2), batch=())}
+    """
+    opened = open_layers(model)
+    return axes_of(opened, split_gates(opened, gates))
+
+
+def _check_paths(leaves: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+    """Raises ValueError if a tree has other paths than the model."""
+    missing, extra = variables.keys() - leaves.keys(), leaves.keys() - variables.keys()
+    if missing or extra:
+        lacks, has = (repr(min(paths, default="")) for paths in (missing, extra))
+        words = f"lacks {lacks} of the model" if missing else f"has {has}, not in the model"
+        raise ValueError(f"`params` {words}. Change the tree that `rmtjax.nnx.params` returns.")
+
+
+def _fit(leaf: Any, path: str, variable: nnx.Param, layer: nnx.Module | None) -> Any:
+    """Returns a leaf as the value of a parameter; raises ValueError for another shape."""
+    shape, stored = kernel_shape(leaf), kernel_shape(read(variable))
+    folded = functools.partial(_layers.folded_shape, layer)
+    if folded(shape) != folded(stored):
+        raise ValueError(
+            f"`params` has shape {shape} for {path!r}, and the model {stored}. Change the tree "
+            "that `rmtjax.nnx.params` returns."
+        )
+    return leaf if is_factors(leaf) or shape == folded(shape) else _layers.fold(leaf)
+
+
+def _close_layers(opened: nnx.Module) -> None:
+    """Makes layers thin where the value of a kernel is `Factors`."""
+    pairs: dict[int, Pair] = {}
+    for layer in modules_of(opened):
+        chosen, by_name = {}, kernels(layer)
+        for name, axes in layer_axes(layer).items():
+            kernel, value = by_name[name], read(by_name[name])
+            if is_factors(value) and axes is not None:
+                # Layers that share a kernel share its factors.
+                if id(kernel) not in pairs:
+                    pairs[id(kernel)] = _layers.make_pair(layer, kernel, value)
+                chosen[name] = pairs[id(kernel)]
+        if chosen:
+            make_thin(layer, chosen)
+
+
+def _check_closed(model: nnx.Module) -> None:
+    """Raises ValueError for factors that a layer, or a module that shares them, cannot use."""
+    nodes = dict(nnx.iter_graph(model))
+    for path, variable in variables_of(model).items():
+        if is_factors(read(variable)):
+            raise ValueError(
+                f"`params` has `Factors` for {_name(path)!r}, and "
+                f"{type(nodes[path[:-1]]).__name__} cannot run with them. Leave it out of the plan "
+                "with `where`, or register the axes of its kernel with `rmtjax.register_layer`."
+            )
+
+
+def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
+    """Returns a copy of a model with other parameters, thin where these are `Factors`.
+
+    A thin layer of Flax runs as two layers, `left_factor` and `right_factor`. A thin registered
+    layer computes two thin products for each product with its kernel. A layer that was thin
+    becomes dense if the tree has a dense kernel for it.
+
+    Args:
+      model: Any nnx model; it does not change.
+      params: A tree as `rmtjax.nnx.params(model)` returns it, with the gates fused or as stacks.
+        Each leaf has the shape of the parameter, or is `Factors` of that shape.
+
+    Returns:
+      The new model. Variables that are not parameters, such as BatchNorm statistics, are copied
+      unchanged.
+
+    Raises:
+      TypeError: `model` is not a module.
+      ValueError: `params` has other paths or shapes than the model, or factors for a parameter
+        that is not the kernel of a known layer.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> from flax import nnx
+      >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
+      >>> tree = rmtjax.nnx.params(model)
+      >>> tree["kernel"] = rmtjax.factorize_matrix(tree["kernel"], 8)
+      >>> thin = rmtjax.nnx.replace(model, tree)
+      >>> thin.left_factor.kernel.shape, thin(jnp.ones((2, 80))).shape
+      ((80, 8), (2, 60))
+    """
+    copy = open_layers(model)
+    with_keys = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
+    leaves = {path_name(key): leaf for key, leaf in with_keys}
+    variables = {_name(path): variable for path, variable in variables_of(copy).items()}
+    _check_paths(leaves, variables)
+    owners = {id(kernel): layer for layer in modules_of(copy) for kernel in kernels(layer).values()}
+    for path, variable in variables.items():
+        write(variable, _fit(leaves[path], path, variable, owners.get(id(variable))))
+    _close_layers(copy)
+    _check_closed(copy)
+    return copy
