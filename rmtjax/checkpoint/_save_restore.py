@@ -19,7 +19,7 @@ from rmtjax.checkpoint._orbax import save_folder
 from rmtjax.checkpoint._tensor_names import check_factors, find_leaves, halves, is_moment
 from rmtjax.checkpoint._tensors import Entry, KEY, Tensors
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import check_plan_fits, FACTORS, Plan
+from rmtjax.planning import check_plan_fits, in_factor_layer, Plan
 
 FilePath = str | os.PathLike[str]
 
@@ -40,11 +40,7 @@ def _check_no_halves(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None
     """Raises ValueError for the state of a thin nnx model, in which factors are single leaves."""
     # Restored, they would be kernels of their own. Their moments in an optimizer may be single:
     # they are restored into the state of that optimizer.
-    layers = [
-        path
-        for path in leaves
-        if not is_moment(path) and not {*path.split("/")}.isdisjoint(FACTORS)
-    ]
+    layers = [path for path in leaves if not is_moment(path) and in_factor_layer(path)]
     single = layers + [half for path in plan for half in halves(path) if half in leaves]
     if single:
         raise ValueError(

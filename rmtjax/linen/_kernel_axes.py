@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from rmtjax._axes import is_factors, KernelAxes
+from rmtjax._axes import KernelAxes
 from rmtjax.linen._layers import call_inputs, KNOWN, layer_axes
 from rmtjax.models import check_names, registered
-from rmtjax.planning import guess_axes, NAMES, path_name
+from rmtjax.planning import guess_axes, leaves_by_path, NAMES
 
 # The axes of a kernel, None if it is not a matrix, and its shape where its layer uses it.
 Used = tuple[KernelAxes | None, tuple[int, ...]]
@@ -67,9 +67,8 @@ class KernelTable(dict[str, KernelAxes | None]):
 
     def __init__(self, used: dict[str, Used], params: PyTree):
         self.used = used
-        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
-        by_path = {path_name(key): leaf for key, leaf in leaves}
-        super().__init__({path: self(path, by_path[path]) for path in used if path in by_path})
+        leaves = leaves_by_path(params)
+        super().__init__({path: self(path, leaves[path]) for path in used if path in leaves})
 
     def __call__(self, path: str, leaf: Any) -> KernelAxes | None:
         """Returns the axes of a leaf. Axes that its layer did not see are batch axes."""

@@ -55,7 +55,7 @@ def _dense(operand: Any) -> Any:
     return jnp.transpose(multiply(operand.factors), operand.order)
 
 
-def _product(lhs: Array, rhs: Array, axes, params) -> Array:
+def _product(lhs, rhs, axes, params) -> Array:
     """Returns a product with the options of the dense product that it is a part of."""
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
     return lax.dot_general(lhs, rhs, (axes, ((), ())), **options)

@@ -41,7 +41,7 @@ def _planned_tree(model: nnx.Module, plan: Plan) -> dict:
     return _trees.to_tree(opened, _trees.planned_gates(opened, plan))
 
 
-def plan(  # noqa: D417 - one line describes several arguments
+def plan(
     model: nnx.Module,
     *,
     gates: Gates = "fused",
@@ -85,7 +85,7 @@ def plan(  # noqa: D417 - one line describes several arguments
     return _plan(model, gates, options)
 
 
-def analyze(  # noqa: D417
+def analyze(
     model: nnx.Module,
     *,
     gates: Gates = "fused",

@@ -19,9 +19,11 @@ from rmtjax._axes import Factors, kernel_shape
 from rmtjax.models import evaluate
 from rmtjax.nnx._layers import fold, gate_stages, is_unfolded, kernels, NAMES, stages
 from rmtjax.nnx._variables import ABSENT, FactorPair, Pair, Product, read
+from rmtjax.planning import register_factor_layers
 from rmtjax.spectra import multiply
 
 HALVES = ("left_factor", "right_factor")
+register_factor_layers(*HALVES)
 
 
 class Thin(nnx.Module):

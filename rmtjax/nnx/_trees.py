@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, Literal
 
-import jax
 from flax import nnx
 from jaxtyping import PyTree
 
@@ -13,12 +12,17 @@ from rmtjax.nnx import _layers
 from rmtjax.nnx._layers import kernels, layer_axes
 from rmtjax.nnx._thin import factors_of, make_dense, make_thin, pairs_of
 from rmtjax.nnx._variables import is_single, Pair, read, write
-from rmtjax.planning import path_name, Plan
+from rmtjax.planning import leaves_by_path, Plan, register_container
 
 Gates = Literal["fused", "each"]
 _CELLS = (nnx.OptimizedLSTMCell, nnx.GRUCell)
 # Modules that normalize the kernels of another one at each call. Older Flax lacks some of them.
 _REWRITERS = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
+# JAX takes a model for a tree of parameters, but its layers must change with their kernels.
+register_container(
+    nnx.Module,
+    "call the function of this name in `rmtjax.nnx`, or give `rmtjax.nnx.params(model)`.",
+)
 
 
 def _name(path: tuple) -> str:
@@ -277,8 +281,7 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
       ((80, 8), (2, 60))
     """
     copy = open_layers(model)
-    with_keys = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
-    leaves = {path_name(key): leaf for key, leaf in with_keys}
+    leaves = leaves_by_path(params)
     variables = {_name(path): variable for path, variable in variables_of(copy).items()}
     _check_paths(leaves, variables)
     owners = {id(kernel): layer for layer in modules_of(copy) for kernel in kernels(layer).values()}

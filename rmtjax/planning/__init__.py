@@ -12,9 +12,9 @@ from rmtjax.planning._cost import (
     rows_by_path as rows_by_path,
 )
 from rmtjax.planning._kernels import (
-    FACTORS as FACTORS,
     find_kernels as find_kernels,
     guess_axes as guess_axes,
+    in_factor_layer as in_factor_layer,
     is_kernel as is_kernel,
     leaves_by_path as leaves_by_path,
     map_kernels as map_kernels,
@@ -22,6 +22,7 @@ from rmtjax.planning._kernels import (
     obstacle as obstacle,
     path_name as path_name,
     register_container as register_container,
+    register_factor_layers as register_factor_layers,
     to_predicate as to_predicate,
 )
 from rmtjax.planning._options import PlanOptions as PlanOptions

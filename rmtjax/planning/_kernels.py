@@ -15,11 +15,10 @@ from rmtjax._types import Axes, Where
 NAMES = ("kernel", "embedding")
 # Flax's attention projects to (heads, head_dim) with these, and back with "out".
 HEAD_PROJECTIONS = ("query", "key", "value")
-# The layers of `rmtjax.nnx` that stand for one. Their kernels are halves, not kernels.
-FACTORS = ("left_factor", "right_factor")
-# Objects that JAX takes for trees of parameters, and that have functions of their own. The rooms
-# that know these types register them, so that this room does not import Flax.
+# Objects that JAX takes for trees of parameters, with a hint, and names of layers that hold one
+# factor of a kernel. The rooms that know them register them: this room does not import Flax.
 _CONTAINERS: dict[type, str] = {}
+_FACTOR_LAYERS: set[str] = set()
 
 
 def register_container(kind: type, hint: str) -> None:
@@ -27,11 +26,20 @@ def register_container(kind: type, hint: str) -> None:
     _CONTAINERS[kind] = hint
 
 
+def register_factor_layers(*names: str) -> None:
+    """Registers names of layers that hold one factor of a kernel each, and no kernel."""
+    _FACTOR_LAYERS.update(names)
+
+
+def in_factor_layer(path: str) -> bool:
+    """Returns True for a leaf in a layer that holds one factor of a kernel."""
+    return not _FACTOR_LAYERS.isdisjoint(path.split("/"))
+
+
 def is_kernel(path: str, leaf: Any) -> bool:
     """Returns True for what Flax's layers multiply by: leaves named `kernel` or `embedding`."""
     del leaf
-    *_, parent, name = ("", *path.split("/"))
-    return name in NAMES and parent not in FACTORS
+    return path.split("/")[-1] in NAMES and not in_factor_layer(path)
 
 
 def guess_axes(path: str, leaf: Any) -> KernelAxes | None:

@@ -75,7 +75,7 @@ FACTORS = rmtjax.factorize_matrix(PARAMS["Dense_0"]["kernel"], 2)
 WRONG = {  # arguments in place of the right ones, and what is said
     "layer": ({"layers": ["Dense_7"]}, r"`layers` must be dense layers of `before`.*'Dense_7'"),
     "none": ({"layers": []}, "`layers` must name at least one"),
-    "order": ({"layers": LAYERS[::-1]}, r"`layers\[0\]` takes 40 inputs, but is given 60"),
+    "order": ({"layers": LAYERS[::-1]}, r"`layers\[0\]` must take 60 inputs, got 40"),
     "shape": (
         {"after": spoil(PARAMS, "Dense_1", "kernel", jnp.ones((50, 41)))},
         r"`after` must have the shapes of `before`.*`layers\[1\]`",
@@ -97,7 +97,7 @@ WRONG = {  # arguments in place of the right ones, and what is said
         r"slopes .* got 10\.0",
     ),
     "oscillating": ({"activation": lambda x: jnp.sin(128 * jnp.pi * x)}, "slopes"),
-    "not elementwise": ({"activation": jax.nn.softmax}, "by itself, which softmax does not"),
+    "not elementwise": ({"activation": jax.nn.softmax}, "`activation` must be elementwise"),
     "steep": ({"activation": jax.nn.gelu}, r"`activation` must have slopes .* got 1\.129"),
 }
 

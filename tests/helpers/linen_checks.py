@@ -1,5 +1,6 @@
-"""What tests of linen modules share: random trees, thin ones, and their comparison."""
+"""Linen modules of several tests, random and factorized variables, and their comparison."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +32,23 @@ def tokens(*shape):
     return np.random.default_rng(0).integers(0, 40, shape).astype(np.int32)
 
 
+class Block(nn.Module):
+    """A step of `nn.scan`."""
+
+    @nn.compact
+    def __call__(self, carry, _):
+        return nn.tanh(nn.Dense(24)(carry)), None
+
+
+DENSE, INPUTS = nn.Dense(24), draw(5, 30)
+# Of lifted modules: parameters, and a random key, for each step or copy.
+EACH = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+# Of a call in training, with state and randomness.
+TRAIN = {"train": True, "mutable": ["batch_stats", "intermediates"], "rngs": {"dropout": KEY}}
+
+
 def make_variables(module, *args, **kwargs):
-    """Random variables; only their shapes are asked of the module, which compiles nothing."""
+    """Random variables. Only their shapes come from the module, so nothing is compiled."""
     rng = np.random.default_rng(0)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("rngs", "mutable")}
     shapes = jax.eval_shape(lambda: module.init(RNGS, *args, **kwargs))
@@ -42,7 +58,7 @@ def make_variables(module, *args, **kwargs):
 
 
 def make_thin(module, *args, axes=None, **kwargs):
-    """Variables, once factorized and once truncated by the same plan, and the plan."""
+    """Variables factorized, the same truncated by the same plan, and the plan."""
     variables = make_variables(module, *args, **kwargs)
     axes = linen.kernel_axes(module, variables, *args, **kwargs) if axes is None else axes
     params = variables["params"]

@@ -5,8 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.linen_checks import assert_close, draw, make_thin, make_variables
-from test_apply_linen import Block, DENSE, EACH, INPUTS
+from helpers.linen_checks import (
+    assert_close,
+    Block,
+    DENSE,
+    draw,
+    EACH,
+    INPUTS,
+    make_thin,
+    make_variables,
+)
 
 from rmtjax import KernelAxes, linen
 

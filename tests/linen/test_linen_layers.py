@@ -238,7 +238,7 @@ def test_a_misspelt_name_is_told_when_the_layer_is_met():
     rmtjax.register_layer(Misspelt, {"wieght": AXES, "gate": AXES})
     module = nn.Sequential([nn.Dense(30), Misspelt()])
     variables = make_variables(module, draw(5, 20))
-    words = r"a kernel 'wieght' of `Misspelt`, whose parameters are 'gate', 'weight': register"
+    words = r"a kernel 'wieght' for `Misspelt`, whose parameters are 'gate', 'weight'\. Register"
     with pytest.raises(ValueError, match=words):
         linen.kernel_axes(module, variables, draw(5, 20))
 

@@ -13,7 +13,7 @@ from helpers.nnx_checks import close
 
 import rmtjax
 from rmtjax import nnx as rmt_nnx
-from rmtjax.nnx._layers import read, write
+from rmtjax.nnx._variables import read, write
 
 OPTIONS = {"rule": rmtjax.ranks.fixed(3), "multiple": 1, "min_size": 2}
 X = jax.random.normal(jax.random.key(1), (64, 20))
@@ -75,7 +75,7 @@ def test_a_misspelt_name_is_told_when_the_layer_is_met():
     rmtjax.register_layer(Misspelt, dict.fromkeys(("weight", "bias"), AXES))
     assert rmt_nnx.kernel_axes(Misspelt()) == {"weight": AXES}
     rmtjax.register_layer(Misspelt, {"wieght": AXES})
-    words = r"a kernel 'wieght' of `Misspelt`, whose parameters are 'bias', 'weight': register"
+    words = r"a kernel 'wieght' for `Misspelt`, whose parameters are 'bias', 'weight'\. Register"
     for use in (rmt_nnx.kernel_axes, rmt_nnx.plan):
         with pytest.raises(ValueError, match=words):
             use(nnx.Sequential(Misspelt()))

@@ -3,8 +3,7 @@
 import flax.linen as nn
 import jax
 import pytest
-from helpers.linen_checks import assert_close, draw, grads, make_thin
-from test_apply_linen import EACH, INPUTS, TRAIN
+from helpers.linen_checks import assert_close, draw, EACH, grads, INPUTS, make_thin, TRAIN
 
 import rmtjax
 from rmtjax import KernelAxes, linen

@@ -1,4 +1,4 @@
-"""Functions of factorized kernels: what they compute, and what they do not form."""
+"""The interpreter gives the outputs of the dense kernel, and multiplies it out only if it must."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 import rmtjax
 from rmtjax import Factors
-from rmtjax.models._factored_eval import evaluate
+from rmtjax.models._jaxpr_interpreter import evaluate
 
 
 def draw(*shape, seed=0):
@@ -48,12 +48,6 @@ CASES = {
 }
 
 
-def run(function, tree):
-    """The result, and how often a kernel was formed."""
-    formed = []
-    return evaluate(function, tree, lambda: formed.append(True)), len(formed)
-
-
 def assert_equal(found, wanted):
     # Float32 sums of up to 72 products in another order, relative to the largest.
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * float(jnp.abs(wanted).max()))
@@ -61,12 +55,12 @@ def assert_equal(found, wanted):
 
 @pytest.mark.parametrize(("function", "tree"), CASES.values(), ids=CASES.keys())
 def test_products_with_factors_are_thin_and_right(function, tree):
-    outputs, formed = run(function, tree)
-    assert formed == 0
+    outputs, multiplied_out = evaluate(function, tree)
+    assert not multiplied_out
     wanted = function(rmtjax.merge(tree))
     assert outputs.dtype == wanted.dtype
     assert_equal(outputs, wanted)
-    compiled = jax.jit(lambda tree: run(function, tree)[0])
+    compiled = jax.jit(lambda tree: evaluate(function, tree)[0])
     assert_equal(compiled(tree), wanted)
 
 
@@ -74,7 +68,7 @@ def test_products_with_factors_are_thin_and_right(function, tree):
 def test_gradients_follow_the_chain_rule(name):
     function, tree = CASES[name]
     loss = lambda outputs: jnp.sum(jnp.sin(outputs))
-    found = jax.grad(lambda tree: loss(run(function, tree)[0]))(tree)
+    found = jax.grad(lambda tree: loss(evaluate(function, tree)[0]))(tree)
     wanted = jax.grad(lambda tree: loss(function(rmtjax.merge(tree))))(tree)
     jax.tree.map(assert_equal, found, wanted)
 
@@ -109,29 +103,31 @@ def test_gradients_follow_the_chain_rule(name):
         "scan",
     ],
 )
-def test_other_uses_form_the_kernel_and_are_right(function, tree):
-    outputs, formed = run(function, tree)
-    assert formed > 0
+def test_other_uses_multiply_the_kernel_out_and_are_right(function, tree):
+    outputs, multiplied_out = evaluate(function, tree)
+    assert multiplied_out
     assert_equal(outputs, function(rmtjax.merge(tree)))
 
 
 def test_a_kernel_that_is_returned_is_dense():
-    outputs, _ = run(lambda t: (t["w"], t["w"].T), MATRIX)
+    outputs, _ = evaluate(lambda t: (t["w"], t["w"].T), MATRIX)
     dense = rmtjax.merge(MATRIX)["w"]
     assert_equal(outputs[0], dense)
     assert_equal(outputs[1], dense.T)
 
 
-def test_what_is_no_array_is_returned_as_it_is():
-    outputs, formed = run(lambda t: {"y": X @ t["w"], "name": "logits", "layers": 3}, MATRIX)
+def test_outputs_that_are_not_arrays_are_returned():
+    outputs, multiplied_out = evaluate(
+        lambda t: {"y": X @ t["w"], "name": "logits", "layers": 3}, MATRIX
+    )
     assert (outputs["name"], outputs["layers"], type(outputs["layers"])) == ("logits", 3, int)
-    assert not formed
+    assert not multiplied_out
 
 
 def test_weak_types_stay_weak():
     tree = {**MATRIX, "scale": jnp.asarray(2.0)}
     assert tree["scale"].weak_type
-    outputs, _ = run(lambda t: t["scale"] * X.astype(jnp.bfloat16), tree)
+    outputs, _ = evaluate(lambda t: t["scale"] * X.astype(jnp.bfloat16), tree)
     assert outputs.dtype == jnp.bfloat16
 
 
@@ -139,19 +135,19 @@ def test_low_precision_is_that_of_the_product():
     tree = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), MATRIX)
     product = lambda t: jax.lax.dot(X.astype(jnp.bfloat16), t["w"])
     wide = lambda t: jax.lax.dot(X.astype(jnp.bfloat16), t["w"], preferred_element_type=jnp.float32)
-    assert run(product, tree)[0].dtype == jnp.bfloat16
-    assert run(wide, tree)[0].dtype == jnp.float32
-    # The kernel is rounded to bfloat16 when it is formed, and the hidden values are here.
+    assert evaluate(product, tree)[0].dtype == jnp.bfloat16
+    assert evaluate(wide, tree)[0].dtype == jnp.float32
+    # The merged kernel is rounded to bfloat16, and here the hidden values are.
     largest = float(jnp.max(jnp.abs(product(rmtjax.merge(tree)))))
     for function in (product, wide):
-        found = np.asarray(run(function, tree)[0], np.float32)
+        found = np.asarray(evaluate(function, tree)[0], np.float32)
         wanted = np.asarray(function(rmtjax.merge(tree)), np.float32)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2**-5 * largest)
 
 
-def test_the_kernel_is_never_formed():
+def test_the_dense_kernel_is_not_in_the_program():
     tree = {"w": Factors(draw(300, 2), draw(2, 400))}
-    function = lambda tree: run(lambda t: draw(5, 300) @ t["w"], tree)[0]
+    function = lambda tree: evaluate(lambda t: draw(5, 300) @ t["w"], tree)[0]
     text = str(jax.make_jaxpr(function)(tree))
     assert "300,400" not in text
 
@@ -159,13 +155,13 @@ def test_the_kernel_is_never_formed():
 @settings(max_examples=25)
 @given(st.permutations("hio"), st.permutations("bho"), st.booleans())
 def test_every_order_of_axes(kernel, outputs, contract_outputs):
-    # The kernel is turned first: (i, h, o) of the factors in whatever order.
-    turned = lambda t: jnp.einsum(f"iho->{''.join(kernel)}", t["w"])
+    # The kernel is transposed first, from the order (i, h, o) of the factors to any other.
+    transposed = lambda t: jnp.einsum(f"iho->{''.join(kernel)}", t["w"])
     if contract_outputs:
-        function = lambda t: jnp.einsum(f"boh,{''.join(kernel)}->bi", draw(4, 5, 2), turned(t))
+        function = lambda t: jnp.einsum(f"boh,{''.join(kernel)}->bi", draw(4, 5, 2), transposed(t))
     else:
         equation = f"bi,{''.join(kernel)}->{''.join(outputs)}"
-        function = lambda t: jnp.einsum(equation, X, turned(t))
-    found, formed = run(function, HEADS)
-    assert formed == 0
+        function = lambda t: jnp.einsum(equation, X, transposed(t))
+    found, multiplied_out = evaluate(function, HEADS)
+    assert not multiplied_out
     assert_equal(found, function(rmtjax.merge(HEADS)))

@@ -9,25 +9,21 @@ import optax
 import pytest
 from helpers.linen_checks import (
     assert_close,
+    Block,
     check,
     COARSE,
+    DENSE,
     draw,
-    KEY,
+    EACH,
+    INPUTS,
     make_thin,
     make_variables,
     RNGS,
     tokens,
+    TRAIN,
 )
 
 from rmtjax import Factors, linen
-
-
-class Block(nn.Module):
-    """A step of `nn.scan`."""
-
-    @nn.compact
-    def __call__(self, carry, _):
-        return nn.tanh(nn.Dense(24)(carry)), None
 
 
 class Net(nn.Module):
@@ -52,9 +48,7 @@ class Tied(nn.Module):
         return self.embed(ids) @ self.embed.embedding.T
 
 
-EACH = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
 ATTENTION = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=32)
-TRAIN = {"train": True, "mutable": ["batch_stats", "intermediates"], "rngs": {"dropout": KEY}}
 CASES = {
     "Dense": (nn.Dense(24), draw(5, 30)),
     "Dense, no bias": (nn.Dense(24, use_bias=False), draw(5, 30)),
@@ -136,9 +130,6 @@ def test_thin_layers_are_cheaper(name):
     assert flops(thin) < flops(dense) / 2
 
 
-DENSE, INPUTS = nn.Dense(24), draw(5, 30)
-
-
 def test_apply_and_the_context_agree_eager_and_compiled_and_under_vmap():
     thin, dense, _ = make_thin(DENSE, INPUTS)
     outputs = linen.apply(DENSE, thin, INPUTS)
@@ -186,7 +177,7 @@ def test_a_frozen_tree_runs_too():
 def test_a_tree_in_the_place_of_all_variables_is_refused(freeze):
     module = nn.Sequential([nn.Dense(24), nn.tanh, nn.Dense(20)])
     thin, _, _ = make_thin(module, INPUTS)
-    words = r"`variables` must be \{\"params\": tree\}, .* 'layers_0', 'layers_2': wrap it"
+    words = r"`variables` must be \{\"params\": tree\}, .* 'layers_0', 'layers_2'\. Give"
     with pytest.raises(ValueError, match=words):
         linen.apply(module, freeze(thin["params"]), INPUTS)
 

@@ -5,34 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from helpers.nnx_checks import by_path, rank_plan
+from helpers.nnx_models import make_thin, Net, net, X
 
 import rmtjax
 from rmtjax import nnx as rmt_nnx
-
-X = jax.random.normal(jax.random.key(1), (6, 20))
-
-
-class Net(nnx.Module):
-    """One layer twice, a list of layers, and layers with a state."""
-
-    def __init__(self, rngs):
-        self.first = nnx.Linear(20, 24, rngs=rngs)
-        self.again = self.first
-        self.blocks = nnx.Sequential(*(nnx.Linear(24, 20, rngs=rngs) for _ in range(2)))
-        self.norm = nnx.BatchNorm(24, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.blocks.layers[0](self.dropout(self.norm(self.first(x))))
-        return self.blocks.layers[1](self.again(x))
-
-
-def net():
-    return Net(nnx.Rngs(0))
-
-
-def make_thin(model):
-    return rmt_nnx.factorize(model, rank_plan(model, 4))
 
 
 def arrays(model, kind=nnx.Variable):

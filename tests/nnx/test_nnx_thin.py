@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.nnx_checks import by_path, close, rank_plan
-from test_nnx_layers import draw, Experts, LAYERS, linear, models, RANK, rngs
+from helpers.nnx_models import draw, Experts, LAYERS, linear, models, RANK, rngs
 
 import rmtjax
 from rmtjax import nnx as rmt_nnx
-from rmtjax.nnx._layers import write
+from rmtjax.nnx._variables import write
 
 
 @pytest.mark.parametrize("name", ["Linear", "LinearGeneral, batch", "Einsum", "Conv", "GRUCell"])
