@@ -3,15 +3,19 @@
 import functools
 
 import numpy as np
-import pytest
 
 import rmtjax
-from rmtjax.planning import _cost
+from rmtjax.planning import make_plan, PlanOptions
+
+
+def quarter_clock(product):
+    """A clock by which a product takes a millisecond, and a quarter of it as factors."""
+    return np.asarray([[1.0 if rank is None else 0.25 for rank in product.ranks]] * 5)
 
 
 @functools.cache
 def measured():
-    """Kernels of all verdicts, timed by a clock that says a millisecond, and a quarter thin."""
+    """Kernels of all verdicts, timed by the quarter clock."""
     noise = np.random.default_rng(1).normal(size=(4, 100, 120)).astype(np.float32)
     spiked = lambda k: noise[k] * np.where(np.arange(100) < k, 3, 1)[:, None]
     kernels = {
@@ -25,10 +29,8 @@ def measured():
     params = {name: {"kernel": np.float32(kernel)} for name, kernel in kernels.items()}
     axes = {f"{name}/kernel": rmtjax.KernelAxes((0,), (1,)) for name in kernels}
     axes["stack/kernel"] = rmtjax.KernelAxes((1,), (2,), (0,))
-    clock = lambda product: np.asarray([[1.0 if r is None else 0.25 for r in product.ranks]] * 5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cost, "time_products", clock)
-        return rmtjax.analyze(params, axes=axes, batch=8)
+    options = PlanOptions(axes=axes, batch=8, multiple=1)
+    return rmtjax.Report(make_plan(params, options, quarter_clock))
 
 
 def few(*names):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import rmtjax
+from rmtjax import KernelAxes
 from rmtjax.report import _page
 
 
@@ -66,11 +67,11 @@ def test_the_spectrum_is_told_in_few_numbers(report):
 
 
 def test_what_is_above_the_limits_is_left_out():
-    left, right = (
-        np.linalg.qr(np.random.default_rng(n).normal(size=(n, 60)))[0] for n in (200, 300)
-    )
-    strong = np.float32(matrix(0, (200, 300)) + 200 * left @ right.T)
-    (found,) = data_of(rmtjax.analyze({"kernel": strong}).to_page())["spectra"]
+    spikes, bulk = np.linspace(200, 100, 60), np.linspace(3, 0.05, 140)
+    spectrum = rmtjax.Spectrum(np.float32([*spikes, *bulk]), np.float32(200 / 300))
+    fit = rmtjax.BulkFit(*np.float32([1, 3, 3.3, 0.02]), np.int32(60))
+    row = rmtjax.Kept("kept", (200, 300), KernelAxes((0,), (1,)), 200, fit, spectrum)
+    (found,) = data_of(rmtjax.Report(rmtjax.Plan(kernel=row)).to_page())["spectra"]
     assert found["spikes"] == 60
     assert len(found["largest"]) == _page.MOST_SPIKES
     assert sum(found["counts"]) == 140  # the bulk is not flattened by what is far away
