@@ -174,8 +174,6 @@ def analyze_file(
 ) -> Report:
     """Analyzes every kernel of a checkpoint with one in memory at a time; changes nothing.
 
-    `rule`, `min_size`, `exact_below` and `batch` are those of `rmtjax.plan`.
-
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
       where: Chooses the kernels: a function `where(path, leaf)`, a regular expression that is
@@ -190,6 +188,7 @@ def analyze_file(
       fits: Noise levels in the place of new fits, as in `rmtjax.plan`. A kernel that
         `compress_file` has cut is judged by the level in the file.
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
+      rule, min_size, exact_below, batch: As in `rmtjax.plan`.
       dtype: float32 or float64, for the computation. By default the dtype of the kernel, but at
         least float32, and float32 if 64 bits are switched off in jax.
       progress: `progress(done, total, path)` is called before each kernel.
@@ -254,13 +253,12 @@ def compress_file(
     four times if more than half of the directions of a kernel are kept and shrunk. It is up to
     seven times for a kernel in float64, or computed in float64.
 
-    `rule`, `where`, `axes`, `fits` and `dtype` are those of `analyze_file`, the other options those
-    of `rmtjax.plan`. The output has the dtypes of the input.
-
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
       out: The file to write, with a name in .safetensors. An existing file is replaced and its
         mode is kept. A link is followed.
+      rule, where, axes, fits, dtype: As in `analyze_file`. The output has the dtypes of the input.
+      keep, shrink, min_rank, multiple, min_size, exact_below, batch: As in `rmtjax.plan`.
       mode: "factorize" writes PATH/left and PATH/right if they are smaller. "truncate" keeps names
         and shapes, for programs that do not know factors.
       progress: `progress(done, total, path)` is called before each kernel that is planned, and

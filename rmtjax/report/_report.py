@@ -208,10 +208,9 @@ def analyze(
 ) -> Report:
     """Analyzes every kernel of a parameter tree; changes nothing.
 
-    All options are those of `rmtjax.plan`.
-
     Args:
       params: Nested dictionaries of arrays, as `module.init(...)["params"]`.
+      rule, where, axes, fits, min_size, exact_below, batch: As in `rmtjax.plan`.
 
     Returns:
       A `Report`: `.rows`, `.totals`, `.table()`, `.to_dict()`, `.to_json()`, `.to_csv()`,
