@@ -12,11 +12,7 @@ Other programs can read the results: factors are tensors with the names `PATH/le
 from rmtjax.checkpoint._manifest import read_manifest as read_manifest
 from rmtjax.checkpoint._open import check_target as check_target, open_tensors as open_tensors
 from rmtjax.checkpoint._safetensors import replacing as replacing
-from rmtjax.checkpoint._save_restore import (
-    load_plan as load_plan,
-    restore as restore,
-    save as save,
-)
+from rmtjax.checkpoint._save_restore import load_plan as load_plan, restore as restore, save as save
 from rmtjax.checkpoint._stream import (
     analyze_checkpoint as analyze_checkpoint,
     analyze_file as analyze_file,

@@ -12,7 +12,7 @@ import numpy as np
 from rmtjax._axes import check_axes, KernelAxes
 from rmtjax._types import BulkFit
 from rmtjax._version import __version__
-from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, KEY, parse_json, Tensors
+from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, KEY, parse_object, Tensors
 from rmtjax.noise import ranks, shrinkage
 from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
@@ -206,7 +206,7 @@ def parse(text: str) -> Manifest:
       ValueError: The text is malformed, or of a newer format.
     """
     try:
-        return _parse_fields(parse_json(text))
+        return _parse_fields(parse_object(text))
     except (KeyError, TypeError, OverflowError, ValueError) as error:
         cause = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(

@@ -2,17 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import numpy as np
 
 from rmtjax.checkpoint._orbax import open_folder
 from rmtjax.checkpoint._safetensors import (
     open_file,
-    write_file,
 )
-from rmtjax.checkpoint._tensors import Entry as Entry, parse_json, Tensors as Tensors
+from rmtjax.checkpoint._tensors import Entry as Entry, parse_object, Tensors as Tensors
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -30,19 +27,17 @@ def _find_index(folder: Path) -> Path | None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Returns the file name of the shard of each tensor."""
-    refuse = lambda cause: ValueError(
-        f"cannot read {str(path)!r}: {cause}. Copy or download it again."
-    )
-    if not path.is_file():
-        raise refuse("it is no regular file")
+    """Returns the file name of the shard of each tensor, as the index gives it."""
     try:
-        fields = parse_json(path.read_bytes())
+        if not path.is_file():  # a pipe would never end
+            raise ValueError("it is no regular file")
+        shards = parse_object(path.read_bytes()).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise ValueError("it has no `weight_map` of names to files")
     except ValueError as error:
-        raise refuse(f"it is no JSON ({error})") from error
-    shards = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise refuse("it has no `weight_map` of names to files")
+        raise ValueError(
+            f"cannot read {str(path)!r}: {error}. Copy or download it again."
+        ) from error
     return shards
 
 
@@ -136,13 +131,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[Tensors]:
 
 
 def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> None:
-    """Raises ValueError if an output would replace the input, or be in its folder.
-
-    Args:
-      tensors: The input.
-      path: The path of the output.
-      name: The argument or option that gave the path.
-    """
+    """Raises ValueError if an output would replace the input, or be in its folder."""
     folder, last = os.path.split(os.path.abspath(path))
     # The path as written, without links, and without the links of its folder: a shard may be a
     # link, and so may the folder of the output.
@@ -159,24 +148,3 @@ def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> N
             f"{name} must not be the input, nor lie in it, got {os.fspath(path)!r} for "
             f"{str(tensors.path)!r}: the input is read while the output is written."
         )
-
-
-def write_tensors(
-    path: str | os.PathLike[str],
-    entries: Mapping[str, Entry],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Writes a .safetensors file, one tensor at a time. An error leaves the old file in place.
-
-    Args:
-      path: The path of the file. A link is followed, and stays a link.
-      entries: Name to shape and dtype of each tensor.
-      arrays: Name and data of each tensor, in any order. They may be made one at a time.
-      metadata: Texts to keep with the tensors.
-
-    Raises:
-      ValueError: The format does not have a dtype, an array does not fit its entry or is missing,
-        or a folder, a device or a pipe is at `path`.
-    """
-    write_file(Path(path), entries, arrays, metadata)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rmtjax.checkpoint._tensors import CODES, Entry, KEY, parse_json, Tensors
+from rmtjax.checkpoint._tensors import CODES, Entry, KEY, parse_object, Tensors
 from rmtjax.planning import path_name
 
 # Orbax compresses with zstd, of which a block of 4 bytes or more holds at most 128 KiB.
@@ -24,16 +25,15 @@ def _has_tree(folder: Path) -> bool:
 def _find_tree(path: Path) -> Path:
     """Returns the folder of the tree: the given one, or the only tree among the items of a step."""
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    items = [folder for folder in folders if _has_tree(folder)]
-    if _has_tree(path) or len(items) == 1:
-        return path if _has_tree(path) else items[0]
-    names = [item.name for item in items] or [
-        step.name for step in folders if any(map(_has_tree, step.glob("*")))
-    ]
-    if names:
+    items = [folder for folder in (path, *folders) if _has_tree(folder)]
+    if items[:1] == [path] or len(items) == 1:
+        return items[0]
+    # Either several items of one step, or the steps of a run.
+    items = items or [step for step in folders if any(map(_has_tree, step.glob("*")))]
+    if items:
+        names = ", ".join(item.name for item in items)
         raise ValueError(
-            f"{str(path)!r} has several checkpoints: give the path of one of them, "
-            f"{', '.join(names)}."
+            f"{str(path)!r} has several checkpoints: give the path of one of them, {names}."
         )
     raise ValueError(
         f"{str(path)!r} is no checkpoint: it has neither a .safetensors file nor the `_METADATA` "
@@ -58,7 +58,7 @@ def _read_texts(folder: Path) -> dict[str, str]:
     """Returns the texts that were saved with a tree."""
     # Not by orbax: from a damaged file it returns no texts, and no error.
     path = folder / "_CHECKPOINT_METADATA"
-    fields = parse_json(path.read_bytes()) if path.is_file() else {}
+    fields = parse_object(path.read_bytes()) if path.is_file() else {}
     texts = fields.get("custom_metadata") or {}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
@@ -135,22 +135,14 @@ def open_folder(path: Path) -> Iterator[Tensors]:
 
 def _check_names(tree: Any) -> None:
     """Raises ValueError if orbax, which joins keys with dots, would give two leaves one name."""
-    names = set()
-    for key, _ in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(key, simple=True, separator=".")
-        if name in names:
-            raise ValueError(f"two leaves would be {name!r} for orbax: rename a key with a dot.")
-        names.add(name)
+    keys = [key for key, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = Counter(jax.tree_util.keystr(key, simple=True, separator=".") for key in keys)
+    for name in names - Counter([*names]):
+        raise ValueError(f"two leaves would be {name!r} for orbax: rename a key with a dot.")
 
 
 def save_folder(path: Path, tree: Any, metadata: Mapping[str, str]) -> None:
-    """Saves a tree as a folder of orbax. After an error there is no folder.
-
-    Args:
-      path: The path of the folder, which must not exist.
-      tree: Nested dictionaries of arrays. Orbax does not save empty arrays.
-      metadata: Texts to keep with the tree.
-    """
+    """Saves a tree without empty arrays as a new folder; after an error there is none."""
     import orbax.checkpoint as ocp
 
     path = path.absolute()

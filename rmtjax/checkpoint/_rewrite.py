@@ -49,17 +49,12 @@ def _leaf_outputs(path: str, leaf: Any, row: LayerPlan | None) -> dict[str, Entr
 
 
 def find_outputs(leaves: Mapping[str, Any], plan: Plan) -> Outputs:
-    """Returns the tensors that are written for each leaf.
-
-    Raises:
-      ValueError: A factor would have the name of another tensor.
-    """
+    """Returns the tensors that are written; raises ValueError if two would have one name."""
     outputs = {path: _leaf_outputs(path, leaf, plan.get(path)) for path, leaf in leaves.items()}
     names = Counter(name for entries in outputs.values() for name in entries)
-    twice = [name for name, times in names.items() if times > 1]
-    if twice:
+    for name in names - Counter([*names]):
         raise ValueError(
-            f"a factor would be called {twice[0]!r}, as another tensor of the file is. Leave its "
+            f"a factor would be called {name!r}, as another tensor of the file is. Leave its "
             "kernel out by `where`, or choose `mode='truncate'`."
         )
     return outputs
@@ -82,12 +77,7 @@ def write_outputs(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the data of each tensor that is written, leaf by leaf.
 
-    Args:
-      leaves: The leaves of the input, still in the file.
-      plan: The plan.
-      outputs: From `find_outputs`.
-      dtype: The dtype of the computation.
-      step: Called with each path before its leaf is read.
+    Calls `step` with the path of a leaf before it is read. `dtype` is that of the computation.
     """
     for path, leaf in leaves.items():
         step(path)

@@ -21,84 +21,76 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_json, Tensors
+from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, Tensors
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
 
 
-class _MalformedError(ValueError):
-    """A fault of a file, in words that do not name the file."""
-
-
 def _parse_entry(name: str, fields: Any) -> tuple[Entry, int, int]:
     """Returns the entry of a tensor, and where in the data it begins and ends."""
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _MalformedError(f"tensor {name!r} needs a dtype, a shape and data_offsets alone")
+        raise ValueError(f"tensor {name!r} needs a dtype, a shape and data_offsets alone")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     # `type` and not `isinstance`: a boolean is not a size.
     sizes = lambda value: isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
     if not isinstance(code, str) or code not in DTYPES:
-        raise _MalformedError(f"tensor {name!r} has dtype {code!r}, not one of {list(DTYPES)}")
+        raise ValueError(f"tensor {name!r} has dtype {code!r}, not one of {list(DTYPES)}")
     if not sizes(shape):
-        raise _MalformedError(f"tensor {name!r} has no shape of sizes of at least 0")
+        raise ValueError(f"tensor {name!r} has no shape of sizes of at least 0")
     if not sizes(offsets) or len(offsets) != 2:
-        raise _MalformedError(f"tensor {name!r} has no two offsets of at least 0")
+        raise ValueError(f"tensor {name!r} has no two offsets of at least 0")
     entry, (begin, end) = Entry(tuple(shape), DTYPES[code]), offsets
     if not entry.possible:
-        raise _MalformedError(f"tensor {name!r} is larger than any memory")
+        raise ValueError(f"tensor {name!r} is larger than any memory")
     if end - begin != entry.num_bytes:
-        raise _MalformedError(f"tensor {name!r} has {end - begin} bytes and is {entry}")
+        raise ValueError(f"tensor {name!r} has {end - begin} bytes and is {entry}")
     return entry, begin, end
 
 
-def _check_text(*names: Any) -> None:
-    for name in names:
-        if not isinstance(name, str):
-            raise _MalformedError(f"{name!r:.50} of its metadata is no text")
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise _MalformedError(f"the name {name!r:.50} is no Unicode") from error
+def _check_text(*texts: Any) -> None:
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r:.50} of its metadata is no text")
+        # JSON can escape half of a surrogate pair, which no file name or terminal can have.
+        if text != text.encode(errors="ignore").decode():
+            raise ValueError(f"the name {text!r:.50} is no Unicode")
 
 
-def _parse(header: bytes, size: int) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
-    """Returns name to (entry, offset in the data), in the order of the data; and the metadata."""
-    try:
-        fields = parse_json(header.decode())
-    except ValueError as error:
-        raise _MalformedError(f"its header is no JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise _MalformedError("its header is no JSON object")
+def _parse_header(
+    header: bytes, begin: int, size: int
+) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
+    """Returns the entries and offsets of the tensors, in their order, and the metadata."""
+    fields = parse_object(header)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise _MalformedError("its metadata is no JSON object")
+        raise ValueError("its metadata is no JSON object")
     _check_text(*fields, *metadata, *metadata.values())
     places = [(name, *_parse_entry(name, value)) for name, value in fields.items()]
     places.sort(key=lambda place: place[2:])
     # Without gaps and overlaps, no bytes are hidden and none belong to two tensors.
     position = 0
-    for name, _, begin, end in places:
-        if begin != position:
-            raise _MalformedError(f"tensor {name!r} begins at {begin}, where {position} is next")
+    for name, _, first, end in places:
+        if first != position:
+            raise ValueError(f"tensor {name!r} begins at {first}, where {position} is next")
         position = end
     if position != size:
-        raise _MalformedError(f"its tensors take {position} bytes, and it has {size} for them")
-    return {name: (entry, begin) for name, entry, begin, _ in places}, metadata
+        raise ValueError(f"its tensors take {position} bytes, and it has {size} for them")
+    return {name: (entry, begin + first) for name, entry, first, _ in places}, metadata
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
-    """Returns name to (entry, offset in the file), and the metadata."""
+    """Returns the entry of each tensor and its offset in the file, and the metadata."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
-        raise _MalformedError(f"it has {size} bytes, too few for a header")
+        raise ValueError(f"it has {size} bytes, too few for a header")
     (length,) = struct.unpack("<Q", file.read(8))
+    # Checked before the header is read: a damaged length would fill the memory.
     if length > min(size - 8, MAX_HEADER):
-        raise _MalformedError(
+        raise ValueError(
             f"its header claims {length} bytes, of {size - 8} that follow and {MAX_HEADER} allowed"
         )
-    places, metadata = _parse(file.read(length), size - 8 - length)
-    return {name: (entry, 8 + length + begin) for name, (entry, begin) in places.items()}, metadata
+    return _parse_header(file.read(length), 8 + length, size - 8 - length)
 
 
 def _read_tensor(file: BinaryIO, entry: Entry, begin: int) -> np.ndarray:
@@ -109,21 +101,23 @@ def _read_tensor(file: BinaryIO, entry: Entry, begin: int) -> np.ndarray:
     array = data.view(entry.dtype).reshape(entry.shape)
     file.seek(begin)
     if file.readinto(data.data) != data.size:  # pyright: ignore[reportAttributeAccessIssue]
-        raise _MalformedError("it has become shorter since it was opened")
-    # Other bytes than 0 and 1 give NumPy booleans that are both true and equal to False.
+        raise ValueError("it has become shorter since it was opened")
+    # NumPy expects no other bytes in booleans, and counts wrongly with them.
     if entry.dtype == np.bool_ and data.max(initial=0) > 1:
-        raise _MalformedError("it has a boolean that is neither 0 nor 1")
+        raise ValueError("it has a boolean that is neither 0 nor 1")
     return array
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the name of the file to the faults that are found in it."""
+    """Adds the name of the file, and a remedy, to an error."""
     try:
         yield
-    except _MalformedError as error:
-        remedy = "It is damaged or no .safetensors file: copy or download it again."
-        raise ValueError(f"cannot read {str(path)!r}: {error}. {remedy}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"cannot read {str(path)!r}: {error}. It is damaged or no .safetensors file: copy or "
+            "download it again."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -201,25 +195,29 @@ def check_regular(path: Path, name: str) -> None:
         raise ValueError(f"`{name}` {str(path)!r} is no regular file: give the path of a file.")
 
 
-def write_file(
-    path: Path,
+def write_tensors(
+    path: str | os.PathLike[str],
     entries: Mapping[str, Entry],
     arrays: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes one .safetensors file, as `write_tensors` describes."""
+    """Writes a .safetensors file, one tensor at a time. An error leaves the old file in place.
+
+    `arrays` are the names and data of all tensors, in any order. Raises ValueError if the format
+    does not have a dtype, an array does not fit its entry or is missing, or a folder, a device or a
+    pipe is at `path`.
+    """
     header, offsets = _make_header(entries, metadata)
-    check_regular(path, "path")
-    with replacing(path) as file:
+    check_regular(Path(path), "path")
+    with replacing(Path(path)) as file:
         file.write(header)
         for name, array in arrays:
             array = np.asarray(array, order="C")
             if name not in offsets:
                 raise ValueError(f"`arrays` has {name!r} twice, or `entries` does not have it.")
             if Entry.of(array) != entries[name]:
-                raise ValueError(
-                    f"`arrays` gave {Entry.of(array)} for {name!r}, not {entries[name]}."
-                )
+                wrong = Entry.of(array)
+                raise ValueError(f"`arrays` gave {wrong} for {name!r}, not {entries[name]}.")
             file.seek(offsets.pop(name))
             file.write(array.reshape(-1).view(np.uint8).data)
             del array  # so that its memory is free before the next one is read

@@ -14,8 +14,9 @@ from jaxtyping import PyTree
 from rmtjax._axes import is_factors
 from rmtjax.checkpoint._flatten import flatten, is_number, nest, number_types
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
-from rmtjax.checkpoint._open import open_tensors, SUFFIX, write_tensors
+from rmtjax.checkpoint._open import open_tensors, SUFFIX
 from rmtjax.checkpoint._orbax import save_folder
+from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensor_names import check_factors, find_leaves, halves, is_moment
 from rmtjax.checkpoint._tensors import Entry, KEY, Tensors
 from rmtjax.noise import check_rule, ranks

@@ -16,11 +16,9 @@ from rmtjax.checkpoint._open import (
     check_target,
     open_tensors,
     SUFFIX,
-    Tensors,
-    write_tensors,
 )
 from rmtjax.checkpoint._rewrite import find_outputs, output_manifest, with_dtype, write_outputs
-from rmtjax.checkpoint._safetensors import check_regular
+from rmtjax.checkpoint._safetensors import check_regular, write_tensors
 from rmtjax.checkpoint._tensor_names import choose, find_leaves, tensor_axes
 from rmtjax.checkpoint._tensors import KEY
 from rmtjax.noise import ranks, Shrink
@@ -117,8 +115,8 @@ def analyze_checkpoint(
         return Report(_plan_kernels(kernels, fits, options, checked, step))
 
 
-def _check_output(tensors: Tensors, out: FilePath) -> None:
-    check_target(tensors, out, "`out`")
+def _check_output(out: FilePath) -> None:
+    check_regular(Path(out), "out")
     # `checkpoint.restore` and `save` tell a file from a folder by this ending.
     if Path(out).suffix != SUFFIX:
         raise ValueError(
@@ -138,10 +136,10 @@ def compress_checkpoint(
     """Writes a smaller checkpoint, as `compress_file` describes."""
     if mode not in ("factorize", "truncate"):
         raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
-    check_regular(Path(out), "out")
     checked = _check_dtype(dtype)
     with open_tensors(path) as tensors:
-        _check_output(tensors, out)
+        check_target(tensors, out, "`out`")
+        _check_output(out)
         manifest = read_manifest(tensors)
         leaves = find_leaves(tensors, manifest)
         kernels = choose(leaves, options.where, options.axes)

@@ -115,11 +115,11 @@ class StoredTensor:
         return self.tensors.read(self.name).astype(dtype or self.dtype, copy=False)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parses JSON strictly.
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Parses a JSON object strictly, with unique names and finite numbers.
 
     Raises:
-      ValueError: The text is not JSON, an object has a name twice, or a number is not finite.
+      ValueError: The text is something else.
     """
 
     def unique(pairs):
@@ -132,6 +132,11 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        text = text.decode() if isinstance(text, bytes) else text
+        fields = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        cause = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"it is no JSON ({cause})") from error
+    if not isinstance(fields, dict):
+        raise ValueError("it is no JSON object")
+    return fields

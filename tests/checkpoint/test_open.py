@@ -11,7 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors
+from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensors import Entry
 
 MODEL = {"a/kernel": np.float32([[1, 2]]), "b/kernel": np.float32([[3]]), "b/bias": np.float32([4])}
@@ -184,7 +185,8 @@ def test_a_dtype_that_no_file_holds(tmp_path):
 SIZE, COUNT = 2**22, 40  # 160 MB in tensors of 4 MB
 PEAK = """
 import resource, sys
-from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors
+from rmtjax.checkpoint._safetensors import write_tensors
 
 unit = 1 if sys.platform == "darwin" else 1024
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

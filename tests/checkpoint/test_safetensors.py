@@ -12,7 +12,8 @@ import safetensors.numpy
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors
+from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry
 
 # What the library itself has in NumPy; it reads the others as bytes.

@@ -12,7 +12,8 @@ from flax import nnx
 import rmtjax
 from rmtjax import checkpoint, Factorized, Factors, KernelAxes
 from rmtjax.checkpoint import _manifest
-from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors
+from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensors import Entry
 
 LEFT_RIGHT = ("a/left", "a/right")

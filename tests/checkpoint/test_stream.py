@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 import rmtjax
 from rmtjax import checkpoint, KernelAxes
 from rmtjax.checkpoint._manifest import read_manifest
-from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors
+from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensors import Entry
 
 FIT = rmtjax.BulkFit(*np.float32([1, 2, 2, 0]), np.int32(0))

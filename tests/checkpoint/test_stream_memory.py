@@ -10,7 +10,7 @@ import pytest
 MEASURE = """
 import sys
 from rmtjax import checkpoint, ranks
-from rmtjax.checkpoint._open import write_tensors
+from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensors import Entry
 import numpy as np
 path, modes = sys.argv[1], sys.argv[2].split()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rmtjax import cli
-from rmtjax.checkpoint._open import open_tensors, write_tensors
+from rmtjax.checkpoint._open import open_tensors
+from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensors import Entry
 
 
