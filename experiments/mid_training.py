@@ -20,7 +20,7 @@ from rich.table import Table
 
 import rmtjax
 from experiments import data, output, training
-from rmtjax import transfer
+from rmtjax import transfer_opt_state
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def mean_loss(module: training.MLP, params, split: training.Split) -> jax.Array:
 
 def arms(optimizer: optax.GradientTransformation, params, opt_state, factorized):
     """The parameters and the optimizer state that each way goes on with."""
-    reset = transfer(opt_state, params, factorized, moments="reset", optimizer=optimizer)
+    reset = transfer_opt_state(opt_state, params, factorized, moments="reset", optimizer=optimizer)
     return {
         "dense": (params, opt_state),
-        "project": (factorized, transfer(opt_state, params, factorized)),
+        "project": (factorized, transfer_opt_state(opt_state, params, factorized)),
         "reset": (factorized, reset),
         "all new": (factorized, optimizer.init(factorized)),
     }

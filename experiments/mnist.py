@@ -190,7 +190,7 @@ def run_seed(job: Job) -> dict[str, Any]:
     baseline, _, history = train(job, "baseline", stages.plain, start)
     pruned, opt_state, more = train(job, "pruned", stages.pruning, start)
     # The noise levels that the chain has carried: a truncated spectrum is not fitted anew.
-    fits = optax.tree.get(opt_state, "fits")
+    fits = rmtjax.noise_levels(opt_state)
     reports = {
         "baseline": rmtjax.analyze(baseline, rule=rule),
         "pruned": rmtjax.analyze(pruned, rule=rule, fits=fits),

@@ -34,13 +34,14 @@ from rmtjax.spectra import (
 )
 from rmtjax.training import (
     metrics as metrics,
+    noise_levels as noise_levels,
     penalty as penalty,
     prune_entries as prune_entries,
     prune_spectrum as prune_spectrum,
     PruneEntriesState as PruneEntriesState,
     PruneState as PruneState,
     sparsity as sparsity,
-    transfer as transfer,
+    transfer_opt_state as transfer_opt_state,
 )
 
 # So that `help(rmtjax)` tells them.
@@ -69,6 +70,7 @@ __all__ = [
     "merge",
     "metrics",
     "nnx",
+    "noise_levels",
     "penalty",
     "plan",
     "plots",
@@ -80,7 +82,7 @@ __all__ = [
     "sparsity",
     "spectrum",
     "tracy_widom",
-    "transfer",
+    "transfer_opt_state",
     "truncate",
     "truncate_matrix",
 ]

@@ -74,15 +74,19 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path[: len(path) - boxed], simple=True, separator="/")
 
 
-def leaves_by_path(params: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a tree by their paths, `Factors` as one leaf.
+def leaves_by_path(
+    params: PyTree, chosen: Callable[[str, Any], bool] = lambda path, leaf: True
+) -> dict[str, Any]:
+    """Returns the chosen leaves of a tree by their paths, `Factors` as one leaf.
 
     Raises:
-      ValueError: Two leaves have the same path.
+      ValueError: Two of them have the same path.
     """
     leaves: dict[str, Any] = {}
     for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors):
         path = path_name(key)
+        if not chosen(path, leaf):
+            continue
         if path in leaves:
             raise ValueError(f"two leaves have the path {path!r}: rename one of them.")
         leaves[path] = leaf
@@ -180,8 +184,8 @@ def find_kernels(
     by_path = axes if isinstance(axes, Mapping) else {}
     chosen = to_predicate(where, params)
     chosen = chosen or (lambda path, leaf: path in by_path or is_kernel(path, leaf))
-    leaves = leaves_by_path(params)
-    return {path: _view(path, leaf, axes) for path, leaf in leaves.items() if chosen(path, leaf)}
+    leaves = leaves_by_path(params, chosen)
+    return {path: _view(path, leaf, axes) for path, leaf in leaves.items()}
 
 
 def map_kernels(change: Callable[[str, Any], Any], params: PyTree, paths) -> PyTree:

@@ -134,7 +134,8 @@ def check_plan(plan: Any) -> None:
     """Raises TypeError if `plan` is not a `Plan`."""
     if not isinstance(plan, Plan):
         raise TypeError(
-            f"`plan` must be a `rmtjax.Plan`, as `rmtjax.plan` makes it, got {type(plan).__name__}."
+            "`plan` must be a `rmtjax.Plan`, such as `rmtjax.plan(params)` or `report.plan`, got "
+            f"{type(plan).__name__}."
         )
 
 
@@ -149,19 +150,22 @@ def mismatch(leaf: Any, row: LayerPlan) -> str | None:
     return "is factorized with a lower rank" if leaf.left.shape[-1] < row.rank else None
 
 
-def check_plan_fits(plan: Any, leaves: Mapping[str, Any]) -> None:
+def check_plan_fits(
+    plan: Any, leaves: Mapping[str, Any], rows: Mapping[str, LayerPlan] | None = None
+) -> None:
     """Raises an error unless a plan was made for a tree with these leaves.
 
     Args:
       plan: The plan.
       leaves: Path to array or `Factors`, of the dense tree or of the one that the plan makes.
+      rows: Rows of the plan that must fit; by default those of the kernels that it changes.
 
     Raises:
       TypeError: `plan` is not a plan.
       ValueError: A kernel that it changes is missing, or has another shape, axes or rank.
     """
     check_plan(plan)
-    for path, row in plan.changes.items():
+    for path, row in (plan.changes if rows is None else rows).items():
         difference = mismatch(leaves[path], row) if path in leaves else "is not there"
         if difference:
             raise ValueError(

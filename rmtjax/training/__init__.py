@@ -1,7 +1,14 @@
-"""Optax."""
+"""Pruning while training, for optax.
+
+Two transforms go last in a chain: `prune_spectrum` truncates kernels to their signal, and
+`prune_entries` sets small entries to zero. They take updates and parameters, and return updates and
+a state of arrays. `metrics` and `noise_levels` read that state. `transfer_opt_state` carries the
+state of an optimizer over to factorized kernels. `penalty` is a term of a loss, and `sparsity`
+makes masks of entries.
+"""
 
 from rmtjax.training import sparsity as sparsity
-from rmtjax.training._metrics import metrics as metrics
+from rmtjax.training._metrics import metrics as metrics, noise_levels as noise_levels
 from rmtjax.training._penalty import penalty as penalty
 from rmtjax.training._prune_entries import (
     prune_entries as prune_entries,
@@ -11,4 +18,4 @@ from rmtjax.training._prune_spectrum import (
     prune_spectrum as prune_spectrum,
     PruneState as PruneState,
 )
-from rmtjax.training._transfer import transfer as transfer
+from rmtjax.training._transfer import transfer_opt_state as transfer_opt_state

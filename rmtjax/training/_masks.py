@@ -1,4 +1,4 @@
-"""Masks of kernels by path: which entries stay, and which are the smallest."""
+"""Masks of kernels by path: which entries stay, and which entries are the smallest."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 from rmtjax._types import Where
 from rmtjax.planning import find_kernels, path_name
 
-NOWHERE = np.uint32(2**32 - 1)  # after the place of every entry
+LAST = np.uint32(2**32 - 1)  # a place behind that of every entry: there are less than 2**31
 
 Masks = dict[str, Bool[Array, "..."]]
 
 
 def check_sparsity(sparsity: Any) -> None:
-    """Refuses a wrong share; one that is traced or injected is not looked at."""
+    """Raises ValueError if a share is out of range. Arrays may be traced and are not checked."""
     if not isinstance(sparsity, jax.Array) and not 0 <= sparsity < 1:
         raise ValueError(
             f"`sparsity` must be in [0, 1), got {sparsity}: it is the share of the entries of all "
@@ -29,33 +29,31 @@ def check_sparsity(sparsity: Any) -> None:
 
 
 def find_floating(params: PyTree, where: Where | None) -> dict[str, Array]:
-    """Path and kernel of each chosen leaf that has entries to remove.
-
-    Factors have none: a zero in one of them is no zero of the kernel. Floats of 8 bits are
-    left alone, as everywhere in the package: JAX does not promote them.
-    """
-    found = find_kernels(params, where)
+    """Returns path and kernel of each chosen leaf that has entries to remove."""
+    kernels = find_kernels(params, where)
+    # JAX does not promote floats of 8 bits. The package leaves them alone everywhere.
     floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
     return {
         path: jnp.asarray(kernel.leaf)
-        for path, kernel in found.items()
+        for path, kernel in kernels.items()
+        # Factors have no entries to remove: a zero in one of them is not a zero of the kernel.
         if not kernel.is_factored and floating(kernel.dtype)
     }
 
 
-def pick(name: str, given: Mapping[str, Any], kernels: dict[str, Array]) -> dict[str, Any]:
-    """What was given by path, for these kernels; refuses what leaves one out."""
-    missing = sorted(kernels.keys() - given.keys())
-    if missing:
+def pick(name: str, values: Mapping[str, Any], kernels: dict[str, Array]) -> dict[str, Any]:
+    """Returns the values of these kernels; raises ValueError if one is missing."""
+    missing = min(kernels.keys() - values.keys(), default=None)
+    if missing is not None:
         raise ValueError(
-            f"`{name}` must have an entry for each chosen kernel, and has none for {missing[0]!r}. "
+            f"`{name}` must have an entry for each chosen kernel, and has none for {missing!r}. "
             "Make it from the same tree, or choose fewer kernels by `where`."
         )
-    return {path: given[path] for path in kernels}
+    return {path: values[path] for path in kernels}
 
 
 def pick_masks(mask: PyTree | None, kernels: dict[str, Array]) -> Masks:
-    """The masks of these kernels in a tree of booleans; all True without one."""
+    """Returns the masks of these kernels from a tree of booleans; all True without a tree."""
     if mask is None:
         return {path: jnp.ones_like(kernel, bool) for path, kernel in kernels.items()}
     leaves = jax.tree_util.tree_leaves_with_path(mask)
@@ -71,7 +69,7 @@ def pick_masks(mask: PyTree | None, kernels: dict[str, Array]) -> Masks:
 
 
 def fill(params: PyTree, masks: Masks) -> PyTree:
-    """A tree of booleans like `params`: the masks at their paths, True everywhere else."""
+    """Returns a tree of booleans like `params`: the masks at their paths, True everywhere else."""
 
     def visit(key, leaf):
         mask = masks.get(path_name(key))
@@ -81,25 +79,24 @@ def fill(params: PyTree, masks: Masks) -> PyTree:
 
 
 def magnitudes(kernel: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The sizes of the entries, in float32 at least."""
+    """Returns the absolute values of the entries, in float32 at least."""
     return jnp.abs(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
 
 
 def _keys(kernel, mask, weight, dtype) -> UInt[Array, "..."]:
-    """Integers in the order of |w| / weight; 0 for an entry that is already removed.
-
-    The bits of floats that are not negative are ordered as they are, and NaN comes last.
-    """
+    """Returns integers in the order of |w| / weight; 0 for an entry that is already removed."""
     score = (magnitudes(kernel) / weight).astype(dtype)
+    # The bits of floats that are not negative, read as integers, have the order of the floats. NaN
+    # comes last.
     bits = lax.bitcast_convert_type(score, jnp.uint64 if dtype == jnp.float64 else jnp.uint32)
     return jnp.where(mask, bits + 1, 0)
 
 
 def _cut(keys: dict[str, UInt[Array, "..."]], count: Int[Array, ""]):
-    """The largest cut that at most `count` keys are under, and how many are missing.
+    """Returns the largest cut with at most `count` keys below it, and how many are missing.
 
-    Found bit by bit. It is exact and needs sums alone: no entries are sorted, or copied
-    into one array, and kernels that are sharded stay where they are.
+    A bisection by bits. It is exact and needs only sums. Entries are not sorted or copied into one
+    array, so that sharded kernels stay on their devices.
     """
     dtype = next(iter(keys.values())).dtype
     bits = 8 * dtype.itemsize
@@ -114,12 +111,12 @@ def _cut(keys: dict[str, UInt[Array, "..."]], count: Int[Array, ""]):
 
 
 def _remove(keys: dict[str, UInt[Array, "..."]], masks: Masks, count: Int[Array, ""]) -> Masks:
-    """Masks without the `count` smallest; of equal ones the first go, in the order of paths."""
+    """Returns masks without the `count` smallest; of equal ones the first in the tree go."""
     cut, missing = _cut(keys, count)
     places, start = {}, 0
     for path, key in keys.items():
         place = jnp.arange(start, start + key.size, dtype=jnp.uint32).reshape(key.shape)
-        places[path] = jnp.where(key == cut, place, NOWHERE)
+        places[path] = jnp.where(key == cut, place, LAST)
         start += key.size
     place, _ = _cut(places, missing)
     return {path: masks[path] & (keys[path] >= cut) & (places[path] >= place) for path in keys}
@@ -140,7 +137,7 @@ def _shrink(kernels, masks, weights, sparsity):
 
 
 def check_weights(weights: Mapping[str, ArrayLike]) -> None:
-    """Refuses weights that would turn the order around; traced ones are not looked at."""
+    """Raises ValueError for weights that would reverse the order. Traced ones are not checked."""
     for path, weight in weights.items():
         if not isinstance(weight, Tracer) and not np.all(np.asarray(weight) > 0):
             raise ValueError(f"`weights` must be positive, got {weight} for {path!r}.")
@@ -152,9 +149,9 @@ def shrink(
     weights: Mapping[str, ArrayLike] | None,
     sparsity: Float[ArrayLike, ""],
 ) -> Masks:
-    """Removes the entries with the smallest |w| / weight, until `sparsity` of all are gone.
+    """Removes the entries with the smallest |w| / weight until `sparsity` of all have gone.
 
-    Entries that are gone count and never come back; where enough are gone nothing is done.
+    Entries that have gone count and never come back. If enough have gone, nothing is done.
     """
     size = sum(kernel.size for kernel in kernels.values())
     if size >= 2**31:
@@ -163,5 +160,6 @@ def shrink(
             "kernels by `where`, and treat them in groups."
         )
     check_weights(weights or {})
-    given = pick("weights", dict.fromkeys(kernels, 1.0) if weights is None else weights, kernels)
-    return _shrink(kernels, masks, given, sparsity) if size else masks
+    ones = dict.fromkeys(kernels, 1.0)
+    divisors = pick("weights", ones if weights is None else weights, kernels)
+    return _shrink(kernels, masks, divisors, sparsity) if size else masks

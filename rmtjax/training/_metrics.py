@@ -1,15 +1,16 @@
-"""What pruning has found so far, as numbers for a log."""
+"""Reads the states of `prune_spectrum` in the state of an optimizer: metrics and noise levels."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num, PyTree
 
+from rmtjax._types import BulkFit
 from rmtjax.training._prune_spectrum import PruneState
 
 
-def _find_states(opt_state: PyTree) -> list:
-    """The states of `prune_spectrum`, however deep."""
+def _state_of_each_kernel(opt_state: PyTree) -> dict[str, PruneState]:
+    """Returns the state of `prune_spectrum` that has each kernel, at any depth."""
     is_state = lambda node: isinstance(node, PruneState)
     states = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(leaf)]
     if not states:
@@ -18,32 +19,32 @@ def _find_states(opt_state: PyTree) -> list:
             "chain, as `optimizer.init` or `optimizer.update` returned it; of an `nnx.Optimizer` "
             "it is `optimizer.opt_state`."
         )
-    return states
+    by_kernel: dict[str, PruneState] = {}
+    for state in states:
+        for path in state.ranks:
+            if path in by_kernel:
+                raise ValueError(
+                    f"`opt_state` has two states for {path!r}, as of two networks. Give one of "
+                    "them at a time, and put a prefix before its names."
+                )
+            by_kernel[path] = state
+    return by_kernel
 
 
-def _of_kernel(state, path: str) -> dict[str, Array]:
-    """The numbers of one kernel by kind."""
-    fit = state.fits[path]
-    found = {
-        "rank": state.ranks[path],
-        "signal": state.signal[path],
-        "threshold": fit.threshold,
-        "distance": fit.distance,
-        "removed": state.removed[path],
-    }
-    # In an `nnx.Optimizer` they are variables.
-    return {kind: jnp.asarray(value) for kind, value in found.items()}
+def _fit(state: PruneState, path: str) -> BulkFit:
+    # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
+    return BulkFit(*(jnp.asarray(value) for value in state.fits[path]))
 
 
-def _entries(name: str, array: Array) -> dict[str, Array]:
-    """An array as numbers, the index of each in its name; a number under the name alone."""
+def _numbers(name: str, array: Array) -> dict[str, Array]:
+    """Returns the numbers of an array by name and index; a scalar by the bare name."""
     if not array.ndim:
         return {name: array}
     return {"/".join((name, *map(str, i))): array[i] for i in np.ndindex(array.shape)}
 
 
 def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
-    """The numbers of `rmtjax.prune_spectrum`, from the state of an optimizer, for a log.
+    """Returns the numbers of `rmtjax.prune_spectrum` for a log, from the state of an optimizer.
 
     For each kernel
 
@@ -53,21 +54,21 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `threshold/PATH`: the cut for a spike, on the scale of the eigenvalues $s^2 / n$, of the fit
       that is carried; NaN before one was accepted;
     - `distance/PATH`: Kolmogorov distance between the bulk and the law of that fit;
-    - `removed/PATH`: the share of the sum of its squares that the last pruning step has taken.
+    - `removed/PATH`: the share of the sum of squares that the last pruning step has removed.
 
-    Of a stack of matrices, which has one rank, each has its own threshold and distance, its
+    A stack of matrices has one rank. Each of its matrices has a threshold and a distance, with its
     index at the end of the name.
 
     Args:
-      opt_state: From `optimizer.init` or `optimizer.update`, with one `PruneState` or several,
-        however deep in `chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`.
+      opt_state: From `optimizer.init` or `optimizer.update`, with one `PruneState` or several, at
+        any depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.
 
     Returns:
-      A flat dictionary of arrays without axes, on the device; `jax.device_get` fetches all at
-      once. Works under `jit`.
+      A flat dictionary of arrays without axes, on the device. `jax.device_get` fetches all at once.
+      Works under `jit`.
 
     Raises:
-      ValueError: `opt_state` has no `PruneState`, or two that have the same path.
+      ValueError: `opt_state` has no `PruneState`, or two with the same path.
 
     Examples:
       >>> import jax, optax, rmtjax
@@ -83,14 +84,42 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       distance/Dense_0/kernel 0.0409
       removed/Dense_0/kernel 0.493
     """
-    found = {}
-    for state in _find_states(opt_state):
-        for path in state.ranks:
-            if f"rank/{path}" in found:
-                raise ValueError(
-                    f"`opt_state` has two states for {path!r}, as of two networks. Give each on "
-                    "its own, and put a prefix before its names."
-                )
-            for kind, value in _of_kernel(state, path).items():
-                found |= _entries(f"{kind}/{path}", value)
-    return found
+    numbers = {}
+    for path, state in _state_of_each_kernel(opt_state).items():
+        fit = _fit(state, path)
+        numbers[f"rank/{path}"] = jnp.asarray(state.ranks[path])
+        numbers[f"signal/{path}"] = jnp.asarray(state.signal[path])
+        numbers |= _numbers(f"threshold/{path}", fit.threshold)
+        numbers |= _numbers(f"distance/{path}", fit.distance)
+        numbers[f"removed/{path}"] = jnp.asarray(state.removed[path])
+    return numbers
+
+
+def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
+    """Returns the noise level that `rmtjax.prune_spectrum` carries for each kernel.
+
+    `rmtjax.plan` takes it as `fits`. A kernel that was pruned must not be fitted again: its
+    truncated spectrum would seem to have little noise and many spikes.
+
+    Args:
+      opt_state: As in `metrics`.
+
+    Returns:
+      Path to `BulkFit`, NaN for a kernel without an accepted fit. The fields of a stack of matrices
+      are arrays with an entry for each matrix.
+
+    Raises:
+      ValueError: `opt_state` has no `PruneState`, or two with the same path.
+
+    Examples:
+      >>> import jax, optax, rmtjax
+      >>> params = {"kernel": 1.0 + jax.random.normal(jax.random.key(1), (80, 60))}
+      >>> optimizer = rmtjax.prune_spectrum(every=1)
+      >>> updates = optax.tree.zeros_like(params)
+      >>> updates, state = optimizer.update(updates, optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1))
+      kernel  factorized: 1 of 60 are signal, rank 1
+    """
+    states = _state_of_each_kernel(opt_state)
+    return {path: _fit(state, path) for path, state in states.items()}

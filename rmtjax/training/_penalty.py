@@ -1,4 +1,4 @@
-"""A term of a loss that shrinks the entries of kernels."""
+"""Penalty on the entries of kernels, a term of a loss."""
 
 import math
 from typing import Any
@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from rmtjax._axes import is_factors
 from rmtjax._types import Where
 from rmtjax.planning import find_kernels
 from rmtjax.spectra import multiply
 
 
 def _check(name: str, value: Any) -> None:
-    """Refuses what would reward large entries; a traced number is not looked at."""
+    """Raises ValueError for a coefficient that would reward large entries, unless it is traced."""
     if not isinstance(value, jax.Array) and not 0 <= value < math.inf:
         raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
 
@@ -27,25 +26,24 @@ def penalty(
     l2: Float[ArrayLike, ""] = 0.0,
     where: Where | None = None,
 ) -> Float[Array, ""]:
-    r"""$\mu_1 \sum |W_{ij}| + \mu_2 \sum W_{ij}^2$ over the kernels, to be added to a loss.
+    r"""Returns $\mu_1 \sum |W_{ij}| + \mu_2 \sum W_{ij}^2$ over the kernels, for a loss.
 
-    `Factors` count as the kernel that they stand for, so that the loss does not jump where
-    a kernel is factorized; each call multiplies them out, m r n multiplications.
+    `Factors` count as the kernel that they stand for: the loss does not jump when a kernel is
+    factorized. Each call multiplies them out, with m r n multiplications.
 
-    For squares alone prefer `optax.add_decayed_weights(2 * l2, mask)` in the chain: before
-    `optax.sgd` it gives the same updates and leaves the loss as it is. `optax.adamw` decays
-    apart from the gradients, whereas Adam rescales the gradient of this term with the rest.
-    optax has nothing for magnitudes. No entry becomes exactly zero by either:
-    `rmtjax.prune_entries` does that.
+    For squares alone prefer `optax.add_decayed_weights(2 * l2, mask)` in the chain. Before
+    `optax.sgd` it gives the same updates, and the loss stays as it is. `optax.adamw` applies decay
+    apart from the gradients, whereas Adam rescales the gradient of this term with the rest. Neither
+    term makes entries exactly zero: `rmtjax.prune_entries` does.
 
     Args:
-      params: Nested dictionaries of arrays or `Factors`.
+      params: A tree of arrays or `Factors`.
       l1: $\mu_1$, at least 0.
       l2: $\mu_2$, at least 0.
-      where: `where(path, leaf)` chooses the kernels, as in `rmtjax.plan`.
+      where: Chooses the kernels, as in `rmtjax.plan`.
 
     Returns:
-      A scalar in float32 at least, differentiable; at 0 the gradient of a magnitude is 0.
+      A scalar in float32 at least, differentiable. At 0 the gradient of a magnitude is 0.
 
     Raises:
       ValueError: `l1` or `l2` is negative.
@@ -57,16 +55,14 @@ def penalty(
       0.5
 
     References:
-      Berlyand, Sandier, Shmalo and Zhang (2023), https://arxiv.org/abs/2310.03165. Their
-      code sums over biases too, and prints losses with the penalty in them.
+      Berlyand, Sandier, Shmalo and Zhang (2023), https://arxiv.org/abs/2310.03165. Their code also
+      sums over biases, and prints losses with the penalty in them.
     """
     _check("l1", l1)
     _check("l2", l2)
-    found = find_kernels(params, where)
     total = jnp.zeros((), jnp.float32)
-    for found_kernel in found.values():
-        leaf = found_kernel.leaf
-        kernel = multiply(leaf) if is_factors(leaf) else jnp.asarray(leaf)
+    for view in find_kernels(params, where).values():
+        kernel = multiply(view.leaf) if view.is_factored else jnp.asarray(view.leaf)
         if jnp.issubdtype(kernel.dtype, jnp.floating):
             kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
             # Not `abs`, whose gradient at 0 is 1 in newer JAX: a zero would be pushed down.

@@ -1,7 +1,7 @@
-"""Pruning in an optax chain: the last word on the updates."""
+"""Prunes the spectrum of kernels in an optax chain: truncates them to their signal."""
 
 from collections.abc import Callable
-from typing import Any, get_args, NamedTuple
+from typing import Any, get_args, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,28 +9,29 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import find_kernels, map_kernels, obstacle
-from rmtjax.training._pruning_step import How, Memory, Noise, prune_if, unpruned
-from rmtjax.training._schedule import check_count, is_due, NO_PARAMS
+from rmtjax.planning import find_kernels, obstacle
+from rmtjax.training._pruning_step import KernelState, prune_if, StepNumbers, StepOptions, unpruned
+from rmtjax.training._updates import check_count, is_due, is_placeholder, moving_kernels, replaced
 
+Noise = Literal["first", "refit"]
 Keep = ArrayLike | Callable[[Any], ArrayLike]
 
 
 class PruneState(NamedTuple):
-    """What `prune_spectrum` remembers, all arrays.
+    """State of `prune_spectrum`, of arrays.
 
     Attributes:
       step: Number of updates seen.
-      fits: Path to the noise of that kernel as last accepted; NaN before. For a stack of
-        matrices an array with an entry each. `rmtjax.plan` takes it as `fits`.
+      fits: Path to the noise level that is carried for that kernel; NaN before one is accepted. For
+        a stack of matrices an array with an entry each. See `rmtjax.noise_levels`.
       ranks: Path to the rank after the last pruning; full before.
-      signal: Path to the number of signal directions at the last pruning step, whether the
-        kernel was pruned then or not; 0 before.
-      removed: Path to the share of the squares of its entries that the last pruning step has
-        taken from the kernel, in [0, 1); 0 before, and where it was passed over.
+      signal: Path to the number of signal directions at the last pruning step, whether the kernel
+        was pruned then or not; 0 before.
+      removed: Path to the share of the sum of squares that the last pruning step has removed, in
+        [0, 1); 0 before, and for a kernel that was left alone.
     """
 
     step: Int[Array, ""]
@@ -41,51 +42,52 @@ class PruneState(NamedTuple):
 
 
 def _check(every, start, keep, noise, settled, min_rank, min_size) -> None:
+    """Raises an error if an option is out of range. Arrays may be traced and are not checked."""
     check_count("every", every, 1)
     check_count("start", start, 0)
     check_count("min_rank", min_rank, 1)
     if isinstance(min_size, jax.Array):
         raise TypeError(
-            "`min_size` decides which kernels have a state and must be a Python integer. Use "
-            'optax.inject_hyperparams(prune_spectrum, static_args=("min_size", "rule", '
-            '"where", "axes")).'
+            "`min_size` must be a Python integer, since it decides which kernels have a state, got "
+            "an array. Use optax.inject_hyperparams(prune_spectrum, "
+            'static_args=("rule", "min_size", "where", "axes")).'
         )
     check_count("min_size", min_size, 1)
     if not callable(keep) and not isinstance(keep, jax.Array) and not 0 <= keep <= 1:
         raise ValueError(
             f"`keep` must be in [0, 1] or a schedule, got {keep}: the share of the directions "
-            "that are no signal and stay all the same."
+            "without signal that stay."
         )
     if noise not in get_args(Noise):
         raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
     if settled is not None and not isinstance(settled, jax.Array) and not 0 <= settled < 1:
         raise ValueError(
             f"`settled` must be None or in [0, 1), got {settled}: the relative change of the "
-            "number of signal directions under which a kernel is ready to be pruned."
+            "number of signal directions up to which a kernel is ready to be pruned."
         )
 
 
-def _matrices(params: PyTree, where, axes, min_size: int) -> dict[str, tuple[Any, KernelAxes]]:
-    """The kernels that can be pruned, with the axes that make them matrices."""
-    found = find_kernels(params, where, axes)
+def _matrices(params: PyTree, where, axes, min_size: int) -> dict[str, MatrixView]:
+    """Returns the kernels that can be pruned: factors and small ones cannot."""
     return {
-        path: (view.leaf, view.axes)
-        for path, view in found.items()
+        path: view
+        for path, view in find_kernels(params, where, axes).items()
         if isinstance(view, MatrixView) and not view.is_factored and not obstacle(view, min_size)
     }
 
 
-def _by_field(memories: dict[str, Memory]) -> list[dict[str, Any]]:
-    """Memories by path as dictionaries by path, one for each field."""
-    return [{path: memory[i] for path, memory in memories.items()} for i in range(4)]
+def _by_field(states: dict[str, KernelState]) -> list[dict[str, Any]]:
+    """Returns states by path as dictionaries by path, one for each field of `PruneState`."""
+    fields = range(len(KernelState._fields))
+    return [{path: state[field] for path, state in states.items()} for field in fields]
 
 
 def prune_spectrum(
     every: Int[ArrayLike, ""],
     *,
     start: Int[ArrayLike, ""] = 0,
+    rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
     keep: Keep = 0.0,
-    rule: ranks.RankRule | None = None,
     noise: Noise = "first",
     settled: Float[ArrayLike, ""] | None = None,
     where: Where | None = None,
@@ -93,58 +95,54 @@ def prune_spectrum(
     min_rank: Int[ArrayLike, ""] = 1,
     min_size: int = 50,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Truncates kernels to their signal every few steps: put it last in a chain.
+    r"""Truncates kernels to their signal every few steps. Put it last in a chain.
 
-    At a pruning step the update of a kernel is rewritten so that `optax.apply_updates`
-    lands on the truncated kernel; at all other steps updates pass untouched. With
-    $K$ signal directions of $p$ the rank is $r = K + \lfloor keep \cdot (p - K) \rfloor$.
-    Under `jit` nothing is recompiled as ranks change: arrays keep their shapes, and
-    `rmtjax.factorize` cuts them after training.
+    A pruning step rewrites the update of a kernel so that `optax.apply_updates` lands on the
+    truncated kernel. All other updates pass unchanged. With $K$ signal directions of $p$ the rank
+    is $r = K + \lfloor keep \cdot (p - K) \rfloor$. Arrays keep their shapes, so that nothing is
+    compiled again as ranks change; `rmtjax.factorize` makes them smaller after training.
 
-    The noise level of a kernel is that of its first accepted fit, and is carried from
-    then on: a truncated spectrum, fitted as if it were whole, seems to have little noise
-    and many spikes. The alternative is a refit that knows the rank of the last pruning, and
-    matches only what that has left. A kernel whose fit is refused, or in which nothing
-    stands out of the noise, is left alone and tried again.
+    The noise level of a kernel is that of its first accepted fit. It is carried from then on: a
+    truncated spectrum, fitted as if it were complete, seems to have little noise and many spikes. A
+    kernel is left alone, and tried again later, if its fit is refused or if nothing stands out of
+    the noise.
 
-    Choose `start` late enough, or let `settled` find it: until training has lifted the
-    directions that a network needs above its initial noise, a cut removes what it would
-    have learnt with.
+    Choose a late `start`, or let `settled` find it. Training must first lift the directions that a
+    network needs above its initial noise. An earlier cut removes what it would have learnt with.
 
     Args:
-      every: Pruning period in steps, at least 1. Steps are counted from 1, as this
-        transform sees them: `optax.MultiSteps` and the like count for it.
-      start: First pruning step; 0 stands for `every`. Pruning steps are `start`,
-        `start + every`, ...
-      keep: Share of the directions that are no signal and stay, in [0, 1]; or an optax
-        schedule of it, called with the number of steps before this one. The papers have 0.45,
-        and 1 - e / 200, 1 - e / 300 and 1 - e / 1000 at epoch e: for the first of these
-        `optax.linear_schedule(1.0, 0.0, 200 * steps_per_epoch)`.
-      rule: A rank rule; `rmtjax.ranks.bema()` by default.
-      noise: "first" carries the first accepted noise level of a kernel. "refit" replaces it
-        at each pruning step by that of the ranks still populated, where these are enough
-        for a fit and it is accepted: it follows a scale that weight decay or a
-        normalisation moves. With `keep` at 0 nothing is left to refit.
-      settled: Where given, a kernel is first pruned when its number of signal directions has
-        changed by at most this share since the pruning step before (0.2, say): `start` is
-        then the first look, and every kernel finds its own time. In [0, 1). Let `every` be
-        long enough for training to move something, an epoch or so: between two looks that
-        are too near nothing has changed yet, and a kernel with one direction is cut to it.
-      where: `where(path, leaf)` chooses the kernels, as in `rmtjax.plan`.
-      axes: `axes(path, leaf)` names the axes that make a kernel a matrix, as in
-        `rmtjax.plan`. The matrices of a stack get one rank, that of the richest.
+      every: Pruning period in steps, at least 1. Steps are counted from 1, as this transform sees
+        them: `optax.MultiSteps` counts as one step what it accumulates.
+      start: First pruning step; 0 stands for `every`. The next are `start + every` and so on.
+      rule: A rank rule of `rmtjax.ranks`.
+      keep: Share of the directions without signal that stay, in [0, 1]; or an optax schedule of it,
+        called with the number of steps before this one. The papers have 0.45, and 1 - e / N at
+        epoch e with N of 200, 300 and 1000, for which
+        `optax.linear_schedule(1.0, 0.0, N * steps_per_epoch)` stands.
+      noise: "first" carries the first accepted noise level of a kernel. "refit" replaces it at each
+        pruning step by a fit of the ranks that the last pruning has left, if these are enough and
+        the fit is accepted. It follows a scale that weight decay or normalization changes. With
+        `keep` at 0 no rank is left to refit.
+      settled: In [0, 1). `settled=0.2` waits with the first pruning of a kernel until its number of
+        signal directions changes by at most 20 % between two checks; `start` is the first. Set
+        `every` to about one epoch: if checks are more frequent, it seems stable too soon.
+      where: Chooses the kernels, as in `rmtjax.plan`: a function `where(path, leaf)`, a regular
+        expression for paths, or a mask with the structure of `params`.
+      axes: Names the axes that make a kernel a matrix, as in `rmtjax.plan`. The matrices of a stack
+        get one rank, the largest that one of them needs.
       min_rank: Smallest rank, at least 1.
       min_size: Kernels with a shorter short side are left alone.
 
     Returns:
-      A transformation whose state is a `PruneState`. It needs `params` in `update`,
-      ignores extra arguments, and works inside `masked`, `partition`, `MultiSteps` and
-      `inject_hyperparams` (what is no number, and `min_size`, as `static_args`). Under `vmap`
-      with a batched state every step pays for a decomposition: both branches are taken.
+      A transformation whose state is a `PruneState`. It takes any tree that optax takes, needs
+      `params` in `update` and ignores extra arguments. It works inside `masked`, `partition`,
+      `MultiSteps` and `inject_hyperparams` (with `rule`, other callables and `min_size` as
+      `static_args`). Under `vmap` with a batched state every step costs a decomposition.
 
     Raises:
-      ValueError: A number is out of range, or `update` was called without `params`.
-      TypeError: A number of steps is no integer.
+      ValueError: A number is out of range, or `update` was called without `params` or with a kernel
+        that `init` did not get.
+      TypeError: A number of steps is not an integer, or `rule` is not a rank rule.
 
     Examples:
       >>> import jax, optax, rmtjax
@@ -157,47 +155,42 @@ def prune_spectrum(
       >>> for _ in range(2):
       ...     updates, state = optimizer.update(params, state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> int(optax.tree.get(state, "ranks")["Dense_0/kernel"])
+      >>> int(rmtjax.metrics(state)["rank/Dense_0/kernel"])
       30
 
     References:
-      Shmalo, Jenkins and Krupchytskyi (2023), https://arxiv.org/abs/2303.08986. There a
-      kernel is refitted at each pruning; here its first noise level is carried.
+      Shmalo, Jenkins and Krupchytskyi (2023), https://arxiv.org/abs/2303.08986. They refit a kernel
+      at each pruning; this function carries its first noise level.
     """
     _check(every, start, keep, noise, settled, min_rank, min_size)
-    rule = ranks.bema() if rule is None else rule
     check_rule(rule)
-    how = How(rule, noise, waits=settled is not None)
+    options = StepOptions(rule, noise, waits=settled is not None)
+    find = lambda params: _matrices(params, where, axes, min_size)
 
     def init_fn(params: PyTree) -> PruneState:
-        kernels = _matrices(params, where, axes, min_size)
-        memories = {path: unpruned(*kernel) for path, kernel in kernels.items()}
-        return PruneState(jnp.zeros((), jnp.int32), *_by_field(memories))
+        step = jnp.zeros((), jnp.int32)
+        if is_placeholder(params):
+            return PruneState(step, *[step] * 4)  # pyright: ignore[reportArgumentType]
+        states = {path: unpruned(view) for path, view in find(params).items()}
+        return PruneState(step, *_by_field(states))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(NO_PARAMS)
-        found = _matrices(params, where, axes, min_size)
-        chosen = {}  # without the kernels whose update is None: they do not move
-        map_kernels(chosen.setdefault, updates, found)
+        views, chosen = moving_kernels(updates, params, find, state.ranks)
         step = jnp.asarray(optax.safe_increment(state.step))
-        due = is_due(step, every, start)
-        parts = state.fits, state.ranks, state.signal, state.removed
-        chosen, memories = prune_if(
-            due,
-            {path: found[path][0] for path in chosen},
+        share = keep(state.step) if callable(keep) else keep
+        fields = state.fits, state.ranks, state.signal, state.removed
+        chosen, states = prune_if(
+            is_due(step, every, start),
+            {path: view.leaf for path, view in views.items()},
             chosen,
-            {path: Memory(*(part[path] for part in parts)) for path in chosen},
-            keep(state.step) if callable(keep) else keep,
-            min_rank,
-            0.0 if settled is None else settled,
-            axes=tuple((path, found[path][1]) for path in chosen),
-            how=how,
+            {path: KernelState(*(field[path] for field in fields)) for path in views},
+            StepNumbers(share, min_rank, 0.0 if settled is None else settled),
+            axes=tuple((path, view.axes) for path, view in views.items()),
+            options=options,
         )
-        updates = map_kernels(lambda path, _: chosen[path], updates, chosen)
-        # Kernels that did not move, or have been factorized since, keep what is known of them.
-        parts = (old | new for old, new in zip(parts, _by_field(memories), strict=True))
-        return updates, PruneState(step, *parts)
+        # Kernels without an update, and those that were factorized since, keep their state.
+        fields = (old | new for old, new in zip(fields, _by_field(states), strict=True))
+        return replaced(updates, chosen), PruneState(step, *fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,211 +1,189 @@
-"""One pruning step of some kernels: what lands, and what is remembered of each."""
+"""One pruning step of some kernels: updates that land on truncated kernels, and their states."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from rmtjax._axes import from_matrices, KernelAxes, matrix_shape, to_matrices
+from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import kept_rank, ranks
-from rmtjax.spectra import (
-    compose,
-    directions,
-    from_singular_values,
-    iteration_pays,
-    Leading,
-    leading_above,
-    lift,
-    project,
-)
+from rmtjax.spectra import from_singular_values
+from rmtjax.training._truncate_by import truncate_by
 
-Noise = Literal["first", "refit"]
-# How a rule is mapped over a stack, whose matrices have one aspect ratio.
+# How a rule is mapped over a stack: its matrices have one aspect ratio.
 _EACH = Spectrum(eigenvalues=0, ratio=None)  # pyright: ignore[reportArgumentType]
+# Rules that count what is above a threshold. The leading singular values are enough for them; a
+# subclass may ask for more.
+_COUNTING_RULES = (ranks.bema, ranks.gavish_donoho)
 
 
-class Memory(NamedTuple):
-    """What is remembered of one kernel."""
+class KernelState(NamedTuple):
+    """State of one kernel, in the order of the fields of `PruneState`."""
 
-    fits: BulkFit  # an entry for each matrix of a stack
+    fit: BulkFit  # an entry for each matrix of a stack
     rank: Int[Array, ""]
     signal: Int[Array, ""]
     removed: Float[Array, ""]
 
 
-class How(NamedTuple):
-    """The options that are no arrays."""
+class StepOptions(NamedTuple):
+    """Options that are not arrays. Another value is another program."""
 
     rule: ranks.RankRule
-    noise: Noise
+    noise: str  # "first" or "refit"
     waits: bool  # until the number of signal directions has settled
 
 
-def unpruned(kernel, axes: KernelAxes) -> Memory:
-    """What is remembered of a kernel before the first step."""
-    stack, *sides = matrix_shape(kernel.shape, axes)
-    shape = (stack,) if axes.batch else ()
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    # Each its own array: a buffer that appears twice cannot be donated to `jit`.
+class StepNumbers(NamedTuple):
+    """Options that may be traced: schedules and `optax.inject_hyperparams` change them."""
+
+    keep: ArrayLike
+    min_rank: ArrayLike
+    settled: ArrayLike
+
+
+def unpruned(view: MatrixView) -> KernelState:
+    """Returns the state of a kernel before the first step."""
+    shape = (view.stack,) if view.axes.batch else ()
+    dtype = jnp.promote_types(view.dtype, jnp.float32)
+    # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
     nans = (jnp.full(shape, jnp.nan, dtype) for _ in range(4))
-    fits = BulkFit(*nans, num_spikes=jnp.zeros(shape, jnp.int32))
-    rank, signal = jnp.asarray(min(sides), jnp.int32), jnp.zeros((), jnp.int32)
-    return Memory(fits, rank, signal, jnp.zeros((), dtype))
+    fit = BulkFit(*nans, num_spikes=jnp.zeros(shape, jnp.int32))
+    rank, signal = jnp.asarray(view.short, jnp.int32), jnp.zeros((), jnp.int32)
+    return KernelState(fit, rank, signal, jnp.zeros((), dtype))
 
 
-def _known_noise(spectra: Spectrum, memory: Memory, how: How):
-    """The fits in force, and whether each is one to rely on."""
-    # A spectrum that has been truncated is never fitted as if it were whole.
-    fresh = jax.vmap(how.rule.fit, in_axes=(_EACH, None))(spectra, memory.rank)
-    accepted = jax.vmap(how.rule.accepts, in_axes=(_EACH, 0))(spectra, fresh)
-    known = jnp.isfinite(memory.fits.threshold)
-    taken = accepted if how.noise == "refit" else accepted & ~known
-    fits = jax.tree.map(lambda new, old: jnp.where(taken, new, old), fresh, memory.fits)
-    return fits, known | accepted
+def _noise_levels(spectra: Spectrum, state: KernelState, options: StepOptions):
+    """Returns the fits in force, and whether each of them is reliable."""
+    # The fit gets the rank: a truncated spectrum must not be fitted as if it were complete.
+    fresh = jax.vmap(options.rule.fit, in_axes=(_EACH, None))(spectra, state.rank)
+    accepted = jax.vmap(options.rule.accepts, in_axes=(_EACH, 0))(spectra, fresh)
+    known = jnp.isfinite(state.fit.threshold)
+    replaced = accepted if options.noise == "refit" else accepted & ~known
+    fit = jax.tree.map(lambda new, old: jnp.where(replaced, new, old), fresh, state.fit)
+    return fit, known | accepted
 
 
-def _has_settled(signal: Int[Array, ""], memory: Memory, size: int, settled: ArrayLike):
-    """Whether the count of signal directions has stopped moving, or has been pruned before."""
-    still = jnp.abs(signal - memory.signal) <= settled * jnp.maximum(signal, memory.signal)
-    return (memory.rank < size) | (still & (memory.signal > 0))
+def _has_settled(signal, state: KernelState, size: int, settled: ArrayLike) -> Bool[Array, ""]:
+    """Returns True if the number of signal directions is stable, or the kernel was pruned."""
+    change = jnp.abs(signal - state.signal)
+    stable = change <= settled * jnp.maximum(signal, state.signal)
+    return (state.rank < size) | (stable & (state.signal > 0))
 
 
-def _cut(matrices, s, lower_to, noise, memory: Memory, keep, min_rank, settled, *, how: How):
-    """A stack truncated to the signal of its richest member, and whether it is to be.
+def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers, options):
+    """Returns the rank that a stack should have, with what decides on it, from singular values.
 
-    Of singular values the first are enough. `lower_to` is the stack of a rank, and `noise` the
-    fits in force with whether each is one to rely on.
+    Returns:
+      The rank; then the fits to carry, the number of signal directions and the rank again, and
+      whether the stack may be pruned.
     """
-    (fits, reliable), size = noise, min(matrices.shape[1:])
+    size = min(matrices.shape[1:])
     spectra = from_singular_values(s, matrices)
-    signal = jax.vmap(how.rule, in_axes=(_EACH, 0))(spectra, fits).max()
-    # Where nothing stands out, as before training, a cut would destroy the network.
+    # The leading values alone cannot be fitted. They are only searched with a known noise level.
+    fit, reliable = _noise_levels(spectra, state, options) if complete else (state.fit, True)
+    signal = jax.vmap(options.rule, in_axes=(_EACH, 0))(spectra, fit).max()
+    # If nothing stands out, as before training, a cut would destroy the network.
     ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
-    if how.waits:
-        ready &= _has_settled(signal, memory, size, settled)
-        # Until then no noise level is carried: a settled kernel is to be judged by its own.
-        waits = ~ready & (memory.rank == size)
-        fits = jax.tree.map(lambda new, old: jnp.where(waits, old, new), fits, memory.fits)
-    kept = kept_rank(signal, size, keep, min_rank)
-    lower = lower_to(kept)
-    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)  # no square is too large or too small
+    if options.waits:
+        ready &= _has_settled(signal, state, size, numbers.settled)
+        # An unsettled kernel carries no noise level: it is judged by the noise it settles with.
+        unsettled = ~ready & (state.rank == size)
+        fit = jax.tree.map(lambda new, old: jnp.where(unsettled, old, new), fit, state.fit)
+    rank = kept_rank(signal, size, numbers.keep, numbers.min_rank)
+    return rank, (fit, signal, rank, ready)
+
+
+def _share_removed(matrices, lower, s, changed) -> Float[Array, ""]:
+    """Returns the share of the sum of squares that a truncation removes."""
+    # Relative to the largest value no square overflows or underflows.
+    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
     squares = lambda stack: jnp.sum(jnp.square(stack / scale))
-    changed = ready & (kept < size)
-    lost = jnp.where(changed, squares(matrices - lower) / squares(matrices), 0)
-    # A kernel that is passed over has been truncated none the less, if it was before.
-    rank = jnp.where(ready, kept, memory.rank)
-    memory = Memory(fits, rank, signal, lost.astype(memory.removed.dtype))
-    return lower, changed, memory
+    # Without a change the quotient may be 0 / 0, whose gradient would be NaN.
+    total = jnp.where(changed, squares(matrices), 1)
+    return jnp.where(changed, squares(matrices - lower) / total, 0)
 
 
-def _signal_block(shape: tuple[int, ...], how: How) -> int | None:
-    """Directions to iterate in search of the signal, where that may be cheaper than all."""
-    block = min(shape[1:]) // 80 * 8
-    # A rule that counts what is above a threshold needs to see no more, and a stack, which is cut
-    # to the rank of its richest member, more than the signal of the others.
-    counts = type(how.rule) in (ranks.bema, ranks.gavish_donoho) and how.noise == "first"
-    return block if counts and shape[0] == 1 and iteration_pays(block, shape[1:]) else None
+def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
+    """Returns a truncated stack, whether it differs from the given one, and the new state."""
+    # A carried noise level is not fitted again. Only directions above it are then needed.
+    carried = jnp.where(options.noise == "first", state.fit.threshold, jnp.nan)
+    floor = jnp.sqrt(carried * max(matrices.shape[1:]))
+    size = min(matrices.shape[1:])
+    # Directions that stay without being signal are not found by a search for the signal. The count
+    # of the last step predicts whether there will be any.
+    kept = kept_rank(state.signal, size, numbers.keep, numbers.min_rank)
+    counts = type(options.rule) in _COUNTING_RULES and options.noise == "first"
+    search = kept <= state.signal if counts else False
+    judge = partial(_judge, matrices=matrices, state=state, numbers=numbers, options=options)
+    lower, s, (fit, signal, rank, ready) = truncate_by(matrices, judge, floor, search)
+    changed = ready & (rank < size)
+    removed = _share_removed(matrices, lower, s, changed).astype(state.removed.dtype)
+    # A kernel that is left alone still has the rank of an earlier pruning.
+    return lower, changed, KernelState(fit, jnp.where(ready, rank, state.rank), signal, removed)
 
 
-def _signal(matrix: Float[Array, "m n"], least, enough, block: int) -> Leading:
-    """The directions above a singular value; not converged where it is NaN, or they cannot do."""
-    matrix = lax.stop_gradient(lift(matrix))  # no derivative goes through an iteration
-    finite = jnp.isfinite(matrix).all()
-    matrix = jnp.where(finite, matrix, 0)  # under `vmap` it is searched all the same
-    least = lax.stop_gradient(least)
-    search = lambda: leading_above(matrix, least, block)
-    nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(search))
-    possible = (least > 0) & enough & finite
-    return lax.cond(possible, search, nothing)
-
-
-def _prune_stack(
-    matrices: Float[Array, "b m n"], memory: Memory, keep, min_rank, settled, *, how: How
-):
-    """A stack truncated to the signal of its richest member, and whether it is to be."""
-    # A noise level that is carried is not fitted any more: only what stands out of it counts.
-    carried = jnp.where(how.noise == "first", memory.fits.threshold, jnp.nan)
-    least = jnp.sqrt(carried * max(matrices.shape[1:]))
-    options = memory, keep, min_rank, settled
-
-    def by_all():
-        u, s, vt = directions(matrices, least)
-        noise = _known_noise(from_singular_values(s, matrices), memory, how)
-        return _cut(matrices, s, partial(compose, u, s, vt), noise, *options, how=how)
-
-    block = _signal_block(matrices.shape, how)
-    if block is None:
-        return by_all()
-    kept = partial(kept_rank, size=min(matrices.shape[1:]), keep=keep, min_rank=min_rank)
-    enough = kept(block - 1) < block  # with more signal there is less that is kept besides
-    found = _signal(matrices[0], least[0], enough, block)
-
-    def by_signal():
-        noise = memory.fits, jnp.array(True)
-        u, s, vt = (part[None] for part in found[:3])
-        lower_to = partial(project, u, s, vt, matrices)
-        return _cut(matrices, s, lower_to, noise, *options, how=how)
-
-    signal = jnp.sum(found.s > least[0])
-    return lax.cond(found.converged & (kept(signal) <= signal), by_signal, by_all)
-
-
-def _prune_kernel(kernel, update, memory: Memory, *options, axes: KernelAxes, how: How):
-    """The update that lands on the truncated kernel, and what is to be remembered of it."""
-    # In the dtype of the fit, whatever that of the update: the state must keep its own.
-    landed = (kernel + update).astype(memory.fits.threshold.dtype)
-    matrices = to_matrices(landed, axes)
-    flat = memory._replace(fits=jax.tree.map(jnp.ravel, memory.fits))
-    lower, changed, new = _prune_stack(matrices, flat, *options, how=how)
-    lower = from_matrices(lower, landed.shape, axes)
+def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes, options):
+    """Returns the update that lands on the truncated kernel, and the new state of the kernel."""
+    # In the dtype of the fit, whatever that of the update: the state must keep its dtypes.
+    landed = (kernel + update).astype(state.fit.threshold.dtype)
+    view = MatrixView("", landed, axes)
+    flat = state._replace(fit=jax.tree.map(jnp.ravel, state.fit))
+    lower, changed, new = _prune_stack(view.matrices(), flat, numbers, options)
+    lower = view.from_matrices(lower)
     # A kernel that keeps its full rank keeps its update to the last bit.
     update = jnp.where(changed, (lower - kernel).astype(update.dtype), update)
-    return update, jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), new, memory)
+    return update, jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), new, state)
 
 
-def _group(leaves, axes) -> list[tuple[KernelAxes, list[str]]]:
-    """The paths of kernels that are alike, with their axes."""
+def _same_programs(inputs: Mapping[str, tuple], axes) -> list[tuple[KernelAxes, list[str]]]:
+    """Returns axes and paths of the kernels for which one program serves."""
     groups: dict[tuple, list[str]] = {}
-    for path, named in axes:
-        kernel, update, _ = leaves[path]
-        placed = (typed_sharding(leaf) for leaf in jax.tree.leaves(leaves[path]))
-        alike = (named, kernel.shape, kernel.dtype, update.dtype, *placed)
-        groups.setdefault(alike, []).append(path)
-    return [(named, paths) for (named, *_), paths in groups.items()]
+    for path, kernel_axes in axes:
+        kernel, update, _ = inputs[path]
+        shardings = (typed_sharding(leaf) for leaf in jax.tree.leaves(inputs[path]))
+        program = (kernel_axes, kernel.shape, kernel.dtype, update.dtype, *shardings)
+        groups.setdefault(program, []).append(path)
+    return [(kernel_axes, paths) for (kernel_axes, *_), paths in groups.items()]
 
 
-def _one_by_one(function, arguments):
-    """A function of each of some trees that are alike, by path: compiled once for all of them."""
-    if len(arguments) == 1:
-        return {path: function(own) for path, own in arguments.items()}
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arguments.values())
-    found = lax.map(function, stacked)
-    at = lambda index: jax.tree.map(lambda leaf: leaf[index], found)
-    return {path: at(index) for index, path in enumerate(arguments)}
+def _map_by_path(function: Callable, inputs: Mapping[str, tuple]) -> dict[str, Any]:
+    """Applies a function to inputs of the same shapes, one by one, in one program."""
+    if len(inputs) == 1:
+        return {path: function(leaves) for path, leaves in inputs.items()}
+    # A loop in the program: decompositions compile for seconds, each time they appear.
+    outputs = lax.map(function, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs.values()))
+    at = lambda index: jax.tree.map(lambda leaf: leaf[index], outputs)
+    return {path: at(index) for index, path in enumerate(inputs)}
 
 
-# Compiled here, so that it is compiled once for those who call `update` outside `jit` too.
-@partial(jax.jit, static_argnames=("axes", "how"))
-def prune_if(due, kernels, updates, memories, keep, min_rank, settled, *, axes, how: How):
-    """Updates and memories by path after a step: pruned if it is due, else the same."""
+# Compiled also for users who call `update` outside `jit`, who would wait at each pruning step.
+@partial(jax.jit, static_argnames=("axes", "options"))
+def prune_if(due, kernels, updates, states, numbers: StepNumbers, *, axes, options: StepOptions):
+    """Returns updates and states by path after a step: pruned if it is due, else the same.
 
-    def prune(updates, memories):
+    `axes` are pairs of path and axes. They are static, as all that decides on the program.
+    """
+
+    def prune(updates, states):
         pruned = {}
-        leaves = {path: (kernels[path], updates[path], memories[path]) for path, _ in axes}
-        for named, paths in _group(leaves, axes):
-            prune_kernel = partial(_prune_kernel, axes=named, how=how)
+        inputs = {path: (kernels[path], updates[path], states[path]) for path, _ in axes}
+        for kernel_axes, paths in _same_programs(inputs, axes):
+            prune_kernel = partial(_prune_kernel, axes=kernel_axes, options=options)
 
-            def one(own, prune_kernel=prune_kernel):
-                out = jax.tree.map(typed_sharding, own[1:])
-                return by_compiler(prune_kernel, *own, keep, min_rank, settled, out=out)
+            def prune_one(leaves, prune_kernel=prune_kernel):
+                out = jax.tree.map(typed_sharding, leaves[1:])
+                return by_compiler(prune_kernel, *leaves, numbers, out=out)
 
-            pruned |= _one_by_one(one, {path: leaves[path] for path in paths})
-        both = ({path: pair[i] for path, pair in pruned.items()} for i in (0, 1))
-        return tuple(both)
+            pruned |= _map_by_path(prune_one, {path: inputs[path] for path in paths})
+        new_updates, new_states = ({path: pruned[path][i] for path in pruned} for i in (0, 1))
+        return new_updates, new_states
 
-    return lax.cond(due, prune, lambda *same: same, updates, memories)
+    return lax.cond(due, prune, lambda *same: same, updates, states)

@@ -1,4 +1,4 @@
-"""The state of an optimizer, carried over from dense kernels to their factors."""
+"""Transfers the state of an optimizer from dense kernels to their factors."""
 
 from functools import partial
 from typing import Any
@@ -14,19 +14,19 @@ from rmtjax.spectra import lift, multiply
 from rmtjax.training._prune_entries import PruneEntriesState
 from rmtjax.training._prune_spectrum import PruneState
 
-# What optax's states hold of each kernel, by field: sums of gradients, and sums of the squares of
+# Fields of optax's states that hold, for each kernel, sums of gradients or sums of the squares of
 # their entries. Not `ema`, which is as often a mean of parameters: a guess would ruin it.
 GRADIENTS = ("trace", "mu", "acc_grads", "previous_gradient")
 SQUARES = ("nu", "nu_max", "sum_of_squares")
-# Stay whole: they name kernels by strings, which may look like places of moments, and go
-# on with the kernels that are left.
+# These states stay as they are. They name kernels by strings, which may look like the places of
+# moments, and they go on with the kernels that are left.
 BY_PATH = (PruneState, PruneEntriesState)
 
 Key = tuple[Any, ...]  # a place in a tree, as JAX names it
 
 
 def _pull_back(gradient: Float[Array, "..."], factors: Factors) -> Factors:
-    """The gradient of the factors, from that of their product: the chain rule."""
+    """Returns the gradient of factors from that of their product, by the chain rule."""
     product, pull = jax.vjp(multiply, jax.tree.map(lift, factors))
     return pull(gradient.astype(product.dtype))[0]
 
@@ -35,41 +35,41 @@ def _square(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.square(lift(leaf)), tree)
 
 
-def _correlate(batch: int, rank: int, pulled, seen, uncorrelated) -> Float[Array, "..."]:
-    """Mean squares, raised in each direction as the squares of a sample are over theirs."""
-    others = tuple(axis for axis in range(batch, seen.ndim) if axis != rank)
-    total, expected = (jnp.sum(a, others, keepdims=True) for a in (seen, uncorrelated))
+def _correlate(batch: int, rank: int, pulled, sample, uncorrelated) -> Float[Array, "..."]:
+    """Returns mean squares, raised in each direction by what a sample shows of correlation."""
+    others = tuple(axis for axis in range(batch, sample.ndim) if axis != rank)
+    total, expected = (jnp.sum(a, others, keepdims=True) for a in (sample, uncorrelated))
     ratio = jnp.where(expected > 0, total / jnp.where(expected > 0, expected, 1), 1)
-    # Never lowered: a sample may be small by chance, and steps too long cost more than steps too
-    # short. And no mean square is under the square of the mean, as centered RMSProp relies on.
-    return jnp.maximum(jnp.maximum(ratio, 1) * pulled, seen)
+    # Never lowered: a sample may be small by chance, and long steps cost more than short ones. A
+    # mean square is at least the square of the mean, which centered RMSProp relies on.
+    return jnp.maximum(jnp.maximum(ratio, 1) * pulled, sample)
 
 
 def _pull_back_squares(squares, gradient, factors: Factors) -> Factors:
-    """Mean squares of the gradient of the factors, from those of the entries of a kernel's.
+    """Returns mean squares of the gradient of factors from those of the gradient of a kernel.
 
-    The directions that training lifts out of a kernel are those along which the entries of
-    its gradient are correlated. Mean squares do not tell how much; a sample does.
+    The entries of the gradient are correlated along the directions that training lifts. Mean
+    squares do not show how much, but the gradient of a sample does.
     """
     pulled = _pull_back(squares, _square(factors))
     if gradient is None:
         return pulled
-    seen = _square(_pull_back(gradient, factors))
+    sample = _square(_pull_back(gradient, factors))
     uncorrelated = _pull_back(_square(gradient), _square(factors))
     batch = len(factored_axes(factors).batch)
     ranks = (factors.left.ndim - 1, batch)  # the axes of the rank
-    return Factors(*map(partial(_correlate, batch), ranks, pulled, seen, uncorrelated))
+    return Factors(*map(partial(_correlate, batch), ranks, pulled, sample, uncorrelated))
 
 
 def _project(field: str, moment: Any, gradient: Any, path: str, factors: Factors) -> Factors:
-    """A moment of a kernel, by the field that holds it, as that of the factors."""
+    """Returns the moment of factors from that of their kernel, by the name of its field."""
     shape = kernel_shape(factors)
     if field not in (*GRADIENTS, *SQUARES) or jnp.shape(moment) != shape:
         raise ValueError(
-            f"`opt_state` has {field!r} of {path!r}, of shape {jnp.shape(moment)}: nothing says "
-            f"how it follows the kernel of shape {shape} to its factors. Known of a kernel's "
-            f"shape are {', '.join((*GRADIENTS, *SQUARES))}; all others can start anew, by "
-            '`moments="reset"` with `optimizer`.'
+            f"`opt_state` has {field!r} of {path!r}, of shape {jnp.shape(moment)}. It is not known "
+            f"how to transfer it from the kernel of shape {shape} to factors. Known fields, of the "
+            f"shape of the kernel, are {', '.join((*GRADIENTS, *SQUARES))}. Others can start again "
+            'by `moments="reset"` with `optimizer`.'
         )
     if field in SQUARES:
         pulled = _pull_back_squares(moment, gradient, factors)
@@ -79,7 +79,7 @@ def _project(field: str, moment: Any, gradient: Any, path: str, factors: Factors
 
 
 def _compare(params: PyTree, factorized: PyTree) -> dict[Key, Factors | None]:
-    """The factors that replace each leaf of `params`; None for a leaf that stays."""
+    """Returns the factors that replace each leaf of `params`; None for a leaf that stays."""
     dense, thin = (
         dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors))
         for tree in (params, factorized)
@@ -89,26 +89,26 @@ def _compare(params: PyTree, factorized: PyTree) -> dict[Key, Factors | None]:
         key = min(alone, key=path_name)
         holder, other = ("params", "factorized")[:: 1 if key in dense else -1]
         raise ValueError(f"`{holder}` has {path_name(key)!r}, which is not in `{other}`. {hint}")
-    found = {}
+    replacements = {}
     for key, leaf in dense.items():
         replaced = is_factors(thin[key]) and not is_factors(leaf)
-        seen, new = (jax.tree.map(jnp.shape, tree) for tree in (leaf, thin[key]))
-        if (kernel_shape(thin[key]) if replaced else new) != seen:
-            hint = "Factors cut again start anew: `optimizer.init`." if is_factors(leaf) else hint
+        old, new = (jax.tree.map(jnp.shape, tree) for tree in (leaf, thin[key]))
+        if (kernel_shape(thin[key]) if replaced else new) != old:
+            hint = "Factors cut again need `optimizer.init`." if is_factors(leaf) else hint
             raise ValueError(
                 f"`factorized` has {path_name(key)!r} of shape {new}, which does not stand for "
-                f"{seen} in `params`. {hint}"
+                f"{old} in `params`. {hint}"
             )
-        found[key] = thin[key] if replaced else None
-    if found.get(()):
+        replacements[key] = thin[key] if replaced else None
+    if replacements.get(()):
         raise ValueError("`params` must be a tree with names, got one kernel alone.")
-    return found
+    return replacements
 
 
 def _carry(key: Key, nodes: dict[Key, Any], fresh: Any, replaced: dict, reset: bool) -> Any:
-    """One node of the state: what belongs to a replaced kernel is changed, all else is kept."""
+    """Returns a node of the state, changed if it belongs to a kernel that factors replace."""
     node = nodes[key]
-    # The longest end of its place that is a place in `params`.
+    # The longest end of its place that is a place in `params`: ends of paths may be paths, too.
     end = next((key[i:] for i in range(len(key)) if key[i:] in replaced), ())
     factors = replaced.get(end)
     if factors is None or isinstance(node, BY_PATH):
@@ -117,7 +117,7 @@ def _carry(key: Key, nodes: dict[Key, Any], fresh: Any, replaced: dict, reset: b
     if left_out and fresh is None:
         raise ValueError(
             f"`opt_state` leaves out {path_name(end)!r}, by `optax.masked` or `partition`. Give "
-            "`optimizer`: the state does not tell whether its mask sees one kernel or two factors."
+            "`optimizer`: the state does not show whether its mask sees one kernel or two factors."
         )
     if left_out or reset:
         return fresh
@@ -127,19 +127,19 @@ def _carry(key: Key, nodes: dict[Key, Any], fresh: Any, replaced: dict, reset: b
 
 
 def _fresh_nodes(treedef, optimizer, factorized: PyTree) -> list[Any]:
-    """The state that the optimizer starts with, cut where that of `treedef` has leaves."""
+    """Returns the nodes of a fresh state at the places of the leaves of `treedef`."""
     if optimizer is None:
         return [None] * treedef.num_leaves
     try:
         return treedef.flatten_up_to(optimizer.init(factorized))
     except ValueError as error:
         raise ValueError(
-            "`optimizer` does not start with a state like `opt_state`: give the one that made it, "
-            "and if it did, start it anew with `optimizer.init(factorized)`."
+            "`optimizer` does not start with a state like `opt_state`: give the one that made it. "
+            "If it did, start again with `optimizer.init(factorized)`."
         ) from error
 
 
-def transfer(
+def transfer_opt_state(
     opt_state: PyTree,
     params: PyTree,
     factorized: PyTree,
@@ -147,58 +147,53 @@ def transfer(
     moments: str = "project",
     optimizer: optax.GradientTransformation | optax.MultiSteps | None = None,
 ) -> PyTree:
-    r"""The state of an optimizer for the factors of the kernels that it has trained.
+    r"""Returns the state of an optimizer for the factors of the kernels that it has trained.
 
-    With $W = L R$ a moment M that is linear in the gradient G of W follows by the chain rule,
-    $M_L = M R^T$ and $M_R = L^T M$: what the factors would have gathered, had they been
-    those of today all the time. Mean squares V of the entries of G become
-    $V_L = V (R \odot R)^T$ and $V_R = (L \odot L)^T V$, those of the same products for entries
-    that are not correlated. Where the state has M beside V, as Adam's, the column of $V_L$ for
-    each direction of the rank is multiplied by how much the column of $M_L \odot M_L$ exceeds
-    that of $(M \odot M) (R \odot R)^T$ in sum, if it does, and is at least
-    $M_L \odot M_L$; the rows of $V_R$ likewise. All else, step counts among it, stays.
+    With $W = L R$, a moment M that is linear in the gradient of W follows by the chain rule:
+    $M_L = M R^T$ and $M_R = L^T M$. Mean squares V of its entries become
+    $V_L = V (R \odot R)^T$ and $V_R = (L \odot L)^T V$, exact for entries without correlation.
+    Adam's M shows the correlation: if $M_L \odot M_L$ exceeds $(M \odot M) (R \odot R)^T$ in the
+    sum of a column, that column of $V_L$ is multiplied by the quotient, and is at least
+    $M_L \odot M_L$. The rows of $V_R$ are treated likewise. All else, as step counts, stays.
 
-    Known by the names of their fields are the states of SGD with momentum, Adam, AdamW,
-    AMSGrad, NAdam, Yogi, Lion, RMSProp and Adagrad, in any chain and wrapper;
-    other moments of a factorized kernel are refused. `prune_spectrum` and `prune_entries` go
-    on with the kernels that are left.
+    Fields are known by their names: those of SGD with momentum, Adam, AdamW, AMSGrad, NAdam, Yogi,
+    Lion, RMSProp and Adagrad, in any chain and wrapper. Other moments of a factorized kernel raise
+    an error. `prune_spectrum` and `prune_entries` go on with the kernels that are left.
 
     Args:
       opt_state: State of an optimizer of `params`.
       params: The dense tree that `opt_state` belongs to.
       factorized: `rmtjax.factorize(params, plan)`.
-      moments: "project", as above, or "reset": what is held of a factorized kernel starts
-        as `optimizer.init` would start it, and any field may be there.
-      optimizer: What made `opt_state`. Needed for "reset", since no state tells its start;
-        and where `optax.masked` or `partition` leave a factorized kernel out, since
-        their mask may see one kernel there or two factors.
+      moments: "project", as above, or "reset". The moments of a factorized kernel are then those of
+        `optimizer.init`, and any field is allowed.
+      optimizer: The optimizer of `opt_state`. "reset" needs it, since a state does not show how it
+        started. "project" needs it if `optax.masked` or `partition` leave a factorized kernel out:
+        their mask may see one kernel or two factors.
 
     Returns:
-      The state, of the structure, shapes and dtypes of `optimizer.init(factorized)`, but that
-      the states of this package keep the entries of all kernels. Works under `jit`.
+      The state, with the structure, shapes and dtypes of `optimizer.init(factorized)`. The states
+      of this package keep the entries of all kernels. Works under `jit`.
 
     Raises:
-      ValueError: The trees do not belong together; a field of a factorized kernel is not
-        known; or `optimizer` is needed, or has another state.
+      ValueError: The trees do not belong together, a field of a factorized kernel is not known, or
+        `optimizer` is missing or has another state.
 
     Note:
-      A step of size a moves the product by a multiple of a that grows with the singular
-      values: a learning rate that was high for the kernel may be too high for its factors.
+      A step of size a moves the product by a multiple of a that grows with the singular values. A
+      learning rate that was high for the kernel may be too high for its factors.
 
-      A `trace` behind a transform that rescales, as in `optax.rmsprop(..., momentum=0.9)`, is
-      no sum of gradients: pulled back it keeps its direction but not its size. The `nu` of
-      Adamax is a maximum under the name of a mean square, that of AdaBelief a variance. Reset
-      these. Since Adam's count stays
-      in a reset, its first steps are too long; `optimizer.init(factorized)` has it new.
+      Reset a `trace` behind a transform that rescales, as in `optax.rmsprop(..., momentum=0.9)`,
+      and the `nu` of Adamax and AdaBelief: they are not sums of gradients and of squares. A reset
+      keeps Adam's count, so that its first steps are too long. `optimizer.init(factorized)` does
+      not.
 
     Examples:
       >>> import jax, optax, rmtjax
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
       >>> optimizer = optax.adam(1e-3)
       >>> _, state = optimizer.update(params, optimizer.init(params), params)
-      >>> plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(16))
-      >>> thin = rmtjax.factorize(params, plan)
-      >>> moved = rmtjax.transfer(state, params, thin)
+      >>> thin = rmtjax.factorize(params, rmtjax.plan(params, rule=rmtjax.ranks.fixed(16)))
+      >>> moved = rmtjax.transfer_opt_state(state, params, thin)
       >>> optax.tree.get(moved, "nu")["kernel"].left.shape
       (80, 16)
     """
@@ -206,11 +201,11 @@ def transfer(
         raise ValueError(f'`moments` must be "project" or "reset", got {moments!r}.')
     if moments == "reset" and optimizer is None:
         raise ValueError(
-            '`moments="reset"` needs `optimizer`: where its moments start is not in its state.'
+            '`moments="reset"` needs `optimizer`: a state does not show how its moments started.'
         )
     replaced = _compare(params, factorized)
-    whole = lambda node: isinstance(node, (*BY_PATH, optax.MaskedNode))
-    places, treedef = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=whole)
+    is_node = lambda node: isinstance(node, (*BY_PATH, optax.MaskedNode))
+    places, treedef = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_node)
     nodes, fresh = dict(places), _fresh_nodes(treedef, optimizer, factorized)
     carried = (
         _carry(key, nodes, new, replaced, moments == "reset")

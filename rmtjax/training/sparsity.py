@@ -1,12 +1,12 @@
-"""Entries of kernels that are set to zero: which ones.
+"""Masks of the entries of kernels that are set to zero.
 
-A mask is a tree of booleans like `params`, True where an entry stays. Leaves that are not
-chosen are all True, and so are `Factors`: a zero in one of them is no zero of the kernel.
-`jax.tree.map(jax.numpy.multiply, params, mask)` applies a mask once, and
-`rmtjax.prune_entries` for the rest of the training.
+A mask is a tree of booleans like `params`, True where an entry stays. Leaves that are not chosen
+are all True, and so are `Factors`: a zero in one of them is not a zero of the kernel.
+`jax.tree.map(jax.numpy.multiply, params, mask)` applies a mask once, and `rmtjax.prune_entries` for
+the rest of the training.
 
-A direction of signal is spread over all entries, and a threshold for entries removes it:
-that finds few large entries, and `rmtjax.truncate` keeps few directions.
+A direction of signal is spread over all entries, and a threshold for entries removes it. Such a
+threshold finds few large entries, whereas `rmtjax.truncate` keeps few directions.
 """
 
 import math
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from rmtjax._axes import from_matrices, matrix_shape
 from rmtjax._types import Spectrum, Where
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import LayerPlan, Plan
+from rmtjax.planning import check_plan, check_plan_fits, LayerPlan, Plan
 from rmtjax.training._masks import (
     check_sparsity,
     fill,
@@ -34,16 +34,8 @@ from rmtjax.training._masks import (
 LEAST_WEIGHT = 0.1  # no kernel is spared more than tenfold
 
 
-def _check_plan(plan: object) -> None:
-    if not isinstance(plan, Plan):
-        raise TypeError(
-            f"`plan` must be a Plan, got {type(plan).__name__}. It is `rmtjax.plan(params)`, or "
-            "`report.plan`."
-        )
-
-
 def _spread(values: Float[Array, " b"], row: LayerPlan) -> Array:
-    """Values of the matrices of a stack, in a shape that broadcasts with the kernel."""
+    """Returns values of the matrices of a stack, in a shape that broadcasts with the kernel."""
     if row.axes is None or not row.axes.batch:
         return values[0]
     shape = tuple(n if axis in row.axes.batch else 1 for axis, n in enumerate(row.shape))
@@ -53,14 +45,14 @@ def _spread(values: Float[Array, " b"], row: LayerPlan) -> Array:
 def entry_threshold(
     variance: Float[ArrayLike, "*batch"], shape: tuple[int, ...], delta: float = 0.05
 ) -> Float[Array, "*batch"]:
-    r"""The magnitude that no entry of pure noise passes, with probability 1 - delta.
+    r"""Returns the magnitude that no entry of pure noise passes, with probability 1 - delta.
 
     $\xi = \sqrt{2 \sigma^2 \log(2 m n / \delta)}$.
 
-    For $W = S + R$ with independent Gaussian noise $R$, with probability at least
-    $1 - \delta$ no entry where $S_{ij} = 0$ passes $|W_{ij}| > \xi$, and all where
-    $|S_{ij}| > 2 \xi$ do. The bound is $P(|g| > x) \le 2 e^{-x^2/2}$ for each entry; noise
-    does pass with probability near $0.4\, \delta \sigma / \xi$.
+    For $W = S + R$ with independent Gaussian noise $R$, with probability at least $1 - \delta$ no
+    entry where $S_{ij} = 0$ passes $|W_{ij}| > \xi$, and all where $|S_{ij}| > 2 \xi$ do. The bound
+    is $P(|g| > x) \le 2 e^{-x^2/2}$ for each entry. Noise passes with probability near
+    $0.4\, \delta \sigma / \xi$.
 
     Args:
       variance: $\sigma^2$ of an entry of the noise, at least 0, as `BulkFit.variance`.
@@ -90,18 +82,21 @@ def entry_threshold(
     return jnp.sqrt(2 * math.log(2 * math.prod(shape) / delta) * jnp.asarray(variance))
 
 
-def _above(kernel, row: LayerPlan, delta: float, rule: ranks.RankRule) -> Bool[Array, "..."]:
-    """The entries above the threshold; all of a matrix whose noise level is not believed."""
-    assert row.axes is not None  # for the type checker: a fit comes with them
-    assert row.spectrum is not None
+def _above(path: str, kernel, row: LayerPlan, delta: float, rule) -> Bool[Array, "..."]:
+    """Returns a mask of the entries above the threshold; of all if the rule refuses the fit."""
+    if row.axes is None or row.spectrum is None:
+        raise ValueError(
+            f"`plan` must have the spectrum of {path!r}, got one without, as from a file. Make it "
+            "from this tree with `rmtjax.plan`."
+        )
     eigenvalues, ratio = map(jnp.asarray, row.spectrum)
     fits = jax.tree.map(jnp.ravel, row.fit)
     accepts = lambda eigenvalues, fit: rule.accepts(Spectrum(eigenvalues, ratio), fit)
     accepted = jax.vmap(accepts)(eigenvalues.reshape(-1, eigenvalues.shape[-1]), fits)
     _, rows, columns = matrix_shape(row.shape, row.axes)
     threshold = entry_threshold(fits.variance, (rows, columns), delta)
-    # So written, all is kept under a threshold of NaN, and an entry of NaN too.
     threshold = _spread(jnp.where(accepted, threshold, jnp.nan), row)
+    # Not `>`: entries under a threshold of NaN, and entries that are NaN, are kept.
     return ~(magnitudes(kernel) <= threshold)
 
 
@@ -116,16 +111,16 @@ def threshold_mask(
 
     Args:
       params: The tree that the plan was made from, or one of the same shapes.
-      plan: From `rmtjax.plan`. Kernels without a fit are kept whole.
+      plan: From `rmtjax.plan`. All entries of kernels without a fit are kept.
       delta: For each matrix, the bound on the probability that noise passes, in (0, 1).
-      rule: The rule of the plan: a matrix whose fit it does not accept is kept whole.
+      rule: The rule of the plan. All entries of a matrix whose fit it refuses are kept.
 
     Returns:
       A tree of booleans, True where an entry stays.
 
     Raises:
-      ValueError: `delta` is out of range, or the plan is for another tree.
-      TypeError: `plan` is no plan, or `rule` no rule.
+      ValueError: `delta` is out of range, or the plan is for another tree or from a file.
+      TypeError: `plan` is not a plan, or `rule` not a rank rule.
 
     Examples:
       >>> import jax, rmtjax
@@ -136,26 +131,20 @@ def threshold_mask(
       20
 
     References:
-      Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608. The
-      code of their earlier papers sweeps one threshold for all kernels by hand.
+      Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608. The code of
+      their earlier papers sweeps one threshold for all kernels by hand.
     """
-    _check_plan(plan)
+    check_plan(plan)
     check_rule(rule)
-    found, masks = find_floating(params, lambda path, _: path in plan), {}
-    for path, row in plan.items():
-        if row.fit is None:
-            continue
-        if path not in found or found[path].shape != row.shape:
-            raise ValueError(
-                f"`plan` is for another tree: `params` has no {path!r} of shape {row.shape}. Make "
-                "the plan from this tree with `rmtjax.plan`."
-            )
-        masks[path] = _above(found[path], row, delta, rule)
+    rows = {path: row for path, row in plan.items() if row.fit is not None}
+    kernels = find_floating(params, lambda path, _: path in rows)
+    check_plan_fits(plan, kernels, rows)
+    masks = {path: _above(path, kernels[path], row, delta, rule) for path, row in rows.items()}
     return fill(params, masks)
 
 
 def _edges(plan: Plan) -> dict[str, np.ndarray]:
-    """Path to the standardised edges of the matrices of that kernel; 0 where there is none."""
+    """Returns the standardized edges of the matrices of each kernel; 0 for an unknown edge."""
     edges = {}
     for path, row in plan.items():
         stack, *sides = matrix_shape(row.shape, row.axes) if row.axes else (1, 0)
@@ -164,7 +153,7 @@ def _edges(plan: Plan) -> dict[str, np.ndarray]:
     known = np.concatenate([np.zeros(0), *edges.values()])
     known = known[np.isfinite(known)]
     mean, deviation = (known.mean(), known.std()) if known.size else (0.0, 0.0)
-    # Of equal edges, rounding alone would make the deviation.
+    # If all edges are equal, the deviation is rounding, and dividing by it would make weights.
     scale = deviation if deviation > 1e-6 * mean else np.inf
     return {
         path: np.where(np.isfinite(edge), edge - mean, 0) / scale for path, edge in edges.items()
@@ -179,19 +168,19 @@ def edge_weights(
     until: float = 0.5,
     power: float = 1.0,
 ) -> dict[str, Array]:
-    r"""Weights by which magnitudes are compared across kernels: spectral edge budgeting.
+    r"""Returns the weights of spectral edge budgeting, which compare magnitudes across kernels.
 
     $w = \max(0.1,\; 1 + b\, [1 - sp / sp_d]_+^{a}\, z)$ with $z$ the edge of the noise as a
-    singular value, $\sqrt{n \lambda_+}$, standardised over the kernels (population standard
-    deviation). Entries go in the order of $|W_{ij}| / w$: more of them where the noise
-    reaches further. With $b = 0$, and from $sp = sp_d$ on, all weights are exactly 1.
+    singular value, $\sqrt{n \lambda_+}$, standardized over the kernels (population standard
+    deviation). Entries go in the order of $|W_{ij}| / w$. Kernels with a higher edge lose more.
+    With $b = 0$, and from $sp = sp_d$ on, all weights are exactly 1.
 
     Args:
-      plan: From `rmtjax.plan`. Kernels without a finite edge have $z = 0$. The matrices of
-        a stack are standardised as so many kernels.
+      plan: From `rmtjax.plan`. Kernels without a finite edge have $z = 0$. Each matrix of a stack
+        counts as one kernel.
       sparsity: $sp$, the share of entries removed, in [0, 1). May be traced by `jit`.
       strength: $b$, at least 0.
-      until: $sp_d$, the sparsity at which edges have lost their say, above 0.
+      until: $sp_d$, above 0: the sparsity from which on the edges do not count.
       power: $a$ of the decay, above 0.
 
     Returns:
@@ -199,7 +188,7 @@ def edge_weights(
 
     Raises:
       ValueError: A number is out of range.
-      TypeError: `plan` is no plan.
+      TypeError: `plan` is not a plan.
 
     Examples:
       >>> import jax, rmtjax
@@ -210,11 +199,11 @@ def edge_weights(
       {'a/kernel': 1.5, 'b/kernel': 0.5}
 
     References:
-      Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608. The
-      defaults are theirs for sparsities from 0.2 to 0.4; from 0.4 to 0.55 they use 1.25 and
-      0.7. They were chosen on the validation images of vision transformers.
+      Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608. The defaults
+      are theirs for sparsities from 0.2 to 0.4; from 0.4 to 0.55 they use 1.25 and 0.7. They were
+      chosen on the validation images of vision transformers.
     """
-    _check_plan(plan)
+    check_plan(plan)
     check_sparsity(sparsity)
     if strength < 0 or until <= 0 or power <= 0:
         raise ValueError(
@@ -236,17 +225,16 @@ def magnitude_mask(
 ) -> PyTree:
     r"""Removes the entries of smallest magnitude, over all kernels together.
 
-    Of $N$ entries $\mathrm{round}(sp \cdot N)$ go, those with the smallest
-    $|W_{ij}| / w$, exactly; of equal ones those that come first in the order of paths. An
-    entry that is NaN goes last.
+    Of $N$ entries exactly $\mathrm{round}(sp \cdot N)$ go, those with the smallest $|W_{ij}| / w$.
+    Of equal entries those that come first in the tree go. NaN goes last.
 
     Args:
-      params: Nested dictionaries of arrays, as `module.init(...)["params"]`.
-      sparsity: $sp$, the share of the entries of all chosen kernels that goes, in [0, 1).
-        A float32: may be traced by `jit`.
+      params: A tree of arrays, as `module.init(...)["params"]`.
+      sparsity: $sp$, the share of the entries of all chosen kernels that goes, in [0, 1). Taken as
+        a float32. May be traced by `jit`.
       weights: Path to $w > 0$ for each chosen kernel, as from `edge_weights`; by default 1.
-      mask: An earlier mask. What it removed stays removed, and counts.
-      where: `where(path, leaf)` chooses the kernels, as in `rmtjax.plan`.
+      mask: An earlier mask. Entries that it removed stay removed, and count.
+      where: Chooses the kernels, as in `rmtjax.plan`.
 
     Returns:
       A tree of booleans, True where an entry stays.
@@ -263,8 +251,8 @@ def magnitude_mask(
        [0. 2.]]
 
     References:
-      Han, Pool, Tran and Dally (2015), https://arxiv.org/abs/1506.02626; kernel by kernel
-      there, and here with one cut for all.
+      Han, Pool, Tran and Dally (2015), https://arxiv.org/abs/1506.02626. They cut kernel by kernel;
+      this function has one cut for all kernels.
     """
     check_sparsity(sparsity)
     kernels = find_floating(params, where)

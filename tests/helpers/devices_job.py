@@ -119,8 +119,8 @@ def check_training(params, placed):
     assert_close(other, one)
     devices = found["up"]["kernel"].devices()
     assert all(leaf.devices() == devices for leaf in jax.tree.leaves(other))
-    fits = optax.tree.get(other, "fits")
-    wanted = rmtjax.plan(params, fits=optax.tree.get(one, "fits"), axes=AXES)
+    fits = rmtjax.noise_levels(other)
+    wanted = rmtjax.plan(params, fits=rmtjax.noise_levels(one), axes=AXES)
     assert str(rmtjax.plan(placed, fits=fits, axes=AXES)) == str(wanted)
     print("training")
 

@@ -107,7 +107,7 @@ class Linen(Layer):
         """A step of an optimizer that has seen the truncated model, in the factors."""
         dense, grads = self.gradients("truncated")[2], self.gradients("thin")[2]
         _, state = MOMENTUM.update(dense, MOMENTUM.init(self.truncated))
-        state = rmtjax.transfer(state, self.truncated, self.thin)
+        state = rmtjax.transfer_opt_state(state, self.truncated, self.thin)
         # What the factors would have gathered is their own gradient, by the chain rule.
         assert_close(optax.tree.get(state, "trace"), grads)
         updates, _ = MOMENTUM.update(grads, state)

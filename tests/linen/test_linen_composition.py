@@ -101,7 +101,7 @@ def test_train_state_prunes_and_goes_on_in_the_factors(trees):
     assert ranks == [16, RANK]
     plan = rmtjax.plan(state.params, rule=Fixed(RANK), min_size=1, multiple=1)
     thin = rmtjax.factorize(state.params, plan)
-    opt_state = rmtjax.transfer(state.opt_state, state.params, thin)
+    opt_state = rmtjax.transfer_opt_state(state.opt_state, state.params, thin)
     state = state.replace(params=thin, opt_state=opt_state)
     after, grads = step(state)
     assert int(after.step) == 3

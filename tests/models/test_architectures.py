@@ -90,7 +90,7 @@ def run_linen(case) -> Run:
     for _ in range(STEPS):
         _, variables, state = dense_step(variables, state)
     params = variables["params"]
-    plan = rmtjax.plan(params, axes=axes, fits=optax.tree.get(state, "fits"))
+    plan = rmtjax.plan(params, axes=axes, fits=rmtjax.noise_levels(state))
     thin = rmtjax.factorize(params, plan)
 
     def step(tree):
@@ -98,7 +98,7 @@ def run_linen(case) -> Run:
         if jax.tree.structure(tree) == jax.tree.structure(params):
             outputs, new, _ = dense_step(now, state)
         else:
-            outputs, new, _ = thin_step(now, rmtjax.transfer(state, params, tree))
+            outputs, new, _ = thin_step(now, rmtjax.transfer_opt_state(state, params, tree))
         return outputs, new["params"]
 
     ranks = jax.tree.map(int, optax.tree.get(state, "ranks"))
@@ -125,7 +125,7 @@ def run_nnx(case) -> Run:
     optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
     for _ in range(STEPS):
         update(model, optimizer)
-    plan = rmt_nnx.plan(model, fits=optax.tree.get(optimizer.opt_state, "fits"))
+    plan = rmt_nnx.plan(model, fits=rmtjax.noise_levels(optimizer.opt_state))
 
     def step(tree):
         other = rmt_nnx.replace(model, tree)

@@ -134,7 +134,7 @@ def test_noise_levels_go_from_the_optimizer_to_the_plan():
     )
     model, optimizer = make(transform)
     train(model, optimizer, 20)
-    fits = optax.tree.get(optimizer.opt_state, "fits")
+    fits = rmtjax.noise_levels(optimizer.opt_state)
     assert fits.keys() == set(PATHS)
     plan = rmt_nnx.plan(model, fits=fits, multiple=1)
     ranks = optax.tree.get(optimizer.opt_state, "ranks")

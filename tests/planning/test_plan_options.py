@@ -210,7 +210,7 @@ def test_the_noise_levels_of_training_are_taken_from_its_state():
     state = optimizer.init(params)
     updates, state = optimizer.update(params, state, params)
     params = optax.apply_updates(params, updates)
-    plan = rmtjax.plan(params, fits=optax.tree.get(state, "fits"), multiple=1)
+    plan = rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1)
     assert plan["kernel"].rank == 2
     assert plan["kernel"].action == "factorize"
 

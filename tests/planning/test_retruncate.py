@@ -187,7 +187,7 @@ def test_rules_of_noise_need_the_noise_level_of_the_training(rule):
     params = {"kernel": kernel}
     state = optimizer.init(params)
     updates, state = optimizer.update(params, state, params)
-    params, fits = optax.apply_updates(params, updates), optax.tree.get(state, "fits")
+    params, fits = optax.apply_updates(params, updates), rmtjax.noise_levels(state)
     first = rmtjax.plan(params, rule=rule, fits=fits, keep=0.1, multiple=1)
     thin = rmtjax.factorize(params, first)
     assert thin["kernel"].left.shape == (60, 4 + 5)

@@ -132,7 +132,9 @@ def test_the_state_outlives_factors():
     optimizer = optax.chain(optax.trace(0.9), PRUNE)
     state = after_a_step(optimizer)
     thin = rmtjax.factorize(PARAMS, rmtjax.plan(PARAMS))
-    assert_same(rmtjax.metrics(rmtjax.transfer(state, PARAMS, thin)), rmtjax.metrics(state))
+    assert_same(
+        rmtjax.metrics(rmtjax.transfer_opt_state(state, PARAMS, thin)), rmtjax.metrics(state)
+    )
 
 
 def test_a_state_without_kernels_has_no_numbers():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import rmtjax
-from rmtjax.training._penalty import penalty
+from rmtjax import penalty
 
 UNCHECKED = inspect.unwrap(penalty)
 

@@ -154,7 +154,7 @@ def test_ranks_are_those_of_a_plan_with_the_carried_noise(keep):
         "d": {"kernel": planted(3).astype(jnp.bfloat16)},
     }
     pruned, state = prune_by(keep, params, stacked_c)
-    fits, expected = optax.tree.get(state, "fits"), jax.tree.map(int, state.ranks)
+    fits, expected = rmtjax.noise_levels(state), jax.tree.map(int, state.ranks)
     assert len(set(expected.values())) == 3  # 3 spikes, 6 spikes and a refusal
     for tree in (params, pruned):
         plan = rmtjax.plan(tree, fits=fits, multiple=1, keep=keep, axes=stacked_c)

@@ -119,7 +119,7 @@ def test_inject_hyperparams_with_a_static_schedule_and_callables():
 
 
 def test_inject_hyperparams_says_that_min_size_is_static():
-    factory = optax.inject_hyperparams(UNCHECKED)
+    factory = optax.inject_hyperparams(UNCHECKED, static_args=("rule",))
     with pytest.raises(TypeError, match=r"`min_size` .* static_args"):
         factory(2).init(make_params())
 

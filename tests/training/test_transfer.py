@@ -8,8 +8,7 @@ import pytest
 
 import rmtjax
 from experiments import mid_training
-from rmtjax import Factors
-from rmtjax.training._transfer import transfer
+from rmtjax import Factors, transfer_opt_state
 
 # Kernels whose paths end alike, and one that stays; and the factors of the others.
 DENSE = {"kernel": (12, 9), "a": {"kernel": (10, 8), "bias": (8,)}, "b": {"kernel": (9, 3)}}
@@ -57,7 +56,7 @@ def test_momentum_is_what_the_factors_would_have_gathered(dtype, rounding):
     params, *grads = (random_tree(DENSE | MORE, seed, dtype) for seed in (0, 1, 2))
     thin = random_tree(FACTORS | MORE_FACTORS, 3, dtype)
     momentum = lambda first, second: (0.9 * first + second).astype(first.dtype)
-    got = transfer(optax.TraceState(jax.tree.map(momentum, *grads)), params, thin).trace
+    got = transfer_opt_state(optax.TraceState(jax.tree.map(momentum, *grads)), params, thin).trace
     gathered = (jax.tree_util.tree_map_with_path(chain_rule, grad, thin) for grad in grads)
     # The dtype's rounding of sums of at most 20 terms of order 1.
     assert_close(got, jax.tree.map(momentum, *gathered), rtol=rounding, atol=5 * rounding)
@@ -67,7 +66,7 @@ def test_momentum_is_what_the_factors_would_have_gathered(dtype, rounding):
 def test_mean_squares_of_more_axes_are_those_of_the_matrices(name):
     params, mu, nu = (random_tree({name: MORE[name]}, seed) for seed in range(3))
     thin, nu = random_tree({name: MORE_FACTORS[name]}, 3), jax.tree.map(jnp.square, nu)
-    got = transfer(optax.ScaleByAdamState(jnp.int32(9), mu, nu), params, thin).nu[name]
+    got = transfer_opt_state(optax.ScaleByAdamState(jnp.int32(9), mu, nu), params, thin).nu[name]
     left, right = thin[name]
     many = left.shape[0] if name.startswith("b") else 1
     shape = (many, left.size // many // 2, right.size // many // 2)
@@ -76,7 +75,7 @@ def test_mean_squares_of_more_axes_are_those_of_the_matrices(name):
     for i, (left, right, *trees) in enumerate(zip(*matrices, strict=True)):
         dense, mean, square = ({"kernel": tree} for tree in trees)
         state = optax.ScaleByAdamState(jnp.int32(9), mean, square)
-        one = transfer(state, dense, {"kernel": Factors(left, right)}).nu["kernel"]
+        one = transfer_opt_state(state, dense, {"kernel": Factors(left, right)}).nu["kernel"]
         for part, whole in zip(one, got, strict=True):
             # Sums of at most 20 squares in another order.
             np.testing.assert_allclose(whole.reshape(many, *part.shape)[i], part, rtol=1e-5)
@@ -95,7 +94,7 @@ def test_mean_squares_are_exact_for_independent_entries():
     rng = np.random.default_rng(0)
     scales = rng.uniform(0.1, 3.0, (30, 40))
     params, thin, nu, expected = simulate(scales * rng.normal(size=(2000, 30, 40)))
-    got = transfer(optax.ScaleByRmsState(jax.tree.map(jnp.float32, nu)), params, thin)
+    got = transfer_opt_state(optax.ScaleByRmsState(jax.tree.map(jnp.float32, nu)), params, thin)
     # A mean of 2,000 squares of normal numbers has a standard error of 3.2 %: five of them.
     assert_close(tuple(got.nu["kernel"]), tuple(expected), rtol=0.16)
 
@@ -108,8 +107,8 @@ def test_mean_squares_follow_the_correlation_that_the_momentum_shows():
     params, thin, nu, (expected, _) = simulate(grads)
     mu = {"kernel": jnp.asarray(np.tensordot(0.1 * 0.9 ** np.arange(299), grads[1:], 1))}
     nu = jax.tree.map(jnp.float32, nu)
-    informed = transfer(optax.ScaleByAdamState(jnp.int32(9), mu, nu), params, thin).nu
-    blind = transfer(optax.ScaleByRmsState(nu), params, thin).nu
+    informed = transfer_opt_state(optax.ScaleByAdamState(jnp.int32(9), mu, nu), params, thin).nu
+    blind = transfer_opt_state(optax.ScaleByRmsState(nu), params, thin).nu
     # The squares of 200 rows give each direction to 10 %: three of them, and simulation's 8 %.
     np.testing.assert_allclose(np.median(informed["kernel"].left / expected, 0), 1, atol=0.3)
     assert (np.median(blind["kernel"].left / expected, 0) < 0.5).all()
@@ -129,7 +128,7 @@ def test_the_loss_goes_on_where_it_was():
     thin = {"kernel": rmtjax.factorize_matrix(params["kernel"], 2)}
     truncated = loss({"kernel": rmtjax.truncate_matrix(params["kernel"], 2)})
     np.testing.assert_allclose(loss(thin), truncated, rtol=1e-5)  # float32
-    updates, state = optimizer.update(jax.grad(loss)(thin), transfer(state, params, thin))
+    updates, state = optimizer.update(jax.grad(loss)(thin), transfer_opt_state(state, params, thin))
     assert loss(optax.apply_updates(thin, updates)) < 0.95 * truncated
 
 
@@ -152,16 +151,16 @@ STATE = optax.TraceState(PARAMS)
 )
 def test_trees_that_do_not_belong_together_are_errors(words, arguments):
     with pytest.raises(ValueError, match=words):
-        transfer(*arguments)
+        transfer_opt_state(*arguments)
 
 
 def test_wrong_options_are_errors():
     with pytest.raises(ValueError, match='`moments` must be "project" or "reset", got \'none\''):
-        transfer(STATE, PARAMS, THIN, moments="none")
+        transfer_opt_state(STATE, PARAMS, THIN, moments="none")
     with pytest.raises(ValueError, match="needs `optimizer`"):
-        transfer(STATE, PARAMS, THIN, moments="reset")
+        transfer_opt_state(STATE, PARAMS, THIN, moments="reset")
     with pytest.raises(ValueError, match="`optimizer` does not start with a state like"):
-        transfer(STATE, PARAMS, THIN, moments="reset", optimizer=optax.adam(0.1))
+        transfer_opt_state(STATE, PARAMS, THIN, moments="reset", optimizer=optax.adam(0.1))
 
 
 def test_the_experiment_prints_a_row_for_each_way(capsys):

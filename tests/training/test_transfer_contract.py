@@ -9,9 +9,7 @@ import optax
 import pytest
 
 import rmtjax
-from rmtjax import Factors
-from rmtjax.training._prune_entries import prune_entries, PruneEntriesState
-from rmtjax.training._transfer import transfer
+from rmtjax import Factors, prune_entries, PruneEntriesState, transfer_opt_state
 
 
 def random_tree(seed=0):
@@ -65,7 +63,7 @@ CHAINS = {
         optax.scale_by_adam(),
         optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, 9)),
         rmtjax.prune_spectrum(100, min_size=4),
-        prune_entries(0.5, 100),
+        prune_entries(100, sparsity=0.5),
     ),
 }
 LEFT_OUT = ("masked by a tree", "left out", "partition")
@@ -81,8 +79,10 @@ def switched(name):
         old = optimizer.init(params)
         for seed in (1, 2, 3):
             _, old = optimizer.update(random_tree(seed), old, params)
-        new = transfer(old, params, thin, optimizer=optimizer if name in LEFT_OUT else None)
-        reset = transfer(old, params, thin, moments="reset", optimizer=optimizer)
+        new = transfer_opt_state(
+            old, params, thin, optimizer=optimizer if name in LEFT_OUT else None
+        )
+        reset = transfer_opt_state(old, params, thin, moments="reset", optimizer=optimizer)
         step = optimizer.update(jax.tree.map(jnp.ones_like, thin), new, thin)
         return old, new, reset, optimizer.init(thin), *step
 
@@ -121,7 +121,7 @@ def test_reset_starts_the_factors_anew_and_nothing_else(name):
 def test_jit_changes_nothing(name):
     old, new, *_ = switched(name)
     # The compiler may sum in another order, and the mu of "adamw" is stored with 8 bits.
-    assert_close(transfer(old, PARAMS, THIN), new, rtol=0.01, atol=1e-5)
+    assert_close(transfer_opt_state(old, PARAMS, THIN), new, rtol=0.01, atol=1e-5)
 
 
 def test_pruning_goes_on_with_the_kernels_that_are_left():
@@ -129,7 +129,7 @@ def test_pruning_goes_on_with_the_kernels_that_are_left():
     thin = PARAMS | {"kernel": THIN["kernel"]}
     prune = rmtjax.prune_spectrum(2, rule=rmtjax.ranks.fixed(5), min_size=4)
     optimizer = optax.MultiSteps(optax.chain(optax.sgd(0.1, momentum=0.9), prune), 2)
-    state = transfer(optimizer.init(PARAMS), PARAMS, thin)
+    state = transfer_opt_state(optimizer.init(PARAMS), PARAMS, thin)
     traces, structure = [], jax.tree.structure(state)
     step = jax.jit(lambda *args: traces.append(1) or optimizer.update(*args))
     for _ in range(4):
@@ -143,10 +143,12 @@ def test_pruning_goes_on_with_the_kernels_that_are_left():
 
 def test_nothing_factorized_is_nothing_changed():
     old, _, _, fresh, *_ = switched("chain")
-    assert_close(transfer(old, PARAMS, PARAMS), old, rtol=0)
-    same = transfer(old, PARAMS, PARAMS, moments="reset", optimizer=CHAINS["chain"])
+    assert_close(transfer_opt_state(old, PARAMS, PARAMS), old, rtol=0)
+    same = transfer_opt_state(old, PARAMS, PARAMS, moments="reset", optimizer=CHAINS["chain"])
     assert_close(same, old, rtol=0)
-    assert_close(transfer(fresh, THIN, THIN), fresh, rtol=0)  # nor what had factors before
+    assert_close(
+        transfer_opt_state(fresh, THIN, THIN), fresh, rtol=0
+    )  # nor what had factors before
 
 
 REFUSED = {
@@ -162,8 +164,8 @@ REFUSED = {
 def test_what_is_not_known_is_refused_and_can_be_reset(field):
     state = jax.eval_shape(REFUSED[field].init, PARAMS)
     with pytest.raises(ValueError, match=f"`opt_state` has '{field}' of .*`optimizer`"):
-        jax.eval_shape(transfer, state, PARAMS, THIN)
-    reset = functools.partial(transfer, moments="reset", optimizer=REFUSED[field])
+        jax.eval_shape(transfer_opt_state, state, PARAMS, THIN)
+    reset = functools.partial(transfer_opt_state, moments="reset", optimizer=REFUSED[field])
     fresh = jax.eval_shape(REFUSED[field].init, THIN)
     assert jax.eval_shape(reset, state, PARAMS, THIN) == fresh
 
@@ -171,4 +173,4 @@ def test_what_is_not_known_is_refused_and_can_be_reset(field):
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_a_kernel_that_a_mask_leaves_out_needs_the_optimizer(name):
     with pytest.raises(ValueError, match=r"leaves out '.*kernel'.* Give `optimizer`"):
-        transfer(switched(name)[0], PARAMS, THIN)
+        transfer_opt_state(switched(name)[0], PARAMS, THIN)

@@ -1,0 +1,64 @@
+"""Updates of kernels by path, and the steps at which a transform rewrites them."""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PyTree
+
+from rmtjax.planning import map_kernels, path_name
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises an error if a number is not an integer of at least `least`, unless it is traced."""
+    if isinstance(value, jax.Array):
+        return  # injected by `optax.inject_hyperparams`
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"`{name}` must be an integer number of steps, got {value!r}.")
+    if operator.index(value) < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def is_due(
+    step: Int[Array, ""], every: Int[ArrayLike, ""], start: Int[ArrayLike, ""]
+) -> Bool[Array, ""]:
+    """Returns True at the steps `start`, `start + every`, ...; 0 as `start` stands for `every`."""
+    return jnp.asarray((step > 0) & (step >= start) & ((step - start) % every == 0))
+
+
+def is_placeholder(params: PyTree) -> bool:
+    """Returns True for the tree with which `optax.tree.map_params` asks for a state."""
+    # It stands for any tree. optax maps a state by the structure that `init` returns for it, so
+    # that a dictionary without kernels would not fit. The type is private; `optax.masked` uses it.
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
+def moving_kernels(updates: PyTree, params: PyTree, find, known: Mapping[str, Any]):
+    """Returns what `find(params)` has for each kernel that has an update, and these updates.
+
+    Raises:
+      ValueError: `params` is None, or has a kernel that is not `known` to the state.
+    """
+    if params is None:
+        raise ValueError(
+            "`params` must be given to `update`: pruning depends on where the updates land. Call "
+            "`optimizer.update(updates, state, params)`."
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    by_path = {path_name(key): leaf for key, leaf in leaves}
+    kernels = {path: kernel for path, kernel in find(params).items() if path in by_path}
+    unknown = min(kernels.keys() - known.keys(), default=None)
+    if unknown is not None:
+        raise ValueError(
+            f"`params` has the kernel {unknown!r}, which is not in the state. Call "
+            "`optimizer.init(params)` again, or choose the same kernels as before by `where`."
+        )
+    return kernels, {path: by_path[path] for path in kernels}
+
+
+def replaced(updates: PyTree, new: Mapping[str, Array]) -> PyTree:
+    """Returns the updates with new ones at some paths; all others are the same objects."""
+    return map_kernels(lambda path, _: new[path], updates, new)
