@@ -80,7 +80,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       ...     print(f"{name} {value:.3g}")
       rank/Dense_0/kernel 1
       signal/Dense_0/kernel 1
-      threshold/Dense_0/kernel 3.55
+      threshold/Dense_0/kernel 3.76
       distance/Dense_0/kernel 0.0409
       removed/Dense_0/kernel 0.493
     """

@@ -146,7 +146,7 @@ def prune_spectrum(
 
     Examples:
       >>> import jax, optax, rmtjax
-      >>> params = {"Dense_0": {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}}
+      >>> params = {"Dense_0": {"kernel": 1 + jax.random.normal(jax.random.key(0), (80, 60))}}
       >>> optimizer = optax.chain(
       ...     optax.sgd(0.1, momentum=0.9),
       ...     rmtjax.prune_spectrum(every=2, keep=optax.linear_schedule(0.5, 0.0, 100)),
