@@ -115,7 +115,7 @@ def check_tree(params: PyTree) -> None:
 
 
 def _from_mask(mask: PyTree, params: PyTree) -> Callable[[str, Any], bool]:
-    """Returns the choice that a tree of booleans makes, of the structure of `params` or a prefix."""
+    """Returns the choice of a tree of booleans with the structure of `params`, or a prefix."""
     spread = lambda chosen, tree: jax.tree.map(lambda _: chosen, tree, is_leaf=is_factors)
     try:
         chosen = leaves_by_path(jax.tree.map(spread, mask, params))

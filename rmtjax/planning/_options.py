@@ -47,7 +47,7 @@ class PlanOptions:
     the command line take the same ones.
     """
 
-    rule: ranks.RankRule = ranks.bema()  # counts the signal directions of a spectrum
+    rule: ranks.RankRule = ranks.bema()  # noqa: RUF009 - frozen. Counts the signal directions of a spectrum
     keep: float = 0.0  # share of the other directions that stay, in [0, 1]
     shrink: Shrink | None = None  # changes the singular values that stay
     where: Where | None = None  # chooses leaves; None: those that Flax's layers multiply by

@@ -1,37 +1,33 @@
-"""A matrix as a thin product."""
+"""Singular value decomposition of a matrix or a product, and products of few directions."""
 
 import operator
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, to_stack
 from rmtjax._sharding import by_compiler, merged_sharding
-from rmtjax.spectra._spectrum import check_matrix, each, lift
-
-_product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+from rmtjax.spectra._spectrum import check_matrix, each, lift, matmul
 
 
-def _svd_of_product(left: Float[Array, "*batch m r"], right: Float[Array, "*batch r n"]):
-    """The decomposition of `left @ right` from that of a matrix of at most r by r.
+def _svd_ofmatmul(left: Float[Array, "*batch m r"], right: Float[Array, "*batch r n"]):
+    """Decomposes `left @ right` by the decomposition of a matrix of at most r by r.
 
     With left = Q R and right^T = P T the product is Q (R T^T) P^T, and costs O((m + n) r^2).
     """
     q, r = jnp.linalg.qr(left)
     p, t = jnp.linalg.qr(right.mT)
-    u, s, vt = jnp.linalg.svd(_product(r, t.mT), full_matrices=False)
-    return _product(q, u), s, _product(vt, p.mT)
+    u, s, vt = jnp.linalg.svd(matmul(r, t.mT), full_matrices=False)
+    return matmul(q, u), s, matmul(vt, p.mT)
 
 
 def svd(matrix: Float[Array, "*batch m n"] | Factors) -> tuple[Array, Array, Array]:
-    """Thin singular value decomposition in float32 at least; s is NaN where not finite.
+    """Returns the thin decomposition (u, s, vt) in float32 at least; s is NaN if not finite.
 
-    Of factors, that of their product, with as many directions as their rank allows.
+    For factors it is that of their product, with as many directions as their rank allows.
     """
     return by_compiler(_svd, matrix)
 
@@ -40,33 +36,33 @@ def _svd(matrix):
     if jax.tree.leaves(matrix)[0].ndim > 2:
         return each(_svd, matrix)
     lifted = jax.tree.map(lift, matrix)
-    # LAPACK may loop for long, or stop, on what is not finite.
+    # LAPACK may loop for long, or stop, on NaN and infinity.
     checks = [jnp.isfinite(a).all(axis=(-2, -1)) for a in jax.tree.leaves(lifted)]
     finite = checks[0] & checks[-1]
     safe = jax.tree.map(lambda a: jnp.where(finite[..., None, None], a, 0), lifted)
     if is_factors(safe):
-        u, s, vt = _svd_of_product(*safe)
+        u, s, vt = _svd_ofmatmul(*safe)
     else:
         u, s, vt = jnp.linalg.svd(safe, full_matrices=False)
     return u, jnp.where(finite[..., None], s, jnp.nan), vt
 
 
 def compose(u, s, vt, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
-    """The product of the first `rank` directions; the rank may be traced: it is a mask."""
+    """Returns the product of the first `rank` directions. The rank may be traced: it is a mask."""
     kept = jnp.where(jnp.arange(s.shape[-1]) < rank, s, 0)
-    return _product(u * kept[..., None, :], vt)
+    return matmul(u * kept[..., None, :], vt)
 
 
 @jax.custom_jvp
 def project(u, s, vt, matrices, rank: Int[Array, ""] | int) -> Float[Array, "*batch m n"]:
-    """The product of the first `rank` singular directions of matrices, of which these are some.
+    """Returns the product of the first `rank` directions of matrices, of which only some are given.
 
-    Its derivative is that of a truncation to first order in the values that are cut, relative to
-    those that stay; u, s and vt have none.
+    Its derivative is that of a truncation, to first order in the values that are cut over those
+    that stay. u, s and vt have no derivative.
     """
     del s, vt
     u = jnp.where(jnp.arange(u.shape[-1]) < rank, u, 0)
-    return _product(u, _product(u.mT, matrices))
+    return matmul(u, matmul(u.mT, matrices))
 
 
 @project.defjvp
@@ -76,18 +72,18 @@ def _project_jvp(primals, tangents):
     kept = jnp.arange(s.shape[-1]) < rank
     u, vt = jnp.where(kept, u, 0), jnp.where(kept[:, None], vt, 0)
     inverse = 1 / jnp.where(kept, s, jnp.inf)[..., None]
-    left, right, cut = _product(u.mT, tangent), _product(tangent, vt.mT), matrices - lower
+    left, right, cut = matmul(u.mT, tangent), matmul(tangent, vt.mT), matrices - lower
     # With the coefficients s_i^2 and s_i s_j, over s_i^2 - s_j^2, of kept i and cut j.
-    same = _product(u, left) + _product(right - _product(u, _product(left, vt.mT)), vt)
-    crossed = _product(_product(cut, left.mT), inverse * vt)
-    crossed += _product((inverse * u.mT).mT, _product(right.mT, cut))
+    same = matmul(u, left) + matmul(right - matmul(u, matmul(left, vt.mT)), vt)
+    crossed = matmul(matmul(cut, left.mT), inverse * vt)
+    crossed += matmul((inverse * u.mT).mT, matmul(right.mT, cut))
     return lower, same + crossed
 
 
 def split(u, s, vt) -> Factors:
-    """Directions as factors: half of each value to each, so that they train alike.
+    """Returns directions as factors. Each gets the root of each value, so that both train alike.
 
-    Of matrices, or with the axes of a kernel: s has those of the batch and the rank.
+    s has the batch axes and the rank; u and vt may have several axes of inputs and outputs.
     """
     root = jnp.sqrt(s)
     left = u * jnp.expand_dims(root, tuple(range(s.ndim - 1, u.ndim - 1)))
@@ -100,14 +96,14 @@ def shrink_values(
     variance: Float[ArrayLike, "*batch"],
     shape: tuple[int, int],
 ) -> Float[Array, "*batch k"]:
-    r"""$\sqrt n\, \sigma\, \eta(s / (\sqrt n\, \sigma), \gamma)$ for matrices of a shape."""
+    r"""Returns $\sqrt n\, \sigma\, \eta(s / (\sqrt n\, \sigma), \gamma)$ for sides `shape`."""
     scale = jnp.sqrt(max(shape) * jnp.asarray(variance, s.dtype))[..., None]
     return scale * shrink(s / scale, jnp.asarray(min(shape) / max(shape), s.dtype))
 
 
 def check_rank(rank: int, shape: tuple[int, ...]) -> int:
-    """The rank as a Python integer: it is a shape."""
-    rank = operator.index(rank)  # refuses a float, and a value traced by jit
+    """Returns the rank as a Python integer, since it becomes a shape."""
+    rank = operator.index(rank)  # raises for a float, and for a value traced by jit
     if not 1 <= rank <= min(shape):
         raise ValueError(f"`rank` must be in [1, {min(shape)}], got {rank}.")
     return rank
@@ -116,15 +112,15 @@ def check_rank(rank: int, shape: tuple[int, ...]) -> int:
 def truncate_matrix(
     matrix: Float[ArrayLike, "m n"], rank: Int[Array, ""] | int
 ) -> Float[Array, "m n"]:
-    """The nearest matrix of rank `rank` in Frobenius norm, of the same shape and dtype.
+    """Returns the nearest matrix of rank `rank` in Frobenius norm, of the same shape and dtype.
 
     Args:
       matrix: Real matrix of any floating dtype.
       rank: Number of singular values kept, at least 0; may be traced by `jit`.
 
     Raises:
-      ValueError: `matrix` is no matrix, or `rank` is negative.
-      TypeError: `rank` is no integer, or `matrix` is not floating.
+      ValueError: `matrix` does not have two axes, or `rank` is negative.
+      TypeError: `rank` is not an integer, or `matrix` is not floating.
 
     Examples:
       >>> import jax, jax.numpy as jnp, rmtjax
@@ -143,7 +139,7 @@ def truncate_matrix(
 
 
 def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
-    """The two thin factors of the nearest matrix of rank `rank`.
+    """Returns the two thin factors of the nearest matrix of rank `rank`.
 
     `left = U_r sqrt(S_r)` of shape (m, r) and `right = sqrt(S_r) V_r^T` of shape (r, n).
     They hold `r (m + n)` numbers: fewer than the matrix if `r < m n / (m + n)`.
@@ -156,7 +152,7 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
       `Factors(left, right)` in the dtype of the matrix.
 
     Raises:
-      ValueError: `matrix` is no matrix, or `rank` is out of range.
+      ValueError: `matrix` does not have two axes, or `rank` is out of range.
       TypeError: `rank` is a float or traced, or `matrix` is not floating.
 
     Examples:
@@ -177,11 +173,11 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
 
 
 def multiply(factors: Factors) -> Float[Array, "..."]:
-    """The dense kernel that `factors` stand for, batch axes first."""
+    """Returns the dense kernel that `factors` stand for, batch axes first."""
     return by_compiler(_multiply, factors, out=merged_sharding(*factors, factored_axes(factors)))
 
 
 def _multiply(factors: Factors) -> Float[Array, "..."]:
     left, right = to_stack(factors, factored_axes(factors))
-    product = _product(lift(left), lift(right))
+    product = matmul(lift(left), lift(right))
     return product.astype(left.dtype).reshape(kernel_shape(factors))

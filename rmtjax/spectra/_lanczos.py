@@ -1,8 +1,8 @@
-r"""The spectrum of a large matrix without its decomposition, at a cost of O(n^2).
+r"""The spectrum of a large matrix in O(n^2), by block Lanczos quadrature from random probes.
 
-A block Lanczos iteration from random probes finds what stands out of the bulk by itself, and by
-the quadrature that belongs to it the distribution of the rest; the trace, which is known, sets
-the scale of that. In the place of the eigenvalues of the bulk stand its quantiles.
+The iteration finds the eigenvalues that stand out of the bulk. Its quadrature estimates the
+distribution of the others, and the trace, which is known, sets their scale. Quantiles of that
+distribution replace the eigenvalues of the bulk.
 
 References:
   Golub and Welsch, Math. Comp. 23 (1969) 221-230. Ubaru, Chen and Saad, SIAM J. Matrix Anal.
@@ -10,7 +10,6 @@ References:
   (2021), https://arxiv.org/abs/2105.06595.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,15 +18,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from rmtjax._types import Spectrum
-from rmtjax.spectra._spectrum import aspect_ratio, lift
+from rmtjax.spectra._spectrum import aspect_ratio, lift, matmul
 
 _STEPS = 16
-# Numbers drawn: quantiles are off by some 1 / sqrt(_DRAWN), whatever the size of the matrix.
+# Random numbers: quantiles are off by some 1 / sqrt(_DRAWN), whatever the size of the matrix.
 _DRAWN = 2**17
 _FEWEST = 16
-# Residual, relative to its eigenvalue, of a direction that is found.
+# Relative residual below which an eigenvalue counts as exact: it is then off by its square.
 _RESIDUAL = 0.003
-_product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 class Estimate(NamedTuple):
@@ -43,13 +41,12 @@ class Estimate(NamedTuple):
 
 
 def num_probes(size: int) -> int:
-    """Columns of a block."""
+    """Returns the number of columns of a block."""
     return max(_DRAWN // size // 8 * 8, _FEWEST)
 
 
-def pays(shape: tuple[int, ...]) -> bool:
-    """Whether the iteration spans so little of the space that it is cheaper than all of it."""
-    size = min(shape)
+def lanczos_pays(size: int) -> bool:
+    """Returns True if the iteration spans a quarter of the short side at most."""
     return 4 * _STEPS * num_probes(size) <= size
 
 
@@ -61,26 +58,26 @@ class _State(NamedTuple):
 
 
 def _lanczos(long: Float[Array, "n p"], start: Float[Array, "p s"]) -> _State:
-    """The Gram matrix over n in the Krylov space of the blocks, whose basis stays orthonormal."""
+    """Projects the Gram matrix over n on the Krylov space of a block, with an orthonormal basis."""
     (rows, size), width = long.shape, start.shape[1]
     total = _STEPS * width
-    # On CPU each product with a transpose would transpose anew, which takes longer than the rest.
+    # On CPU, XLA transposes anew for each product, which takes longer than the product.
     stored = lambda long: lax.optimization_barrier(long.T)
     transpose = lax.platform_dependent(long, cpu=stored, default=lambda long: long.T)
 
     def without(basis, block):
-        inside = _product(basis.T, block)
-        return block - _product(basis, inside), inside
+        inside = matmul(basis.T, block)
+        return block - matmul(basis, inside), inside
 
     def step(i, state):
         at = i * width
         basis = lax.dynamic_update_slice(state.basis, state.block, (0, at))
-        image = _product(transpose, _product(long, state.block)) / rows
-        # Twice, or rounding would bring back what has been found.
+        image = matmul(transpose, matmul(long, state.block)) / rows
+        # Orthogonalized twice: rounding would bring back directions that were removed.
         image, first = without(basis, image)
         image, second = without(basis, image)
         block, beyond = jnp.linalg.qr(image)
-        # Where nothing is left its columns are any: not again those of the basis.
+        # If nothing is left, QR fills in any columns. They must not repeat the basis.
         block, _ = jnp.linalg.qr(without(basis, block)[0])
         projected = lax.dynamic_update_slice(state.projected, first + second, (0, at))
         return _State(basis, projected, block, beyond)
@@ -97,10 +94,10 @@ def _lanczos(long: Float[Array, "n p"], start: Float[Array, "p s"]) -> _State:
 
 
 def _quadrature(values, weights, width: int):
-    """Singular values of the bulk, ascending, and the share that lies below each.
+    """Returns singular values of the bulk, ascending, and the share below each.
 
-    The values of a block lie in as many groups as there were steps, with nothing between them. At
-    their middles the distribution function is known far better than in between, where it is smooth.
+    The Ritz values form one group for each step. The distribution function is known best at the
+    middle of each group, and is smooth in between.
     """
     values, weights = values[::-1].reshape(-1, width), weights[::-1].reshape(-1, width)
     total = weights.sum(axis=1)
@@ -116,10 +113,10 @@ def _quadrature(values, weights, width: int):
 
 
 def _fill(values, weights, found, trace, size: int, width: int):
-    """All eigenvalues, descending: those found, and the quantiles of the others."""
+    """Returns all eigenvalues, descending: those found, and quantiles for the others."""
     own, count = jnp.where(found, values, 0), jnp.sum(found)
     rest = jnp.where(found, 0, weights)
-    # None is left where a few values are all that there is.
+    # A matrix of low rank has nothing besides the values found.
     nodes, below = _quadrature(values, jnp.where(jnp.sum(rest) > 0, rest, 1 - found), width)
     ranks = jnp.arange(size - 1, -1, -1)
     bulk = jnp.interp((ranks + 0.5) / (size - count), below, nodes) ** 2
@@ -133,12 +130,12 @@ def _iterate(matrix: Float[Array, "m n"]) -> tuple[Float[Array, " p"], Int[Array
     rows, columns = matrix.shape
     long = matrix if rows >= columns else matrix.T
     size = long.shape[1]
-    # The same probes every time: a number that is printed can be printed again.
+    # A fixed key: the same matrix gives the same numbers each time.
     start = jax.random.normal(jax.random.key(0), (size, num_probes(size)), long.dtype)
     state, width = _lanczos(long, start), start.shape[1]
     values, vectors = jnp.linalg.eigh(state.projected)
     values, vectors = values[::-1], vectors[:, ::-1]
-    residuals = jnp.linalg.norm(_product(state.beyond, vectors[-width:]), axis=0)
+    residuals = jnp.linalg.norm(matmul(state.beyond, vectors[-width:]), axis=0)
     found = jnp.cumprod(residuals <= _RESIDUAL * values) == 1
     found &= jnp.arange(len(found)) < len(found) // 2
     weights = jnp.sum(vectors[:width] ** 2, axis=0)
@@ -146,17 +143,17 @@ def _iterate(matrix: Float[Array, "m n"]) -> tuple[Float[Array, " p"], Int[Array
     return _fill(values, weights, found, trace, size, width), jnp.sum(found, dtype=jnp.int32)
 
 
-def estimate(matrix: Float[Array, "m n"]) -> Estimate:
-    r"""The spectrum of a matrix of which `pays` says so; NaN where the matrix is not finite.
+def estimated_spectrum(matrix: Float[Array, "m n"]) -> Estimate:
+    r"""Estimates the spectrum of a matrix for which `lanczos_pays`; NaN if it is not finite.
 
-    In each step the matrix is read twice, for all probes. An eigenvalue that is found lies below
-    its own by at most $r^2 / g$, r its residual and g what separates it from the next: for those
-    5 % above the edge by 0.02 %, and in practice by rounding. The quantiles of the bulk scatter by
+    Each step reads the matrix twice, for all probes. An eigenvalue that is found is too small by
+    at most $r^2 / g$, r its residual and g its distance from the next: 5 % above the edge by
+    0.02 %, and in practice by rounding. The quantiles of the bulk scatter by
     0.2 % around one factor that is off by as much; their mean is exact.
     """
     lifted = lift(matrix)
     size = min(matrix.shape)
-    # A branch, for which the matrix is not copied.
+    # A branch, and not a mask: the matrix is not copied for it.
     nothing = lambda: (jnp.full(size, jnp.nan, lifted.dtype), jnp.zeros((), jnp.int32))
     finite = jnp.isfinite(lifted).all()
     eigenvalues, num_found = lax.cond(finite, lambda: _iterate(lifted), nothing)

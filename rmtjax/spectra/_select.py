@@ -1,6 +1,28 @@
-"""Chooses how spectra and singular vectors are found: the only file that does."""
+"""Chooses how spectra and singular vectors are found. No other file of the package chooses.
 
-from collections.abc import Iterator, Mapping
+Conditions are tried from top to bottom. p is the short side, n the long one, r the rank.
+
+| for | condition | algorithm | file | cost |
+|---|---|---|---|---|
+| spectra | p >= `exact_below`, Lanczos spans p / 4 | block Lanczos | `_lanczos` | n p |
+| | on the host: see below | Gram matrix and its eigenvalues, LAPACK | `_lapack` | n p^2 |
+| | divided over devices, not float64 | Gram matrix there, LAPACK here | `_sharded` | n p^2 |
+| | else: accelerators, float64, factors, tracers | QR and SVD in XLA | `_svd` | n p^2 |
+| vectors | divided over devices, not float64 | Gram matrix there, LAPACK here | `_sharded` | n p^2 |
+| | on the host, r small and p >= 1000 | subspace iteration, then Gram | `_lapack` | n p r |
+| | on the host, else | eigenvectors of the Gram matrix, LAPACK | `_lapack` | n p^2 |
+| | else, r small and p >= 1000 | subspace iteration, then SVD | `_svd` | n p r |
+| | else | QR and SVD in XLA | `_svd` | n p^2 |
+| truncation | on the host, r over p / 2 | subtract the other directions | `_lapack` | n p^2 |
+| pruning step | one matrix, known noise, p >= 1000 | iteration above it | `_svd` | n p r |
+| | else | eigenvectors of the Gram matrix in XLA | `_svd` | n p^2 |
+
+A kernel is on the host if it is a NumPy array or stored on CPU devices, whole in this process, in
+32 bits or less, and JAX's default device is a CPU. XLA's `eigh` and `svd` on CPU take three times
+as long as LAPACK on a Gram matrix. In float64, squares would lose the small values.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,141 +30,261 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jax import lax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
 
-from rmtjax._axes import Factors, from_matrices, MatrixView, to_stack
-from rmtjax._sharding import by_compiler, fetch
+from rmtjax._axes import Factors, KernelAxes, MatrixView
+from rmtjax._sharding import by_compiler, constrain, fetch, mesh_of, typed_sharding
 from rmtjax._types import Spectrum
-from rmtjax.spectra._directions import first_directions
-from rmtjax.spectra._factors import multiply, svd
-from rmtjax.spectra._host_directions import host_directions, host_without_last
-from rmtjax.spectra._host_spectra import host_spectra
-from rmtjax.spectra._lanczos import estimate, pays
-from rmtjax.spectra._sharded import is_spread, sharded_spectra
-from rmtjax.spectra._sharded_directions import sharded_directions, sharded_product, short_vectors
-from rmtjax.spectra._spectrum import each, spectrum
-from rmtjax.spectra._values import on_host
+from rmtjax.spectra import _lapack, _sharded, _svd
+from rmtjax.spectra._factors import compose, project
+from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
+from rmtjax.spectra._spectrum import lift
+from rmtjax.spectra._subspace_iteration import block_size, iteration_pays, Leading, leading_above
+
+Views = Mapping[str, MatrixView]
 
 
 class Values(NamedTuple):
+    """The spectra of a kernel, whatever computed them.
+
+    Attributes:
+      spectrum: NumPy arrays with a leading axis for the matrices of a stack, in float32 at least.
+        Of factors it is that of their product, with zeros up to the short side.
+      num_exact: How many of the largest eigenvalues are those of the matrix. The others are
+        estimated quantiles of its bulk.
+    """
+
     spectrum: Spectrum
     num_exact: Int[np.ndarray, " stack"]
 
 
 class Directions(NamedTuple):
+    """The first singular triplets of a kernel, whatever computed them, in the axes of factors.
+
+    Attributes:
+      u: Left vectors, (*batch, *inputs, r), in float32 at least.
+      s: Singular values, (*batch, r), descending; NaN where a matrix is not finite.
+      vt: Right vectors, (*batch, r, *outputs).
+    """
+
     u: Any
     s: Any
     vt: Any
 
 
-def is_eager() -> bool:
+def _is_eager() -> bool:
+    """Returns True if no program is traced. A kernel may be a constant of one."""
     return not isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
-def _spectrum_of(matrix) -> Spectrum:
-    if not isinstance(matrix, Factors):
-        return spectrum(matrix)
-    sides = matrix.left.shape[0], matrix.right.shape[1]
-    _, s, _ = svd(matrix)
-    eigenvalues = jnp.pad(s**2 / max(sides), (0, min(sides) - len(s)))
-    return Spectrum(eigenvalues, jnp.asarray(min(sides) / max(sides), s.dtype))
-
-
-@partial(jax.jit, static_argnums=1)
-def _compiled(kernel, axes):
-    return by_compiler(lambda kernel: each(_spectrum_of, to_stack(kernel, axes)), kernel)
-
-
-@partial(jax.jit, static_argnums=1)
-def _estimated(kernel, axes):
-    return by_compiler(lambda kernel: jax.lax.map(estimate, to_stack(kernel, axes)), kernel)
-
-
-def estimated_spectra(views: Mapping[str, MatrixView], exact_below: int) -> dict[str, Values]:
-    found = {}
-    for path, view in views.items():
-        if not view.is_factored and view.short >= exact_below and pays((view.rows, view.columns)):
-            found[path] = Values(*fetch(_estimated(view.leaf, view.axes)))
-    return found
-
-
-def spectra(views: Mapping[str, MatrixView]) -> dict[str, Values]:
-    pair = lambda paths: {path: (views[path].leaf, views[path].axes) for path in paths}
-    here = [p for p, v in views.items() if not v.is_factored and on_host(v.leaf)]
-    spread = [
-        p for p, v in views.items() if p not in here and not v.is_factored and is_spread(v.leaf)
-    ]
-    found = host_spectra(pair(here), lambda path, own: own) | sharded_spectra(pair(spread))
-    for path, view in views.items():
-        if path not in found:
-            found[path] = fetch(_compiled(jax.tree.map(jnp.asarray, view.leaf), view.axes))
-    full = lambda spectrum: np.full(len(spectrum.ratio), spectrum.eigenvalues.shape[-1], np.int32)
-    return {path: Values(found[path], full(found[path])) for path in views}
-
-
-def _by_host(view: MatrixView) -> bool:
-    if view.is_factored or not (on_host(view.leaf) and jax.default_backend() == "cpu"):
+def _on_host(view: MatrixView) -> bool:
+    """Returns True if NumPy reads the kernel without moving it, and squares do not lose it."""
+    leaf = view.leaf
+    if view.is_factored or isinstance(leaf, jax.core.Tracer) or view.dtype.itemsize >= 8:
         return False
-    return getattr(view.leaf, "is_fully_addressable", True) and is_eager()
+    if not isinstance(leaf, jax.Array):  # NumPy's, or still in a file
+        return jax.default_backend() == "cpu"
+    whole = leaf.is_fully_replicated and bool(leaf.addressable_shards)
+    return whole and all(device.platform == "cpu" for device in leaf.devices())
 
 
-def _unfold(vectors, view: MatrixView) -> Directions:
-    u, s, vt = vectors
-    shape, (inputs, outputs, batch) = view.shape, view.axes
-    batch, inputs, outputs = ([shape[axis] for axis in group] for group in (batch, inputs, outputs))
-    rank = s.shape[-1]
-    return Directions(
-        u.reshape(*batch, *inputs, rank),
-        s.reshape(*batch, rank),
-        vt.reshape(*batch, rank, *outputs),
-    )
+def _is_divided(view: MatrixView) -> bool:
+    """Returns True for a kernel in parts on several devices, which may be squared."""
+    if view.is_factored or view.dtype.itemsize >= 8 or mesh_of(view.leaf) is None:
+        return False
+    return not view.leaf.is_fully_replicated
 
 
-def singular_vectors(
-    views: Mapping[str, MatrixView], ranks: Mapping[str, int]
-) -> Iterator[tuple[str, Directions]]:
-    divided = {
-        p: v for p, v in views.items() if not v.is_factored and is_spread(v.leaf) and is_eager()
+def _cut_by_host(view: MatrixView) -> bool:
+    """Returns True if the host finds singular vectors of a kernel."""
+    if not (_on_host(view) and jax.default_backend() == "cpu" and _is_eager()):
+        return False
+    # Several hosts would each round in their way, and the results would not be one array.
+    return getattr(view.leaf, "is_fully_addressable", True)
+
+
+def _cut_where_divided(view: MatrixView) -> bool:
+    return _is_divided(view) and _is_eager()
+
+
+@partial(jax.jit, static_argnames="axes")
+def _estimate(kernel, *, axes: KernelAxes):
+    matrices = lambda kernel: MatrixView("", kernel, axes).matrices()
+    return by_compiler(lambda kernel: lax.map(estimated_spectrum, matrices(kernel)), kernel)
+
+
+def estimated_spectra(views: Views, exact_below: int) -> dict[str, Values]:
+    """Returns estimates of the spectra of large kernels, where these are cheaper.
+
+    Args:
+      views: Kernels by path.
+      exact_below: Kernels with a shorter short side are left out.
+    """
+    large = {
+        path: view
+        for path, view in views.items()
+        if view.short >= exact_below and lanczos_pays(view.short) and not view.is_factored
     }
-    kernels = {path: (view.leaf, view.axes) for path, view in divided.items()}
-    for path, short in zip(divided, short_vectors(kernels, dict(ranks)), strict=True):
-        yield path, Directions(*sharded_directions(*kernels[path], short))
+    estimate = lambda view: fetch(_estimate(jnp.asarray(view.leaf), axes=view.axes))
+    return {path: Values(*estimate(view)) for path, view in large.items()}
+
+
+def _to_values(squared: np.ndarray, view: MatrixView) -> Spectrum:
+    """Returns the spectrum that belongs to squared singular values (stack, p)."""
+    dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
+    eigenvalues: Any = (np.maximum(squared, 0) / view.long).astype(dtype)
+    ratio: Any = np.full(view.stack, view.short / view.long, dtype)
+    return Spectrum(eigenvalues, ratio)
+
+
+def spectra(views: Views) -> dict[str, Values]:
+    """Returns the exact spectra of kernels by path."""
+    host = {path: view for path, view in views.items() if _on_host(view)}
+    divided = {p: view for p, view in views.items() if p not in host and _is_divided(view)}
+    rest = {p: view for p, view in views.items() if p not in host and p not in divided}
+    squared = _lapack.squared_singular_values(host) | _sharded.squared_singular_values(divided)
+    spectra = {path: _to_values(values, views[path]) for path, values in squared.items()}
+    spectra |= _svd.compiled_spectra(rest)
+    count = lambda spectrum: np.full(len(spectrum.ratio), spectrum.eigenvalues.shape[-1], np.int32)
+    return {path: Values(spectra[path], count(spectra[path])) for path in views}
+
+
+def _in_axes(vectors: tuple, view: MatrixView) -> Directions:
+    """Returns vectors of a stack of matrices in the axes of factors."""
+    u, s, vt = vectors
+    batch, inputs, outputs = (
+        [view.shape[axis] for axis in group]
+        for group in (view.axes.batch, view.axes.inputs, view.axes.outputs)
+    )
+    rank = s.shape[-1]
+    u, vt = u.reshape(*batch, *inputs, rank), vt.reshape(*batch, rank, *outputs)
+    return Directions(u, s.reshape(*batch, rank), vt)
+
+
+def _vectors_of_one(view: MatrixView, rank: int) -> Directions:
+    """Returns the first directions of a kernel that one process has whole."""
+    block = block_size(rank)
+    iterate = not view.is_factored and iteration_pays(block, (view.rows, view.columns))
+    if _cut_by_host(view):
+        return _in_axes(_lapack.directions(view, rank, block if iterate else None), view)
+    leaf = view.leaf
+    if not (view.is_factored or isinstance(leaf, jax.Array)):
+        leaf = jnp.asarray(np.asarray(leaf))  # read from its file
+    u, s, vt = _svd.directions(leaf, rank, axes=view.axes, block=block, iterate=iterate)
+    return _in_axes((u[..., :rank], s[..., :rank], vt[..., :rank, :]), view)
+
+
+def singular_vectors(views: Views, ranks: Mapping[str, int]) -> Iterator[tuple[str, Directions]]:
+    """Yields the path and the first `ranks[path]` singular triplets of each kernel.
+
+    One kernel at a time. Divided kernels come first, since the processes of a mesh decompose
+    several of them side by side.
+    """
+    divided = {path: view for path, view in views.items() if _cut_where_divided(view)}
+    for path, vectors in _sharded.directions(divided, ranks):
+        yield path, Directions(*vectors)
     for path, view in views.items():
-        if path in divided:
-            continue
-        if _by_host(view):
-            vectors = host_directions(lambda: view.leaf, view.axes, ranks[path])
-        else:
-            leaf = view.leaf
-            if not view.is_factored and not isinstance(leaf, jax.Array):
-                leaf = jnp.asarray(np.asarray(leaf))
-            vectors = first_directions(leaf, view.axes, ranks[path])
-        yield path, _unfold(vectors, view)
+        if path not in divided:
+            yield path, _vectors_of_one(view, ranks[path])
 
 
 def keeps_most(view: MatrixView, rank: int) -> bool:
-    return view.short / 2 < rank < view.short and _by_host(view)
+    """Returns True if a truncation is cheaper by the directions that it removes."""
+    return view.short / 2 < rank < view.short and _cut_by_host(view)
 
 
 def without_last(view: MatrixView, rank: int) -> Array:
-    dtype = jax.dtypes.canonicalize_dtype(view.dtype)
-    lower = jnp.asarray(host_without_last(lambda: view.leaf, view.axes, rank))
-    return view.from_matrices(lower).astype(dtype)
+    """Returns a kernel of which `keeps_most` is True less its directions after the first `rank`."""
+    lower = view.from_matrices(jnp.asarray(_lapack.without_last(view, rank)))
+    return lower.astype(jax.dtypes.canonicalize_dtype(view.dtype))
 
 
-@partial(jax.jit, static_argnames=("shape", "axes", "dtype"))
-def _dense(factors: Factors, shape, axes, dtype):
-    _, rows, columns = (
-        np.prod([shape[a] for a in group], dtype=int)
-        for group in (axes.batch, axes.inputs, axes.outputs)
-    )
-    rank = factors.left.shape[len(axes.batch) + len(axes.inputs)]
-    stack = Factors(factors.left.reshape(-1, rows, rank), factors.right.reshape(-1, rank, columns))
-    return from_matrices(multiply(stack), shape, axes).astype(dtype)
+@partial(jax.jit, static_argnames=("axes", "dtype", "sharding"))
+def _multiply(
+    factors: Factors, *, axes: KernelAxes, dtype: Any, sharding: NamedSharding | None
+) -> Array:
+    last = sum(map(len, axes))
+
+    def multiply(factors):
+        left, right = factors
+        operands = (
+            left,
+            [*axes.batch, *axes.inputs, last],
+            right,
+            [*axes.batch, last, *axes.outputs],
+        )
+        product = jnp.einsum(*operands, [*range(last)], precision=lax.Precision.HIGHEST)
+        product = product.astype(dtype)
+        return product if sharding is None else constrain(product, sharding.mesh, sharding.spec)
+
+    typed = typed_sharding(factors.left)
+    out = typed and sharding and NamedSharding(typed.mesh, sharding.spec)
+    return by_compiler(multiply, factors, out=out)
 
 
 def product(factors: Factors, view: MatrixView) -> Array:
+    """Returns the kernel that factors stand for, in the axes, the dtype and the sharding of one."""
     dtype = jax.dtypes.canonicalize_dtype(view.dtype)
-    if not view.is_factored and is_spread(view.leaf) and is_eager():
-        return sharded_product(*factors, axes=view.axes, dtype=dtype, sharding=view.leaf.sharding)
-    return _dense(factors, shape=view.shape, axes=view.axes, dtype=dtype)
+    sharding = view.leaf.sharding if _cut_where_divided(view) else None
+    return _multiply(factors, axes=view.axes, dtype=dtype, sharding=sharding)
+
+
+def _search(matrix: Float[Array, "m n"], floor, search, block: int) -> Leading:
+    """Returns the directions above a singular value; not converged if there is none to search."""
+    # No derivative goes through an iteration.
+    matrix, floor = lax.stop_gradient(matrix), lax.stop_gradient(floor)
+    finite = jnp.isfinite(matrix).all()
+    # `vmap` computes both branches, and an iteration on NaN would not end.
+    matrix = jnp.where(finite, matrix, 0)
+    run = lambda: leading_above(matrix, floor, block)
+    nothing = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))
+    return lax.cond((floor > 0) & search & finite, run, nothing)
+
+
+def truncate_by(
+    matrices: Float[Array, "b m n"],
+    rank_of: Callable[[Array, bool], tuple[Array, Any]],
+    floor: Float[Array, " b"],
+    search: Any,
+) -> tuple[Float[Array, "b m n"], Float[Array, "b p"], Any]:
+    """Truncates a stack to the rank that a function reads off its singular values.
+
+    For compiled programs. The derivative of a truncation by leading directions is that to first
+    order in the values that are cut over those that stay.
+
+    Args:
+      matrices: A stack.
+      rank_of: `rank_of(s, complete)` returns the rank and anything else that it knows, from
+        singular values (b, p), descending. If `complete` is False, only those above `floor` are
+        meaningful, and zeros stand at the end.
+      floor: The singular value of each matrix above which directions count; NaN if unknown.
+      search: Whether a search of the directions above `floor` alone may be enough. False, not
+        traced, if the rank depends on other values too.
+
+    Returns:
+      The truncated stack, the singular values, and what `rank_of` returned besides the rank.
+    """
+    matrices, size = lift(matrices), min(matrices.shape[1:])
+    # A tenth of the directions: more would cost as much as a decomposition.
+    block = size // 80 * 8
+
+    def by_all():
+        u, s, vt = _svd.gram_svd(matrices, floor)
+        rank, rest = rank_of(s, True)
+        return compose(u, s, vt, rank), s, rest
+
+    if search is False or len(matrices) > 1 or not iteration_pays(block, matrices.shape[1:]):
+        return by_all()
+    leading = _search(matrices[0], floor[0], search, block)
+    s = jnp.pad(leading.s, (0, size - block))[None]
+    rank, rest = rank_of(s, False)
+
+    def by_leading():
+        u, vt = leading.u[None], leading.vt[None]
+        return project(u, leading.s[None], vt, matrices, rank), s, rest
+
+    # Directions that stay without being above the floor have not been searched.
+    enough = leading.converged & (rank <= jnp.sum(leading.s > floor[0]))
+    return lax.cond(enough, by_leading, by_all)

@@ -1,9 +1,11 @@
-"""Kernels that are divided over several devices, of one process or of more: their Gram matrices.
+"""Spectra and singular vectors of kernels that are divided over devices, none of which is gathered.
 
-These are made without gathering a kernel, and the hosts decompose them in turn.
+The devices compute the Gram matrix of the shorter side, and the hosts decompose it in turn. The
+vectors of the longer side follow from the kernel where it is stored. All vectors keep the axes of
+the kernel: merging axes that are divided would gather them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,90 +13,80 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from rmtjax._axes import Kernel, KernelAxes, to_matrices
+from rmtjax._axes import Kernel, KernelAxes, MatrixView, to_matrices
 from rmtjax._sharding import by_compiler, constrain, mesh_of, specs, typed_sharding
-from rmtjax._types import Spectrum
-from rmtjax.spectra._values import eigenvalues, to_spectrum
+from rmtjax.spectra._lapack import eigenvalues, eigenvectors
+from rmtjax.spectra._spectrum import lift
 
-# Its name before jax 0.8.
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+# Its name before jax 0.8 was in `jax.experimental`.
 _x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
 
-Kernels = dict[str, tuple[Kernel, KernelAxes]]
-# Finds something in the Gram matrix of a kernel at a path, in the place of the matrix.
-Find = Callable[[str, np.ndarray], np.ndarray]
-# Room for what is found in a stack of them, (b, p), of a kernel at a path: zeros.
-Blank = Callable[[str, tuple[int, int]], np.ndarray]
+Views = Mapping[str, MatrixView]
+# Decomposes the Gram matrix of a kernel, in its memory.
+Find = Callable[[MatrixView, np.ndarray], np.ndarray]
 
 
-def is_spread(leaf: Any) -> bool:
-    """Whether a kernel is divided over devices, and may be squared: in float64 it may not.
-
-    Factors are thin, and need no care.
-    """
-    divided = mesh_of(leaf) is not None and not leaf.is_fully_replicated
-    return divided and leaf.dtype.itemsize < 8
-
-
-def _names(spec: Any) -> tuple[str, ...]:
-    """The axes of a mesh over which an axis of an array is divided."""
+def _axis_names(spec: Any) -> tuple[str, ...]:
+    """Returns the mesh axes over which an axis of an array is divided."""
     return () if spec is None else spec if isinstance(spec, tuple) else (spec,)
 
 
-def order_in_place(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> KernelAxes:
-    """The axes in an order in which those of a side merge in place: with a divided one first."""
+def _divided_first(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> KernelAxes:
+    """Returns axes in an order in which those of a side merge without moving data."""
     spec = specs(sharding, kernel.ndim)
-    divided_first = lambda group: tuple(sorted(group, key=lambda axis: spec[axis] is None))
-    return KernelAxes(divided_first(axes.inputs), divided_first(axes.outputs), axes.batch)
+    order = lambda group: tuple(sorted(group, key=lambda axis: spec[axis] is None))
+    return KernelAxes(order(axes.inputs), order(axes.outputs), axes.batch)
 
 
 def _merged(spec: list[Any], group: tuple[int, ...]) -> Any:
-    """Over what axes are divided that have merged, in the order above."""
+    """Returns the division of axes that have merged, in the order above."""
     divided = [spec[axis] for axis in group if spec[axis] is not None]
-    # Of two that are divided a device has rows here and there: no division has a name for it.
+    # If two are divided, a device has scattered rows, which no `PartitionSpec` describes.
     return PartitionSpec.UNCONSTRAINED if len(divided) > 1 else next(iter(divided), None)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Array, "b p p"]:
-    """A^T A of each matrix of a kernel, in float64; a stack stays divided as it was.
+    """Returns A^T A of each matrix of a kernel, in float64; a stack stays divided as it was.
 
-    The axes of the sides are in the order of `order_in_place`, which is free for a spectrum.
-    Each device has a part of the rows of a matrix with more rows than columns, and adds the square
-    of its own: what is moved is the kernel, once, and what is summed has p columns and rows.
+    Each device takes a part of the rows of a matrix with more rows than columns, and adds the
+    square of its part. The kernel is moved once, and the sums have the short side only.
     """
     spec = specs(sharding, kernel.ndim)
-    order = order_in_place(kernel, axes, sharding)
+    # The order of the axes within a side does not change the spectrum.
+    order = _divided_first(kernel, axes, sharding)
     stack = spec[axes.batch[0]] if len(axes.batch) == 1 else None
-    rest = tuple(name for name in sharding.mesh.axis_names if name not in _names(stack))
+    rest = tuple(name for name in sharding.mesh.axis_names if name not in _axis_names(stack))
     parts = int(np.prod([sharding.mesh.shape[name] for name in rest]))
-
-    batch, *own = (_merged(spec, group) for group in (axes.batch, *order[:2]))
-    lie = lambda array, places: constrain(array, sharding.mesh, (batch, *places))
-    split = lambda array, rows: constrain(array, sharding.mesh, (stack, rows, None))
+    batch, *sides = (_merged(spec, group) for group in (axes.batch, *order[:2]))
+    as_stored = lambda array, places: constrain(array, sharding.mesh, (batch, *places))
+    by_rows = lambda array, rows: constrain(array, sharding.mesh, (stack, rows, None))
 
     def square(kernel):
         matrices = to_matrices(kernel, order)
-        long, places = matrices, own
+        long, places = matrices, sides
         if matrices.shape[1] < matrices.shape[2]:
-            long, places = matrices.mT, own[::-1]
-        fill = -long.shape[1] % parts  # with rows of zeros, which add nothing
-        # Where it lies, or the compiler would gather it to divide it anew.
-        long = jnp.pad(lie(long, places), ((0, 0), (0, fill), (0, 0)))
-        long = split(lie(long, places), rest).astype(jnp.float64)
-        return split(jnp.matmul(long.mT, long), None)
+            long, places = matrices.mT, sides[::-1]
+        missing = -long.shape[1] % parts  # rows of zeros, which add nothing
+        # Constrained before and after padding. Otherwise the compiler gathers the kernel.
+        long = jnp.pad(as_stored(long, places), ((0, 0), (0, missing), (0, 0)))
+        long = by_rows(as_stored(long, places), rest).astype(jnp.float64)
+        return by_rows(jnp.matmul(long.mT, long), None)
 
     typed = typed_sharding(kernel)
     out = typed and NamedSharding(typed.mesh, PartitionSpec(stack))
     return by_compiler(square, kernel, out=out)
 
 
-def _own(gram: Array, turn: int) -> Iterator[tuple[Any, list[np.ndarray]]]:
-    """Which matrices of a stack this process is to decompose, copied to the host.
+def _share(gram: Array, turn: int) -> Iterator[tuple[Any, list[np.ndarray]]]:
+    """Yields the matrices of a stack that this process decomposes, with their index.
 
-    Of those devices that have the same ones it is the turn of another for each kernel.
+    Devices with the same ones take turns from kernel to kernel.
     """
     shards = gram.addressable_shards
     replicas = gram.sharding.num_devices * shards[0].data.size // gram.size
@@ -103,59 +95,127 @@ def _own(gram: Array, turn: int) -> Iterator[tuple[Any, list[np.ndarray]]]:
             yield shard.index[0], list(np.asarray(shard.data))
 
 
-def _together(found: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """What was found, in every process of a mesh: each part in one, and zero elsewhere."""
+def _sum_over_processes(results: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Returns results of which each process has a part, and zeros elsewhere, in every process."""
     devices = list(mesh.devices.flat)
     processes = [device.process_index for device in devices]
     if len(set(processes)) == 1:
-        return found
+        return results
     first = processes.index(jax.process_index())
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    own = lambda index: (found if index[0].start == first else np.zeros_like(found))[None]
-    shape = (len(devices), *found.shape)
-    parts = jax.make_array_from_callback(shape, sharding, own)
-    whole = NamedSharding(mesh, PartitionSpec())
-    total = jax.jit(partial(jnp.sum, axis=0), out_shardings=whole)(parts)
+    part = lambda index: (results if index[0].start == first else np.zeros_like(results))[None]
+    parts = jax.make_array_from_callback((len(devices), *results.shape), sharding, part)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    total = jax.jit(partial(jnp.sum, axis=0), out_shardings=replicated)(parts)
     return np.asarray(total.addressable_data(0))
 
 
-def _decompose(kernels: Kernels, find: Find, blank: Blank) -> Iterator[tuple[str, np.ndarray]]:
-    """What is found in some kernels, of which each process decomposes its share meanwhile."""
-    waiting = []
-    for turn, (path, (kernel, axes)) in enumerate(kernels.items()):
-        placed: Any = kernel
-        gram = _gram(placed, axes, placed.sharding)
-        # One at a time: what others decompose is not kept.
-        waiting.append((path, gram.shape[:2], list(_own(gram, turn))))
-    for path, shape, own in waiting:
-        found = blank(path, shape)
-        for index, matrices in own:  # copied, as they are decomposed in their place
-            found[index] = [find(path, np.array(matrix, order="F")) for matrix in matrices]
-        yield path, found
+def _decompose(views: Views, find: Find, blank: Callable) -> dict[str, np.ndarray]:
+    """Returns what `find` makes of the Gram matrices, decomposed by the processes side by side."""
+    waiting = {}
+    for turn, (path, view) in enumerate(views.items()):
+        gram = _gram(view.leaf, view.axes, view.leaf.sharding)
+        # Only this process's share is kept, so that one Gram matrix at a time is on the devices.
+        waiting[path] = (gram.shape[0], list(_share(gram, turn)))
+    results = {}
+    for path, (stack, shares) in waiting.items():
+        result = blank(views[path], stack)
+        for index, matrices in shares:  # copied, since they are overwritten
+            decomposed = [find(views[path], np.array(matrix, order="F")) for matrix in matrices]
+            result[index] = decomposed
+        results[path] = _sum_over_processes(result, mesh_of(views[path].leaf))
+    return results
 
 
-def in_turns(kernels: Kernels, find: Find, blank: Blank) -> Iterator[tuple[str, np.ndarray]]:
-    """What is found in the Gram matrices of kernels on meshes of devices, in their order.
+def _in_turns(views: Views, find: Find, blank: Callable) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields what `find` makes of the Gram matrix of each kernel, in their order.
 
-    As many kernels at a time as a mesh has processes, of which each decomposes its share. Every
-    process of a mesh must call it, with the same kernels, and has the same from it.
+    As many kernels at a time as a mesh has processes. Every process of a mesh must call it with
+    the same kernels, and gets the same results.
     """
-    paths = list(kernels)
+    paths = list(views)
     while paths:
-        devices = mesh_of(kernels[paths[0]][0]).devices.flat
+        devices = mesh_of(views[paths[0]].leaf).devices.flat
         count = len({device.process_index for device in devices})
-        now, paths = {path: kernels[path] for path in paths[:count]}, paths[count:]
-        with _x64(True):  # and not while others use what is found
-            decomposed = _decompose(now, find, blank)
-            found = [(path, _together(own, mesh_of(now[path][0]))) for path, own in decomposed]
-        yield from found
+        batch, paths = {path: views[path] for path in paths[:count]}, paths[count:]
+        with _x64(True):  # off again while the results are used
+            results = _decompose(batch, find, blank)
+        yield from results.items()
 
 
-def sharded_spectra(kernels: Kernels) -> dict[str, Spectrum]:
-    """The spectra of kernels on meshes of devices, as NumPy arrays with a leading axis.
+def squared_singular_values(views: Views) -> dict[str, np.ndarray]:
+    """Returns the squared singular values of divided kernels, (stack, p), descending."""
+    blank = lambda view, stack: np.zeros((stack, view.short))
+    values = _in_turns(views, lambda view, gram: eigenvalues(gram), blank)
+    return {path: ascending[:, ::-1] for path, ascending in values}
 
-    By Gram matrices in float64, which the hosts decompose in turn; as accurate as
-    `rmtjax._host_spectra`, and as little meant for float64 kernels.
+
+def _with_axes(vectors: np.ndarray, view: MatrixView) -> np.ndarray:
+    """Returns vectors (b, p, r) of the shorter side with its axes, (*batch, *side, r)."""
+    order = _divided_first(view.leaf, view.axes, view.leaf.sharding)
+    side = 1 if view.rows >= view.columns else 0
+    stored, wanted = order[side], view.axes[side]
+    sizes = [view.shape[axis] for axis in (*view.axes.batch, *stored)]
+    first, last = len(view.axes.batch), len(sizes)
+    moved = [first + stored.index(axis) for axis in wanted]
+    return vectors.reshape(*sizes, -1).transpose(*range(first), *moved, last)
+
+
+def _normalize(long: Array, rows: tuple[int, ...]) -> tuple[Array, Array]:
+    """Returns vectors over their norms, and the norms; a zero vector stays zero."""
+    # Relative to the largest entry, so that no square overflows or underflows in float32.
+    most = jnp.max(jnp.abs(long), axis=rows, keepdims=True)
+    scaled = long / jnp.where(most > 0, most, 1)
+    norms = jnp.sqrt(jnp.sum(scaled**2, axis=rows, keepdims=True))
+    return scaled / jnp.where(norms > 0, norms, jnp.inf), jnp.squeeze(most * norms, rows)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _longer(kernel: Kernel, short: Array, axes: KernelAxes, sharding: NamedSharding):
+    """Returns the directions A v / s of the longer side, divided as the kernel, and s."""
+    last, tall = (
+        kernel.ndim,
+        short.shape[len(axes.batch) : -1] == tuple(kernel.shape[axis] for axis in axes.outputs),
+    )
+    side, other = (axes.inputs, axes.outputs) if tall else (axes.outputs, axes.inputs)
+    spec = specs(sharding, last)
+    places = *(spec[axis] for axis in (*axes.batch, *side)), None
+    rows = tuple(range(len(axes.batch), len(places) - 1))
+
+    def find(kernel, short):
+        # In the axes of the kernel: each device multiplies its part, and the sums are thin.
+        operands = lift(kernel), [*range(last)], short, [*axes.batch, *other, last]
+        long = _einsum(*operands, [*axes.batch, *side, last])
+        vectors, values = _normalize(constrain(long, sharding.mesh, places), rows)
+        return constrain(vectors, sharding.mesh, places), constrain(values, sharding.mesh, ())
+
+    typed = typed_sharding(kernel)
+    out = typed and (NamedSharding(typed.mesh, PartitionSpec(*places)), None)
+    return by_compiler(find, kernel, short, out=out)
+
+
+def _place(short: np.ndarray, view: MatrixView) -> Array:
+    """Places vectors of the shorter side on the devices of a kernel, divided as its axes are."""
+    side = view.axes.outputs if view.rows >= view.columns else view.axes.inputs
+    spec = specs(view.leaf.sharding, view.leaf.ndim)
+    places = PartitionSpec(*(spec[axis] for axis in (*view.axes.batch, *side)), None)
+    # `device_put` compares what processes have, and finds that NaN is not NaN.
+    sharding = NamedSharding(view.leaf.sharding.mesh, places)
+    return jax.make_array_from_callback(short.shape, sharding, lambda index: short[index])
+
+
+def directions(views: Views, ranks: Mapping[str, int]) -> Iterator[tuple[str, tuple]]:
+    """Yields the path and the first singular directions (u, s, vt) of each kernel, in float32.
+
+    In the axes of factors: (*batch, *inputs, r), (*batch, r) and (*batch, r, *outputs). u and vt
+    are divided as factors of the kernel, s is replicated. NaN where not finite.
     """
-    found = in_turns(kernels, lambda _, gram: eigenvalues(gram), lambda _, shape: np.zeros(shape))
-    return {path: to_spectrum(values[:, ::-1], *kernels[path]) for path, values in found}
+    ranked = {id(view): ranks[path] for path, view in views.items()}
+    find = lambda view, gram: eigenvectors(gram, 0, ranked[id(view)])
+    blank = lambda view, stack: np.zeros((stack, view.short, ranked[id(view)]), np.float32)
+    for path, vectors in _in_turns(views, find, blank):
+        view = views[path]
+        short = _place(_with_axes(vectors, view), view)
+        long, values = _longer(view.leaf, short, view.axes, view.leaf.sharding)
+        u, v = (long, short) if view.rows >= view.columns else (short, long)
+        yield path, (u, values, jnp.moveaxis(v, -1, len(view.axes.batch)))

@@ -1,4 +1,4 @@
-"""Exact spectra of matrices."""
+"""The exact spectrum of a matrix by QR and singular value decomposition, values only."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +13,12 @@ from jaxtyping import Array, Float, PyTree
 from rmtjax._sharding import by_compiler
 from rmtjax._types import Spectrum
 
+# The default precision on accelerators rounds the operands, which a spectrum would show.
+matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
 
 def check_matrix(name: str, matrix: Float[Array, "m n"]) -> None:
-    """Refuses what `jnp.linalg.svd` would take for something else, or not at all."""
+    """Raises an error for arrays that `jnp.linalg.svd` would take for a batch, or not at all."""
     if matrix.ndim != 2:
         raise ValueError(
             f"`{name}` needs a matrix, got shape {matrix.shape}. Reshape a convolution "
@@ -31,12 +34,12 @@ def check_matrix(name: str, matrix: Float[Array, "m n"]) -> None:
 
 
 def lift(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """In float32 at least: no LAPACK works in bfloat16, and no spectrum survives it."""
+    """Returns an array in float32 at least: LAPACK has no bfloat16, nor would it do."""
     return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
 
 
 def aspect_ratio(matrix: Float[Array, "*batch m n"]) -> Float[Array, ""]:
-    r"""$\gamma = p / n$, the shorter side over the longer."""
+    r"""Returns $\gamma = p / n$, the shorter side over the longer."""
     *_, rows, columns = matrix.shape
     ratio = min(rows, columns) / max(rows, columns)
     return jnp.asarray(ratio, jnp.promote_types(matrix.dtype, jnp.float32))
@@ -45,33 +48,31 @@ def aspect_ratio(matrix: Float[Array, "*batch m n"]) -> Float[Array, ""]:
 def from_singular_values(
     singular_values: Float[Array, "*batch p"], matrix: Float[Array, "*batch m n"]
 ) -> Spectrum:
-    """The spectrum of `matrix`, whose singular values are known, descending."""
+    """Returns the spectrum of a matrix from its singular values, descending."""
     eigenvalues = singular_values**2 / max(matrix.shape[-2:])
     return Spectrum(eigenvalues=eigenvalues, ratio=aspect_ratio(matrix))
 
 
 def each(function: Callable[[Any], Any], stack: PyTree) -> PyTree:
-    """Applies a decomposition to each matrix of a stack, of arrays with a leading axis.
-
-    Not at once on CPU: there LAPACK's calls for a stack wait for one another in XLA's own
-    threads, and two stacks in a program may wait for ever.
-    """
+    """Applies a decomposition to each matrix of a stack, of arrays with a leading axis."""
     if len(jax.tree.leaves(stack)[0]) == 1:
-        found = function(jax.tree.map(lambda array: array[0], stack))
-        return jax.tree.map(lambda array: array[None], found)
+        result = function(jax.tree.map(lambda array: array[0], stack))
+        return jax.tree.map(lambda array: array[None], result)
+    # On CPU, LAPACK's calls for a stack wait for one another in XLA's threads. Two stacks in one
+    # program may wait for ever. So matrices are decomposed one after another there.
     one_by_one = lambda stack: lax.map(function, stack)
     return lax.platform_dependent(stack, cpu=one_by_one, default=jax.vmap(function))
 
 
-# One and the same function for `lax.map`, which would compile a new one each time.
+# Made once: `lax.map` compiles again for each new function.
 _triangle_of = partial(jnp.linalg.qr, mode="r")
 
 
 def triangle(matrix: Float[Array, "m n"]) -> Float[Array, "n n"]:
-    """R of the decomposition A = Q R, with the singular values and right vectors of A.
+    """Returns R of A = Q R, which has the singular values and right vectors of A.
 
-    That of the triangles of some equal parts of the rows, one by one, is that of the whole:
-    one part is copied at a time.
+    It is the triangle of the stacked triangles of equal parts of the rows. So one part is copied
+    at a time.
     """
     rows, columns = matrix.shape
     most = min(16, max(rows // (2 * columns), 1))
@@ -83,14 +84,14 @@ def triangle(matrix: Float[Array, "m n"]) -> Float[Array, "n n"]:
 
 
 def _core(matrix: Float[Array, "m n"]) -> Float[Array, "k k2"]:
-    """A smaller matrix with the same singular values: the triangle of a long one."""
+    """Returns a smaller matrix with the same singular values: the triangle of a long one."""
     rows, columns = matrix.shape
     long = matrix.T if rows < columns else matrix
     return triangle(long) if len(long) >= 2 * min(rows, columns) else matrix
 
 
 def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
-    r"""The empirical spectral density of a matrix.
+    r"""Returns the empirical spectral density of a matrix.
 
     $\lambda_k = s_k^2 / n$ for the singular values $s_1 \ge \dots \ge s_p$ of the matrix,
     $n$ the longer and $p$ the shorter of its sides. A matrix and its transpose have the
@@ -105,8 +106,8 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
       of NaN.
 
     Raises:
-      ValueError: `matrix` has not two axes, or no entries.
-      TypeError: `matrix` is not of a real floating dtype.
+      ValueError: `matrix` does not have two axes, or has no entries.
+      TypeError: The dtype of `matrix` is not real and floating.
 
     Examples:
       >>> import jax, rmtjax
@@ -125,8 +126,8 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
 def _spectrum(matrix: Float[Array, "m n"]) -> Spectrum:
     matrix = lift(matrix)
     finite = jnp.isfinite(matrix).all()
-    # The decomposition may loop for long, or stop, on what is not finite; the triangle does not.
+    # The decomposition may loop for long, or stop, on NaN or infinity; the triangle does not.
     safe = jnp.where(finite, _core(matrix), 0)
-    # Full matrices are not returned, but room is made for them.
+    # Memory for full matrices would be allocated even though only values are returned.
     values = jnp.linalg.svd(safe, full_matrices=False, compute_uv=False)
     return from_singular_values(jnp.where(finite, values, jnp.nan), matrix)

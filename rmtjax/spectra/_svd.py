@@ -1,0 +1,181 @@
+"""Singular value decompositions and spectra in compiled programs, on any device."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from rmtjax._axes import Factors, is_factors, KernelAxes, MatrixView, to_stack
+from rmtjax._sharding import by_compiler, fetch, in_shares, mesh_of, replicating_mesh
+from rmtjax._types import Spectrum
+from rmtjax.spectra._factors import svd
+from rmtjax.spectra._spectrum import each, lift, matmul, spectrum, triangle
+from rmtjax.spectra._subspace_iteration import leading
+
+Vectors = tuple[Array, Array, Array]  # (u, s, vt)
+# Times the root of the machine's precision: the share of the largest singular value down to which
+# squares distinguish values. There they are off by 0.1 %, about as much as neighbours in a bulk.
+_CLEAR = 32
+
+
+def _svd_of_long(matrix: Float[Array, "m n"], count: int) -> Vectors:
+    """Returns the first directions of a matrix with more rows than columns.
+
+    The triangle R of A = Q R has the singular values and the right vectors V of A, and A V S^-1
+    are its left ones. Neither Q nor the long vectors that are cut are formed.
+    """
+    _, s, vt = svd(triangle(matrix))
+    s, vt = s[:count], vt[:count]
+    # A zero direction has no left vector, and needs none.
+    return matmul(matrix, vt.T / jnp.where(s > 0, s, jnp.inf)[None]), s, vt
+
+
+def _first(matrix: Float[Array, "m n"], count: int) -> Vectors:
+    """Returns the first directions by a decomposition that has them all."""
+    rows, columns = matrix.shape
+    if rows < columns:
+        u, s, vt = _first(matrix.T, count)
+        return vt.T, s, u.T
+    if rows >= 2 * columns:
+        return _svd_of_long(matrix, count)
+    u, s, vt = svd(matrix)
+    return u[:, :count], s[:count], vt[:count]
+
+
+def _leading_or_first(matrix: Float[Array, "m n"], rank, block: int) -> Vectors:
+    """Returns the first directions by iteration; by a decomposition if it does not converge."""
+    (rows, columns), dtype = matrix.shape, matrix.dtype
+
+    def iterate():
+        result = leading(matrix, rank, block)
+        iterated = lambda: (result.u, result.s, result.vt)
+        return lax.cond(result.converged, iterated, lambda: _first(matrix, block))
+
+    def nothing():
+        u, vt = jnp.zeros((rows, block), dtype), jnp.zeros((block, columns), dtype)
+        return u, jnp.full((block,), jnp.nan, dtype), vt
+
+    # A branch, and not a mask: the matrix is not copied for it.
+    return lax.cond(jnp.isfinite(matrix).all(), iterate, nothing)
+
+
+# The rank is traced, so that all ranks with one block size share a program.
+@partial(jax.jit, static_argnames=("axes", "block", "iterate"))
+def directions(kernel, rank, *, axes: KernelAxes, block: int, iterate: bool) -> Vectors:
+    """Returns the first `block` singular directions of each matrix; s is NaN if not finite.
+
+    Args:
+      kernel: An array or `Factors`, whose product is never formed.
+      rank: Directions that must be right; may be traced.
+      axes: What makes the kernel a stack of matrices.
+      block: Number of directions returned, more than `rank`.
+      iterate: Try subspace iteration first.
+    """
+
+    def find(kernel):
+        stack = to_stack(kernel, axes)
+        if isinstance(stack, Factors):
+            return svd(stack)
+        stack = lift(stack)
+        if not iterate:
+            return each(partial(_first, count=block), stack)
+        # `vmap` would compute both branches.
+        return lax.map(partial(_leading_or_first, rank=rank, block=block), stack)
+
+    return by_compiler(find, kernel)
+
+
+def _by_squares(matrix: Float[Array, "m n"]) -> Vectors:
+    """Decomposes a finite matrix by the eigenvectors of the Gram matrix of its shorter side.
+
+    With A A^T = U L U^T, for no more rows than columns, the rows of U^T A are s_k v_k. Their
+    lengths are the singular values, and more exact than the roots of L. Where squares distinguish
+    values, they are off by the rounding of s_1, as by an SVD of A. Elsewhere they are off by a few
+    eps s_1^2 in their squares, and the rows of vt are not orthogonal. U always is.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, vt = _by_squares(matrix.T)
+        return vt.T, s, u.T
+    scale = jnp.maximum(jnp.abs(matrix).max(), jnp.finfo(matrix.dtype).tiny)
+    matrix = matrix / scale  # no square overflows or underflows
+    _, u = jnp.linalg.eigh(matmul(matrix, matrix.T), symmetrize_input=False)
+    rows = matmul(u.T, matrix)
+    s = jnp.linalg.norm(rows, axis=1)
+    # Lengths that differ by less than the rounding of L come in no order.
+    order = jnp.argsort(s, descending=True)
+    s = s[order]
+    vt = rows[order] / jnp.where(s > 0, s, jnp.inf)[:, None]
+    return u[:, order], s * scale, vt
+
+
+def gram_svd(matrices: Float[Array, "b m n"], floor: Float[Array, " b"]) -> Vectors:
+    r"""Returns thin singular value decompositions by Gram matrices, cheaper than by `svd`.
+
+    Eigenvectors of the Gram matrix distinguish values whose squares differ by more than
+    $\epsilon s_1^2$: in float32 down to a ninetieth of the largest value. If a matrix needs less,
+    the whole stack is decomposed by `svd` as well.
+
+    Args:
+      matrices: A stack; s is NaN for one that is not finite.
+      floor: The singular value of each down to which directions must be distinguished. NaN stands
+        for the median: the bulk is to be fitted.
+    """
+    matrices = lift(matrices)
+    # LAPACK may loop for long, or stop, on what is not finite.
+    finite = jnp.isfinite(matrices).all(axis=(1, 2))
+    u, s, vt = each(_by_squares, jnp.where(finite[:, None, None], matrices, 0))
+    floor = jnp.where(jnp.isnan(floor), s[:, s.shape[1] // 2], floor)
+    clear = floor >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[:, 0]
+    vectors = u, jnp.where(finite[:, None], s, jnp.nan), vt
+    return lax.cond(jnp.any(finite & ~clear), lambda: svd(matrices), lambda: vectors)
+
+
+def _spectrum_of(matrix) -> Spectrum:
+    """Returns the spectrum of a matrix, or of the product of two factors, which is not formed."""
+    if not is_factors(matrix):
+        return spectrum(matrix)
+    sides = matrix.left.shape[0], matrix.right.shape[1]
+    _, s, _ = svd(matrix)
+    eigenvalues = jnp.pad(s**2 / max(sides), (0, min(sides) - len(s)))
+    return Spectrum(eigenvalues, jnp.asarray(min(sides) / max(sides), s.dtype))
+
+
+@partial(jax.jit, static_argnames=("axes", "mesh"))
+def _stacked_spectra(kernels: list, *, axes: tuple[KernelAxes, ...], mesh: Any) -> Spectrum:
+    """Returns the spectra of kernels with sides in common as one stack."""
+
+    def find(kernels):
+        stacks = [to_stack(kernel, own) for kernel, own in zip(kernels, axes, strict=True)]
+        joined = stacks[0]  # a single kernel may be large, and is not copied
+        if len(stacks) > 1:
+            joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
+        find = partial(each, _spectrum_of)
+        # Each device of a mesh on which the kernels are replicated takes a share.
+        return find(joined) if mesh is None else in_shares(find, joined, mesh)
+
+    return by_compiler(find, kernels)
+
+
+def compiled_spectra(views: Mapping[str, MatrixView]) -> dict[str, Spectrum]:
+    """Returns the spectra of kernels as NumPy arrays, those of one shape in one program."""
+    groups: dict[tuple, list[str]] = {}
+    for path, view in views.items():
+        arrays = jax.tree.leaves(view.leaf)
+        program = (view.rows, view.columns, view.rank, *(array.dtype for array in arrays))
+        groups.setdefault((*program, *map(mesh_of, arrays)), []).append(path)
+    spectra = {}
+    for paths in groups.values():
+        kernels = [jax.tree.map(jnp.asarray, views[path].leaf) for path in paths]
+        axes = tuple(views[path].axes for path in paths)
+        mesh = replicating_mesh(kernels)
+        joined = fetch(_stacked_spectra(kernels, axes=axes, mesh=mesh))
+        ends = np.cumsum([views[path].stack for path in paths])
+        for path, last in zip(paths, ends.tolist(), strict=True):
+            first = last - views[path].stack
+            spectra[path] = Spectrum(*(array[first:last] for array in joined))
+    return spectra
