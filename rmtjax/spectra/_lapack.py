@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from rmtjax._axes import MatrixView, to_matrices
+from rmtjax._axes import KernelAxes, MatrixView, to_matrices
 from rmtjax.spectra._spectrum import lift
 from rmtjax.spectra._subspace_iteration import leading
 
@@ -147,8 +147,12 @@ def _chunks(views: Mapping[str, MatrixView]) -> list[tuple[int, list[tuple[str, 
 def squared_singular_values(views: Mapping[str, MatrixView]) -> dict[str, np.ndarray]:
     """Returns the squared singular values of kernels as arrays (stack, p), descending."""
 
+    # Before the pool: a leaf may run code of its own when it becomes an array.
+    arrays = {path: np.asarray(view.leaf) for path, view in views.items()}
+
     def decompose(places: list[tuple[str, int]], find: Callable) -> np.ndarray:
-        talls = {path: _talls(views[path]) for path, _ in places}
+        # In the pool: of some layouts the matrices are copies, and are dropped after their turn.
+        talls = {path: _talls(arrays[path], views[path].axes) for path, _ in places}
         return _squared_values([talls[path][index] for path, index in places], find)
 
     chunks = _chunks(views)
@@ -169,9 +173,9 @@ def _stack_of(view: MatrixView) -> np.ndarray:
     return to_matrices(np.asarray(view.leaf), view.axes)
 
 
-def _talls(view: MatrixView) -> np.ndarray:
+def _talls(kernel: np.ndarray, axes: KernelAxes) -> np.ndarray:
     """Returns the matrices of a kernel, with no fewer rows than columns; usually as views."""
-    stack = _stack_of(view)
+    stack = to_matrices(kernel, axes)
     return stack if stack.shape[1] >= stack.shape[2] else stack.mT
 
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from rmtjax._axes import Kernel, KernelAxes, MatrixView, to_matrices
+from rmtjax._axes import Kernel, KernelAxes, matrix_shape, MatrixView, to_matrices
 from rmtjax._sharding import by_compiler, constrain, mesh_of, specs, typed_sharding
 from rmtjax.spectra._lapack import eigenvalues, eigenvectors
 from rmtjax.spectra._spectrum import lift
@@ -173,20 +173,18 @@ def _normalize(long: Array, rows: tuple[int, ...]) -> tuple[Array, Array]:
 @partial(jax.jit, static_argnums=(2, 3))
 def _longer(kernel: Kernel, short: Array, axes: KernelAxes, sharding: NamedSharding):
     """Returns the directions A v / s of the longer side, divided as the kernel, and s."""
-    last, tall = (
-        kernel.ndim,
-        short.shape[len(axes.batch) : -1] == tuple(kernel.shape[axis] for axis in axes.outputs),
-    )
+    _, rows, columns = matrix_shape(kernel.shape, axes)
+    last, tall = kernel.ndim, rows >= columns
     side, other = (axes.inputs, axes.outputs) if tall else (axes.outputs, axes.inputs)
     spec = specs(sharding, last)
     places = *(spec[axis] for axis in (*axes.batch, *side)), None
-    rows = tuple(range(len(axes.batch), len(places) - 1))
+    long_axes = tuple(range(len(axes.batch), len(places) - 1))
 
     def find(kernel, short):
         # In the axes of the kernel: each device multiplies its part, and the sums are thin.
         operands = lift(kernel), [*range(last)], short, [*axes.batch, *other, last]
         long = _einsum(*operands, [*axes.batch, *side, last])
-        vectors, values = _normalize(constrain(long, sharding.mesh, places), rows)
+        vectors, values = _normalize(constrain(long, sharding.mesh, places), long_axes)
         return constrain(vectors, sharding.mesh, places), constrain(values, sharding.mesh, ())
 
     typed = typed_sharding(kernel)

@@ -29,7 +29,9 @@ from helpers.devices_trees import (
     RULE,
     SPECS,
 )
-from rmtjax.planning import _cut, _measure
+from rmtjax._axes import MatrixView
+from rmtjax.planning import leaves_by_path
+from rmtjax.spectra import _select, _svd, spectra
 from rmtjax.spectra._sharded import _x64
 
 
@@ -76,8 +78,7 @@ def check_cuts(place):
         actions = {row.action for row in plan.values()}
         assert actions == {"truncate", "factorize"}, str(plan)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_cut, "first_directions", None)  # which gathers
-            patch.setattr(_cut, "host_directions", None)
+            patch.setattr(_select, "_vectors_of_one", None)  # which gathers
             lower, thin = (change(placed, plan) for change in (rmtjax.truncate, rmtjax.factorize))
         assert_placed(lower, placed)
         assert_close(lower, rmtjax.truncate(params, plan))
@@ -131,23 +132,18 @@ def check_shares(place):
     params |= {"stack": {"kernel": planted(11, 64, 56)}}
     placed = jax.tree.map(lambda leaf: place(leaf, P()), params)
     dense = {f"{name}/kernel": MATRIX for name in params if name != "stack"}
-    given = {"axes": AXES | dense, "rule": RULE}
-    wanted, sizes = rmtjax.plan(params, **given), []
-
-    def each(function, stack):
-        if function is _measure._spectrum_of:
-            sizes.append(len(stack))
-        return spectrum_each(function, stack)
-
-    spectrum_each = _measure.each
+    axes = AXES | dense
+    views = lambda tree: {
+        path: MatrixView(path, leaf, axes[path]) for path, leaf in leaves_by_path(tree).items()
+    }
+    wanted, sizes, each = spectra(views(params)), [], _svd.each
+    spy = lambda function, stack: (sizes.append(len(stack)), each(function, stack))[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_measure, "on_host", lambda _: False)
-        patch.setattr(_measure, "each", each)
-        found = rmtjax.plan(placed, **given)
-    assert str(found) == str(wanted)
-    for path, row in wanted.items():
-        own = found[path].spectrum
-        np.testing.assert_allclose(own.eigenvalues, row.spectrum.eigenvalues, rtol=1e-4, atol=1e-5)
+        patch.setattr(_svd, "each", spy)
+        results = _svd.compiled_spectra(views(placed))
+    for path, values in wanted.items():
+        expected = values.spectrum.eigenvalues
+        np.testing.assert_allclose(results[path].eigenvalues, expected, rtol=1e-4, atol=1e-5)
     # Of five that are alike and of one, and of a stack of eleven: eight devices have so many.
     assert sorted(sizes) == [1, 1, 2]
     print("shares")

@@ -63,7 +63,7 @@ ROOM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from rmtjax import KernelAxes
-from rmtjax._sharded import _gram, _x64
+from rmtjax.spectra._sharded import _gram, _x64
 
 mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
 dense, conv = KernelAxes((0,), (1,)), KernelAxes((0, 1, 2), (3,))
@@ -104,7 +104,9 @@ CUT_ROOM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from rmtjax import KernelAxes
-from rmtjax._sharded_directions import _longer, sharded_product
+from rmtjax import Factors
+from rmtjax.spectra._select import _multiply
+from rmtjax.spectra._sharded import _longer
 
 mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
 dense, conv = KernelAxes((0,), (1,)), KernelAxes((0, 1, 2), (3,))
@@ -127,8 +129,8 @@ for axes, shape, spec in (
     short = lie(*axes.batch, *(axes.outputs if tall else axes.inputs), None)
     programs = (
         _longer.lower(kernel, short, axes, kernel.sharding),
-        sharded_product.lower(
-            left, right, axes=axes, dtype=jnp.dtype("float32"), sharding=kernel.sharding
+        _multiply.lower(
+            Factors(left, right), axes=axes, dtype=jnp.dtype("float32"), sharding=kernel.sharding
         ),
     )
     for program in programs:

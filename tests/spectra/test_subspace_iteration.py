@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from rmtjax._axes import KernelAxes
-from rmtjax.spectra import _subspace_iteration
-from rmtjax.spectra._directions import first_directions
-from rmtjax.spectra._subspace_iteration import block_size, leading, leading_above, pays
+from rmtjax.spectra import _svd
+from rmtjax.spectra._subspace_iteration import block_size, iteration_pays, leading, leading_above
 
 MATRIX, STACK = KernelAxes((0,), (1,)), KernelAxes((1,), (2,), (0,))
 
 
-@pytest.fixture(autouse=True)
-def small_matrices_too(monkeypatch):
-    """Matrices of 300 are iterated as those of 1,000 are, whose references take seconds."""
-    monkeypatch.setattr(_subspace_iteration, "_MIN_SIDE", 256)
+def first_directions(kernel, axes, rank):
+    """The first directions by iteration, of smaller matrices than those for which it pays."""
+    options = {"axes": axes, "block": block_size(rank), "iterate": True}
+    u, s, vt = _svd.directions(jnp.asarray(kernel), rank, **options)
+    return u[..., :rank], s[..., :rank], vt[..., :rank, :]
 
 
 def spiked(shape, values, seed=0, dtype: type = np.float32):
@@ -53,7 +53,6 @@ def test_spikes_are_those_of_the_decomposition(shape):
     matrix = spiked(shape, np.linspace(200, 60, 9))
     # Rounding of float32, over the gap between the last spike and the bulk: 20 eps / 0.1.
     assert_leads(matrix, 9, rtol=3e-5)
-    assert pays(block_size(9), shape) == (max(shape) < 600)
     found = [part[0] for part in first_directions(matrix, MATRIX, 9)]
     assert_leads(matrix, 9, 3e-5, found)
 
@@ -90,14 +89,6 @@ def test_values_of_any_rank_and_clusters_are_no_trouble():
     assert_leads(equal, 4, rtol=3e-5)
 
 
-def test_what_does_not_converge_is_decomposed(monkeypatch):
-    monkeypatch.setattr(_subspace_iteration, "_MAX_WORK", 0)
-    matrix = spiked((301, 299), [200, 100, 60])  # a shape that nobody else has compiled
-    assert not leading(jnp.asarray(matrix), 3, block_size(3)).converged
-    found = [part[0] for part in first_directions(matrix, MATRIX, 3)]
-    assert_leads(matrix, 3, 3e-5, found)
-
-
 def test_what_cannot_converge_gives_up_and_is_decomposed():
     # The values differ by less than their rounding: any direction is as good as another.
     rng = np.random.default_rng(0)
@@ -130,10 +121,14 @@ def test_one_program_serves_the_ranks_of_a_block(caplog):
             assert block_size(rank) == 16
             first_directions(matrix, MATRIX, rank)
     assert not [line for line in caplog.messages if "directions" in line]
-    # All directions, or nearly, are not iterated.
-    assert not pays(block_size(100), (300, 300))
-    assert not pays(16, (200, 250))
-    assert not pays(16, (300, 3000))
+
+
+@pytest.mark.parametrize("shape", [(1000, 1000), (1500, 1000), (1000, 1500)])
+def test_few_directions_of_a_large_matrix_are_iterated(shape):
+    assert iteration_pays(16, shape)
+    assert not iteration_pays(104, shape)  # over a tenth
+    assert not iteration_pays(16, (999, 1000))  # too small to be worth compiling
+    assert not iteration_pays(16, (1000, 2000))  # long, and decomposed by its triangle
 
 
 @settings(max_examples=12, deadline=None)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rmtjax import prune_spectrum
-from rmtjax.spectra import _gram
+from rmtjax.spectra import _svd
 from rmtjax.spectra._factors import compose, svd
-from rmtjax.spectra._gram import directions
+from rmtjax.spectra._svd import gram_svd
 
 BULK = jnp.full(1, jnp.nan)  # the bulk matters, too
 
@@ -39,7 +39,7 @@ def check(matrix, found, eps, rounding=20):
 @pytest.mark.parametrize("shape", [(60, 60), (60, 200), (200, 60), (1, 50)])
 def test_as_numpy_in_float64(shape, jit):
     matrix = noisy(shape, [5.0, 3.0][: min(shape)]).astype(np.float32)
-    find = jax.jit(directions) if jit else directions
+    find = jax.jit(gram_svd) if jit else gram_svd
     found = jax.tree.map(lambda a: a[0], find(jnp.asarray(matrix)[None], BULK))
     check(matrix.astype(np.float64), found, np.finfo(np.float32).eps)
 
@@ -47,20 +47,20 @@ def test_as_numpy_in_float64(shape, jit):
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_of_any_scale(scale):
     matrix = (scale * noisy((60, 80), [4.0])).astype(np.float32)
-    found = jax.tree.map(lambda a: a[0], directions(jnp.asarray(matrix)[None], BULK))
+    found = jax.tree.map(lambda a: a[0], gram_svd(jnp.asarray(matrix)[None], BULK))
     check(matrix.astype(np.float64), found, np.finfo(np.float32).eps)
 
 
 def test_in_float64():
     matrix = noisy((60, 80), [4.0])
     with jax.enable_x64(True):
-        found = directions(jnp.asarray(matrix)[None], BULK)
+        found = gram_svd(jnp.asarray(matrix)[None], BULK)
         check(matrix, jax.tree.map(lambda a: a[0], found), np.finfo(np.float64).eps)
 
 
 def test_lifts_bfloat16():
     matrix = jnp.asarray(noisy((60, 80), [4.0]), jnp.bfloat16)
-    found = jax.tree.map(lambda a: a[0], directions(matrix[None], BULK))
+    found = jax.tree.map(lambda a: a[0], gram_svd(matrix[None], BULK))
     assert {a.dtype for a in found} == {jnp.dtype("float32")}
     check(np.asarray(matrix, np.float64), found, np.finfo(np.float32).eps)
 
@@ -69,7 +69,7 @@ def test_lifts_bfloat16():
 def test_a_bulk_that_is_fitted_is_never_blurred(strength):
     """By squares alone the strongest would drown it: 1e-7 of their square is more than its own."""
     matrix = noisy((200, 250), [strength]).astype(np.float32)
-    _, s, _ = directions(jnp.asarray(matrix)[None], BULK)
+    _, s, _ = gram_svd(jnp.asarray(matrix)[None], BULK)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     # Of the quantiles of the bulk, which a fit compares; its least values are off by rounding.
     rounding = 20 * np.finfo(np.float32).eps * strength
@@ -80,7 +80,7 @@ def test_a_bulk_that_is_fitted_is_never_blurred(strength):
 @pytest.mark.parametrize("least", [1.0, np.nan])
 def test_signal_is_the_same_however_strong_the_strongest_is(strength, least):
     matrix = noisy((200, 250), [strength, strength / 2, 8.0]).astype(np.float32)
-    found = directions(jnp.asarray(matrix)[None], jnp.full(1, least))
+    found = gram_svd(jnp.asarray(matrix)[None], jnp.full(1, least))
     u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     rounding = 20 * np.finfo(np.float32).eps * strength
     np.testing.assert_allclose(found[1][0, :3], s[:3], rtol=0, atol=rounding)
@@ -92,7 +92,7 @@ def test_a_stack_has_matrices_of_all_kinds():
     stack = np.stack([noisy((60, 80), [4.0]), np.zeros((60, 80)), noisy((60, 80), [1e6])])
     stack = np.concatenate([stack, np.full((1, 60, 80), np.nan), np.ones((1, 60, 80))])
     stack = stack.astype(np.float32)
-    found = jax.jit(directions)(jnp.asarray(stack), jnp.full(len(stack), jnp.nan))
+    found = jax.jit(gram_svd)(jnp.asarray(stack), jnp.full(len(stack), jnp.nan))
     for index in (0, 1, 2, 4):
         own = jax.tree.map(lambda a, index=index: a[index], found)
         check(stack[index].astype(np.float64), own, np.finfo(np.float32).eps)
@@ -102,7 +102,7 @@ def test_a_stack_has_matrices_of_all_kinds():
 @pytest.mark.parametrize("least", [1.0, np.nan])
 def test_nothing_and_one_direction_give_back_the_matrix(least):
     for matrix in (np.zeros((60, 80)), np.ones((60, 80))):
-        found = directions(jnp.asarray(matrix, jnp.float32)[None], jnp.full(1, least))
+        found = gram_svd(jnp.asarray(matrix, jnp.float32)[None], jnp.full(1, least))
         assert all(np.isfinite(array).all() for array in found)
         rounding = 20 * np.finfo(np.float32).eps * 70  # 69 is the largest value
         np.testing.assert_allclose(compose(*found, 60)[0], matrix, rtol=0, atol=rounding)
@@ -110,7 +110,7 @@ def test_nothing_and_one_direction_give_back_the_matrix(least):
 
 def test_each_bulk_of_a_stack_is_clear():
     stack = np.stack([noisy((200, 250)), noisy((200, 250), [300.0])]).astype(np.float32)
-    _, s, _ = directions(jnp.asarray(stack), jnp.full(2, jnp.nan))
+    _, s, _ = gram_svd(jnp.asarray(stack), jnp.full(2, jnp.nan))
     true = np.linalg.svd(stack.astype(np.float64), compute_uv=False)
     for own, values in zip(s, true, strict=True):
         np.testing.assert_allclose(own[1:150], values[1:150], rtol=2e-3)
@@ -118,7 +118,7 @@ def test_each_bulk_of_a_stack_is_clear():
 
 def test_near_the_limit_squares_are_in_order_and_off_by_the_square_of_the_largest():
     matrix = noisy((400, 400), [50.0]).astype(np.float32)  # 62 times the median; 90 is the limit
-    u, s, _ = directions(jnp.asarray(matrix)[None], BULK)
+    u, s, _ = gram_svd(jnp.asarray(matrix)[None], BULK)
     true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     assert (np.diff(s[0]) <= 0).all()
     bound = 5 * np.finfo(np.float32).eps * true[0] ** 2
@@ -140,12 +140,12 @@ def test_only_what_squares_do_not_tell_is_decomposed(
     strength, rank, least, decomposed, monkeypatch
 ):
     broken = lambda matrices: tuple(jnp.full_like(a, jnp.nan) for a in svd(matrices))
-    monkeypatch.setattr(_gram, "svd", broken)
+    monkeypatch.setattr(_svd, "svd", broken)
     matrix = noisy((60, 80), [strength])
     if rank is not None:
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
         matrix = (u[:, :rank] * s[:rank]) @ vt[:rank]
-    _, s, _ = directions(jnp.asarray(matrix, jnp.float32)[None], jnp.full(1, least))
+    _, s, _ = gram_svd(jnp.asarray(matrix, jnp.float32)[None], jnp.full(1, least))
     assert np.isnan(s).all() == decomposed
 
 

@@ -4,17 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import given, settings, strategies as st
 
 import rmtjax
 from rmtjax import ranks, shrinkage
-from rmtjax._axes import KernelAxes
-from rmtjax.planning import _cut
-from rmtjax.spectra import _host_directions, _subspace_iteration
-from rmtjax.spectra._host_directions import host_directions, host_without_last
+from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax.spectra import _lapack
+from rmtjax.spectra._subspace_iteration import block_size
 
 MATRIX, STACK = KernelAxes((0,), (1,)), KernelAxes((1,), (2,), (0,))
 SHAPES = [(1, 40, 40), (1, 40, 90), (1, 90, 40), (3, 30, 44), (2, 7, 1)]
+
+
+def directions(kernel, axes, rank, block=None):
+    return _lapack.directions(MatrixView("", kernel, axes), rank, block)
+
+
+def without_last(kernel, axes, rank):
+    return _lapack.without_last(MatrixView("", kernel, axes), rank)
 
 
 def noise(shape, dtype: type = np.float32, seed=0):
@@ -32,7 +40,7 @@ def truncated(matrix, rank):
 def test_equal_the_singular_directions_in_float64(shape, dtype, share):
     stack, short = noise(shape, dtype), min(shape[1:])
     rank = max(1, int(share * short))
-    u, s, vt = host_directions(lambda: stack, STACK, rank)
+    u, s, vt = directions(stack, STACK, rank)
     wanted, values = truncated(stack, rank)
     # Rounding of float32 in the product, of the largest value.
     close = {"rtol": 0, "atol": 3e-6 * values.max()}
@@ -50,7 +58,7 @@ def test_what_is_left_without_the_last_is_what_the_first_make(shape):
     stack = noise(shape)
     rank = min(shape[1:]) - 5
     wanted, values = truncated(stack, rank)
-    lower = host_without_last(lambda: stack, STACK, rank)
+    lower = without_last(stack, STACK, rank)
     np.testing.assert_allclose(lower, wanted, atol=3e-6 * values.max())
 
 
@@ -67,7 +75,7 @@ def test_directions_far_under_the_largest_are_told_apart(top, scale, shape, seed
     u, v = (np.linalg.qr(rng.normal(size=(n, 50)))[0] for n in shape)
     values = np.r_[top, np.linspace(1, 0.6, 24), np.linspace(0.4, 0.1, 25)]
     matrix = (scale * (u * values) @ v.T).astype(np.float32)
-    kept = [part[0] for part in host_directions(lambda: matrix, MATRIX, 25)]
+    kept = [part[0] for part in directions(matrix, MATRIX, 25)]
     wanted, _ = truncated(matrix, 25)
     np.testing.assert_allclose((kept[0] * kept[1]) @ kept[2], wanted, atol=1e-6 * scale * top)
     # The 25th is the last of its group, and its value that of the matrix, off by its rounding.
@@ -77,43 +85,43 @@ def test_directions_far_under_the_largest_are_told_apart(top, scale, shape, seed
 def test_one_matrix_does_not_spoil_the_stack():
     stack = noise((3, 20, 30))
     stack[1, 4, 5] = np.inf
-    u, s, vt = host_directions(lambda: stack, STACK, 4)
+    u, s, vt = directions(stack, STACK, 4)
     np.testing.assert_array_equal(np.isnan(s).all(axis=1), [False, True, False])
     assert np.isfinite((u @ vt)[::2]).all()
-    assert np.isnan(host_without_last(lambda: stack, STACK, 18)[1]).all()
+    assert np.isnan(without_last(stack, STACK, 18)[1]).all()
 
 
 def test_what_is_nothing_has_directions_of_nothing():
     thin = (noise((30, 4)) @ noise((4, 20))).astype(np.float32)
-    u, s, vt = (part[0] for part in host_directions(lambda: thin, MATRIX, 9))
+    u, s, vt = (part[0] for part in directions(thin, MATRIX, 9))
     np.testing.assert_allclose((u * s) @ vt, thin, atol=1e-5)
     assert (s[4:] < 1e-5 * s[0]).all()
     zero = np.zeros((8, 6), np.float32)
-    assert not np.any(host_directions(lambda: zero, MATRIX, 3)[1])
+    assert not np.any(directions(zero, MATRIX, 3)[1])
 
 
 def test_few_directions_are_iterated_and_what_does_not_converge_is_not(monkeypatch):
-    monkeypatch.setattr(_subspace_iteration, "_MIN_SIDE", 256)
-    matrix = noise((257, 300))
-    matrix[:, :3] += 4
-    wanted, values = truncated(matrix, 1)
     squared = []  # those of which the Gram matrix was decomposed
-    decompose = _host_directions.eigenvectors
-    spy = lambda squares, *ends: squared.append(ends) or decompose(squares, *ends)
-    monkeypatch.setattr(_host_directions, "eigenvectors", spy)
-    for work in (_subspace_iteration._MAX_WORK, 0):
-        monkeypatch.setattr(_subspace_iteration, "_MAX_WORK", work)
-        jax.clear_caches()  # the bound is compiled in
-        u, s, vt = (part[0] for part in host_directions(lambda: matrix, MATRIX, 1))
-        np.testing.assert_allclose((u * s) @ vt, wanted, atol=1e-5 * values[0])
-        assert squared == ([] if work else [(0, 1)])
+    spy = lambda *args, decompose=scipy.linalg.eigh, **options: (
+        squared.append(options["subset_by_index"]) or decompose(*args, **options)
+    )
+    monkeypatch.setattr(scipy.linalg, "eigh", spy)
+    easy = noise((257, 300))
+    easy[:, :3] += 4
+    # Values that differ by less than their rounding: no direction is better than another.
+    u, v = (np.linalg.qr(noise((300, 300), np.float64, seed))[0] for seed in (0, 1))
+    hard = ((u * np.linspace(1, 1 - 1e-5, 300)) @ v.T).astype(np.float32)
+    for matrix, decomposed in ((easy, []), (hard, [(299, 299)])):
+        u, s, vt = (part[0] for part in directions(matrix, MATRIX, 1, block_size(1)))
+        assert squared == decomposed
+        np.testing.assert_allclose(matrix @ vt.T, u * s, atol=1e-4 * s[0])
+        np.testing.assert_allclose(s, np.linalg.norm(matrix, 2), rtol=2e-5)
 
 
-@pytest.mark.parametrize("rank", [1, 250])
+@pytest.mark.parametrize(("shape", "rank"), [((1000, 1040), 1), ((257, 300), 250)])
 @pytest.mark.parametrize("change", [rmtjax.truncate, rmtjax.factorize])
-def test_a_tree_may_be_a_constant_of_a_program(change, rank, monkeypatch):
-    monkeypatch.setattr(_subspace_iteration, "_MIN_SIDE", 256)
-    kernel = noise((257, 300))
+def test_a_tree_may_be_a_constant_of_a_program(change, shape, rank):
+    kernel = noise(shape)
     kernel[:, :3] += 4
     for params in ({"kernel": kernel}, {"kernel": jnp.asarray(kernel)}):
         plan = rmtjax.plan(params, rule=ranks.fixed(rank), min_size=20)
@@ -121,8 +129,8 @@ def test_a_tree_may_be_a_constant_of_a_program(change, rank, monkeypatch):
         inside = lambda x, params=params, plan=plan: (
             x @ rmtjax.merge(change(params, plan))["kernel"]
         )
-        np.testing.assert_allclose(jax.jit(inside)(np.eye(257)), wanted, atol=1e-4)
-        shape = jax.eval_shape(inside, np.eye(257))
+        np.testing.assert_allclose(jax.jit(inside)(np.eye(len(kernel))), wanted, atol=1e-4)
+        shape = jax.eval_shape(inside, np.eye(len(kernel)))
         assert shape.shape == kernel.shape
 
 
@@ -139,8 +147,8 @@ def test_results_stay_where_the_kernel_is_bound_to():
 @pytest.mark.parametrize("shrink", [None, shrinkage.frobenius])
 @pytest.mark.parametrize("rank", [8, 45])
 @pytest.mark.parametrize("kind", ["dense", "stack", "conv", "bfloat16"])
-def test_a_tree_is_cut_as_by_the_compiled_programs(kind, rank, shrink, monkeypatch):
-    """As on a GPU, and under `jit`."""
+def test_a_tree_is_cut_as_by_the_compiled_programs(kind, rank, shrink):
+    """Under `jit` the host cannot: as on a GPU."""
     shape, axes = {
         "dense": ((60, 80), MATRIX),
         "bfloat16": ((60, 80), MATRIX),
@@ -153,19 +161,13 @@ def test_a_tree_is_cut_as_by_the_compiled_programs(kind, rank, shrink, monkeypat
         params, axes={"kernel": axes}, rule=ranks.fixed(rank), shrink=shrink, min_size=20
     )
     for change in (rmtjax.truncate, rmtjax.factorize):
-        with monkeypatch.context() as patch:
-            patch.setattr(_cut, "first_directions", None)  # which is compiled
-            here = rmtjax.merge(change(params, plan))
-        compiled = rmtjax.merge(jax.jit(lambda tree, change=change: change(tree, plan))(params))
-        with monkeypatch.context() as patch:
-            patch.setattr(_cut, "on_host", lambda kernel: False)
-            there = rmtjax.merge(change(params, plan))
+        cut = lambda tree, change=change: rmtjax.merge(change(tree, plan))["kernel"]
+        by_host, compiled = cut(params), jax.jit(cut)(params)
         eps = 2**-8 if kind == "bfloat16" else 2e-6
-        for other in (compiled, there):
-            assert here["kernel"].dtype == other["kernel"].dtype
-            close = {"atol": 8 * eps * float(jnp.abs(kernel).max())}
-            found, wanted = (np.asarray(tree["kernel"], np.float32) for tree in (here, other))
-            np.testing.assert_allclose(found, wanted, **close)
+        assert by_host.dtype == compiled.dtype
+        wide = lambda array: np.asarray(array, np.float32)
+        close = {"rtol": 0, "atol": 8 * eps * float(jnp.abs(kernel).max())}
+        np.testing.assert_allclose(wide(by_host), wide(compiled), **close)
 
 
 def test_a_kernel_of_float64_is_cut_in_float32():
