@@ -1,4 +1,4 @@
-"""What `test_devices` runs in processes of their own: a tree on a mesh, beside the same tree on
+"""What `test_sharded` runs in processes of their own: a tree on a mesh, beside the same tree on
 one device.
 
 The arguments are the type of the mesh's axes, the number of processes, the number of this one, and
@@ -13,10 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec as P
-
-import rmtjax
-from helpers.devices_trees import (
+from devices_trees import (
     assert_close,
     assert_placed,
     AXES,
@@ -29,6 +26,9 @@ from helpers.devices_trees import (
     RULE,
     SPECS,
 )
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+
+import rmtjax
 from rmtjax._axes import MatrixView
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import _select, _svd, spectra
