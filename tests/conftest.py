@@ -1,13 +1,23 @@
-"""Settings of every test: no silent broadcasting, no luck."""
+"""Sets up every test: no silent broadcasting, reproducible draws, programs compiled once."""
 
 import os
+from pathlib import Path
 
-# OpenBLAS and XLA each start a thread a core; on few cores they stall one another.
+# OpenBLAS and XLA each start a thread per core, and each test process has both. On few cores
+# these threads wait for one another. Any other number works too.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Most of the time goes into compiling: LLVM's optimizations are left out. They change no number by
-# more than rounding; `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests with them.
+# Most of the time goes into compiling, so LLVM's optimizations are left out. They change numbers
+# by rounding only. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests with them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# Compiled programs are kept on disk, for all processes of a run and for the next run, which then
+# takes less than half of the CPU time. JAX's key is the program with its flags and versions, so a
+# change of the code is compiled anew. By default JAX keeps only what took a second to compile.
+programs = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax
@@ -15,8 +25,8 @@ import jax.experimental
 import pytest
 from helpers.page_browser import driver as driver, show as show
 
-# XLA's older emitters take half the time of the newer ones, too. A flag that it does not know would
-# stop it: those of versions to come are not known.
+# XLA's older emitters compile in half the time of the newer ones. XLA stops at a flag that it does
+# not know, and later versions may drop this one.
 if jax.version.__version_info__ < (0, 11):
     others = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {others}"
@@ -27,24 +37,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("rmtjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rmtjax")
 
-# What takes longest, so that no process is left with it while the others have nothing to do.
-LONG = {"test_architectures", "test_devices", "test_notebooks", "test_stream_memory", "test_study"}
-
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    # Slow tests start first, so that at the end no process waits for a long one.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Each program holds several mappings of memory, of which a process may have 65,530."""
+    """Clears programs: each holds several of the 65,530 memory mappings that Linux allows."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
 def minilm_folder():
-    """The pretrained encoder's files; skips, or fails where data are required, without them."""
+    """Returns the folder of the pretrained encoder; without it skips, or fails if required."""
     from experiments.minilm import weights
 
     try:
