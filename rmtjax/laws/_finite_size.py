@@ -1,4 +1,4 @@
-"""What pure noise does: the law of its bulk, its largest eigenvalue, its distance from the law."""
+"""Laws of a noise matrix of finite size: its bulk, largest eigenvalue and distance from the law."""
 
 import math
 
@@ -9,31 +9,31 @@ from jaxtyping import Array, Float, Int
 
 from rmtjax.laws import tracy_widom
 
-# Quantiles of p D - 0.4 log p for pure noise, D the distance of a fit: 2,000 to 6,000 draws
-# each of nine shapes from 10 x 20 to 400 x 667 agree to 0.07. The logarithm is that of the
-# fluctuations of a counting function of eigenvalues, which repel one another.
+# Quantiles of p D - 0.4 log p for pure noise, where D is the distance of a fit. They come from
+# 2,000 to 6,000 draws of each of nine shapes from 10 x 20 to 400 x 667, which agree to 0.07.
+# Eigenvalues repel one another, so their counting function fluctuates with the logarithm of p.
 _SIGNIFICANCES = (0.001, 0.01, 0.05, 0.1, 0.5)
 _DISTANCES = (1.67, 1.32, 1.0, 0.84, 0.38)
 
 
 def bulk_law(ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""]):
-    """Aspect ratio, and variance at unit noise, of the law that the bulk follows.
+    """Returns the aspect ratio and the variance, at unit noise, of the law of the bulk.
 
-    Each of K spikes takes a row and a column from the noise: (p - K) x (n - K) are left, on
-    an axis that is divided by n still.
+    Each of K spikes takes a row and a column from the noise. The rest is (p - K) x (n - K), and
+    its eigenvalues are still divided by n.
     """
     share = spikes / jnp.asarray(size, ratio.dtype)
     left = 1 - share * ratio  # (n - K) / n
-    # A square stays one: compiled, the quotient of two equal numbers may round to above 1.
+    # Compiled, the quotient of two equal numbers can round to above 1, where there is no law.
     return jnp.minimum(ratio * (1 - share) / left, 1), left
 
 
 def noise_threshold(ratio: Float[Array, ""], size: ArrayLike, level: float) -> Float[Array, ""]:
-    r"""Value that the largest eigenvalue of unit noise exceeds with probability `level`.
+    r"""Returns the value that the largest eigenvalue of unit noise exceeds with `level`.
 
-    $(\sqrt n + \sqrt p)^2 / n + t\, (\sqrt n + \sqrt p)(1/\sqrt n + 1/\sqrt p)^{1/3} / n$ with
-    $t$ the $1 - level$ quantile of the Tracy-Widom law (Johnstone, 2001), where $n$ and $p$
-    within the roots are each less by a half, which makes its error one of second order (Ma, 2012).
+    $(\sqrt n + \sqrt p)^2 / n + t\, (\sqrt n + \sqrt p)(1/\sqrt n + 1/\sqrt p)^{1/3} / n$, where
+    $t$ is the $1 - level$ quantile of the Tracy-Widom law (Johnstone, 2001). Within the roots $n$
+    and $p$ are reduced by a half, which makes the error one of second order (Ma, 2012).
     """
     longer = size / ratio
     rows, columns = jnp.sqrt(size - 0.5), jnp.sqrt(longer - 0.5)
@@ -43,24 +43,24 @@ def noise_threshold(ratio: Float[Array, ""], size: ArrayLike, level: float) -> F
 
 
 def critical_distance(size: int, significance: float) -> float:
-    """The distance that pure noise of `size` ranks exceeds with probability `significance`."""
+    """Returns the distance that noise of `size` ranks exceeds with probability `significance`."""
     logs = np.log(_SIGNIFICANCES)
     return float(np.interp(math.log(significance), logs, _DISTANCES) + 0.4 * math.log(size)) / size
 
 
 def check_level(level: float) -> None:
-    """Refuses what is no probability, or so near to 0 or 1 that float32 takes it for them."""
+    """Raises ValueError if `level` is not a probability that float32 tells from 0 and 1."""
     if not 1e-6 <= level <= 1 - 1e-6:
         raise ValueError(
-            f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}: it is the probability "
-            "that noise alone gives a spike, 0.01 by default; a small level is a high threshold."
+            f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}. It is the probability "
+            "that noise alone gives a spike, 0.01 by default. A small level is a high threshold."
         )
 
 
 def check_significance(significance: float) -> None:
-    """Refuses what the simulated quantiles do not reach."""
+    """Raises ValueError if `significance` is outside the simulated quantiles."""
     if not _SIGNIFICANCES[0] <= significance <= _SIGNIFICANCES[-1]:
         raise ValueError(
             f"`significance` must be in [{_SIGNIFICANCES[0]}, {_SIGNIFICANCES[-1]}], got "
-            f"{significance}: it is the probability that pure noise is refused, 0.01 by default."
+            f"{significance}. It is the probability that pure noise is rejected, 0.01 by default."
         )

@@ -1,22 +1,23 @@
 r"""The Marchenko-Pastur law: the eigenvalues of pure noise.
 
-The limit, as $n \to \infty$ with $p / n \to \gamma$, of the spectrum of $W^T W / n$ for a
-matrix $W$ of $n$ rows and $p \le n$ columns with independent entries of mean 0 and
-variance $\sigma^2$. In all functions:
+Let $W$ have $n$ rows and $p \le n$ columns of independent entries, of mean 0 and variance
+$\sigma^2$. The law is the limit of the spectrum of $W^T W / n$ as $n \to \infty$ with
+$p / n \to \gamma$. In all functions:
 
-- `ratio` is the aspect ratio $\gamma = p / n$ in (0, 1], `variance` is $\sigma^2 > 0$;
-- arguments broadcast, results are float32 at least; all works under `jit`, `vmap`, `grad`;
-- a Python or NumPy number out of range is a `ValueError`; the values of JAX arrays are not
-  looked at, which would wait for the device: out of range they give NaN.
+- `ratio` is the aspect ratio $\gamma = p / n$ in (0, 1]. `variance` is $\sigma^2 > 0$.
+- Arguments broadcast, results are at least float32. All work under `jit`, `vmap` and `grad`.
+- A Python or NumPy number out of range raises `ValueError`. The values of JAX arrays are not
+  checked, because that would wait for the device. Out of range they give NaN.
 
-With $a = \sqrt\gamma$ the angle $\theta \in [0, \pi]$ of $x / \sigma^2 = 1 + a^2 - 2 a \cos\theta$
-turns the density, whose ends have infinite slopes and at $\gamma = 1$ a pole, into the smooth
-$\frac{2}{\pi} \sin^2\theta / (1 + a^2 - 2 a \cos\theta)$. Everything here is computed in it.
+With $a = \sqrt\gamma$, let $x / \sigma^2 = 1 + a^2 - 2 a \cos\theta$ define the angle $\theta$ in
+$[0, \pi]$. The density in x has infinite slopes at both ends, and a pole at $\gamma = 1$. In the
+angle it is the smooth $\frac{2}{\pi} \sin^2\theta / (1 + a^2 - 2 a \cos\theta)$, so all functions
+compute in the angle.
 
 References:
   Marchenko and Pastur, Math. USSR Sbornik 1 (1967) 457-483,
-  https://doi.org/10.1070/SM1967v001n04ABEH001994. The angle and the closed form of the
-  distribution function in it are our own derivation, tested against quadrature.
+  https://doi.org/10.1070/SM1967v001n04ABEH001994. The closed form of the distribution function in
+  the angle is derived for this package and tested against quadrature.
 """
 
 import math
@@ -28,25 +29,28 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-# Below, the closed form of the distribution function cancels, and its series is exact.
+__all__ = ["cdf", "noise_quantiles", "pdf", "ppf", "support"]
+
+# Below this root of the ratio the closed form of the distribution function cancels, and a short
+# series is exact.
 _SMALL = 0.1
-# Of the table from which quantiles are found.
+# Cells of the table that brackets a quantile. With 64, three Newton steps reach float32 rounding.
 _CELLS = 64
 
 
 def _prepare(ratio: ArrayLike, variance: ArrayLike, *others: ArrayLike):
-    """Checks the parameters; all as arrays of one shape and dtype, parameters first."""
+    """Checks the parameters and returns all arguments as arrays of one shape and dtype."""
     if isinstance(ratio, int | float | np.number) and not 0 < ratio <= 1:
         raise ValueError(
-            f"`ratio` must be in (0, 1], got {ratio}: it is the shorter side of the matrix "
-            "over the longer. Divide the other way round; the spectrum is the same."
+            f"`ratio` must be in (0, 1], got {ratio}. It is the shorter side of the matrix over "
+            "the longer. Divide the other way round; the spectrum is the same."
         )
     if isinstance(variance, int | float | np.number) and not 0 < variance < math.inf:
         raise ValueError(f"`variance` must be positive and finite, got {variance}.")
     arrays = ratio, variance, *others
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     ratio, variance, *rest = jnp.broadcast_arrays(*(jnp.asarray(a, dtype) for a in arrays))
-    # A NaN parameter makes every result NaN, whatever branch it takes.
+    # Every result depends on both parameters, so NaN reaches it through any branch.
     ratio = jnp.where((ratio > 0) & (ratio <= 1), ratio, jnp.nan)
     variance = jnp.where((variance > 0) & (variance < jnp.inf), variance, jnp.nan)
     return ratio, variance, *rest
@@ -59,16 +63,16 @@ def _unit_support(ratio):
 
 
 def _value(angle, ratio):
-    """X for an angle, at unit variance."""
+    """Returns x at an angle, for unit variance."""
     lower, _ = _unit_support(ratio)
     return lower + 4 * jnp.sqrt(ratio) * jnp.sin(angle / 2) ** 2
 
 
 def _angle(x, ratio):
-    """The angle of x at unit variance, and whether x is outside the open support."""
+    """Returns the angle of x at unit variance, and a mask of x outside the open support."""
     lower, upper = _unit_support(ratio)
-    outside = (x <= lower) | (x >= upper)  # False for NaN, which so goes through
-    # Any values inside will do: gradients of what is thrown away must be finite.
+    outside = (x <= lower) | (x >= upper)  # A NaN compares as False, so it reaches the result.
+    # Callers drop the angles outside, but gradients there must be finite. Any point inside is.
     safe = zip((lower, x, upper), (0.0, 1.0, 2.0), strict=True)
     lower, x, upper = (jnp.where(outside, inner, value) for value, inner in safe)
     return 2 * jnp.arctan2(jnp.sqrt(x - lower), jnp.sqrt(upper - x)), outside
@@ -84,26 +88,26 @@ def _angle_pdf(angle, root):
 
 
 def _angle_cdf(angle, root):
-    r"""The distribution function of the angle; the module head has its derivative.
+    r"""Returns the distribution function of the angle, the integral of `_angle_pdf`.
 
     $F = \frac{1}{\pi} [\theta + \sin\theta / a - (1 / a^2 - 1) A]$ with
     $A = \sum_k a^k \sin(k \theta) / k$ in closed form.
     """
     half = jnp.sin(angle / 2)
     sine, cosine = jnp.sin(angle), 1 - 2 * half**2
-    # 1 - a cos(theta) without cancellation, and not 0 at an angle of 0 and a = 1.
+    # 1 - a cos(theta) without cancellation. `tiny` keeps it positive at an angle of 0 and a = 1.
     rest = (1 - root) + 2 * root * half**2 + jnp.finfo(angle.dtype).tiny
     arc = jnp.arctan(root * sine / rest)
     small = root < _SMALL
-    safe = jnp.where(small, 1.0, root)  # not 0 in the branch that is thrown away
+    safe = jnp.where(small, 1.0, root)  # Keeps the gradient of the unused branch finite.
     closed = (safe * sine - (1 - safe**2) * arc) / safe**2
     series = arc - sine * _series(cosine, root)
     return (angle + jnp.where(small, series, closed)) / jnp.pi
 
 
 def _series(cosine, root):
-    r"""$\sum_{k \ge 2} a^{k - 2} U_{k - 1}(\cos\theta) / k$, U Chebyshev's of the second kind."""
-    # Enough terms for the unit roundoff: 0.1^16 in float64.
+    r"""Sums $\sum_{k \ge 2} a^{k - 2} U_{k - 1}(\cos\theta) / k$ of Chebyshev polynomials U."""
+    # The terms left out are below the rounding unit, since a < 0.1: 0.1^17 in float64.
     before, last, power, total = jnp.ones_like(cosine), 2 * cosine, root, cosine
     for k in range(3, 19 if cosine.dtype == jnp.float64 else 10):
         before, last = last, 2 * cosine * last - before
@@ -112,23 +116,22 @@ def _series(cosine, root):
 
 
 def _counted(angle, root, lack):
-    r"""$F(\theta) + lack\, (1/4 - \theta / 2\pi)$: see `_quantiles`."""
+    r"""Returns $F(\theta) + lack\, (1/4 - \theta / 2\pi)$: see `noise_quantiles`."""
     return _angle_cdf(angle, root) + lack * (0.25 - angle / (2 * jnp.pi))
 
 
 @jax.custom_jvp
-@jax.jit  # or each eager call would compile its loop anew, for half a second
+@jax.jit  # Without it, each eager call would compile the loop again, for half a second.
 def _angle_ppf(
     q: Float[Array, "..."], root: Float[Array, ""], lack: Float[Array, ""]
 ) -> Float[Array, "..."]:
-    """The inverse of `_counted`: from a table, which Newton's method refines.
+    """Inverts `_counted` by Newton's method, started from a table and held in its cell.
 
-    Its steps cannot leave the cell of the table. These are narrow at both ends, where the
-    distribution function is flat: in float32 three steps reach the rounding everywhere, in float64
-    all but the last 1e-15 of the probability.
+    Cells are narrow at both ends, where the distribution function is flat. In float32 three steps
+    reach the rounding everywhere. In float64 twelve do, except for the last 1e-15 of probability.
     """
     table = np.pi * np.sin(np.pi * np.arange(_CELLS + 1) / (2 * _CELLS)) ** 2
-    # Not from 0, where at a = 1 the derivative in a is 0 / 0.
+    # The table starts above 0, because at 0 and a = 1 the derivative in a is 0 / 0.
     table = jnp.asarray(np.maximum(table, jnp.finfo(q.dtype).eps), q.dtype)
     below = _counted(table, root, lack)
     cell = jnp.clip(jnp.searchsorted(below, q, method="compare_all"), 1, _CELLS)
@@ -147,24 +150,24 @@ def _angle_ppf(
 
 @_angle_ppf.defjvp
 def _angle_ppf_jvp(primals, tangents):
-    """The implicit function theorem: a loop has no derivative of its own."""
+    """Differentiates by the implicit function theorem, not through the iteration."""
     (q, root, lack), (dq, droot, dlack) = primals, tangents
     angle = _angle_ppf(q, root, lack)
     slope = _angle_pdf(angle, root) - lack / (2 * jnp.pi)
-    moved = jax.jvp(lambda *own: _counted(angle, *own), (root, lack), (droot, dlack))[1]
-    # The ends of the support move with the parameters only, and there the slope is 0.
-    tangent = jnp.where(slope > 0, (dq - moved) / jnp.where(slope > 0, slope, 1.0), 0.0)
+    shift = jax.jvp(lambda *p: _counted(angle, *p), (root, lack), (droot, dlack))[1]
+    # At the ends of the support the slope is 0. The ends are fixed angles, so their tangent is 0.
+    tangent = jnp.where(slope > 0, (dq - shift) / jnp.where(slope > 0, slope, 1.0), 0.0)
     return angle, tangent
 
 
 def _quantiles(q: ArrayLike, ratio: ArrayLike, variance: ArrayLike, lack: ArrayLike):
-    shared = jnp.ndim(ratio) == jnp.ndim(lack) == 0  # one table for all
+    shared = jnp.ndim(ratio) == jnp.ndim(lack) == 0  # Then one table serves all quantiles.
     ratio, variance, lack, q = _prepare(ratio, variance, lack, q)
     valid = (q >= 0) & (q <= 1)
     find = _angle_ppf if shared else jnp.vectorize(_angle_ppf)
     one = lambda parameter: parameter.ravel()[0] if shared and parameter.size else parameter
     angle = find(jnp.where(valid, q, 0.5), one(jnp.sqrt(ratio)), one(lack))
-    # Rounding may stop short of the ends.
+    # Newton's method can stop a rounding error before the ends.
     angle = jnp.where(q == 0, 0.0, jnp.where(q == 1, jnp.pi, angle))
     return jnp.where(valid, variance * _value(angle, ratio), jnp.nan)
 
@@ -172,20 +175,19 @@ def _quantiles(q: ArrayLike, ratio: ArrayLike, variance: ArrayLike, lack: ArrayL
 def noise_quantiles(
     q: ArrayLike, ratio: ArrayLike, variance: ArrayLike, ranks: ArrayLike
 ) -> Float[Array, "..."]:
-    r"""Quantiles of the mean spectrum of real noise that has a number of ranks.
+    r"""Returns quantiles of the mean spectrum of real noise of finite size.
 
-    Of the eigenvalues of p ranks $p F + 1/4 - \theta / 2\pi$ lie below the value of an angle: what
-    is added to the law moves the variance of a fit by 0.5 % at p = 50.
+    Of p eigenvalues, $p F + 1/4 - \theta / 2\pi$ are expected below the value of an angle. The
+    correction to the law moves the variance of a fit by 0.5 % at p = 50.
 
     Args:
-      q: Probabilities inside (0, 1), midpoints as a rule.
-      ratio: Aspect ratio in (0, 1].
-      variance: Variance of an entry of the noise, positive.
+      q: Probabilities inside (0, 1), such as midpoints.
+      ratio, variance: Aspect ratio in (0, 1], and variance of a noise entry, positive.
       ranks: Number of ranks p.
 
     Returns:
-      Values in the support: a little below those of `ppf` under $(1 + \gamma) \sigma^2$, above them
-      beyond it.
+      Values in the support. They are slightly below those of `ppf` under
+      $(1 + \gamma) \sigma^2$, and slightly above them beyond it.
 
     Examples:
       >>> import rmtjax
@@ -201,11 +203,10 @@ def noise_quantiles(
 def support(
     ratio: ArrayLike, variance: ArrayLike = 1.0
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    r"""Both edges of the bulk, $\lambda_\pm = \sigma^2 (1 \pm \sqrt\gamma)^2$.
+    r"""Returns both edges of the bulk, $\lambda_\pm = \sigma^2 (1 \pm \sqrt\gamma)^2$.
 
     Args:
-      ratio: Aspect ratio in (0, 1].
-      variance: Variance of an entry of the noise, positive.
+      ratio, variance: Aspect ratio in (0, 1], and variance of a noise entry, positive.
 
     Returns:
       `(lower, upper)`.
@@ -222,15 +223,14 @@ def support(
 
 
 def pdf(x: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Array, "..."]:
-    r"""Density $\sqrt{(\lambda_+ - x)(x - \lambda_-)} / (2 \pi \gamma \sigma^2 x)$ on the support.
+    r"""Returns the density $\sqrt{(\lambda_+ - x)(x - \lambda_-)} / (2 \pi \gamma \sigma^2 x)$.
 
     Args:
       x: Eigenvalues, on the scale $s^2 / n$.
-      ratio: Aspect ratio in (0, 1].
-      variance: Variance of an entry of the noise, positive.
+      ratio, variance: Aspect ratio in (0, 1], and variance of a noise entry, positive.
 
     Returns:
-      The density, 0 outside the open support: at ratio 1 also at the pole $x = 0$.
+      The density. It is 0 outside the open support, and at ratio 1 also at the pole $x = 0$.
 
     Examples:
       >>> import rmtjax
@@ -239,18 +239,17 @@ def pdf(x: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Arra
     """
     ratio, variance, x = _prepare(ratio, variance, x)
     angle, outside = _angle(x / variance, ratio)
-    # The root is 2 a sigma^2 sin(theta), and a / gamma = 1 / a.
+    # The square root is 2 a sigma^2 sin(theta), and a / gamma = 1 / a.
     safe = jnp.where(outside, 1.0, x)
     return jnp.where(outside, 0.0, jnp.sin(angle) / (jnp.pi * jnp.sqrt(ratio) * safe))
 
 
 def cdf(x: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Array, "..."]:
-    """Share of the eigenvalues of noise that are at most x.
+    """Returns the share of the eigenvalues of noise that are at most x.
 
     Args:
       x: Eigenvalues, on the scale $s^2 / n$.
-      ratio: Aspect ratio in (0, 1].
-      variance: Variance of an entry of the noise, positive.
+      ratio, variance: Aspect ratio in (0, 1], and variance of a noise entry, positive.
 
     Returns:
       Values in [0, 1]: 0 below the support and 1 above it.
@@ -264,22 +263,21 @@ def cdf(x: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Arra
     angle, outside = _angle(x / variance, ratio)
     _, upper = _unit_support(ratio)
     beyond = jnp.where(x / variance >= upper, 1.0, 0.0)
-    # Rounding may leave [0, 1] by an ulp next to the edges.
+    # Next to the edges, rounding can leave [0, 1] by one unit in the last place.
     inner = jnp.clip(_angle_cdf(angle, jnp.sqrt(ratio)), 0, 1)
     return jnp.where(outside, beyond, inner)
 
 
 def ppf(q: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Array, "..."]:
-    """The quantile function, inverse of `cdf`.
+    """Returns quantiles, the inverse of `cdf`.
 
     Args:
-      q: Probabilities in [0, 1]; NaN for others.
-      ratio: Aspect ratio in (0, 1].
-      variance: Variance of an entry of the noise, positive.
+      q: Probabilities in [0, 1]. Others give NaN.
+      ratio, variance: Aspect ratio in (0, 1], and variance of a noise entry, positive.
 
     Returns:
-      Values in the support; its ends for 0 and 1. Differentiable in all arguments; at the
-      ends, where the slope in q is infinite, the derivative in q is 0.
+      Values in the support, and its ends for 0 and 1. They are differentiable in all arguments.
+      At the ends the slope in q is infinite, and the derivative in q is set to 0.
 
     Examples:
       >>> import rmtjax

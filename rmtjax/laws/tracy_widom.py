@@ -1,13 +1,14 @@
 r"""The Tracy-Widom law: fluctuations of the largest eigenvalue of noise.
 
 For real noise (`beta=1`) the largest eigenvalue of $W^T W / n$ is close to
-$\sigma^2 [(1+\sqrt\gamma)^2 + x\, n^{-2/3} \gamma^{-1/6} (1+\sqrt\gamma)^{4/3}]$ with x of
-this law; `beta=2` belongs to complex noise. Values are exact to 1e-4, in `cdf` as in `ppf`.
+$\sigma^2 [(1+\sqrt\gamma)^2 + x\, n^{-2/3} \gamma^{-1/6} (1+\sqrt\gamma)^{4/3}]$, where x has
+this law. For complex noise `beta` is 2. `cdf` and `ppf` are exact to 1e-4.
 
-The table holds the normal score $\Phi^{-1}(F_\beta(x))$, which is nearly a straight line, at
-steps of one half. It was computed from the Fredholm determinants $F_1(x) = \det(1 - A_x)$ and
-$F_2(x) = \det(1 - A_x^2)$ with the kernel $A_x(s, t) = \mathrm{Ai}(s + t + x)$ on the half-line by
-Gauss-Legendre quadrature of 100 nodes; the test of this module computes them again.
+A table holds the normal score $\Phi^{-1}(F_\beta(x))$ at steps of one half. The score is nearly a
+straight line, so few points are enough. It comes from the Fredholm determinants
+$F_1(x) = \det(1 - A_x)$ and $F_2(x) = \det(1 - A_x^2)$, with the kernel
+$A_x(s, t) = \mathrm{Ai}(s + t + x)$ on the half-line. They were computed by Gauss-Legendre
+quadrature with 100 nodes, and the test of this module computes them again.
 
 References:
   Tracy and Widom, Commun. Math. Phys. 177 (1996) 727-754. Ferrari and Spohn, J. Phys. A 38
@@ -20,6 +21,8 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+
+__all__ = ["cdf", "ppf"]
 
 # fmt: off
 _SCORES = {
@@ -42,7 +45,7 @@ _STEP = 0.5
 
 
 def _table(beta: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points and their normal scores."""
+    """Returns the points of the table and their normal scores."""
     if beta not in _SCORES:
         raise ValueError(f"`beta` must be 1 (real noise) or 2 (complex noise), got {beta}.")
     first, scores = _SCORES[beta]
@@ -50,7 +53,8 @@ def _table(beta: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _interpolate(x, *table: np.ndarray):
-    """Cubic Hermite interpolation, continued beyond the table by its last tangents."""
+    """Interpolates by cubic Hermite splines, and beyond the table by its last tangents."""
+    # Tangents keep the tails monotone, where a cubic would turn back.
     nodes, values, slopes = (jnp.asarray(column, x.dtype) for column in table)
     left = jnp.clip(jnp.searchsorted(nodes, x) - 1, 0, len(nodes) - 2)
     step = nodes[left + 1] - nodes[left]
@@ -66,17 +70,17 @@ def _lift(x: ArrayLike) -> Float[Array, "..."]:
 
 
 def cdf(x: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
-    r"""Probability that the scaled largest eigenvalue is at most x.
+    r"""Returns the probability that the scaled largest eigenvalue is at most x.
 
     Args:
       x: Any shape.
       beta: 1 for real noise, 2 for complex noise.
 
     Returns:
-      Values in [0, 1], in float32 at least.
+      Values in [0, 1], at least float32.
 
     Raises:
-      ValueError: `beta` is neither.
+      ValueError: `beta` is neither 1 nor 2.
 
     Examples:
       >>> import rmtjax
@@ -88,17 +92,17 @@ def cdf(x: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
 
 
 def ppf(q: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
-    r"""The quantile function, inverse of `cdf`.
+    r"""Returns quantiles, the inverse of `cdf`.
 
     Args:
-      q: Probabilities, any shape; infinite at 0 and 1, NaN outside.
+      q: Probabilities in [0, 1], any shape. 0 and 1 give infinite values, others NaN.
       beta: 1 for real noise, 2 for complex noise.
 
     Returns:
-      Values of any sign, in float32 at least.
+      Values of any sign, at least float32.
 
     Raises:
-      ValueError: `beta` is neither.
+      ValueError: `beta` is neither 1 nor 2.
 
     Examples:
       >>> import rmtjax

@@ -1,4 +1,7 @@
-"""The Marchenko-Pastur bulk of a spectrum: its noise level, its edge and how well it fits."""
+"""BEMA: fits the Marchenko-Pastur law to the bulk of a spectrum by eigenvalue matching.
+
+The method is that of Ke, Ma and Lin (2023), corrected for spikes: see `fit_bema`.
+"""
 
 import operator
 from functools import partial
@@ -13,53 +16,54 @@ from jaxtyping import Array, Bool, Float, Int
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.laws import bulk_law, check_level, marchenko_pastur, noise_threshold
 
-# Where the law does not fit, the count of spikes may creep up one by one.
-_MOST_TURNS = 50
-# Fewest ranks of a truncated spectrum that a noise level may be taken from.
-_FEWEST_RANKS = 10
+# If the law does not fit, the count of spikes can grow by one a step, up to half of the ranks.
+_MAX_STEPS = 50
+# With fewer ranks of a truncated spectrum, the slope of a single draw is off by several percent.
+_MIN_RANKS = 10
 
 
 def check_trim(trim: float) -> None:
-    """Refuses a share that leaves nothing in the middle."""
+    """Raises ValueError if no eigenvalues are left between the trimmed ends."""
     if not 0 <= trim < 0.5:
         raise ValueError(
-            f"`trim` must be in [0, 0.5), got {trim}: it is the share of the eigenvalues "
-            "left out at each end. The papers use 0.2 or 0.25."
+            f"`trim` must be in [0, 0.5), got {trim}. It is the share of the eigenvalues left out "
+            "at each end. The papers use 0.2 or 0.25."
         )
 
 
 def count_above(spectrum: Spectrum, threshold: Float[Array, ""]):
-    """Number of eigenvalues above a threshold; 0 where either is NaN."""
+    """Counts the eigenvalues above a threshold. The count is 0 if either is NaN."""
     return jnp.sum(spectrum.eigenvalues > threshold, axis=-1, dtype=jnp.int32)
 
 
 def above_rounding(spectrum: Spectrum, variance: Float[Array, ""]):
-    """Whether a noise level is more than what rounding leaves of exact zeros."""
+    """Returns True if a noise level exceeds what rounding makes of exact zeros."""
     size = spectrum.eigenvalues.shape[-1]
+    # A backward stable SVD is off by about p * eps * s_1. Eigenvalues are squares of that.
     unit = size * jnp.finfo(spectrum.eigenvalues.dtype).eps
     return variance > unit**2 * spectrum.eigenvalues[..., 0]
 
 
 def _populated(size: int, rank) -> Bool[Array, " p"]:
-    """Which ranks, ascending, a truncation to `rank` has left."""
+    """Returns a mask, ascending, of the ranks that a truncation to `rank` kept."""
     return jnp.arange(size) >= size - (size if rank is None else rank)
 
 
 def _positions(spectrum: Spectrum, spikes: Int[Array, ""]) -> Float[Array, " p"]:
-    """Midpoints (i + 1/2) / (p - K) of the noise ranks, ascending; above 1 for the spikes."""
+    """Returns the midpoints (i + 1/2) / (p - K), ascending. Those of the spikes exceed 1."""
     size = spectrum.eigenvalues.shape[0]
     return (jnp.arange(size, dtype=spectrum.ratio.dtype) + 0.5) / (size - spikes)
 
 
 def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, ""], rank=None):
-    r"""Largest gap between the distribution functions of bulk and law, over the noise ranks.
+    r"""Returns the Kolmogorov-Smirnov distance between the noise ranks and the law.
 
-    Both sides of each step count: with m noise ranks
-    $\max_i |F(\lambda_{(i)}) - (i + 1/2) / m| + 1 / (2 m)$, $\lambda_{(i)}$ ascending.
+    With m noise ranks, ascending, it is
+    $\max_i |F(\lambda_{(i)}) - (i + 1/2) / m| + 1 / (2 m)$, which covers both sides of each step.
     """
     size = spectrum.eigenvalues.shape[0]
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
-    safe = jnp.where(scale > 0, scale, 1.0)  # no law without a variance
+    safe = jnp.where(scale > 0, scale, 1.0)  # The law needs a positive variance.
     law = marchenko_pastur.cdf(spectrum.eigenvalues[::-1], ratio, safe * unit)
     noise = _populated(size, rank) & (jnp.arange(size) < size - spikes)
     gaps = jnp.where(noise, jnp.abs(law - _positions(spectrum, spikes)), 0)
@@ -68,13 +72,14 @@ def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, 
 
 
 def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) -> Float[Array, ""]:
-    """Slope of the middle noise ranks on the quantiles of unit noise: the scale of the bulk.
+    """Returns the scale of the bulk: the slope of the middle noise ranks on unit quantiles.
 
-    NaN where a truncation to `rank` has left too few of them.
+    The result is NaN if a truncation to `rank` left fewer than `_MIN_RANKS` of them.
     """
     size = spectrum.eigenvalues.shape[0]
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
-    # In NumPy, since the product of float32 may round to the other side of an integer.
+    # NumPy multiplies in float64. A float32 product can round to the other side of an integer.
+    # Both ends are tables over the number of noise ranks, because that number is traced.
     first = np.floor(trim * np.arange(size + 1)).astype(np.int32)
     last = np.maximum(np.floor((1 - trim) * np.arange(size + 1)).astype(np.int32), first + 1)
     ranks, noise = jnp.arange(size), size - spikes
@@ -84,22 +89,23 @@ def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) ->
     quantiles = marchenko_pastur.noise_quantiles(positions, ratio, unit, noise)
     quantiles = jnp.where(inside, quantiles, 0)
     slope = jnp.sum(quantiles * spectrum.eigenvalues[::-1]) / jnp.sum(quantiles**2)
-    fewest = 1 if rank is None else jnp.where(jnp.asarray(rank) < size, _FEWEST_RANKS, 1)
-    return jnp.where(jnp.sum(inside) >= fewest, slope, jnp.nan)
+    needed = 1 if rank is None else jnp.where(jnp.asarray(rank) < size, _MIN_RANKS, 1)
+    return jnp.where(jnp.sum(inside) >= needed, slope, jnp.nan)
 
 
 def _repulsion(spectrum: Spectrum, variance: Float[Array, ""], spikes: Int[Array, ""]):
-    r"""What the spikes have pushed the bulk down by, as a share of its mean.
+    r"""Returns the share of its mean by which the spikes push the bulk down.
 
-    A direction of strength $\ell$ (in $\sigma \sqrt n$) shows at
-    $\lambda / \sigma^2 = \ell^2 + 1 + \gamma + \gamma / \ell^2$. The first three terms are
-    its own and those of its row and column; the last one is taken from the bulk.
+    A direction of strength $\ell$ (in units of $\sigma \sqrt n$) has its eigenvalue at
+    $\lambda / \sigma^2 = \ell^2 + 1 + \gamma + \gamma / \ell^2$. The first term is the signal,
+    the next two are the noise of its row and column, and the last one comes out of the bulk.
     """
     size = spectrum.eigenvalues.shape[0]
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     excess = spectrum.eigenvalues / (variance * unit) - 1 - ratio  # l^2 + ratio / l^2
-    spike, floor = jnp.arange(size) < spikes, 2 * jnp.sqrt(ratio)  # at the detection limit
-    # The root has no derivative at 0: any value beyond will do for what is thrown away.
+    spike, floor = jnp.arange(size) < spikes, 2 * jnp.sqrt(ratio)  # floor: at the detection limit
+    # The root has no derivative at 0, and a NaN in the branch that `where` drops would still
+    # reach the gradient. Any value beyond the floor is finite there.
     beyond = spike & (excess > floor)
     safe = jnp.where(beyond, excess, 3 * floor)
     taken = jnp.where(spike, floor / 2, 0)
@@ -108,17 +114,18 @@ def _repulsion(spectrum: Spectrum, variance: Float[Array, ""], spikes: Int[Array
 
 
 def _noise_level(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, ""]):
-    """The variance of an entry of the noise whose bulk, pushed down by spikes, has `scale`."""
+    """Returns the variance of a noise entry, from the scale of the bulk below the spikes."""
 
-    def again(_, variance):
-        # At most half of the ranks are spikes, and each takes less than the mean of one.
+    def refine(_, variance):
+        # At most half of the ranks are spikes, and each takes less than the mean of one rank.
         return scale / jnp.maximum(1 - _repulsion(spectrum, variance, spikes), 0.1)
 
-    return lax.fori_loop(0, 20, again, scale)  # a contraction by about K / p a turn
+    # Each step shrinks the error by a factor of about K / p, so 20 steps reach the rounding.
+    return lax.fori_loop(0, 20, refine, scale)
 
 
 def _cut(spectrum: Spectrum, spikes: Int[Array, ""], rank, trim: float, level: float):
-    """The scale of the bulk besides a number of spikes, and the threshold of one more."""
+    """Returns the scale of the bulk below `spikes` spikes, and the threshold for one more."""
     size = spectrum.eigenvalues.shape[0]
     scale = match(spectrum, spikes, trim, rank)
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
@@ -127,32 +134,38 @@ def _cut(spectrum: Spectrum, spikes: Int[Array, ""], rank, trim: float, level: f
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _settle(spectrum: Spectrum, rank, trim: float, level: float):
-    """Takes spikes out until none is found besides them: their number, and the cut of it."""
+    """Removes spikes until no more are above the threshold.
+
+    Returns the number of spikes, the scale of the bulk below them, and the threshold.
+    """
     size = spectrum.eigenvalues.shape[0]
 
-    def more(turn):
-        found, spikes, turns, *_ = turn
-        return (found > spikes) & (turns < _MOST_TURNS)
+    def grows(state):
+        above, spikes, steps, *_ = state
+        return (above > spikes) & (steps < _MAX_STEPS)
 
-    def again(turn):
-        spikes, _, turns, *_ = turn
+    def step(state):
+        spikes, _, steps, *_ = state
         scale, threshold = _cut(spectrum, spikes, rank, trim, level)
-        found = jnp.minimum(count_above(spectrum, threshold), size // 2)
-        return jnp.maximum(found, spikes), spikes, turns + 1, scale, threshold
+        # More than half of the ranks would leave a bulk that is the minority.
+        above = jnp.minimum(count_above(spectrum, threshold), size // 2)
+        return jnp.maximum(above, spikes), spikes, steps + 1, scale, threshold
 
-    none, unknown = jnp.zeros((), jnp.int32), jnp.full_like(spectrum.ratio, jnp.nan)
-    turn = lax.while_loop(more, again, (none, none - 1, none, unknown, unknown))
-    _, spikes, _, scale, threshold = turn
+    zero, unknown = jnp.zeros((), jnp.int32), jnp.full_like(spectrum.ratio, jnp.nan)
+    # The count before the first step is -1, so that at least one step is made.
+    start = (zero, zero - 1, zero, unknown, unknown)
+    _, spikes, _, scale, threshold = lax.while_loop(grows, step, start)
     return spikes, scale, threshold
 
 
 @_settle.defjvp
 def _settle_jvp(trim, level, primals, tangents):
-    """That of the last cut: a loop has no derivative of its own, nor a count."""
+    """Differentiates the last step at a fixed count of spikes."""
+    # JAX cannot differentiate a while loop in reverse mode, and the count is an integer.
     spectrum, rank = primals
     spikes, *values = _settle(spectrum, rank, trim, level)
-    last = lambda spectrum: _cut(spectrum, spikes, rank, trim, level)
-    _, slopes = jax.jvp(last, (spectrum,), (tangents[0],))
+    last_step = lambda spectrum: _cut(spectrum, spikes, rank, trim, level)
+    _, slopes = jax.jvp(last_step, (spectrum,), (tangents[0],))
     return (spikes, *values), (np.zeros(jnp.shape(spikes), jax.dtypes.float0), *slopes)
 
 
@@ -171,7 +184,7 @@ def bulk_fit(
     spikes: Int[Array, ""],
     rank=None,
 ) -> BulkFit:
-    """The fit that belongs to a noise level and a cut, however they were found."""
+    """Returns the `BulkFit` of a noise level and a threshold, by whichever rule."""
     ratio, unit = bulk_law(spectrum.ratio, spectrum.eigenvalues.shape[0], spikes)
     return BulkFit(
         variance=variance,
@@ -183,14 +196,14 @@ def bulk_fit(
 
 
 def _check_rank(rank, spectrum: Spectrum) -> None:
-    """Refuses a wrong rank; one that is traced is not looked at."""
+    """Raises ValueError if `rank` is out of range. Traced values are not checked."""
     if rank is None or isinstance(rank, jax.Array):
         return
     size = spectrum.eigenvalues.shape[-1]
     if not 0 <= operator.index(rank) <= size:
         raise ValueError(
-            f"`rank` must be an integer in [0, {size}] or None, got {rank}: the rank that the "
-            "matrix was truncated to."
+            f"`rank` must be an integer in [0, {size}] or None, got {rank}. It is the rank that "
+            "the matrix was truncated to."
         )
 
 
@@ -203,33 +216,35 @@ def fit_bema(
 ) -> BulkFit:
     r"""Fits the Marchenko-Pastur law to the bulk by eigenvalue matching (BEMA).
 
-    With $K$ spikes, the middle ones of the $m = p - K$ noise eigenvalues, ascending, are
-    matched with the quantiles $q_i = F^{-1}((i + 1/2) / m)$ of the law of
-    $m \times (n - K)$ unit noise, and a spike is what stands above its Tracy-Widom threshold:
+    With $K$ spikes there are $m = p - K$ noise eigenvalues. The middle ones, ascending, are
+    matched with the quantiles $q_i = F^{-1}((i + 1/2) / m)$ of the law of $m \times (n - K)$
+    unit noise. A spike is an eigenvalue above the Tracy-Widom threshold of that noise:
 
     $s = \sum_i q_i \lambda_{(i)} / \sum_i q_i^2, \quad
     T = s [(1+\sqrt\gamma)^2 + t\, n^{-2/3} \gamma^{-1/6} (1+\sqrt\gamma)^{4/3}]$,
 
-    $\gamma$ and $n$ those of what is left of the noise. Both have their terms of second order,
-    so that `level` holds to about 0.02 down to $p = 50$. $K$ starts at 0 and grows until it
-    is the number of eigenvalues above $T$. The variance is $s$, and what the spikes have
-    pushed the bulk down by: $\sigma^2 = s / (1 - \frac{1}{m} \sum_k \gamma / \ell_k^2)$ with
-    $\ell_k$ the strength of spike $k$ before the noise pushed it up.
+    where $\gamma$ and $n$ are those of the remaining noise. Quantiles and threshold include
+    their terms of second order, so that `level` holds to about 0.02 down to $p = 50$. $K$ starts
+    at 0 and grows until it is the number of eigenvalues above $T$. The variance is $s$, corrected
+    for the spikes, which push the bulk down:
+    $\sigma^2 = s / (1 - \frac{1}{m} \sum_k \gamma / \ell_k^2)$. Here $\ell_k$ is the strength of
+    spike $k$ without the noise.
 
     Args:
       spectrum: From `rmtjax.spectrum`.
       trim: Share of the noise eigenvalues left out at each end, in [0, 0.5).
-      level: Probability that noise alone gives a spike, in (0, 1), at least 1e-6: a small
-        level is a high threshold. $t$ is the Tracy-Widom quantile at 1 - level.
-      rank: Rank that the matrix was truncated to, in [0, p]; None if it was not. Only the
-        ranks that are still populated are matched then, at their old positions.
+      level: Probability that noise alone gives a spike, from 1e-6 to 1 - 1e-6. A small level is
+        a high threshold. $t$ is the Tracy-Widom quantile at 1 - level.
+      rank: Rank that the matrix was truncated to, in [0, p], or None for a complete spectrum.
+        Only the ranks that were kept are then matched, at their old positions.
 
     Returns:
-      `BulkFit(variance, edge, threshold, distance, num_spikes)`. The count means
-      something only if `distance` is small; pure noise stays under `5 / p`. All but the
-      count are NaN where a truncation has left fewer than 10 ranks to match.
+      `BulkFit(variance, edge, threshold, distance, num_spikes)`. The count is meaningful
+      only if `distance` is small. Pure noise stays under `5 / p`. If a truncation left fewer
+      than 10 ranks to match, the count is 0 and all other fields are NaN.
 
     Raises:
+      TypeError: `spectrum` is not a `Spectrum`.
       ValueError: `trim`, `level` or `rank` is out of range.
 
     Examples:
@@ -240,27 +255,28 @@ def fit_bema(
       >>> print(f"{fit.variance:.1f}, {fit.edge:.1f}, {fit.num_spikes}")
       1.0, 2.9, 1
 
-    Where this departs from the paper: it matches all ranks, spikes among them, which biases
-    the variance by 7 to 13 % with a tenth of the ranks planted (here by less than 1 %, if
-    they are half above the detection limit: what hides in the bulk counts as noise), and
-    places them at $i / p$. Its authors' followers have the exponent $(\cdot)^4 / 3$.
+    This departs from the paper in two points. The paper matches all ranks, including the
+    spikes: with a tenth of the ranks planted its variance is 7 to 13 % too high. Here the error
+    is under 1 % if the signals are 1.5 times the detection limit. Signals that hide in the bulk
+    count as noise. The paper also places ranks at $i / p$. Some codes that follow it replace
+    the exponent 4/3 by $(\cdot)^4 / 3$.
 
     References:
       Ke, Ma and Lin, J. Am. Stat. Assoc. 118 (2023) 374-392,
       https://arxiv.org/abs/2006.00436. Johnstone, Ann. Statist. 29 (2001) 295-327. Ma,
-      Bernoulli 18 (2012) 322-359. Dumitriu and Edelman, J. Math. Phys. 47 (2006) 063302. What
-      spikes take from the bulk: Kritchman and Nadler, Chemometr. Intell. Lab. 94 (2008) 19-32.
+      Bernoulli 18 (2012) 322-359. Dumitriu and Edelman, J. Math. Phys. 47 (2006) 063302.
+      Kritchman and Nadler, Chemometr. Intell. Lab. 94 (2008) 19-32, for the repulsion.
     """
     check_trim(trim)
     check_level(level)
     if not isinstance(spectrum, Spectrum):
         raise TypeError(
-            f"`spectrum` must be a Spectrum, got {type(spectrum).__name__}. Of a matrix it is "
+            f"`spectrum` must be a Spectrum, got {type(spectrum).__name__}. Compute it by "
             "`rmtjax.spectrum(matrix)`."
         )
     if spectrum.eigenvalues.ndim != 1:
         raise ValueError(
-            "`spectrum` must be that of one matrix, got eigenvalues of shape "
+            "`spectrum` must belong to one matrix, got eigenvalues of shape "
             f"{spectrum.eigenvalues.shape}. Use `jax.vmap` for several."
         )
     _check_rank(rank, spectrum)

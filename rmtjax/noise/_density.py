@@ -1,6 +1,6 @@
-r"""What a picture of a spectrum shows, as numbers: bars, and the law of the noise as a curve.
+r"""Histogram of a spectrum and density curve of the noise, for figures and report pages.
 
-The axis is that of $\sqrt\lambda = s / \sqrt n$, on which bulk and spikes can be seen together.
+The horizontal axis is $\sqrt\lambda = s / \sqrt n$, which shows bulk and spikes on one scale.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from rmtjax.laws import bulk_law, marchenko_pastur
 
 
 class Histogram(NamedTuple):
-    """Bars of one width.
+    """Holds the bars of a histogram, all of one width.
 
     Attributes:
-      counts: Values in each bar, from 0 on; a value on the border of two belongs to the right one.
-      stop: Where the last bar ends; what lies beyond is in none.
-      zeros: Number of values that are 0 but for rounding, and in no bar: they would hide the rest.
+      counts: Values in each bar, from 0 on. A value on a border counts in the bar on the right.
+      stop: End of the last bar. Values beyond it are not counted.
+      zeros: Number of values that are 0 up to rounding. No bar counts them.
     """
 
     counts: Int[np.ndarray, " bins"]
@@ -28,17 +28,19 @@ class Histogram(NamedTuple):
 
 
 def roots(eigenvalues: Float[Array | np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
-    r"""$\sqrt\lambda$ in float64; what rounding has put below 0 is 0."""
+    r"""Returns $\sqrt\lambda$ in float64. Values that rounding put below 0 become 0."""
     return np.sqrt(np.maximum(np.asarray(eigenvalues, np.float64), 0))
 
 
 def rounding(values: Float[np.ndarray, " p"]) -> float:
-    """The most that float32, with some room, leaves of a value that is 0."""
+    """Returns the size up to which a value counts as 0."""
+    # About 80 times the rounding unit of float32, since errors grow with the size of the matrix.
     return 1e-5 * float(values.max(initial=0))
 
 
 def histogram(values: Float[np.ndarray, " p"], bins: int, stop: float) -> Histogram:
     """Counts the values from 0 to `stop` > 0."""
+    # The zeros of a truncated kernel would make one bar so high that no other could be seen.
     present = values > rounding(values)
     counts, _ = np.histogram(values[present], bins, (0, stop))
     return Histogram(counts, stop, int((~present).sum()))
@@ -47,7 +49,7 @@ def histogram(values: Float[np.ndarray, " p"], bins: int, stop: float) -> Histog
 def law_left(
     ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""], edge: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Ratio and variance of the law that K spikes have left to the other p - K, and their share."""
+    """Returns ratio and variance of the law below K spikes, and its mass (p - K) / p."""
     ratio, _ = bulk_law(ratio, size, spikes)
     return ratio, edge / marchenko_pastur.support(ratio)[1], 1 - spikes / size
 
@@ -59,16 +61,17 @@ def law_curve(
     edge: Float[Array, ""],
     points: int,
 ) -> tuple[Float[Array, " points"], Float[Array, " points"]]:
-    r"""The density of $\sqrt\lambda$ under that law, with its share of the mass.
+    r"""Returns a grid and the density of $\sqrt\lambda$ on it, scaled to the mass of the noise.
 
     Args:
       ratio: Aspect ratio of the matrix.
       size: Number of its eigenvalues, p.
-      spikes: Number of those that are spikes, K.
-      edge: Of the fit.
-      points: How many; they crowd at both ends, where the slope may be infinite.
+      spikes: Number of its spikes, K.
+      edge: Upper edge of the fitted bulk.
+      points: Number of points in the grid.
     """
     ratio, variance, share = law_left(ratio, size, spikes, edge)
     lower, upper = (jnp.sqrt(end) for end in marchenko_pastur.support(ratio, variance))
+    # The points crowd at both ends, because the slope of the density can be infinite there.
     grid = lower + (upper - lower) * jnp.sin(jnp.linspace(0, jnp.pi / 2, points)) ** 2
     return grid, share * marchenko_pastur.pdf(grid**2, ratio, variance) * 2 * grid

@@ -128,7 +128,7 @@ class gavish_donoho:  # noqa: N801
 
 
 class _WithoutNoise:
-    """Shares what rules have in common that need no noise level: a fit for the report only."""
+    """Shares the fit and the verdict of rules that need no noise level."""
 
     needs_noise = False
 

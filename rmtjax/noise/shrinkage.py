@@ -1,19 +1,17 @@
-r"""Shrinkage: what noise has added to the singular values of the signal, taken off again.
+r"""Optimal shrinkage: removes from the singular values of the signal what noise added to them.
 
-A matrix $W = \ell\, u v^T + noise$ of aspect ratio $\gamma$, with noise entries of variance
-$\sigma^2$ and the strength $\ell$ in units of $\sqrt n\, \sigma$, $n$ the longer side, has its
-largest singular value near $y(\ell) = \sqrt{(\ell + 1 / \ell)(\ell + \gamma / \ell)}$ in the
-same units, if $\ell > \gamma^{1/4}$: too large, and with singular vectors that are turned away
-from $u$ and $v$. A weaker signal is lost in the bulk, which ends at $1 + \sqrt\gamma$. In all
-functions:
+Let $W = \ell\, u v^T + noise$ have aspect ratio $\gamma$, longer side $n$ and noise entries of
+variance $\sigma^2$. Measure the strength $\ell$ in units of $\sqrt n\, \sigma$. If
+$\ell > \gamma^{1/4}$, the largest singular value of $W$ is near
+$y(\ell) = \sqrt{(\ell + 1 / \ell)(\ell + \gamma / \ell)}$ in the same units. It is too large, and
+its singular vectors are turned away from $u$ and $v$. A weaker signal is lost in the bulk, which
+ends at $1 + \sqrt\gamma$. In all functions:
 
-- `y` is $s / (\sqrt n\, \sigma)$, at least 0, and `ratio` is $\gamma$ in (0, 1];
-- the result is 0 up to the edge of the bulk, and has finite gradients everywhere;
-- arguments broadcast, results are float32 at least; all works under `jit`, `vmap`, `grad`.
+- `y` is $s / (\sqrt n\, \sigma)$, at least 0, and `ratio` is $\gamma$ in (0, 1].
+- The result is 0 up to the edge of the bulk. Gradients are finite everywhere.
+- Arguments broadcast, results are at least float32. All work under `jit`, `vmap` and `grad`.
 
-`rmtjax.plan(params, shrink=rmtjax.shrinkage.frobenius)` applies one to all that it keeps.
-With $a = \sqrt{y^2 - (1 - \sqrt\gamma)^2}$ and $b = \sqrt{y^2 - (1 + \sqrt\gamma)^2}$ the
-published formulas become those below, which do not cancel.
+`rmtjax.plan(params, shrink=rmtjax.shrinkage.frobenius)` shrinks the directions that it keeps.
 
 References:
   Gavish and Donoho, IEEE Trans. Inf. Theory 63 (2017) 2137-2152,
@@ -29,34 +27,40 @@ from jaxtyping import Array, Float
 
 from rmtjax.laws import marchenko_pastur
 
-# What `rmtjax.plan` takes: the functions of this module, or one of a user's own.
+__all__ = ["frobenius", "nuclear", "operator"]
+
+# `rmtjax.plan` accepts the functions of this module and any other function of this type.
 Shrink = Callable[[Array, Array], Array]
 
 
 def _roots(y: ArrayLike, ratio: ArrayLike):
-    """The value y, the roots a and b, and whether y is in the bulk, where all three are not."""
+    r"""Returns y, a, b and a mask that is True inside the bulk.
+
+    With $a = \sqrt{y^2 - (1 - \sqrt\gamma)^2}$ and $b = \sqrt{y^2 - (1 + \sqrt\gamma)^2}$ the
+    published formulas become products and sums that do not cancel.
+    """
     lower, upper = marchenko_pastur.support(ratio)
     y = jnp.asarray(y, jnp.promote_types(jnp.result_type(y), jnp.float32))
     y, lower, edge = jnp.broadcast_arrays(y, lower, jnp.sqrt(upper))
-    inside = y <= edge  # False for NaN, which so goes through
-    # Any value beyond the edge will do: gradients of what is thrown away must be finite.
+    inside = y <= edge  # A NaN compares as False, so it reaches the result.
+    # Inside the bulk the roots are imaginary. `where` drops these values, but their gradients
+    # must be finite, so any value beyond the edge takes their place.
     y = jnp.where(inside, 3.0, y)
     return y, jnp.sqrt(y**2 - lower), jnp.sqrt((y - edge) * (y + edge)), inside
 
 
 def frobenius(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
-    r"""The shrinkage of least squared error: $a b / y$.
+    r"""Shrinks for the least squared error: $\eta(y) = a b / y$.
 
-    $\eta(y) = \sqrt{(y^2 - \gamma - 1)^2 - 4 \gamma}\, / y$, for a square matrix
-    $\sqrt{y^2 - 4}$. Of all functions of the singular values alone it leaves, as
-    $n \to \infty$, the smallest $\|\hat W - \ell\, u v^T\|_F$.
+    This is $\sqrt{(y^2 - \gamma - 1)^2 - 4 \gamma}\, / y$, and $\sqrt{y^2 - 4}$ for a square
+    matrix. As $n \to \infty$, no other function of the singular values alone has a smaller
+    $\|\hat W - \ell\, u v^T\|_F$.
 
     Args:
-      y: Singular values over $\sqrt n\, \sigma$.
-      ratio: Aspect ratio in (0, 1].
+      y, ratio: Singular values over $\sqrt n\, \sigma$, and aspect ratio in (0, 1].
 
     Returns:
-      The shrunken values, in the same units.
+      The shrunken values, in the same units, of the broadcast shape.
 
     Examples:
       >>> import rmtjax
@@ -68,21 +72,19 @@ def frobenius(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
 
 
 def operator(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
-    r"""The strength of the signal, the inverse of $y(\ell)$: $(a + b) / 2$.
+    r"""Returns the strength of the signal, the inverse of $y(\ell)$: $\eta(y) = (a + b) / 2$.
 
-    $\eta(y) = \sqrt{(y^2 - \gamma - 1 + \sqrt{(y^2 - \gamma - 1)^2 - 4 \gamma}) / 2}$, for a
-    square matrix $(y + \sqrt{y^2 - 4}) / 2$. It gives the singular values of the signal
-    without bias, and at the edge it jumps to $\gamma^{1/4}$.
+    For a square matrix this is $(y + \sqrt{y^2 - 4}) / 2$. It estimates the singular values of
+    the signal without bias. At the edge it jumps to $\gamma^{1/4}$.
 
-    Published as the shrinkage of least operator norm, which it is for square matrices. For
-    others that is smaller by the factor $\sqrt{(\gamma + \ell^2) / (1 + \ell^2)}$ (Leeb).
+    It was published as the shrinkage of least operator norm. That holds for square matrices.
+    For others the optimum is smaller by $\sqrt{(\gamma + \ell^2) / (1 + \ell^2)}$ (Leeb).
 
     Args:
-      y: Singular values over $\sqrt n\, \sigma$.
-      ratio: Aspect ratio in (0, 1].
+      y, ratio: Singular values over $\sqrt n\, \sigma$, and aspect ratio in (0, 1].
 
     Returns:
-      The shrunken values, in the same units.
+      The shrunken values, in the same units, of the broadcast shape.
 
     Examples:
       >>> import rmtjax
@@ -97,17 +99,16 @@ def operator(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
 
 
 def nuclear(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
-    r"""The shrinkage of least nuclear norm of the error: $\max(0, a b / y - \sqrt\gamma / \ell)$.
+    r"""Shrinks for the least nuclear norm of the error: $\max(0, a b / y - \sqrt\gamma / \ell)$.
 
-    $\eta(y) = \max(0, \ell^4 - \gamma - \sqrt\gamma\, \ell\, y) / (\ell^2 y)$ with the
-    strength $\ell$ of `operator`. It shrinks the most, and to 0 well beyond the edge.
+    Here $\ell$ is the strength that `operator` returns. This function shrinks the most. It is
+    0 even for some values beyond the edge.
 
     Args:
-      y: Singular values over $\sqrt n\, \sigma$.
-      ratio: Aspect ratio in (0, 1].
+      y, ratio: Singular values over $\sqrt n\, \sigma$, and aspect ratio in (0, 1].
 
     Returns:
-      The shrunken values, in the same units.
+      The shrunken values, in the same units, of the broadcast shape.
 
     Examples:
       >>> import rmtjax

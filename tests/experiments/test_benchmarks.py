@@ -84,6 +84,7 @@ def test_a_step_is_timed_with_and_without_the_transform(tmp_path, monkeypatch):
         assert 0 < low <= ratio <= high
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_kernels(tmp_path, monkeypatch):
     (row,) = run(memory, ["--shapes", "1024", "768"], tmp_path, monkeypatch)
     assert row["MiB"] == 3

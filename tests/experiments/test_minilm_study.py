@@ -86,6 +86,7 @@ def test_every_kernel_has_a_row_and_the_pooler_is_noise(pretrained):
     assert rows["pooler/kernel"].distance < 5 / 384  # what pure noise stays under
 
 
+@pytest.mark.slow
 def test_the_pretrained_encoder_runs_factorized(pretrained):
     folder, params = pretrained
     sentences = words.read_sentences(folder)
@@ -148,6 +149,7 @@ def test_what_is_measured_of_the_embeddings():
     assert drift.measure(close, close, ("one", "two") * 6)["topic"] < 100
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     chosen = {name: drift.RULES[name] for name in ("bema 0.1", "energy 0.9")}
     monkeypatch.setattr(drift, "RULES", chosen)

@@ -63,6 +63,7 @@ def test_stripped(path):
         assert cell == {**kept, "metadata": {}, **more}
 
 
+@pytest.mark.slow
 def test_first_look(capsys):
     names = run("first_look")
     told = capsys.readouterr().out
@@ -84,6 +85,7 @@ def test_first_look_without_mnist(monkeypatch, tmp_path, capsys):
     assert "sample, in place of MNIST" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_random_matrices():
     names = run("random_matrices")
     # Of 2,000 draws at level 0.01, the last: the standard error is 0.0022.
@@ -97,6 +99,7 @@ def test_random_matrices():
     assert 1.05 < names["by_hand"] < 1.13  # it is told to be almost a tenth too large
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("minilm_folder")
 def test_pretrained_model(capsys):
     rows = run("pretrained_model")["report"].plan
@@ -115,6 +118,7 @@ def test_pretrained_model_without_its_weights(monkeypatch, capsys):
     assert "A network trained on the sample of Fashion-MNIST stands in." in told
 
 
+@pytest.mark.slow
 def test_pruning_and_memorisation():
     names = run("pruning_and_memorisation")
     plain, low = (names[f"{arm}_history"][-10:].mean(axis=0) for arm in ("plain", "low"))

@@ -48,6 +48,11 @@ SHORT = {  # options of a shortened run, and the number of its runs
 }
 
 
+# The others take 5 to 20 seconds each. The same driver runs these two.
+FAST = {"artefact", "pilot"}
+PARTS = [part if part in FAST else pytest.param(part, marks=pytest.mark.slow) for part in SHORT]
+
+
 def command(part, folder, *more):
     options = [option.replace("_", " ") for option in SHORT[part][0].split()]
     options = [option.replace("fashion mnist", "fashion_mnist") for option in options]
@@ -67,7 +72,7 @@ def shortened(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("part", SHORT)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_part_writes_its_runs_once_and_shows_them_again(part, shortened, capsys):
     folder = shortened(part)
     path = folder / f"{part}.json"
@@ -86,7 +91,7 @@ def test_a_part_writes_its_runs_once_and_shows_them_again(part, shortened, capsy
     assert (folder / f"{part}.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
-@pytest.mark.parametrize("part", SHORT)
+@pytest.mark.parametrize("part", PARTS)
 def test_another_configuration_is_told_from_the_first(part, shortened, capsys):
     assert main(command(part, shortened(part), "--momentum", "0.5")) == 2
     assert "`momentum` 0.9 there, 0.5 now" in capsys.readouterr().out
@@ -102,6 +107,7 @@ def by_arm(records, seed=0):
     return {r["settings"]["arm"]: r for r in core if r["settings"]["seed"] == seed}
 
 
+@pytest.mark.slow
 def test_arms_of_a_seed_share_start_images_and_batches(records):
     arms = by_arm(records)
     plain, pruned = (arms[arm]["history"]["test"] for arm in ("nothing", "RMT"))
@@ -110,6 +116,7 @@ def test_arms_of_a_seed_share_start_images_and_batches(records):
     assert by_arm(records, 1)["nothing"]["history"]["test"][0] != plain[0]
 
 
+@pytest.mark.slow
 def test_pruning_is_measured_right_after_it_and_counted(records):
     record = by_arm(records)["RMT"]
     (ranks,) = record["history"]["ranks"].values()
@@ -118,6 +125,7 @@ def test_pruning_is_measured_right_after_it_and_counted(records):
     assert record["parameters"] == 784 * 96 + 96 + 96 * 10 + 10 - max(saved, 0)
 
 
+@pytest.mark.slow
 def test_tuned_arms_get_the_value_that_clean_validation_chooses(records):
     tuning = {
         r["settings"]["recipe"]["weight_decay"]: r["final"]["validation"]
@@ -129,6 +137,7 @@ def test_tuned_arms_get_the_value_that_clean_validation_chooses(records):
     assert len(set(tuning.values())) == 2  # a decay of 0.1 leaves nothing, so it is a choice
 
 
+@pytest.mark.slow
 def test_early_stopping_and_single_cuts_come_of_the_plain_run(records):
     record = by_arm(records)["nothing"]
     history = record["history"]

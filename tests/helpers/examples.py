@@ -1,4 +1,4 @@
-"""Runs the Python examples of a page and compares what they print with the page."""
+"""The Python examples of a page: finding them with their output, and running them."""
 
 import re
 from contextlib import redirect_stdout

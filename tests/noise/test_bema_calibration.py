@@ -16,6 +16,16 @@ import rmtjax
 
 DRAWS = 200
 LEVELS = (0.01, 0.1, 0.5, 0.9)
+# The draws of the larger shapes and of the other dtype take five seconds each.
+slow = pytest.mark.slow
+SHAPES = [
+    pytest.param((200, 200), jnp.float32, marks=slow),
+    pytest.param((128, 256), jnp.float32, marks=slow),
+    ((512, 64), jnp.float32),
+    pytest.param((200, 200), jnp.bfloat16, marks=slow),
+    pytest.param((128, 256), jnp.bfloat16, marks=slow),
+    pytest.param((512, 64), jnp.bfloat16, marks=slow),
+]
 
 
 @jax.jit
@@ -40,8 +50,7 @@ def noise_fits(shape, dtype):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(200, 200), (128, 256), (512, 64)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES)
 def test_noise_has_a_spike_as_often_as_the_level_says(shape, dtype, level):
     rate = np.mean(noise_fits(shape, dtype)[level].num_spikes > 0)
     # The law is that of infinite matrices: at these sizes the true rates are 0.09, 0.46 and
@@ -49,8 +58,7 @@ def test_noise_has_a_spike_as_often_as_the_level_says(shape, dtype, level):
     assert abs(rate - level) <= 3 * math.sqrt(level * (1 - level) / DRAWS)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(200, 200), (128, 256), (512, 64)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES)
 def test_noise_fits_the_law(shape, dtype):
     fits = noise_fits(shape, dtype)[0.1]
     assert fits.distance.max() * min(shape) < 5
@@ -62,9 +70,9 @@ def test_noise_fits_the_law(shape, dtype):
 @pytest.mark.parametrize(
     ("shape", "mean", "deviation", "authors"),
     [
-        ((10, 1000), 0.9994, 0.0157, 1.0159),
+        pytest.param((10, 1000), 0.9994, 0.0157, 1.0159, marks=slow),
         ((50, 100), 0.9970, 0.0237, 1.0216),
-        ((100, 400), 0.9993, 0.0081, 1.0076),
+        pytest.param((100, 400), 0.9993, 0.0081, 1.0076, marks=slow),
     ],
 )
 def test_variance_has_no_bias(shape, mean, deviation, authors):
@@ -77,11 +85,15 @@ def test_variance_has_no_bias(shape, mean, deviation, authors):
     assert abs(got - authors) > 3 * error
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=slow)])
 @pytest.mark.parametrize(
     ("shape", "planted"),
-    [((200, 200), 8), ((128, 256), 5), ((256, 128), 5), ((64, 512), 3)],
-    ids=str,
+    [
+        pytest.param((200, 200), 8, marks=slow),
+        pytest.param((128, 256), 5, marks=slow),
+        ((256, 128), 5),
+        pytest.param((64, 512), 3, marks=slow),
+    ],
 )
 def test_signals_at_twice_the_detection_limit_are_all_found(shape, planted, dtype):
     draws, sigma, level = 40, 0.02, 0.1

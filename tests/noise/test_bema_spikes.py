@@ -12,6 +12,8 @@ import rmtjax
 from rmtjax import Spectrum
 
 DRAWS = 60
+# Each of these draws and decomposes 60 matrices or more, for two seconds.
+slow = pytest.mark.slow
 
 
 @functools.cache
@@ -43,7 +45,11 @@ def published_variance(eigenvalues, ratio):
 
 
 @pytest.mark.parametrize("share", [0.03, 0.06, 0.1])
-@pytest.mark.parametrize("shape", [(128, 512), (256, 256), (200, 300)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param((128, 512), marks=slow), pytest.param((256, 256), marks=slow), (200, 300)],
+    ids=str,
+)
 def test_variance_is_true_to_one_percent_with_a_tenth_of_the_ranks_planted(shape, share):
     fit, planted = fitted(shape, share)
     # One draw is off by 0.5 %, their mean by a tenth of that.
@@ -56,24 +62,41 @@ def test_variance_is_true_to_one_percent_with_a_tenth_of_the_ranks_planted(shape
     assert fit.distance.max() * min(shape) < 5
 
 
-@pytest.mark.parametrize("level", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape", [(100, 100), (80, 160)], ids=str)
+LEVELS = (0.01, 0.1, 0.5, 0.9)
+
+
+@jax.jit
+@jax.vmap
+def counts_of(spectrum):
+    """At each level: one program for all aspect ratios."""
+    return [rmtjax.fit_bema(spectrum, level=level).num_spikes for level in LEVELS]
+
+
+@functools.cache
+def alarms(shape, share, draws, weakest, seed):
+    spectra, planted = planted_spectra(shape, share, draws, weakest, seed)
+    return dict(zip(LEVELS, counts_of(spectra), strict=True)), planted
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [(100, 100), pytest.param((80, 160), marks=slow)], ids=str)
 def test_false_alarms_come_at_the_level_with_spikes_too(shape, level):
     draws = 400
-    spectra, planted = planted_spectra(shape, 0.05, draws=draws, weakest=2.0, seed=1)
-    counts = jax.vmap(functools.partial(rmtjax.fit_bema, level=level))(spectra).num_spikes
+    counted, planted = alarms(shape, 0.05, draws, 2.0, 1)
+    counts = counted[level]
     assert counts.min() >= planted
     # Three standard errors, and what 100 ranks with 5 spikes are off.
     error = math.sqrt(level * (1 - level) / draws)
     assert abs(np.mean(counts > planted) - level) < 3 * error + 0.03
 
 
-@pytest.mark.parametrize("level", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("shape", [(50, 50), (50, 100), (50, 400)], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "shape", [(50, 50), pytest.param((50, 100), marks=slow), pytest.param((50, 400), marks=slow)]
+)
 def test_the_level_holds_down_to_fifty_ranks(shape, level):
     draws = 1500
-    spectra, _ = planted_spectra(shape, 0.0, draws=draws, seed=2)
-    counts = jax.vmap(functools.partial(rmtjax.fit_bema, level=level))(spectra).num_spikes
+    counts = alarms(shape, 0.0, draws, 1.5, 2)[0][level]
     error = math.sqrt(level * (1 - level) / draws)
     # 0.117 at (50, 50) and level 0.1 in 6,000 draws is the worst.
     assert abs(np.mean(counts > 0) - level) < 3 * error + 0.02
