@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import rmtjax
 from rmtjax import KernelAxes
@@ -150,6 +150,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(data=st.data())
 def test_no_text_does_anything_but_parse_or_raise(plan, data):
     told = json.loads(

@@ -211,5 +211,6 @@ for name in ("a.safetensors", "a"):
 """
 
 
+@pytest.mark.slow  # starts a process of its own
 def test_arrays_that_lie_on_several_devices(tmp_path):
     run_on_devices(2, SHARDED, tmp_path)

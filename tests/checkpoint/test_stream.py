@@ -52,7 +52,7 @@ def tree():
     }
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 99), spikes=st.integers(0, 5), half=st.booleans())
 def test_a_file_has_the_report_of_its_tree(tmp_path_factory, seed, spikes, half):
     kernel = spiked(seed, spikes=spikes).astype(jnp.bfloat16 if half else np.float32)
@@ -93,6 +93,18 @@ def test_compress_then_restore_is_the_change_of_the_tree(tmp_path, tree, mode, s
         np.testing.assert_allclose(np.float64(a), np.float64(b), atol=tolerance)
     assert found["step"].tobytes() == tree["step"].tobytes()
     assert [done for done, _, _ in steps] == list(range(steps[-1][1]))
+
+
+def test_kernels_are_chosen_by_paths_patterns_and_functions(tmp_path):
+    names = ("a.weight", "b.weight", "c.mask")
+    path = write(tmp_path / "a.safetensors", dict.fromkeys(names, spiked(0)))
+    for where, chosen in (
+        (r"^[bc]\.", ["b.weight", "c.mask"]),
+        ({"c.mask": True, "a.weight": False}, ["c.mask"]),
+        (lambda path, leaf: path == "a.weight" and np.asarray(leaf).shape == (80, 60), names[:1]),
+    ):
+        rows = checkpoint.analyze_file(path, rule=FIXED, where=where).rows
+        assert [row.path for row in rows] == [*chosen]
 
 
 def test_analyze_rounds_ranks_as_compress_does_where_asked(tmp_path, tree):
@@ -175,6 +187,8 @@ def test_torch_kernels_keep_their_order_and_the_rest_its_bits(tmp_path):
     [
         ({"where": lambda path, leaf: False}, "no tensor is chosen as a kernel, of 7 .*'Conv_0"),
         ({"fits": {"none/kernel": FIT}}, "`fits` has 'none/kernel', which is no path"),
+        ({"batch": {"none/kernel": 1}}, "`batch` has 'none/kernel', which is none of the kernels"),
+        ({"where": {"none/kernel": True}}, "`where` has 'none/kernel', which is no path"),
         ({"dtype": "float16"}, "`dtype` must be float32 or float64, got float16"),
         ({"dtype": "float64"}, "jax_enable_x64"),
         ({"mode": "shrink"}, "mode"),

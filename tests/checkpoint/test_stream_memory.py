@@ -33,6 +33,7 @@ TALL = (2**15, 256), (3 * 2**15, 256), 4
 SQUARE = (1024, 1024), (3072, 3072), 1
 
 
+@pytest.mark.slow  # ten processes, which compress up to 128 MiB each
 @pytest.mark.parametrize(
     ("shapes", "parts", "modes"),
     [

@@ -136,6 +136,7 @@ def test_details_stay_with_their_kernels(show):
     assert len(page.all(".detail")) == 1
 
 
+@pytest.mark.slow
 def test_three_thousand_kernels(show):
     page = show(many())
     assert page.run("document.documentElement.outerHTML.length") < 4e6
