@@ -153,9 +153,12 @@ def test_truncate_and_factorize_work_under_jit_with_the_plan_held_fixed(axes):
         compiled = jax.jit(lambda params, change=change: change(params, plan))(params)
         eager = change(params, plan)
         assert jax.tree.structure(compiled) == jax.tree.structure(eager)
-        # Factors have signs of their own.
-        found, wanted = ([rmtjax.merge(t), jax.tree.map(abs, t)] for t in (compiled, eager))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), found, wanted)
+        products = rmtjax.merge(compiled), rmtjax.merge(eager)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), *products)
+        # Single directions have any sign, and two ways of rounding turn them by the rounding unit
+        # over the relative gap to the next singular value, here 0.02: 1.1e-5 at the worst.
+        close = lambda a, b: np.testing.assert_allclose(abs(a), abs(b), rtol=0, atol=5e-5)
+        jax.tree.map(close, compiled, eager)
 
 
 @pytest.mark.parametrize(
