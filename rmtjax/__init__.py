@@ -2,46 +2,36 @@
 
 import sys as _sys
 
-from rmtjax import (
-    certificate as certificate,
-    checkpoint as checkpoint,
-    linen as linen,
-    nnx as nnx,
-    plots as plots,
-)
-from rmtjax._axes import Factors as Factors, KernelAxes as KernelAxes
-from rmtjax._types import BulkFit as BulkFit, Spectrum as Spectrum
+from rmtjax import certificate, checkpoint, linen, nnx, plots
+from rmtjax._axes import Factors, KernelAxes
+from rmtjax._types import BulkFit, Spectrum
 from rmtjax._version import __version__ as __version__
-from rmtjax.laws import marchenko_pastur as marchenko_pastur, tracy_widom as tracy_widom
-from rmtjax.models import register_layer as register_layer
-from rmtjax.noise import fit_bema as fit_bema, ranks as ranks, shrinkage as shrinkage
+from rmtjax.laws import marchenko_pastur, tracy_widom
+from rmtjax.models import register_layer
+from rmtjax.noise import fit_bema, ranks, shrinkage
 from rmtjax.planning import (
-    Cost as Cost,
-    factorize as factorize,
-    Factorized as Factorized,
-    Kept as Kept,
-    merge as merge,
-    Plan as Plan,
-    plan as plan,
-    truncate as truncate,
-    Truncated as Truncated,
+    Cost,
+    factorize,
+    Factorized,
+    Kept,
+    merge,
+    Plan,
+    plan,
+    truncate,
+    Truncated,
 )
-from rmtjax.report import analyze as analyze, Report as Report, Row as Row
-from rmtjax.spectra import (
-    factorize_matrix as factorize_matrix,
-    spectrum as spectrum,
-    truncate_matrix as truncate_matrix,
-)
+from rmtjax.report import analyze, Report, Row
+from rmtjax.spectra import factorize_matrix, spectrum, truncate_matrix
 from rmtjax.training import (
-    metrics as metrics,
-    noise_levels as noise_levels,
-    penalty as penalty,
-    prune_entries as prune_entries,
-    prune_spectrum as prune_spectrum,
-    PruneEntriesState as PruneEntriesState,
-    PruneState as PruneState,
-    sparsity as sparsity,
-    transfer_opt_state as transfer_opt_state,
+    metrics,
+    noise_levels,
+    penalty,
+    prune_entries,
+    prune_spectrum,
+    PruneEntriesState,
+    PruneState,
+    sparsity,
+    transfer_opt_state,
 )
 
 # So that `help(rmtjax)` tells them.

@@ -22,18 +22,14 @@ MOST = 2**26
 
 
 class Cost(NamedTuple):
-    """The cost of a kernel as it is, and `_after` a plan.
-
-    The two are equal where the shape stays. The cost of a kernel that is already factorized is
-    that of its factors.
+    """The cost of a kernel, or of its factors, as they are and `_after` a plan.
 
     Attributes:
       parameters: Numbers in the kernel.
-      multiply_adds: For the rows of `batch`, or for one row if `plan` was given none. Each
-        parameter is used once for each row. An embedding is a lookup, which multiplies
-        nothing; of its factors, only the right one multiplies.
+      multiply_adds: For the rows of `batch`, or for one row if `plan` was given none. An embedding
+        is a lookup, which multiplies nothing; of its factors, only the right one multiplies.
       milliseconds: Median time of one call with these rows; None where it was not measured.
-      parameters_after: As `parameters`.
+      parameters_after: As `parameters`; equal where the shape stays.
       multiply_adds_after: As `multiply_adds`.
       milliseconds_after: As `milliseconds`.
     """
@@ -108,7 +104,7 @@ def operands(product: Product, rank: int | None) -> tuple[np.ndarray, ...]:
     return (np.ones((product.rows, m), product.dtype), *ones)
 
 
-def _burst(call: Callable[[], Any], calls: int) -> float:
+def time_burst(call: Callable[[], Any], calls: int) -> float:
     """Returns the seconds of one call in a burst: the device does not wait between calls."""
     begin = time.perf_counter()
     for _ in range(calls - 1):
@@ -117,14 +113,16 @@ def _burst(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def time_products(product: Product) -> Float[np.ndarray, "rounds alternatives"]:
+def time_products(
+    product: Product, burst: Callable = time_burst, most: int = MOST
+) -> Float[np.ndarray, "rounds alternatives"]:
     """Returns milliseconds of one compiled call of each alternative, on the default device.
 
     A round holds bursts of about two milliseconds, or one call if that takes longer. There are as
     many rounds as half a second has room for, at least 3 and at most 11. Rows beyond what fits
     into memory easily are not run: they would take as long, each.
     """
-    rows = min(product.rows, max(1, MOST // max(product.sides)))
+    rows = min(product.rows, max(1, most // max(product.sides)))
     bound = product._replace(rows=rows)
     multiply = jax.jit(partial(compute, bound.lookup))
     calls = []
@@ -132,20 +130,20 @@ def time_products(product: Product) -> Float[np.ndarray, "rounds alternatives"]:
         call = partial(multiply, *jax.device_put(operands(bound, rank)))
         jax.block_until_ready(call())  # compiled
         calls.append(call)
-    warm = [_burst(call, 1) for call in calls]
+    warm = [burst(call, 1) for call in calls]
     sizes = [int(np.clip(BURST / seconds, 1, 100)) for seconds in warm]
     rounds = int(np.clip(BUDGET / np.dot(sizes, warm), FEWEST_ROUNDS, ROUNDS))
     seconds = np.empty((rounds, len(calls)))
     for i in range(rounds):
         # The alternatives change places each round, so that other work on the machine meets both.
         for k in range(len(calls))[:: 1 if i % 2 else -1]:
-            seconds[i, k] = _burst(calls[k], sizes[k])
+            seconds[i, k] = burst(calls[k], sizes[k])
     return 1e3 * seconds * (product.rows / rows)
 
 
-def make_clock() -> Clock:
-    """Returns `time_products` with a memory: kernels with the same product are timed once."""
-    return cache(lambda product: time_products(product))
+def make_clock(timer: Clock = time_products) -> Clock:
+    """Returns a timer with a memory: kernels with the same product are timed once."""
+    return cache(timer)
 
 
 def is_faster(milliseconds: Float[np.ndarray, "rounds 2"]) -> bool:
@@ -184,11 +182,8 @@ def weigh(
 ) -> tuple[Cost, str | None]:
     """Returns the cost of a kernel, and why it should not get factors of a rank, or None.
 
-    The matrices of a stack take turns, as under `nn.scan`: the cost of one is counted as often as
-    there are matrices.
-
     Args:
-      kernel: The kernel.
+      kernel: The kernel. The matrices of a stack take turns, as under `nn.scan`.
       rank: That of its factors after the plan; that of `kernel` where its shape stays.
       rows: Rows in one call; None leaves the time unmeasured.
       clock: `time_products`, with a memory.

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax._axes import check_axes, factored_axes, is_factors, KernelAxes, KernelLeaf, MatrixView
+from rmtjax._axes import (
+    check_axes,
+    factored_axes,
+    is_factors,
+    kernel_shape,
+    KernelAxes,
+    KernelLeaf,
+    MatrixView,
+)
 from rmtjax._types import Axes, Where
 
 NAMES = ("kernel", "embedding")
@@ -57,7 +65,7 @@ def guess_axes(path: str, leaf: Any) -> KernelAxes | None:
     Returns:
       None if the leaf has fewer than two axes, or more and none of these names.
     """
-    ndim = jnp.ndim(leaf)
+    ndim = len(kernel_shape(leaf))
     parent = path.split("/")[-2] if "/" in path else ""
     if ndim == 3 and parent in HEAD_PROJECTIONS:
         return KernelAxes((0,), (1, 2))

@@ -1,6 +1,7 @@
 """Decides the rank of each kernel, and gives the reason, before anything is changed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from rmtjax.planning._cost import Clock, hindrance, make_clock, rows_by_path, we
 from rmtjax.planning._kernels import check_tree, find_kernels, leaves_by_path, obstacle
 from rmtjax.planning._measure import measure, Measurement
 from rmtjax.planning._options import PlanOptions
-from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan, Truncated, with_cost
+from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan, Truncated
 from rmtjax.spectra import shrink_values
 
 # One program in the place of several small ones.
@@ -82,7 +83,7 @@ def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -
     old_rank = kernel.rank if isinstance(kernel, MatrixView) else None
     rank = row.rank if isinstance(row, Factorized) else old_rank
     cost, slow = weigh(kernel, rank, rows, clock)
-    return with_cost(in_place(row, slow) if slow else row, cost)
+    return replace(in_place(row, slow) if slow else row, cost=cost)
 
 
 def _given_fits(

@@ -1,7 +1,7 @@
 """The rows of a plan: a kernel is kept, truncated or factorized, each with its reason."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import PyTree
@@ -39,7 +39,20 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Truncated:
+class _Lowered:
+    """A kernel whose rank goes down: the fields that `Truncated` explains."""
+
+    reason: str
+    shape: tuple[int, ...]
+    axes: KernelAxes
+    rank: int
+    fit: BulkFit
+    spectrum: Spectrum | None = None
+    shrink: Shrink | None = None
+    cost: Cost | None = None
+
+
+class Truncated(_Lowered):
     """A kernel whose rank goes down in place: factors would not be smaller, or not faster.
 
     Attributes:
@@ -53,40 +66,12 @@ class Truncated:
       cost: Parameters, multiply-adds and milliseconds, before and after the plan.
     """
 
-    reason: str
-    shape: tuple[int, ...]
-    axes: KernelAxes
-    rank: int
-    fit: BulkFit
-    spectrum: Spectrum | None = None
-    shrink: Shrink | None = None
-    cost: Cost | None = None
     action = "truncate"
 
 
-@dataclass(frozen=True)
-class Factorized:
-    """A kernel that two thinner factors replace.
+class Factorized(_Lowered):
+    """A kernel that two thinner factors replace; its fields are those of `Truncated`."""
 
-    Attributes:
-      reason: What was found.
-      shape: Shape of the dense kernel.
-      axes: What makes it a matrix.
-      rank: Rank of the factors.
-      fit: The noise as NumPy numbers, for a stack an array with an entry for each matrix.
-      spectrum: The spectrum as NumPy arrays; None after loading from a file.
-      shrink: Changes the singular values that stay; None leaves them.
-      cost: Parameters, multiply-adds and milliseconds, before and after the plan.
-    """
-
-    reason: str
-    shape: tuple[int, ...]
-    axes: KernelAxes
-    rank: int
-    fit: BulkFit
-    spectrum: Spectrum | None = None
-    shrink: Shrink | None = None
-    cost: Cost | None = None
     action = "factorize"
 
 
@@ -123,11 +108,6 @@ def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:
     reason = f"truncated: {cause} ({words})" if cause else f"truncated: {words}"
     cost = row.cost and Cost(*row.cost[:3], *row.cost[:3])
     return Truncated(**{**vars(row), "reason": reason, "cost": cost})
-
-
-def with_cost(row: LayerPlan, cost: Cost) -> LayerPlan:
-    """Returns the row with its cost."""
-    return replace(row, cost=cost)
 
 
 def check_plan(plan: Any) -> None:

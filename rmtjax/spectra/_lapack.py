@@ -146,7 +146,6 @@ def _chunks(views: Mapping[str, MatrixView]) -> list[tuple[int, list[tuple[str, 
 
 def squared_singular_values(views: Mapping[str, MatrixView]) -> dict[str, np.ndarray]:
     """Returns the squared singular values of kernels as arrays (stack, p), descending."""
-
     # Before the pool: a leaf may run code of its own when it becomes an array.
     arrays = {path: np.asarray(view.leaf) for path, view in views.items()}
 

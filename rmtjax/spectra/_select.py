@@ -4,7 +4,7 @@ Conditions are tried from top to bottom. p is the short side, n the long one, r 
 
 | for | condition | algorithm | file | cost |
 |---|---|---|---|---|
-| spectra | p >= `exact_below`, Lanczos spans p / 4 | block Lanczos | `_lanczos` | n p |
+| spectra | p >= `exact_below`, Lanczos spans p/4 | block Lanczos | `_lanczos` | n p |
 | | on the host: see below | Gram matrix and its eigenvalues, LAPACK | `_lapack` | n p^2 |
 | | divided over devices, not float64 | Gram matrix there, LAPACK here | `_sharded` | n p^2 |
 | | else: accelerators, float64, factors, tracers | QR and SVD in XLA | `_svd` | n p^2 |

@@ -161,10 +161,9 @@ def small(rows=8, **changes):
     return product._replace(**changes)
 
 
-def test_alternatives_take_turns_in_bursts(monkeypatch):
+def test_alternatives_take_turns_in_bursts():
     bursts = Bursts(1e-4, 5e-6)
-    monkeypatch.setattr(_cost, "_burst", bursts)
-    times = _cost.time_products(small())
+    times = _cost.time_products(small(), bursts)
     np.testing.assert_allclose(times, [[0.1, 0.005]] * 11, rtol=1e-12)
     warm, rounds = bursts.seen[:2], bursts.seen[2:]
     assert warm == [(0, 1), (1, 1)]
@@ -172,19 +171,16 @@ def test_alternatives_take_turns_in_bursts(monkeypatch):
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.4, 3), (2.0, 3), (0.05, 5), (0.001, 11)])
-def test_a_slow_product_is_timed_a_few_times_only(seconds, rounds, monkeypatch):
+def test_a_slow_product_is_timed_a_few_times_only(seconds, rounds):
     bursts = Bursts(seconds, seconds)
-    monkeypatch.setattr(_cost, "_burst", bursts)
-    assert _cost.time_products(small()).shape == (rounds, 2)
+    assert _cost.time_products(small(), bursts).shape == (rounds, 2)
     calls = sum(count for _, count in bursts.seen)
     assert calls * seconds <= max(_cost.BUDGET * 1.5, 8 * seconds)
 
 
-def test_more_rows_than_fit_into_memory_are_told_from_fewer(monkeypatch):
+def test_more_rows_than_fit_into_memory_are_told_from_fewer():
     bursts = Bursts(1e-3, 1e-3)
-    monkeypatch.setattr(_cost, "_burst", bursts)
-    monkeypatch.setattr(_cost, "MOST", 120)
-    times = _cost.time_products(small(rows=1000))
+    times = _cost.time_products(small(rows=1000), bursts, most=120)
     assert set(bursts.shapes) == {(10, 12)}
     np.testing.assert_allclose(times, 100.0, rtol=1e-12)
 

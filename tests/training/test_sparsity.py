@@ -189,7 +189,9 @@ def test_what_is_no_plan_is_refused():
         lambda: edge_weights(report, 0.1),
         lambda: threshold_mask({"kernel": noise((60, 80))}, report),
     ):
-        with pytest.raises(TypeError, match=r"`plan` must be a `rmtjax.Plan`.* `report.plan`, got Report"):
+        with pytest.raises(
+            TypeError, match=r"`plan` must be a `rmtjax.Plan`.* `report.plan`, got Report"
+        ):
             call()
 
 
