@@ -14,12 +14,7 @@ from rmtjax.checkpoint._tensors import CODES, Entry
 from rmtjax.planning import path_name
 
 # A Python number, and the dtypes it may be saved as: an integer of any size.
-_NUMBERS = {
-    bool: np.bool_,
-    int: np.integer,
-    float: jnp.floating,
-    complex: np.complexfloating,
-}
+_NUMBERS = {bool: np.bool_, int: np.integer, float: jnp.floating, complex: np.complexfloating}
 Keys = tuple[str | int, ...]
 
 
@@ -103,7 +98,7 @@ def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str
         for key in parents:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{path!r} lies below another leaf: restore it by `like`")
+                raise ValueError(f"{path!r} is below another leaf: restore it by `like`")
         if last in node:
             raise ValueError(f"{path!r} is both a leaf and a dictionary: restore it by `like`")
         node[last] = leaf

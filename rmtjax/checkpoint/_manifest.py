@@ -99,7 +99,7 @@ def _check(value: Any, *kinds: type) -> Any:
     """Returns a value of one of the types; raises ValueError for any other."""
     # In Python a boolean is an integer. In a manifest it is a mistake.
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{value!r:.60} is no {' or '.join(kind.__name__ for kind in kinds)}")
+        raise ValueError(f"{value!r:.60} is not {' or '.join(kind.__name__ for kind in kinds)}")
     return value
 
 

@@ -30,7 +30,7 @@ def _read_index(path: Path) -> dict[str, str]:
     """Returns the file name of the shard of each tensor, as the index gives it."""
     try:
         if not path.is_file():  # a pipe would never end
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         shards = parse_object(path.read_bytes()).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
             raise ValueError("it has no `weight_map` of names to files")
@@ -48,7 +48,7 @@ def _check_shard(folder: Path, name: str) -> Path:
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(SUFFIX):
         raise ValueError(
             f"the index in {str(folder)!r} names the shard {name!r}, and may only name "
-            f"{SUFFIX} files of its own folder: do not trust it."
+            f"{SUFFIX} files of its folder: do not trust it."
         )
     # The listing comes first: `exists` raises an error for a name that is too long.
     if name not in os.listdir(folder) or not path.exists():
@@ -145,6 +145,6 @@ def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> N
     same = os.path.exists(path) and any(os.path.samefile(path, file) for file in tensors.files)
     if inside or same:
         raise ValueError(
-            f"{name} must not be the input, nor lie in it, got {os.fspath(path)!r} for "
+            f"{name} must not be the input, nor be in it, got {os.fspath(path)!r} for "
             f"{str(tensors.path)!r}: the input is read while the output is written."
         )

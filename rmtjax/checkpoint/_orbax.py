@@ -36,8 +36,8 @@ def _find_tree(path: Path) -> Path:
             f"{str(path)!r} has several checkpoints: give the path of one of them, {names}."
         )
     raise ValueError(
-        f"{str(path)!r} is no checkpoint: it has neither a .safetensors file nor the `_METADATA` "
-        "that orbax writes. Give the path of a file, or of the folder of one step."
+        f"{str(path)!r} is not a checkpoint: it has neither a .safetensors file nor the "
+        "`_METADATA` that orbax writes. Give the path of a file, or of the folder of one step."
     )
 
 
@@ -49,8 +49,8 @@ def _naming(folder: os.PathLike[str]) -> Iterator[None]:
     # Damaged files make orbax, tensorstore and JSON raise errors of many types.
     except Exception as error:
         raise ValueError(
-            f"cannot read {os.fspath(folder)!r}: {error}. It is damaged or no checkpoint of orbax: "
-            "copy it again."
+            f"cannot read {os.fspath(folder)!r}: {error}. It is damaged or not a checkpoint of "
+            "orbax: copy it again."
         ) from error
 
 
@@ -127,7 +127,7 @@ def open_folder(path: Path) -> Iterator[Tensors]:
                 restored = jax.tree.leaves(handler.restore(folder, args=args))
                 array = np.asarray(next(leaf for leaf in restored if leaf is not ocp.PLACEHOLDER))
                 if Entry(array.shape, array.dtype) != entry:
-                    raise ValueError(f"{name!r} is no {entry}")
+                    raise ValueError(f"{name!r} is not {entry}")
             return array
 
         yield Tensors(path, "orbax", entries, texts, read, (path,))

@@ -51,10 +51,10 @@ def _parse_entry(name: str, fields: Any) -> tuple[Entry, int, int]:
 def _check_text(*texts: Any) -> None:
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{text!r:.50} of its metadata is no text")
+            raise ValueError(f"{text!r:.50} of its metadata is not a text")
         # JSON can escape half of a surrogate pair, which no file name or terminal can have.
         if text != text.encode(errors="ignore").decode():
-            raise ValueError(f"the name {text!r:.50} is no Unicode")
+            raise ValueError(f"the name {text!r:.50} is not Unicode")
 
 
 def _parse_header(
@@ -64,7 +64,7 @@ def _parse_header(
     fields = parse_object(header)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise ValueError("its metadata is no JSON object")
+        raise ValueError("its metadata is not a JSON object")
     _check_text(*fields, *metadata, *metadata.values())
     places = [(name, *_parse_entry(name, value)) for name, value in fields.items()]
     places.sort(key=lambda place: place[2:])
@@ -115,8 +115,8 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(
-            f"cannot read {str(path)!r}: {error}. It is damaged or no .safetensors file: copy or "
-            "download it again."
+            f"cannot read {str(path)!r}: {error}. It is damaged or not a .safetensors file: copy "
+            "or download it again."
         ) from error
 
 
@@ -127,7 +127,7 @@ def open_file(path: Path) -> Iterator[Tensors]:
         raise FileNotFoundError(f"there is nothing at {str(path)!r}: give a path that is there.")
     # To open a pipe would wait for a writer, so the check comes first.
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"cannot read {str(path)!r}: it is no regular file. Give a file's path.")
+        raise ValueError(f"cannot read {str(path)!r}: it is not a regular file. Give a file.")
     with open(path, "rb") as file:
         with _naming(path):
             places, metadata = _read_header(file)
@@ -192,7 +192,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def check_regular(path: Path, name: str) -> None:
     """Raises ValueError if a folder, a device or a pipe is at `path`."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"`{name}` {str(path)!r} is no regular file: give the path of a file.")
+        raise ValueError(f"`{name}` {str(path)!r} is not a regular file: give the path of a file.")
 
 
 def write_tensors(

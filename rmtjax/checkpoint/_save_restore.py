@@ -31,7 +31,7 @@ def _check_addressable(arrays: Mapping[str, Any]) -> None:
     for path, array in arrays.items():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(
-                f"{path!r} lies on devices of several processes: gather the tree first, by "
+                f"{path!r} is on devices of several processes: gather the tree first, by "
                 "`jax.experimental.multihost_utils.process_allgather(params, tiled=True)`, and "
                 "save it in one process."
             )
@@ -39,13 +39,13 @@ def _check_addressable(arrays: Mapping[str, Any]) -> None:
 
 def _check_no_halves(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Raises ValueError for the state of a thin nnx model, in which factors are single leaves."""
-    # Restored, they would be kernels of their own. Their moments in an optimizer may be single:
-    # they are restored into the state of that optimizer.
+    # Restored, each half would be a kernel. The moments of an optimizer may be halves: they are
+    # restored into its state.
     layers = [path for path in leaves if not is_moment(path) and in_factor_layer(path)]
     single = layers + [half for path in plan for half in halves(path) if half in leaves]
     if single:
         raise ValueError(
-            f"the tree has {single[0]!r}, a factor by itself: of a thin nnx model save "
+            f"the tree has {single[0]!r}, a single factor: of a thin nnx model save "
             "`rmtjax.nnx.params(model)`, and not its state."
         )
 

@@ -66,7 +66,7 @@ def _known_fits(
     """Returns noise levels by path: the given ones, and those by which kernels were cut before."""
     unknown = min((fits or {}).keys() - leaves.keys(), default=None)
     if unknown is not None:
-        raise ValueError(f"`fits` has {unknown!r}, which is no path of the file.")
+        raise ValueError(f"`fits` has {unknown!r}, which is not a path of the file.")
     # A kernel that was only kept still has its noise, and is fitted like any other.
     changes = manifest.plan.changes if manifest and manifest.plan else {}
     saved = {path: row.fit for path, row in changes.items() if path in leaves}

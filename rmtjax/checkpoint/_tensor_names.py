@@ -83,7 +83,7 @@ def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) ->
     if isinstance(where, Mapping):
         unknown = min(where.keys() - leaves.keys(), default=None)
         if unknown is not None:
-            raise ValueError(f"`where` has {unknown!r}, which is no path of the file.")
+            raise ValueError(f"`where` has {unknown!r}, which is not a path of the file.")
         where = {path: where.get(path, False) for path in leaves}
     by_path = axes if isinstance(axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel_tensor(path, leaf)
@@ -132,7 +132,7 @@ def find_leaves(tensors: Tensors, manifest: Manifest | None) -> dict[str, Any]:
     if manifest is None:
         return stored
     paths = manifest.factors
-    if paths is None:  # a manifest may leave the list out: then its plan names the candidates
+    if paths is None:  # a manifest may leave the list out, and its plan names the candidates
         paths = [path for path in manifest.plan or () if stored.keys() >= {*halves(path)}]
     double = min(stored.keys() & paths, default=None)
     if double is not None:
@@ -141,7 +141,7 @@ def find_leaves(tensors: Tensors, manifest: Manifest | None) -> dict[str, Any]:
     missing = min(owners.keys() - stored.keys(), default=None)
     if missing is not None:
         raise ValueError(
-            f"{str(tensors.path)!r} lacks {missing!r}, which its own plan names: it is damaged, or "
+            f"{str(tensors.path)!r} lacks {missing!r}, which its plan names: it is damaged, or "
             "its tensors were renamed. Write it again from its source."
         )
     factors = {path: Factors(*(stored[half] for half in halves(path))) for path in paths}

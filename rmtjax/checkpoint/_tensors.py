@@ -129,14 +129,14 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         return names
 
     def refuse(constant: str):
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     try:
         text = text.decode() if isinstance(text, bytes) else text
         fields = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         cause = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"it is no JSON ({cause})") from error
+        raise ValueError(f"it is not JSON ({cause})") from error
     if not isinstance(fields, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return fields

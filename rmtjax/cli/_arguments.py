@@ -69,7 +69,7 @@ def matcher(pattern: str) -> Callable[[str], Any]:
     try:
         return re.compile(pattern[3:]).search
     except re.error as error:
-        raise UsageError(f"{pattern!r} is no regular expression: {error}.") from error
+        raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
 
 
 def pattern_hint(pattern: str) -> str:
@@ -77,7 +77,7 @@ def pattern_hint(pattern: str) -> str:
     if pattern.startswith("re:"):
         return ""
     return (
-        " A glob must match the whole name, and '*' stands for anything: "
+        " A glob must match the complete name, and '*' stands for anything: "
         f"'*{pattern.strip('*./')}*' finds it anywhere in a name."
     )
 
@@ -116,7 +116,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     for path in filter(None, (out, *files)):
         folder = os.path.dirname(os.path.realpath(path))
         if path != "-" and not is_special(path) and not os.path.isdir(folder):
-            raise NotADirectoryError(f"{path!r} cannot be written: {folder!r} is no folder.")
+            raise NotADirectoryError(f"{path!r} cannot be written: {folder!r} is not a folder.")
         if os.path.isdir(path):
             raise IsADirectoryError(f"{path!r} is a folder: give the path of a file.")
 
@@ -182,6 +182,6 @@ def make_parser() -> argparse.ArgumentParser:
         _add_common(command, multiple)
         if name == "compress":
             _add_compress(command)
-        # For faults that are found later: the usage that is printed is that of the command.
+        # For faults that come up later: the usage that is printed is that of the command.
         command.set_defaults(refuse=command.error)
     return parser

@@ -104,7 +104,7 @@ def test_a_choice_is_left_to_the_user(tmp_path):
         pass
     (tmp_path / "empty").mkdir()
     with (
-        pytest.raises(ValueError, match="is no checkpoint: it has neither"),
+        pytest.raises(ValueError, match="is not a checkpoint: it has neither"),
         open_tensors(tmp_path / "empty"),
     ):
         pass

@@ -106,15 +106,15 @@ MALFORMED = {
     "no header": (b"1234567", "too few for a header"),
     "longer header": (struct.pack("<Q", 9) + b"{}", "claims 9 bytes, of 2"),
     "huge header": (struct.pack("<Q", 2**63) + b"{}", "claims 9223372036854775808 bytes"),
-    "no JSON": (file_of(b"{'a': 1}"), "no JSON"),
-    "no UTF-8": (file_of(b'{"\xff": 1}'), "no JSON"),
-    "no object": (file_of([]), "no JSON object"),
-    "NaN": (file_of(b'{"a": NaN}'), "NaN is no JSON"),
+    "not JSON": (file_of(b"{'a': 1}"), "not JSON"),
+    "no UTF-8": (file_of(b'{"\xff": 1}'), "not JSON"),
+    "no object": (file_of([]), "not a JSON object"),
+    "NaN": (file_of(b'{"a": NaN}'), "NaN is not JSON"),
     "deep": (file_of(b"[" * 200_000), "nested too deeply"),
     "twice": (file_of(b'{"a": {}, "a": {}}'), "a name stands twice"),
-    "surrogate": (file_of(b'{"\\ud800": {}}'), "no Unicode"),
-    "metadata": (file_of({"__metadata__": {"a": 1}}), "1 of its metadata is no text"),
-    "no metadata": (file_of({"__metadata__": []}), "metadata is no JSON object"),
+    "surrogate": (file_of(b'{"\\ud800": {}}'), "not Unicode"),
+    "metadata": (file_of({"__metadata__": {"a": 1}}), "1 of its metadata is not a text"),
+    "no metadata": (file_of({"__metadata__": []}), "metadata is not a JSON object"),
     "field": (file_of({"a": {"dtype": "F32", "shape": []}}), "needs a dtype, a shape"),
     "dtype": (file_of({"a": tensor(dtype="F4")}), "'a' has dtype 'F4', not one of"),
     "list for dtype": (file_of({"a": tensor(dtype=["F32"])}), "has dtype"),
@@ -171,7 +171,7 @@ def test_what_is_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         read(tmp_path / "none.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")  # to open it would wait for ever
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         read(tmp_path / "pipe.safetensors")
 
 

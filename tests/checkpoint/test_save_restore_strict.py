@@ -186,11 +186,11 @@ def test_the_state_of_a_thin_nnx_model_is_refused_and_its_params_are_saved(path)
     plan = rmtjax.nnx.plan(linear, rule=rmtjax.ranks.fixed(8))
     thin = rmtjax.nnx.factorize(linear, plan)
     for how in ([], [plan]):
-        words = r"kernel', a factor by itself: of a thin .* save `rmtjax\.nnx\.params\(model\)`"
+        words = r"kernel', a single factor: of a thin .* save `rmtjax\.nnx\.params\(model\)`"
         with pytest.raises(ValueError, match=words):
             checkpoint.save(path, nnx.state(thin), *how)
     told = nnx.State({"layers": {0: {"kernel": {"left": jnp.ones(1), "right": jnp.ones(1)}}}})
-    with pytest.raises(ValueError, match="'layers/0/kernel/left', a factor by itself"):
+    with pytest.raises(ValueError, match="'layers/0/kernel/left', a single factor"):
         checkpoint.save(path, told, plan)  # as a registered layer holds them
     assert [*path.parent.iterdir()] == []
     optimizer = nnx.Optimizer(thin, optax.adam(1e-3), wrt=nnx.Param)

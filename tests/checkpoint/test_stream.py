@@ -186,9 +186,9 @@ def test_torch_kernels_keep_their_order_and_the_rest_its_bits(tmp_path):
     ("options", "message"),
     [
         ({"where": lambda path, leaf: False}, "no tensor is chosen as a kernel, of 7 .*'Conv_0"),
-        ({"fits": {"none/kernel": FIT}}, "`fits` has 'none/kernel', which is no path"),
+        ({"fits": {"none/kernel": FIT}}, "`fits` has 'none/kernel', which is not a path"),
         ({"batch": {"none/kernel": 1}}, "`batch` has 'none/kernel', which is none of the kernels"),
-        ({"where": {"none/kernel": True}}, "`where` has 'none/kernel', which is no path"),
+        ({"where": {"none/kernel": True}}, "`where` has 'none/kernel', which is not a path"),
         ({"dtype": "float16"}, "`dtype` must be float32 or float64, got float16"),
         ({"dtype": "float64"}, "jax_enable_x64"),
         ({"mode": "shrink"}, "mode"),
@@ -248,7 +248,7 @@ def test_no_shard_and_no_blob_is_written_over(tmp_path):
         (snapshot, tmp_path / "link" / "m-1.safetensors"),
         (snapshot / "m-1.safetensors", blobs / "m-1"),
     ):
-        with pytest.raises(ValueError, match="`out` must not be the input, nor lie in it"):
+        with pytest.raises(ValueError, match="`out` must not be the input, nor be in it"):
             checkpoint.compress_file(source, out)
     assert contents() == before
 

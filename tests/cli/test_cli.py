@@ -100,7 +100,7 @@ def test_an_output_is_no_pipe_and_a_link_is_followed(tmp_path, model, capsys):
     link.symlink_to(real)
     argv = ["compress", model, "--rule", "fixed:16", "--quiet", "--force", "--out"]
     assert cli.main([*argv, str(pipe)]) == 1
-    assert "is no regular file: give the path of a file" in capsys.readouterr().err
+    assert "is not a regular file: give the path of a file" in capsys.readouterr().err
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
     assert cli.main([*argv, str(link)]) == 0
     assert link.is_symlink()

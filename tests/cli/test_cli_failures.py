@@ -28,7 +28,7 @@ def model(tmp_path):
         (["--level", "2"], "`level` must be in"),
         (["--keep", "2"], "`keep` must be in"),
         (["--min-size", "0"], "`min_size` must be"),
-        (["--include", "re:("], "no regular expression"),
+        (["--include", "re:("], "not a regular expression"),
         (["--device", "abacus"], "--device abacus"),
         (["--dtype", "float16"], "invalid choice"),
         (["--json", "out.safetensors"], "is named twice"),
@@ -65,14 +65,14 @@ def test_help_and_version(capsys, argv, shown):
         (["analyze", "model.safetensors", "--include", "c.*"], "'c.*' matches no tensor, of 3"),
         (
             ["analyze", "model.safetensors", "--include", "weight"],
-            ", 'b.weight'. A glob must match the whole name, and '*' stands for anything: "
+            ", 'b.weight'. A glob must match the complete name, and '*' stands for anything: "
             "'*weight*' finds",
         ),
         (["compress", "model.safetensors", "--out", "out"], "give 'out.safetensors'"),
         (["analyze", "model.safetensors", "--include", "*.bias"], "no tensor is chosen"),
         (["analyze", "damaged"], "cannot read 'damaged'"),
-        (["compress", "model.safetensors", "--out", "nowhere/out"], "is no folder"),
-        (["compress", "model.safetensors", "--out", "damaged/out"], "is no folder"),
+        (["compress", "model.safetensors", "--out", "nowhere/out"], "is not a folder"),
+        (["compress", "model.safetensors", "--out", "damaged/out"], "is not a folder"),
     ],
 )
 def test_a_failure_is_one_line_and_leaves_nothing(
@@ -100,7 +100,7 @@ def test_a_report_is_no_file_that_is_read(tmp_path, model, capsys, form):
     index.write_text(json.dumps({"weight_map": names}))
     for source, target in ((index, shard), (index, index), (folder, folder / "r"), (shard, shard)):
         assert cli.main(["analyze", str(source), f"--{form}", str(target)]) == 1
-        assert f"--{form} must not be the input, nor lie in it" in capsys.readouterr().err
+        assert f"--{form} must not be the input, nor be in it" in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {shard.name, index.name}
     assert "a.weight" in names_of(shard)
 

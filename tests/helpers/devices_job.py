@@ -93,7 +93,7 @@ def check_cuts(place):
 def check_saving(thin):
     """Several processes would write one file."""
     if jax.process_count() > 1:
-        with pytest.raises(ValueError, match="lies on devices of several processes"):
+        with pytest.raises(ValueError, match="is on devices of several processes"):
             rmtjax.checkpoint.save("nowhere.safetensors", thin)
 
 
