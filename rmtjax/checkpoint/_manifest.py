@@ -119,7 +119,7 @@ def _parse_float(value: Any) -> float:
 def _parse_fit(fields: Any) -> BulkFit:
     fields = _check(fields, dict)
     dtype = np.dtype({"float32": "float32", "float64": "float64"}[fields["dtype"]])
-    several = isinstance(fields["variance"], list)
+    several = isinstance(fields["variance"], list)  # one fit for each matrix of a stack
     numbers: dict[str, Any] = {}
     for name in BulkFit._fields:
         row = _check(fields[name], list) if several else [fields[name]]

@@ -66,6 +66,7 @@ def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
     shape = kernel_shape(leaf)
     if not _is_torch(name):
         return guess_axes(_flax_path(name), leaf)
+    # Every weight of Torch has the same last name, so the name of its layer decides.
     parent = ("", *_flax_path(name).split("/"))[-2].lower()
     if len(shape) > 2 and shape[1] == 1:
         return None
@@ -106,6 +107,7 @@ def halves(path: str) -> tuple[str, str]:
 def check_factors(path: str, factors: Factors) -> None:
     """Raises ValueError if two tensors are not the factors of one kernel."""
     left, right = factors
+    # `factored_axes` returns batch axes only if the ranks that follow them are equal.
     fits = (
         min(len(left.shape), len(right.shape)) >= 2
         and left.shape[-1] > 0
