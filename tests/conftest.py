@@ -3,10 +3,15 @@
 import os
 from pathlib import Path
 
+import threadpoolctl
+
 # OpenBLAS starts a thread per core in each test process, and its threads spin while they wait. On
 # two busy cores, 60 SVDs of 200 x 300 took 1.3 s with one thread and 52 s with two. Tests pass with
-# any number, but slowly.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# any number, but slowly. NumPy was loaded before this file, by the plugin of jaxtyping, so that it
+# no longer reads the variable; SciPy and other processes do.
+if "OPENBLAS_NUM_THREADS" not in os.environ:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    threadpoolctl.threadpool_limits(1, "blas")
 
 # Most of the time goes into compiling, so LLVM's optimizations are left out. They change numbers
 # by rounding only. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests with them.
