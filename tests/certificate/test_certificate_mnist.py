@@ -34,6 +34,7 @@ def mnist():
     return params, inputs, np.asarray(test.labels)
 
 
+@pytest.mark.slow  # trains a network
 @pytest.mark.parametrize(
     ("ranks", "least"),
     [

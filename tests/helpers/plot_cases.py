@@ -1,11 +1,22 @@
-"""Spectra to draw, and what a figure says of itself."""
+"""Spectra to draw, the labels and lines of a figure, and its image.
+
+An image that is missing in `tests/plots/images` is written there, and its test fails: look at it.
+"""
 
 import functools
+from pathlib import Path
 
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.testing.compare import compare_images
+from matplotlib.testing.decorators import remove_ticks_and_titles
 
 import rmtjax
+
+IMAGES = Path(__file__).parents[1] / "plots" / "images"
 
 
 def labels(ax):
@@ -31,4 +42,23 @@ def made_up(size, spikes, ratio=0.5):
     spectrum = rmtjax.Spectrum(
         jnp.concatenate([jnp.linspace(16, 4, spikes), bulk]), jnp.asarray(ratio)
     )
-    return spectrum, rmtjax.fit_bema(spectrum)
+    return spectrum, rmtjax.fit_bema(spectrum, level=0.1)
+
+
+def check_image(name, draw, tmp_path):
+    """Compares a figure, without the texts that each version of matplotlib draws its way."""
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        figure = Figure(figsize=(4, 3), dpi=60)
+        ax = figure.add_axes((0.05, 0.05, 0.75, 0.9))
+        draw(ax)
+        remove_ticks_and_titles(figure)
+        ax.set(xlabel="", ylabel="")
+        ax.get_legend().remove()
+        expected, actual = IMAGES / f"{name}.png", tmp_path / f"{name}.png"
+        if not expected.exists():
+            figure.savefig(expected)
+            pytest.fail(f"{expected} was missing: look at it.")
+        figure.savefig(actual)
+    # The root of the mean square over the pixels, of 255: an edge drawn a little softer passes, a
+    # threshold moved by a bar does not.
+    assert compare_images(str(expected), str(actual), tol=2, in_decorator=True) is None

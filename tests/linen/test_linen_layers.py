@@ -16,6 +16,7 @@ from helpers.linen_checks import (
     make_thin,
     make_variables,
 )
+from helpers.slow import slow_except
 
 import rmtjax
 from rmtjax import Factors, KernelAxes, linen
@@ -47,9 +48,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_outputs_and_gradients_are_those_of_the_truncated_tree(case):
-    check(*case)
+FAST = ("Einsum", "Einsum, stack", "LSTM, optimized")
+
+
+@pytest.mark.parametrize("name", slow_except(FAST, CASES))
+def test_outputs_and_gradients_are_those_of_the_truncated_tree(name):
+    check(*CASES[name])
 
 
 def test_the_axes_of_einsums_follow_their_equations():

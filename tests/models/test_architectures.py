@@ -1,4 +1,4 @@
-"""Models of the structure of Flax's examples, from the first look to a saved, smaller model.
+"""Models of the structure of Flax's examples, from the first report to a saved, smaller model.
 
 Each is analyzed, pruned while it is trained, factorized, run, trained on, saved and restored.
 """
@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from helpers import architectures
 from helpers.linen_checks import assert_close
+from helpers.slow import slow_except
 
 import rmtjax
 from rmtjax import checkpoint, linen, nnx as rmt_nnx
@@ -138,7 +139,10 @@ def run_nnx(case) -> Run:
     return Run(start, report, rmt_nnx.params(model), ranks, plan, thin, step)
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+FAST = (("linen", "MLP"), ("nnx", "CNN"))
+
+
+@pytest.fixture(scope="module", params=slow_except(FAST, CASES))
 def run(request):
     api, name = request.param
     if api == "linen":

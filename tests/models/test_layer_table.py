@@ -1,4 +1,4 @@
-"""The table of `docs/layers.md`: each of its cells is a test here, and each test a cell."""
+"""The table of `docs/layers.md`: each cell is a test in this file, and each test is a cell."""
 
 import functools
 import re
@@ -14,6 +14,7 @@ from flax import nnx
 from helpers.layer_apis import assert_close, by_path, CAPABILITIES, Linen, Nnx
 from helpers.layer_cases import CASES
 from helpers.linen_checks import RANK
+from helpers.slow import slow_except
 
 from rmtjax import checkpoint, Factors, KernelAxes
 from rmtjax._axes import is_factors
@@ -21,7 +22,16 @@ from rmtjax._axes import is_factors
 PAGE = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
 
 
-each_layer = pytest.mark.parametrize("name", CASES)
+# One layer of each outcome. The others have fast tests of their outputs and gradients elsewhere.
+FAST = (
+    "linen-Conv",
+    "linen-own layer, registered",
+    "linen-own layer, not registered",
+    "nnx-Linear",
+    "nnx-Conv, grouped",
+    "nnx-Einsum, inputs behind outputs",
+)
+each_layer = pytest.mark.parametrize("name", slow_except(FAST, CASES))
 
 
 @functools.cache
@@ -173,10 +183,12 @@ def test_each_cell_of_the_page_is_a_test_and_each_test_a_cell():
             told |= {(head, f"{api}-{name}"): cell for head, cell in zip(heads, cells, strict=True)}
     for column, head in enumerate(CAPABILITIES):
         (mark,) = globals()[f"test_{head.replace(' ', '_')}"].pytestmark
-        tested |= {(head, name): CASES[name].cells[column] for name in mark.args[1]}
+        names = [name for param in mark.args[1] for name in param.values]
+        tested |= {(head, name): CASES[name].cells[column] for name in names}
     assert told == tested
 
 
+@pytest.mark.slow  # plans all models
 def test_each_line_on_axes_is_of_a_kernel_of_a_layer():
     names = {name.partition("-")[2] for name in CASES}
     told = {part.partition(" (")[0] for line in table("layer")[1] for part in line[0].split("; ")}
@@ -191,7 +203,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTA
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES)
-def test_examples_print_what_stands_under_them(code, printed):
+def test_examples_print_the_output_below_them(code, printed):
     output = StringIO()
     with redirect_stdout(output):
         exec(compile(code, "layers.md", "exec"), {"__name__": "layers"})

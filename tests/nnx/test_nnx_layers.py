@@ -10,11 +10,22 @@ import pytest
 from flax import nnx
 from helpers.nnx_checks import by_path, close
 from helpers.nnx_models import CASES, LAYERS, models, RANK
+from helpers.slow import slow_except
 
 import rmtjax
 from rmtjax import nnx as rmt_nnx
 
-each_case = pytest.mark.parametrize(("name", "gates"), CASES, ids=lambda part: part)
+# One case of each form of a thin layer, and of `nnx.vmap`.
+FAST = (
+    ("Linear", "fused"),
+    ("Conv", "fused"),
+    ("Einsum, batch", "fused"),
+    ("Embed", "fused"),
+    ("LoRALinear", "fused"),
+    ("OptimizedLSTMCell", "each"),
+    ("vmap", "fused"),
+)
+each_case = pytest.mark.parametrize("case", slow_except(FAST, CASES))
 
 
 def loss(tree, x, model):
@@ -31,7 +42,8 @@ def stacked(kernel, axes):
 
 
 @each_case
-def test_a_thin_layer_has_the_outputs_and_gradients_of_the_truncated_one(name, gates):
+def test_a_thin_layer_has_the_outputs_and_gradients_of_the_truncated_one(case):
+    name, gates = case
     _, plan, truncated, thin = models(name, gates)
     x = LAYERS[name][1]
     both = truncated, thin
@@ -58,7 +70,8 @@ def test_a_thin_layer_has_the_outputs_and_gradients_of_the_truncated_one(name, g
 
 
 @each_case
-def test_at_full_rank_a_thin_layer_is_the_layer(name, gates):
+def test_at_full_rank_a_thin_layer_is_the_layer(case):
+    name, gates = case
     model, plan, *_ = models(name, gates)
     full = {
         path: dataclasses.replace(row, rank=min(stacked(np.empty(row.shape), row.axes).shape[1:]))
@@ -73,7 +86,8 @@ def test_at_full_rank_a_thin_layer_is_the_layer(name, gates):
 
 
 @each_case
-def test_a_thin_layer_has_fewer_parameters(name, gates):
+def test_a_thin_layer_has_fewer_parameters(case):
+    name, gates = case
     model, plan, truncated, thin = models(name, gates)
     count = lambda model: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     saved = 0

@@ -1,4 +1,4 @@
-"""Figures of a spectrum: what they say in numbers and words."""
+"""Figures of a spectrum: their numbers, labels and images."""
 
 import sys
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.plot_cases import bars, labels, line, made_up
+from helpers.plot_cases import bars, check_image, labels, line, made_up
 from matplotlib.figure import Figure
 
 import rmtjax
@@ -20,10 +20,10 @@ def ax():
 
 @pytest.fixture(scope="module")
 def truncated():
-    """A spectrum of 100 cut to 30, and the fit made before."""
-    matrix = jax.random.normal(jax.random.key(0), (100, 150))
+    """A spectrum of 200 cut to 60, and the fit made before."""
+    matrix = jax.random.normal(jax.random.key(0), (200, 300))
     fit = rmtjax.fit_bema(rmtjax.spectrum(matrix))
-    return rmtjax.spectrum(rmtjax.truncate_matrix(matrix, 30)), fit
+    return rmtjax.spectrum(rmtjax.truncate_matrix(matrix, 60)), fit
 
 
 def test_the_law_has_the_area_of_the_noise(ax):
@@ -77,36 +77,56 @@ def test_bars_are_as_many_as_the_spectrum_can_bear(size, spikes, bars_of_noise, 
 
 
 def test_bars_can_be_chosen(ax):
-    spectrum, fit = made_up(100, 3)
+    spectrum, fit = made_up(200, 6)
     plots.esd(spectrum, fit, ax=ax, bins=7)
     assert ax.patches[0].get_data().values.size == 7
     with pytest.raises(ValueError, match="`bins` must be at least 1, or None"):
         plots.esd(spectrum, fit, ax=ax, bins=0)
 
 
-def test_zeros_of_a_truncated_spectrum_are_told_and_not_drawn(truncated, ax):
+def test_zeros_of_a_truncated_spectrum_are_counted_and_not_drawn(truncated, ax):
     plots.esd(*truncated, ax=ax)
-    assert labels(ax)[-1] == "70 zeros not drawn"
+    assert labels(ax)[-1] == "140 zeros not drawn"
     assert bars(ax) == pytest.approx(0.3, abs=1e-6)
     ax.clear()
     plots.quantiles(*truncated, ax=ax)
-    assert labels(ax)[-1] == "70 zeros not drawn"
-    assert line(ax, "noise").shape == (2, 30 - int(truncated[1].num_spikes))
+    assert labels(ax)[-1] == "140 zeros not drawn"
+    assert line(ax, "noise").shape == (2, 60 - int(truncated[1].num_spikes))
 
 
 def test_singular_values_are_cut_at_a_rank(ax):
-    spectrum, fit = made_up(100, 3)
+    spectrum, fit = made_up(200, 6)
     plots.singular_values(spectrum, fit, ax=ax)
-    assert labels(ax) == ["kept", "cut", "threshold", "rank 3 of 100"]
-    np.testing.assert_allclose(line(ax, "kept")[1] ** 2, spectrum.eigenvalues[:3], rtol=1e-6)
-    assert line(ax, "cut")[0].tolist() == list(range(4, 101))
+    assert labels(ax) == ["kept", "cut", "threshold", "rank 6 of 200"]
+    np.testing.assert_allclose(line(ax, "kept")[1] ** 2, spectrum.eigenvalues[:6], rtol=1e-6)
+    assert line(ax, "cut")[0].tolist() == list(range(7, 201))
     ax.clear()
     plots.singular_values(spectrum, fit, rank=8, ax=ax)
-    assert labels(ax)[-1] == "rank 8 of 100"
+    assert labels(ax)[-1] == "rank 8 of 200"
     assert line(ax, "kept").shape == (2, 8)
-    assert line(ax, "rank 8 of 100")[0].tolist() == [8.5, 8.5]
-    with pytest.raises(ValueError, match=r"`rank` must be in \[0, 100\], got 101"):
-        plots.singular_values(spectrum, fit, rank=101)
+    assert line(ax, "rank 8 of 200")[0].tolist() == [8.5, 8.5]
+    with pytest.raises(ValueError, match=r"`rank` must be in \[0, 200\], got 201"):
+        plots.singular_values(spectrum, fit, rank=201)
+
+
+DRAWN = {
+    "esd_10": lambda ax: plots.esd(*made_up(10, 1), ax=ax),
+    "esd_200": lambda ax: plots.esd(*made_up(200, 6), ax=ax),
+    "esd_10000": lambda ax: plots.esd(*made_up(10_000, 40), ax=ax),
+    "esd_10_log": lambda ax: plots.esd(*made_up(10, 1), ax=ax, log=True),
+    "esd_10000_log": lambda ax: plots.esd(*made_up(10_000, 40, ratio=1.0), ax=ax, log=True),
+    "singular_values_10": lambda ax: plots.singular_values(*made_up(10, 1), ax=ax),
+    "singular_values_10000_log": lambda ax: plots.singular_values(
+        *made_up(10_000, 40), rank=48, ax=ax, log=True
+    ),
+    "quantiles_10": lambda ax: plots.quantiles(*made_up(10, 1), ax=ax),
+    "quantiles_10000": lambda ax: plots.quantiles(*made_up(10_000, 40), ax=ax),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_figures_of_spectra_look_as_they_did(name, tmp_path):
+    check_image(name, DRAWN[name], tmp_path)
 
 
 SPECTRAL = [plots.esd, plots.singular_values, plots.quantiles]
@@ -114,8 +134,8 @@ SPECTRAL = [plots.esd, plots.singular_values, plots.quantiles]
 
 @pytest.mark.parametrize("draw", SPECTRAL)
 @pytest.mark.parametrize("value", [0.0, np.nan])
-def test_what_has_no_law_is_drawn_without_one(draw, value, ax):
-    spectrum = rmtjax.spectrum(jnp.full((60, 60), value))
+def test_a_spectrum_without_a_law_is_drawn_without_one(draw, value, ax):
+    spectrum = rmtjax.spectrum(jnp.full((200, 300), value))
     assert draw(spectrum, rmtjax.fit_bema(spectrum), ax=ax, title="k") is ax
     assert "Marchenko-Pastur" not in [one.get_label() for one in ax.lines]
     assert ax.get_title() == ("k not finite" if np.isnan(value) else "k")
@@ -124,7 +144,7 @@ def test_what_has_no_law_is_drawn_without_one(draw, value, ax):
 
 @pytest.mark.parametrize("draw", SPECTRAL)
 def test_a_stack_is_refused_with_the_way_to_one_of_it(draw):
-    spectrum, fit = made_up(60, 2)
+    spectrum, fit = made_up(200, 6)
     stack = spectrum._replace(eigenvalues=jnp.stack([spectrum.eigenvalues] * 2))
     with pytest.raises(ValueError, match="`spectrum` and `fit` must be those of one matrix"):
         draw(stack, fit)
