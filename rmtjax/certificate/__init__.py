@@ -11,9 +11,9 @@ $d_{l+1} = \|a_l R_l\|_2 + \|W'_l\|_2\, d_l$, with $d_1 = 0$.
 
 The logits of the last layer change by $-a R + v$. Entry $k$ of $v$ is at most
 $\|W'_{\cdot k}\|_2\, d$, and two entries differ by at most
-$\|W'_{\cdot j} - W'_{\cdot k}\|_2\, d$. So the bound is exact if only the last kernel changes. If
-earlier kernels change, it is loose: a product of operator norms assumes that every layer stretches
-its inputs as much as it can.
+$\|W'_{\cdot j} - W'_{\cdot k}\|_2\, d$. So the bound is exact if only the last kernel changes.
+It is loose for earlier kernels: a product of operator norms assumes that every layer stretches its
+inputs as much as it can.
 
 The bounds hold for the networks in exact arithmetic, with the parameters as JAX stores them. The
 rounding of the bounds is added to them. It is $(n + 8)\, \epsilon$ of the sum of magnitudes for a

@@ -12,15 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._sharding import by_compiler, mesh_of
 from rmtjax.certificate._chain import check_activation, check_chain, check_labels, read_layers
-from rmtjax.certificate._rounding import (
-    affine,
-    eps_of,
-    Layer,
-    lost_squares,
-    mean,
-    norm,
-    operator_norm as operator_norm,
-)
+from rmtjax.certificate._rounding import affine, eps, Layer, lost_squares, mean, norm, operator_norm
 
 Activation = Callable[[Array], Array]
 
@@ -72,8 +64,7 @@ class _Outputs(NamedTuple):
 
 def _outputs(hidden: Array, old: Layer, new: Layer) -> _Outputs:
     """Returns the outputs of a layer and of its change."""
-    removed = jax.tree.map(jnp.subtract, old, new)
-    return _Outputs(*affine(hidden, old), *affine(hidden, removed))
+    return _Outputs(*affine(hidden, old), *affine(hidden, jax.tree.map(jnp.subtract, old, new)))
 
 
 def _pass(hidden: _Hidden, old: Layer, new: Layer, activation: Activation) -> _Hidden:
@@ -81,7 +72,7 @@ def _pass(hidden: _Hidden, old: Layer, new: Layer, activation: Activation) -> _H
     out = _outputs(hidden.values, old, new)
     values = activation(out.values)
     # An activation is assumed to be correct to 8 eps: XLA gives no bound for `exp` and `tanh`.
-    rounding = norm(out.rounding + 8 * eps_of(values) * jnp.abs(values), axis=1)
+    rounding = norm(out.rounding + 8 * eps(values) * jnp.abs(values), axis=1)
     distance = norm(jnp.abs(out.shift) + out.shift_rounding, axis=1)
     if not hidden.exact:
         rounding += hidden.rounding * operator_norm(old.kernel)
@@ -109,20 +100,20 @@ def _increase(out: _Outputs, labels: Array, apart: Array) -> Array:
     It is $\log \sum_j p_j e^{u_j}$ with the probabilities $p$ before the change and a bound
     $u_j$ on the gain of logit $j$ over that of the label.
     """
-    eps, classes = eps_of(out.values), jnp.arange(out.values.shape[1])[None, :]
+    unit, classes = eps(out.values), jnp.arange(out.values.shape[1])[None, :]
     gain = _pick(out.shift, labels) - out.shift + apart
     gain += out.shift_rounding + _pick(out.shift_rounding, labels)
     gain = jnp.where(classes == labels[:, None], 0, gain)
     # The largest gain, at least 0, is a bound too.
     largest = jnp.max(gain, axis=1)
     # The probabilities are correct to a factor between exp(-doubt) and exp(doubt).
-    doubt = 2 * jnp.max(out.rounding, axis=1) + (classes.size + 8) * eps
+    doubt = 2 * jnp.max(out.rounding, axis=1) + (classes.size + 8) * unit
     # Beyond these limits an exponential would overflow, or be meaningless.
     usable = (largest < 40) & (doubt < 1)
     factor = jnp.expm1(jnp.where(usable[:, None], gain, 0))
     slack = jnp.sign(factor) * jnp.expm1(jnp.where(usable, doubt, 0))[:, None]
     exact = jnp.log1p(jnp.sum(jax.nn.softmax(out.values) * (1 + slack) * factor, axis=1))
-    exact += 8 * eps * (jnp.abs(exact) + eps)
+    exact += 8 * unit * (jnp.abs(exact) + unit)
     return jnp.where(usable, jnp.minimum(exact, largest), largest)
 
 
@@ -135,7 +126,7 @@ def _bound(
     spread = lambda kernel: hidden.rounding[:, None] * norm(kernel, axis=0)[None, :]
     rounding = out.rounding + spread(old.kernel)
     shift_rounding = out.shift_rounding + spread(old.kernel - new.kernel)
-    out = _Outputs(out.values, rounding, out.shift, shift_rounding)
+    out = out._replace(rounding=rounding, shift_rounding=shift_rounding)
     moved = hidden.distance[:, None]
     between = lambda column: norm(new.kernel - column[:, None], axis=0)
     # One class at a time: each step needs as much memory as the kernel.
@@ -188,15 +179,12 @@ def certify(
     `rmtjax.certificate` derives the bounds on logits. Let $p$ be the probabilities before the
     change and $u_j$ a bound on the gain of logit $j$ over that of the label. Then the cross-entropy
     of a sample increases by at most $\log \sum_j p_j e^{u_j}$. Without labels it increases by at
-    most $2 \max_k$ `change`, the budget of the source.
-
-    To run both networks on the same inputs is sharper if layers before the last have changed. The
-    certificate does not run the changed network, and it includes the rounding of its own bounds.
+    most $2 \max_k$ `change`, the budget of the source. The changed network is not run. To run both
+    networks on the same inputs is sharper if layers before the last have changed.
 
     Args:
       before: Nested dictionaries of arrays, such as `module.init(...)["params"]`.
-      after: The changed tree: truncated, masked, quantized or trained further. Factors must be
-        merged with `rmtjax.merge`. Biases may differ too.
+      after: The changed tree; merge factors with `rmtjax.merge`. Biases may differ too.
       inputs: Inputs of the first of the layers, shape (samples, inputs). To bound the change of
         the last layers of a network, capture the activations before them.
       layers: Paths of the dense layers in the order in which they are applied.

@@ -67,8 +67,7 @@ def _probe(activation: Callable[[Array], Array], grid: Array) -> tuple[Array, Ar
 def check_activation(activation: Callable[[Array], Array]) -> None:
     """Raises ValueError if a slope exceeds 1 on a grid, as for gelu, or if not elementwise."""
     with jax.ensure_compile_time_eval():
-        # Geometric, so that no periodic activation hides between the points, and up to 1e4, where
-        # a polynomial is steep. Near 0 the points are denser.
+        # Geometric steps, so that no periodic activation hides between the points.
         half = jnp.concatenate([jnp.geomspace(1e-3, 1, 200), jnp.geomspace(1, 1e4, 2000)])
         grid = jnp.concatenate([-half[::-1], half])
         # A new `lambda` is compiled anew: the activation may depend on a variable that changed.

@@ -20,7 +20,7 @@ class Layer(NamedTuple):
     bias: Array
 
 
-def eps_of(array: Array) -> float:
+def eps(array: Array) -> float:
     """Returns the distance from 1 to the next number of the dtype."""
     return float(jnp.finfo(array.dtype).eps)
 
@@ -32,7 +32,7 @@ def norm(array: Array, axis: int | None = None) -> Array:
     scaled = array / jnp.where(largest > 0, largest, 1)
     size = array.size if axis is None else array.shape[axis]
     norm = jnp.squeeze(largest, axis) * jnp.sqrt(jnp.sum(scaled**2, axis))
-    return norm * (1 + (size + 8) * eps_of(array))
+    return norm * (1 + (size + 8) * eps(array))
 
 
 def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
@@ -63,7 +63,7 @@ def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
     largest = jnp.max(jnp.abs(matrix))
     longer = max(matrix.shape)
     eigenvalues, _ = spectrum(matrix / jnp.where(largest > 0, largest, 1))
-    rounded_up = 1 + 2 * longer * eps_of(matrix)
+    rounded_up = 1 + 2 * longer * eps(matrix)
     return largest * jnp.sqrt(longer * eigenvalues[0]) * rounded_up
 
 
@@ -77,13 +77,13 @@ def affine(inputs: Array, layer: Layer) -> tuple[Array, Array]:
     """
     kernel, bias = layer
     magnitudes = _product(jnp.abs(inputs), jnp.abs(kernel)) + jnp.abs(bias)[None, :]
-    rounding = (len(kernel) + 8) * eps_of(kernel) * magnitudes
+    rounding = (len(kernel) + 8) * eps(kernel) * magnitudes
     return _product(inputs, kernel) + bias[None, :], rounding
 
 
 def mean(values: Array) -> Array:
     """Returns the mean, rounded up."""
-    return jnp.mean(values) + (len(values) + 8) * eps_of(values) * jnp.mean(jnp.abs(values))
+    return jnp.mean(values) + (len(values) + 8) * eps(values) * jnp.mean(jnp.abs(values))
 
 
 def lost_squares(old: Array, new: Array) -> Array:
@@ -92,4 +92,4 @@ def lost_squares(old: Array, new: Array) -> Array:
     # A sum of sums of columns is rounded less than one long sum, which XLA would make of it.
     columns = lax.optimization_barrier([jnp.sum(a, axis=0) for a in (terms, jnp.abs(terms))])
     total, magnitudes = map(jnp.sum, columns)
-    return total - (sum(old.shape) + 8) * eps_of(old) * magnitudes
+    return total - (sum(old.shape) + 8) * eps(old) * magnitudes

@@ -1,9 +1,8 @@
 """A jaxpr interpreter for factored kernels: each product with a kernel becomes two thin products.
 
 A function is traced with dense kernels to a jaxpr, JAX's list of primitive operations. The
-interpreter evaluates the operations one by one, with a kernel held as its factors. `dot_general`,
-`conv_general_dilated`, `transpose` and casts have rules for factors. Before any other operation,
-the kernel is multiplied out.
+interpreter evaluates the operations one by one, with factors in place of kernels. Products,
+convolutions, transposes and casts have rules for factors. Any other operation multiplies them out.
 """
 
 from collections.abc import Callable
@@ -190,9 +189,7 @@ def _trace(function: Callable[[PyTree], PyTree], tree: PyTree):
 
 
 def evaluate(function: Callable[[PyTree], PyTree], tree: PyTree) -> tuple[PyTree, bool]:
-    """Evaluates `function(merge(tree))`, each product with a factored kernel as two thin ones.
-
-    Works under `jit`, `grad` and `vmap`.
+    """Evaluates `function(merge(tree))` with factors; works under `jit`, `grad` and `vmap`.
 
     Args:
       function: Pure, of one tree. It may close over other arrays, and may return values that are
@@ -200,21 +197,18 @@ def evaluate(function: Callable[[PyTree], PyTree], tree: PyTree) -> tuple[PyTree
       tree: With `Factors` among its leaves.
 
     Returns:
-      The outputs of `function`, and whether a kernel had to be multiplied out: because `function`
-      does something else with it than the rules allow, or because it has batch axes.
+      The outputs of `function`, and whether a kernel had to be multiplied out.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_factors)
     closed, structure, others = _trace(function, treedef.unflatten(map(_abstract, leaves)))
-    inputs, multiplied_out = [], False
-    for leaf in leaves:
-        stacked = is_factors(leaf) and bool(factored_axes(leaf).batch)
-        multiplied_out |= stacked
-        if stacked:  # its products have batch axes, for which there is no rule
-            leaf = multiply(leaf)
-        elif is_factors(leaf):
-            leaf = _Kernel(leaf, tuple(range(len(kernel_shape(leaf)))))
-        inputs.append(leaf)
-    outputs, dense = _evaluate(closed, inputs)
+    # Products of a stack of matrices have batch axes, for which there is no rule.
+    stacked = [is_factors(leaf) and bool(factored_axes(leaf).batch) for leaf in leaves]
+    held = lambda leaf: _Kernel(leaf, tuple(range(len(kernel_shape(leaf)))))
+    inputs = [
+        multiply(leaf) if stack else leaf for leaf, stack in zip(leaves, stacked, strict=True)
+    ]
+    inputs = [held(leaf) if is_factors(leaf) else leaf for leaf in inputs]
+    outputs, multiplied_out = _evaluate(closed, inputs)
     arrays = map(_dense, outputs)
     merged = structure.unflatten(next(arrays) if leaf is None else leaf for leaf in others)
-    return merged, multiplied_out or dense
+    return merged, multiplied_out or any(stacked)

@@ -11,11 +11,10 @@ _KERNELS: dict[type, dict[str, KernelAxes]] = {}
 def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
     """Registers a layer of the user: which of its parameters are kernels, and their axes.
 
-    `rmtjax.linen.kernel_axes` and `rmtjax.nnx.kernel_axes` find these kernels from now on. After
-    factorization, the layer computes each product with a kernel as two thin products. If it does
-    anything else with a kernel, that kernel is multiplied out and a warning is issued. Register
-    subclasses separately. If a linen layer makes its kernel in `setup`, other modules must not
-    read it.
+    `kernel_axes` of `rmtjax.linen` and `rmtjax.nnx` then finds these kernels. With factors, the
+    layer computes two thin products in place of each product with a kernel. If it does anything
+    else with a kernel, that kernel is multiplied out, with a warning. Register subclasses
+    separately. If a linen layer makes its kernel in `setup`, other modules must not read it.
 
     Args:
       layer: A subclass of `flax.linen.Module` or of `flax.nnx.Module`.
@@ -24,10 +23,9 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
         transpose, which has the same spectrum.
 
     Raises:
-      TypeError: `layer` is not a class, `kernels` is not a mapping, or an entry is not a
-        `KernelAxes`.
-      ValueError: `kernels` is empty, or an entry does not name each axis once. Later, when axes or
-        a plan are asked for: a layer of the model has no parameter of a registered name.
+      TypeError: `layer` is not a class, or `kernels` not a mapping to `KernelAxes`.
+      ValueError: `kernels` is empty, or an entry does not name each axis once. `kernel_axes` and
+        `plan` raise it if a layer has no parameter of a registered name.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
@@ -69,8 +67,7 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
 
 def _in_order(axes: KernelAxes) -> KernelAxes:
     """Returns the axes or their transpose, whichever has them in the order of the kernel."""
-    # Factors hold the axes in the order (inputs, rank) and (rank, outputs), so only a kernel in
-    # this order can be multiplied out without a permutation that nothing records.
+    # Factors have no permutation of axes: they multiply to a kernel in the order inputs, outputs.
     transposed = KernelAxes(axes.outputs, axes.inputs, axes.batch)
     return transposed if transposed.order == tuple(range(len(axes.order))) else axes
 

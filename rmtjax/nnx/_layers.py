@@ -40,13 +40,13 @@ def _call_axes(layer: Any) -> tuple[KernelAxes | None, Shape]:
         case nnx.Embed():
             return _dot_axes((), (layer.num_embeddings,), (layer.features,))
         case nnx.LinearGeneral():
-            return _dot_axes(
-                tuple(layer.batch_axis.values()), layer.in_features, layer.out_features
-            )
+            batch = tuple(layer.batch_axis.values())
+            return _dot_axes(batch, layer.in_features, layer.out_features)
         case nnx.Einsum():
             return einsum_axes(layer.einsum_str), tuple(layer.kernel_shape)
     *window, rows, columns = layer.kernel_shape
     axes, shape = _dot_axes((), (*window, rows), (columns,))
+    # These kernels are not one matrix, or not one whose columns are the outputs.
     grouped = getattr(layer, "feature_group_count", 1) > 1
     transposed = getattr(layer, "transpose_kernel", False)
     return None if grouped or transposed or layer.mask is not None else axes, shape
@@ -64,19 +64,18 @@ def fold(kernel):
     return moved.reshape(*moved.shape[:-2], -1)
 
 
+def folded_shape(layer: nnx.Module | None, shape: Shape) -> Shape:
+    """Returns the shape in which a layer holds a kernel, which may be that of a stack of gates."""
+    if type(layer) is not nnx.Linear or len(shape) < 3:
+        return shape
+    folded = (*shape[:-3], shape[-2], shape[-3] * shape[-1])
+    # A stack of layers has three axes too, but its last two are the sides of the layer.
+    return folded if shape[-2:] != (layer.in_features, layer.out_features) == folded[-2:] else shape
+
+
 def is_unfolded(layer: nnx.Module | None, shape: Shape) -> bool:
     """Returns True for the shape of a stack of gates if the layer holds them side by side."""
-    if type(layer) is not nnx.Linear or len(shape) < 3:
-        return False
-    sides = layer.in_features, layer.out_features
-    return sides != shape[-2:] and sides == (shape[-2], shape[-3] * shape[-1])
-
-
-def folded_shape(layer: nnx.Module | None, shape: Shape) -> Shape:
-    """Returns the shape in which a layer holds a kernel."""
-    if not is_unfolded(layer, shape):
-        return shape
-    return (*shape[:-3], shape[-2], shape[-3] * shape[-1])
+    return folded_shape(layer, shape) != shape
 
 
 def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
@@ -93,7 +92,8 @@ def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
 
 
 def _stored_axes(layer: nnx.Module, name: str, shape: Shape) -> KernelAxes | None:
-    """Returns the axes of a kernel of this shape; `nnx.vmap` puts those of a stack first."""
+    """Returns the axes of a kernel of this shape; None if it is not a matrix."""
+    # `nnx.vmap` puts the axes of a stack before those that the layer knows of.
     if type(layer) in NAMES:
         axes, called = _call_axes(layer)
         taken = len(shape) - len(called)

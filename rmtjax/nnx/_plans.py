@@ -23,6 +23,7 @@ def _plan(model: nnx.Module, gates: Gates, options: PlanOptions) -> Plan:
     axes = _trees.axes_of(opened, stacked)
     options = options if options.axes is not None else dataclasses.replace(options, axes=axes)
     plan = make_plan(_trees.to_tree(opened, stacked), options)
+    # The plan of a tree cannot know which layers can run with factors.
     unknown = "its layer is not known, unless `rmtjax.register_layer` registers it"
     causes = {path: unknown for path in plan if not axes.get(path)} | _trees.obstacles(opened)
     return Plan({p: in_place(row, causes[p]) if p in causes else row for p, row in plan.items()})
@@ -117,6 +118,7 @@ def analyze(
       ('embedding', (300, 60))
     """
     options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
+    # A report shows the rank that was found, not one rounded up.
     fixed = {"exact_below": exact_below, "batch": batch, "multiple": 1}
     return Report(plan(model, gates=gates, **options, **fixed))
 

@@ -168,7 +168,8 @@ def _reduce(layer: nnx.Module) -> tuple:
 
 @functools.cache
 def _thin_type(form: type, kind: type) -> type:
-    """Returns the class of a thin layer, a subclass of the layer's, for `isinstance`."""
+    """Returns the class of a thin layer, a subclass of the layer's."""
+    # One class for each kind of layer: `nnx.jit` compiles a model once for each graph of classes.
     methods = _methods(kind) if form is ThinRegistered else {}
     wrapped = {name: _through_products(name, method) for name, method in methods.items()}
     attributes = {"__module__": __name__, "__doc__": form.__doc__, "__reduce__": _reduce}
@@ -229,6 +230,7 @@ def make_thin(layer: Any, pairs: Mapping[str, Pair]) -> None:
     else:
         form = {nnx.Embed: ThinEmbed, nnx.LoRALinear: ThinLoRA}.get(kind, Thin)
         halves = stages(layer, *pair, vars(layer).get("bias"))
+        # `Thin.bias` reads it from the right factor. `Embed` has none.
         if kind is not nnx.Embed:
             del layer.bias
     layer.left_factor, layer.right_factor = halves
@@ -247,5 +249,6 @@ def make_dense(layer: Any, dense_kernels: Mapping[str, nnx.Param]) -> None:
         setattr(layer, name, kernel)
     if kind in NAMES:
         del layer.left_factor, layer.right_factor
+    # The class of the layer has no property in its place any more.
     if biased:
         layer.bias = ABSENT if bias is None else bias

@@ -15,6 +15,7 @@ from rmtjax.nnx._variables import is_single, Pair, read, write
 from rmtjax.planning import leaves_by_path, Plan, register_container
 
 Gates = Literal["fused", "each"]
+# The cells of Flax that compute all gates as one product. Each gate may keep other directions.
 _CELLS = (nnx.OptimizedLSTMCell, nnx.GRUCell)
 # Modules that normalize the kernels of another one at each call. Older Flax lacks some of them.
 _REWRITERS = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
@@ -138,6 +139,7 @@ def obstacles(opened: nnx.Module) -> dict[str, str]:
     """Returns the kernels of known layers that must stay one parameter, by path, and why."""
     paths, modules, causes = paths_of(opened), modules_of(opened), {}
     owned = {id(kernel) for layer in modules for kernel in kernels(layer).values()}
+    # A module that is not a known layer may do anything with a kernel that it holds as well.
     for module in modules:
         cause = f"`{type(module).__name__}` holds it too, and is not a known layer"
         known = kernels(module)
@@ -239,6 +241,7 @@ def _close_layers(opened: nnx.Module) -> None:
 
 def _check_closed(model: nnx.Module) -> None:
     """Raises ValueError for factors that a layer, or a module that shares them, cannot use."""
+    # Every known layer that holds the kernel has taken its factors, so another module is left.
     nodes = dict(nnx.iter_graph(model))
     for path, variable in variables_of(model).items():
         if is_factors(read(variable)):
@@ -280,10 +283,12 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
       >>> thin.left_factor.kernel.shape, thin(jnp.ones((2, 80))).shape
       ((80, 8), (2, 60))
     """
+    # Layers are made dense first, so that they may become thin at other kernels, or other ranks.
     copy = open_layers(model)
     leaves = leaves_by_path(params)
     variables = {_name(path): variable for path, variable in variables_of(copy).items()}
     _check_paths(leaves, variables)
+    # For the shape of its gates: a parameter alone does not show that it holds several.
     owners = {id(kernel): layer for layer in modules_of(copy) for kernel in kernels(layer).values()}
     for path, variable in variables.items():
         write(variable, _fit(leaves[path], path, variable, owners.get(id(variable))))

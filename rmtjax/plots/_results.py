@@ -70,8 +70,7 @@ def training(
 
     Args:
       records: Lines of a log: the results of `rmtjax.metrics`, each with its "step".
-      ax: Where to draw; by default on a new figure.
-      title: Above the axes.
+      ax, title: As in `layers`.
 
     Returns:
       The axes. Each kernel has its rank as a solid line, and its number of signal directions as a
@@ -125,8 +124,7 @@ def accuracy(
       accuracies: Of each network, in %.
       intervals: Lower and upper end of each interval; NaN where there is none.
       names: Of each network, for the legend. A line joins the networks of one name.
-      ax: Where to draw; by default on a new figure.
-      title: Above the axes.
+      ax, title: As in `layers`.
 
     Returns:
       The axes.
@@ -168,8 +166,7 @@ def certificate(
       margins: The largest logit minus the second largest one, of the dense network.
       bounds: By how much the removal can lower that margin: twice the bound on the change of a
         logit.
-      ax: Where to draw; by default on a new figure.
-      title: Above the axes.
+      ax, title: As in `layers`.
 
     Returns:
       The axes, with both counts in the legend.

@@ -68,8 +68,7 @@ def esd(
     the legend. They are not drawn, because their bar would be far higher than the others.
 
     Args:
-      spectrum: From `rmtjax.spectrum`, or of a row of a plan.
-      fit: From `rmtjax.fit_bema`, or of the same row.
+      spectrum, fit: From `rmtjax.spectrum` and `rmtjax.fit_bema`, or from one row of a plan.
       ax: Where to draw; by default on a new figure.
       title: Above the axes.
       bins: Number of bars from 0 to the largest value, with `log` from the smallest one. By
@@ -116,11 +115,8 @@ def singular_values(
     r"""Draws the singular values of one matrix by rank, the threshold, and the cut.
 
     Args:
-      spectrum: From `rmtjax.spectrum`, or of a row of a plan.
-      fit: From `rmtjax.fit_bema`, or of the same row.
+      spectrum, fit, ax, title: As in `esd`.
       rank: Number of singular values kept, in [0, p]; by default those above the threshold.
-      ax: Where to draw; by default on a new figure.
-      title: Above the axes.
       log: Makes both axes logarithmic, without zeros.
 
     Returns:
@@ -163,10 +159,7 @@ def quantiles(
     holds, the points are on the line. Zeros are not drawn.
 
     Args:
-      spectrum: From `rmtjax.spectrum`, or of a row of a plan.
-      fit: From `rmtjax.fit_bema`, or of the same row.
-      ax: Where to draw; by default on a new figure.
-      title: Above the axes.
+      spectrum, fit, ax, title: As in `esd`.
 
     Returns:
       The axes.
@@ -178,7 +171,7 @@ def quantiles(
     ax = new_axes() if ax is None else ax
     if not drawn.finite:
         return _not_finite(ax, title)
-    # The law was fitted to what these spikes leave, also if the threshold was changed since then.
+    # The law was fitted to what these spikes leave.
     bulk = slice(int(fit.num_spikes), None)
     values, present = drawn.values[bulk][::-1], drawn.present[bulk][::-1]
     if fit.variance > 0:
