@@ -151,8 +151,7 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
 def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
     """Makes those layers of a model thin that the plan factorizes.
 
-    The new model has the same outputs as `truncate(model, plan)` up to rounding. Layers that are
-    thin become thinner.
+    The outputs are those of `truncate(model, plan)` up to rounding. Thin layers become thinner.
 
     Args:
       model: The model that the plan was made from, or one of the same shapes.
@@ -162,8 +161,7 @@ def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
       The new model, with layers that run as two, `left_factor` and `right_factor`.
 
     Raises:
-      ValueError: The plan is for another model.
-      TypeError: `plan` is not a plan, or `model` is not a module.
+      ValueError, TypeError: As in `truncate`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, rmtjax

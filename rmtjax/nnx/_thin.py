@@ -23,6 +23,7 @@ from rmtjax.planning import register_factor_layers
 from rmtjax.spectra import multiply
 
 HALVES = ("left_factor", "right_factor")
+# Each half has a leaf `kernel`, which is not a kernel to prune or to save alone.
 register_factor_layers(*HALVES)
 
 
@@ -157,12 +158,11 @@ def _methods(kind: type) -> dict[str, Any]:
 
 
 def _empty(form: type, kind: type) -> nnx.Module:
-    """Returns a thin layer without attributes."""
     return object.__new__(_thin_type(form, kind))
 
 
 def _reduce(layer: nnx.Module) -> tuple:
-    """Pickles a thin layer by its two classes, since no module has its class as an attribute."""
+    # By the two classes: pickle would look for the class of the layer in a module, in vain.
     return _empty, type(layer).__bases__, vars(layer).copy()
 
 

@@ -157,9 +157,9 @@ def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
 
     Args:
       model: Any nnx model. What it shares has one entry.
-      gates: The form of the kernels of `nnx.OptimizedLSTMCell` and `nnx.GRUCell`, which hold
-        several gates side by side. "fused" returns them as they are, (in, gates * h). "each"
-        returns stacks (gates, in, h), so that each gate keeps separate directions.
+      gates: The form of the kernels of `nnx.OptimizedLSTMCell` and `nnx.GRUCell`: "fused", side
+        by side, (in, gates * h), or "each", stacks (gates, in, h) whose gates keep separate
+        directions.
 
     Returns:
       Nested dictionaries of the arrays of all `nnx.Param`, by the names in the model. A parameter
@@ -255,9 +255,8 @@ def _check_closed(model: nnx.Module) -> None:
 def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
     """Returns a copy of a model with other parameters, thin where these are `Factors`.
 
-    A thin layer of Flax runs as two layers, `left_factor` and `right_factor`. A thin registered
-    layer computes two thin products for each product with its kernel. A layer that was thin
-    becomes dense if the tree has a dense kernel for it.
+    A thin layer of Flax runs as two layers, `left_factor` and `right_factor`. A registered one
+    computes two thin products for each product. With a dense kernel, a thin layer becomes dense.
 
     Args:
       model: Any nnx model; it does not change.
