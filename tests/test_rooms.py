@@ -110,6 +110,12 @@ def test_one_file_asks_for_the_backend():
     assert users <= {"_select.py", "_sharding.py"}
 
 
+def test_tests_share_helpers_and_not_one_another():
+    tests = pathlib.Path(__file__).parent
+    names = {name for path in tests.rglob("test_*.py") for name in imported(path)}
+    assert not [name for name in names if name.startswith("test_")]
+
+
 def test_tensorflow_datasets_has_one_owner():
     paths = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "experiments").rglob("*.py")]
     users = {

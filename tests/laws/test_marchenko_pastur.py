@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.law_cases import cdf, inside, pdf, ppf, RATIOS, textbook_support
 from hypothesis import given, strategies as st
 from scipy import integrate
 
 from rmtjax import marchenko_pastur as mp
 
-# Down to a very long matrix, both sides of the switch to the series at 0.01, up to a square.
-RATIOS = [1e-4, 1e-3, 0.0099, 0.0101, 0.1, 1 / 3, 0.5, 0.784, 0.99, 0.9999, 1.0]
-FRACTIONS = [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99]  # of the support
 TRANSFORMS = {
     "eager": lambda f: f,
     "jit": jax.jit,
@@ -22,10 +20,6 @@ TRANSFORMS = {
 ratios = st.floats(1e-4, 1.0)
 variances = st.floats(1e-3, 1e3)
 probabilities = st.floats(0, 1, width=32)
-
-
-def textbook_support(ratio):
-    return (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
 
 
 def textbook_pdf(x, ratio):
@@ -47,11 +41,6 @@ def textbook_cdf(x, ratio):
     points = [end * 10.0**-k for k in range(1, 7)]
     value, _ = integrate.quad(integrand, 0, end, points=points, epsabs=1e-13, limit=400)
     return value
-
-
-def inside(ratio):
-    lower, upper = textbook_support(ratio)
-    return [lower + fraction * (upper - lower) for fraction in FRACTIONS]
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -133,7 +122,6 @@ def moments(ratio, variance):
     return unit * variance ** np.arange(4)
 
 
-pdf, cdf, ppf = jax.jit(mp.pdf), jax.jit(mp.cdf), jax.jit(mp.ppf)
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(512)
 MIDPOINTS = (np.arange(20_000) + 0.5) / 20_000
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.law_cases import cdf, inside, pdf, ppf, RATIOS
 from hypothesis import given, settings, strategies as st
 from jax.test_util import check_grads
-from test_marchenko_pastur import cdf, inside, pdf, ppf, RATIOS
 
 from rmtjax import marchenko_pastur as mp
 
