@@ -104,7 +104,7 @@ def save(
         if is_factors(leaf):
             check_factors(name, leaf)
     if plan is not None:
-        check_plan_fits(plan, leaves)
+        check_plan_fits(plan, leaves, plan, applied=True)
     entries = {name: Entry.of(array) for name, array in arrays.items()}
     factors = [path for path, leaf in leaves.items() if is_factors(leaf)]
     metadata = {KEY: to_json(plan, rule, factors=factors, entries=entries, keys=keys)}
@@ -201,7 +201,8 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
                 _check_entries(tensors.entries, manifest.entries, "its manifest")
             leaves = find_leaves(tensors, manifest)
             tree = like
-            check_plan_fits((manifest and manifest.plan) or Plan(), leaves)
+            plan = (manifest and manifest.plan) or Plan()
+            check_plan_fits(plan, leaves, plan, applied=True)
             if wanted is None:
                 tree = _nest_leaves(leaves, manifest)
             else:

@@ -34,7 +34,6 @@ from rmtjax.planning._rows import (
     in_place as in_place,
     Kept as Kept,
     LayerPlan as LayerPlan,
-    mismatch as mismatch,
     Plan as Plan,
     planned_views as planned_views,
     Truncated as Truncated,

@@ -119,7 +119,7 @@ def check_plan(plan: Any) -> None:
         )
 
 
-def mismatch(leaf: Any, row: LayerPlan) -> str | None:
+def _mismatch(leaf: Any, row: LayerPlan, applied: bool) -> str | None:
     """Returns what makes a leaf a different one than the row was made for, or None."""
     if kernel_shape(leaf) != row.shape:
         return f"has shape {kernel_shape(leaf)}"
@@ -127,18 +127,27 @@ def mismatch(leaf: Any, row: LayerPlan) -> str | None:
         return None
     if factored_axes(leaf) != row.axes:
         return "is factorized along other axes"
-    return "is factorized with a lower rank" if leaf.left.shape[-1] < row.rank else None
+    rank = leaf.left.shape[-1]
+    # Factors of a higher rank may be cut. After the plan they have just the rank of their row.
+    if rank < row.rank or (applied and isinstance(row, Factorized) and rank > row.rank):
+        return f"is factorized with rank {rank}, and not {row.rank},"
+    return None
 
 
 def check_plan_fits(
-    plan: Any, leaves: Mapping[str, Any], rows: Mapping[str, LayerPlan] | None = None
+    plan: Any,
+    leaves: Mapping[str, Any],
+    rows: Mapping[str, LayerPlan] | None = None,
+    *,
+    applied: bool = False,
 ) -> None:
     """Raises an error unless a plan was made for a tree with these leaves.
 
     Args:
       plan: The plan.
-      leaves: Path to array or `Factors`, of the dense tree or of the one that the plan makes.
+      leaves: Path to array or `Factors`.
       rows: Rows of the plan that must fit; by default those of the kernels that it changes.
+      applied: The leaves are those of the tree that the plan makes.
 
     Raises:
       TypeError: `plan` is not a plan.
@@ -146,7 +155,8 @@ def check_plan_fits(
     """
     check_plan(plan)
     for path, row in (plan.changes if rows is None else rows).items():
-        difference = mismatch(leaves[path], row) if path in leaves else "is not there"
+        missing = path not in leaves
+        difference = "is not there" if missing else _mismatch(leaves[path], row, applied)
         if difference:
             raise ValueError(
                 f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "

@@ -99,10 +99,12 @@ def write(path, manifest, **arrays):
 def test_a_plan_that_does_not_fit_its_tensors(tmp_path):
     path, text = tmp_path / "a.safetensors", _manifest.to_json(PLAN)
     halves = {"Dense_0/kernel/left": np.ones((80, 3)), "Dense_0/kernel/right": np.ones((3, 60))}
+    more = {"Dense_0/kernel/left": np.ones((80, 9)), "Dense_0/kernel/right": np.ones((9, 60))}
     for arrays, words in (
         ({"x": np.ones(1)}, "for another tree: it has 'Dense_0/kernel' .* is not there"),
         ({"Dense_0/kernel": np.ones((80, 61))}, r"of shape \(80, 60\), which has shape \(80, 61\)"),
-        (halves, "which is factorized with a lower rank"),
+        (halves, "which is factorized with rank 3, and not 8"),
+        (more, "which is factorized with rank 9, and not 8"),
         (halves | {"Dense_0/kernel/right": np.ones((4, 60))}, "the halves of 'Dense_0/kernel'"),
     ):
         write(path, text, **arrays)

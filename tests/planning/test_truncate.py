@@ -216,7 +216,7 @@ def test_a_plan_serves_another_tree_of_the_same_shapes():
         ({"a": {"kernel": 1.0}}, r"has shape \(\)"),
         (
             {"a": {"kernel": Factors(jnp.ones((24, 2)), jnp.ones((2, 18)))}},
-            "is factorized with a lower",
+            "is factorized with rank 2, and not 4",
         ),
     ],
     ids=["empty", "other path", "other shape", "other rank", "number", "factorized"],
