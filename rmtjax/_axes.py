@@ -140,9 +140,9 @@ class KernelLeaf:
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the leaf; of factors, the one that both promote to."""
-        leaves = jax.tree.leaves(self.leaf)
-        dtypes = [getattr(leaf, "dtype", None) or jnp.result_type(leaf) for leaf in leaves]
-        return np.dtype(dtypes[0] if len(dtypes) == 1 else jnp.promote_types(*dtypes))
+        factors = self.leaf if is_factors(self.leaf) else (self.leaf, self.leaf)
+        dtypes = (getattr(leaf, "dtype", None) or jnp.result_type(leaf) for leaf in factors)
+        return np.dtype(jnp.promote_types(*dtypes))
 
     @property
     def size(self) -> int:

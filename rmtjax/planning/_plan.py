@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +65,8 @@ def _decide(view: MatrixView, measured: Measurement, options: PlanOptions) -> La
     unstack = lambda tree: tree if view.axes.batch else jax.tree.map(lambda leaf: leaf[0], tree)
     eigenvalues, ratio = measured.spectra
     spectrum = Spectrum(unstack(eigenvalues), ratio[0])
-    known = {"shape": view.shape, "axes": view.axes, "fit": unstack(measured.fits)}
-    known |= {"spectrum": spectrum}
+    known: Any = {"shape": view.shape, "axes": view.axes, "spectrum": spectrum}
+    known["fit"] = unstack(measured.fits)
     refusal = _refusal(measured) or (shrink and _unshrinkable(measured, shrink, view))
     if refusal:
         return Kept(f"kept: {refusal}{note}", rank=size, **known)

@@ -10,13 +10,7 @@ from jaxtyping import PyTree
 from rmtjax._axes import Factors, is_factors, MatrixView
 from rmtjax._sharding import place_factors, place_like
 from rmtjax.planning._kernels import map_kernels
-from rmtjax.planning._rows import (
-    check_plan,
-    Factorized,
-    Plan,
-    planned_views,
-    Truncated,
-)
+from rmtjax.planning._rows import check_plan, Factorized, Plan, planned_views, Truncated
 from rmtjax.spectra import (
     Directions,
     keeps_most,
@@ -53,11 +47,10 @@ def _cast(factors: Factors, view: MatrixView) -> Factors:
 def _pad(factors: Factors, view: MatrixView) -> Factors:
     """Returns factors with zeros up to the rank that a factored kernel has."""
     left, right = factors
-    missing = (view.rank or 0) - left.shape[-1]
-    widen = lambda array, axis: jnp.pad(
-        array, [(0, missing if i == axis else 0) for i in range(array.ndim)]
-    )
-    return Factors(widen(left, left.ndim - 1), widen(right, len(view.axes.batch)))
+    missing = (0, (view.rank or 0) - left.shape[-1])
+    widths = lambda array, axis: [missing if i == axis else (0, 0) for i in range(array.ndim)]
+    left = jnp.pad(left, widths(left, left.ndim - 1))
+    return Factors(left, jnp.pad(right, widths(right, len(view.axes.batch))))
 
 
 def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tuple[str, Any]]:
@@ -67,16 +60,11 @@ def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tupl
       views: The kernels. A leaf may still be in a file: it is read when it is needed.
       rows: What is planned for each.
     """
-    most = {
-        path
-        for path, view in views.items()
-        if isinstance(rows[path], Truncated)
-        and rows[path].shrink is None
-        and keeps_most(view, rows[path].rank)
-    }
-    for path in most:
-        yield path, place_like(without_last(views[path], rows[path].rank), views[path].leaf)
-    rest = {path: view for path, view in views.items() if path not in most}
+    rest = dict(views)
+    for path, view in views.items():
+        row = rows[path]
+        if isinstance(row, Truncated) and row.shrink is None and keeps_most(view, row.rank):
+            yield path, place_like(without_last(rest.pop(path), row.rank), view.leaf)
     for path, vectors in singular_vectors(rest, {path: rows[path].rank for path in rest}):
         view, row = views[path], rows[path]
         factors = _factors(view, row, vectors)
