@@ -2,18 +2,22 @@
 
 import operator
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, to_stack
-from rmtjax._sharding import by_compiler, merged_sharding
+from rmtjax._axes import factored_axes, Factors, is_factors, KernelAxes
+from rmtjax._sharding import by_compiler, constrain, merged_sharding, typed_sharding
 from rmtjax.spectra._spectrum import check_matrix, each, lift, matmul
 
 
-def _svd_ofmatmul(left: Float[Array, "*batch m r"], right: Float[Array, "*batch r n"]):
+def _svd_of_product(left: Float[Array, "*batch m r"], right: Float[Array, "*batch r n"]):
     """Decomposes `left @ right` by the decomposition of a matrix of at most r by r.
 
     With left = Q R and right^T = P T the product is Q (R T^T) P^T, and costs O((m + n) r^2).
@@ -41,7 +45,7 @@ def _svd(matrix):
     finite = checks[0] & checks[-1]
     safe = jax.tree.map(lambda a: jnp.where(finite[..., None, None], a, 0), lifted)
     if is_factors(safe):
-        u, s, vt = _svd_ofmatmul(*safe)
+        u, s, vt = _svd_of_product(*safe)
     else:
         u, s, vt = jnp.linalg.svd(safe, full_matrices=False)
     return u, jnp.where(finite[..., None], s, jnp.nan), vt
@@ -101,14 +105,6 @@ def shrink_values(
     return scale * shrink(s / scale, jnp.asarray(min(shape) / max(shape), s.dtype))
 
 
-def check_rank(rank: int, shape: tuple[int, ...]) -> int:
-    """Returns the rank as a Python integer, since it becomes a shape."""
-    rank = operator.index(rank)  # raises for a float, and for a value traced by jit
-    if not 1 <= rank <= min(shape):
-        raise ValueError(f"`rank` must be in [1, {min(shape)}], got {rank}.")
-    return rank
-
-
 def truncate_matrix(
     matrix: Float[ArrayLike, "m n"], rank: Int[Array, ""] | int
 ) -> Float[Array, "m n"]:
@@ -166,18 +162,41 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     """
     matrix = jnp.asarray(matrix)
     check_matrix("factorize_matrix", matrix)
-    rank = check_rank(rank, matrix.shape)
+    rank = operator.index(rank)  # raises for a float, and for a value traced by jit
+    if not 1 <= rank <= min(matrix.shape):
+        raise ValueError(f"`rank` must be in [1, {min(matrix.shape)}], got {rank}.")
     u, s, vt = svd(matrix)
     left, right = split(u[:, :rank], s[:rank], vt[:rank])
     return Factors(left.astype(matrix.dtype), right.astype(matrix.dtype))
 
 
+# Compiled, since XLA fuses the cast and needs no second copy of the product for the order of axes.
+@partial(jax.jit, static_argnames=("axes", "dtype", "sharding"))
+def contract(
+    factors: Factors, *, axes: KernelAxes, dtype: Any, sharding: NamedSharding | None
+) -> Float[Array, "..."]:
+    """Returns the product of factors in the axes of a kernel, in a dtype and a sharding."""
+    rank = sum(map(len, axes))
+
+    def multiply(factors):
+        left, right = map(lift, factors)
+        operands = (
+            left,
+            [*axes.batch, *axes.inputs, rank],
+            right,
+            [*axes.batch, rank, *axes.outputs],
+        )
+        product = jnp.einsum(*operands, [*range(rank)], precision=lax.Precision.HIGHEST)
+        product = product.astype(dtype)
+        return product if sharding is None else constrain(product, sharding.mesh, sharding.spec)
+
+    typed = typed_sharding(factors.left)
+    out = typed and sharding and NamedSharding(typed.mesh, sharding.spec)
+    return by_compiler(multiply, factors, out=out)
+
+
 def multiply(factors: Factors) -> Float[Array, "..."]:
     """Returns the dense kernel that `factors` stand for, batch axes first."""
-    return by_compiler(_multiply, factors, out=merged_sharding(*factors, factored_axes(factors)))
-
-
-def _multiply(factors: Factors) -> Float[Array, "..."]:
-    left, right = to_stack(factors, factored_axes(factors))
-    product = matmul(lift(left), lift(right))
-    return product.astype(left.dtype).reshape(kernel_shape(factors))
+    axes = factored_axes(factors)
+    sharding = merged_sharding(*factors, axes)
+    return contract(factors, axes=axes, dtype=factors.left.dtype, sharding=sharding)

@@ -28,26 +28,14 @@ _FEWEST = 16
 _RESIDUAL = 0.003
 
 
-class Estimate(NamedTuple):
-    """An estimated spectrum.
-
-    Attributes:
-      spectrum: Its bulk is made of quantiles, p - num_found of them.
-      num_found: Number of the largest eigenvalues that are those of the matrix.
-    """
-
-    spectrum: Spectrum
-    num_found: Int[Array, ""]
-
-
-def num_probes(size: int) -> int:
+def _num_probes(size: int, drawn: int) -> int:
     """Returns the number of columns of a block."""
-    return max(_DRAWN // size // 8 * 8, _FEWEST)
+    return max(drawn // size // 8 * 8, _FEWEST)
 
 
 def lanczos_pays(size: int) -> bool:
     """Returns True if the iteration spans a quarter of the short side at most."""
-    return 4 * _STEPS * num_probes(size) <= size
+    return 4 * _STEPS * _num_probes(size, _DRAWN) <= size
 
 
 class _State(NamedTuple):
@@ -112,49 +100,57 @@ def _quadrature(values, weights, width: int):
     return jnp.r_[lowest, nodes, jnp.maximum(highest, nodes[-1])], jnp.r_[0.0, below, 1.0]
 
 
-def _fill(values, weights, found, trace, size: int, width: int):
-    """Returns all eigenvalues, descending: those found, and quantiles for the others."""
-    own, count = jnp.where(found, values, 0), jnp.sum(found)
-    rest = jnp.where(found, 0, weights)
-    # A matrix of low rank has nothing besides the values found.
-    nodes, below = _quadrature(values, jnp.where(jnp.sum(rest) > 0, rest, 1 - found), width)
+def _fill(values, weights, exact, trace, size: int, width: int):
+    """Returns all eigenvalues, descending: the exact ones, and quantiles for the others."""
+    spikes, count = jnp.where(exact, values, 0), jnp.sum(exact)
+    rest = jnp.where(exact, 0, weights)
+    # A matrix of low rank has no other values than the exact ones.
+    nodes, below = _quadrature(values, jnp.where(jnp.sum(rest) > 0, rest, 1 - exact), width)
     ranks = jnp.arange(size - 1, -1, -1)
     bulk = jnp.interp((ranks + 0.5) / (size - count), below, nodes) ** 2
     bulk = jnp.where(ranks < size - count, bulk, 0)
-    left = jnp.maximum(trace - jnp.sum(own), 0)
+    left = jnp.maximum(trace - jnp.sum(spikes), 0)
     bulk = bulk * (left / jnp.maximum(jnp.sum(bulk), jnp.finfo(bulk.dtype).tiny))
-    return jnp.sort(bulk + jnp.pad(own, (0, size - len(own))), descending=True)
+    return jnp.sort(bulk + jnp.pad(spikes, (0, size - len(spikes))), descending=True)
 
 
-def _iterate(matrix: Float[Array, "m n"]) -> tuple[Float[Array, " p"], Int[Array, ""]]:
-    rows, columns = matrix.shape
-    long = matrix if rows >= columns else matrix.T
+def _iterate(matrix: Float[Array, "m n"], drawn: int) -> tuple[Float[Array, " p"], Int[Array, ""]]:
+    long = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     size = long.shape[1]
+    width = _num_probes(size, drawn)
     # A fixed key: the same matrix gives the same numbers each time.
-    start = jax.random.normal(jax.random.key(0), (size, num_probes(size)), long.dtype)
-    state, width = _lanczos(long, start), start.shape[1]
+    state = _lanczos(long, jax.random.normal(jax.random.key(0), (size, width), long.dtype))
     values, vectors = jnp.linalg.eigh(state.projected)
     values, vectors = values[::-1], vectors[:, ::-1]
     residuals = jnp.linalg.norm(matmul(state.beyond, vectors[-width:]), axis=0)
-    found = jnp.cumprod(residuals <= _RESIDUAL * values) == 1
-    found &= jnp.arange(len(found)) < len(found) // 2
+    exact = jnp.cumprod(residuals <= _RESIDUAL * values) == 1
+    exact &= jnp.arange(len(exact)) < len(exact) // 2
     weights = jnp.sum(vectors[:width] ** 2, axis=0)
     trace = jnp.sum(jnp.square(long)) / len(long)
-    return _fill(values, weights, found, trace, size, width), jnp.sum(found, dtype=jnp.int32)
+    return _fill(values, weights, exact, trace, size, width), jnp.sum(exact, dtype=jnp.int32)
 
 
-def estimated_spectrum(matrix: Float[Array, "m n"]) -> Estimate:
+def estimated_spectrum(
+    matrix: Float[Array, "m n"], drawn: int = _DRAWN
+) -> tuple[Spectrum, Int[Array, ""]]:
     r"""Estimates the spectrum of a matrix for which `lanczos_pays`; NaN if it is not finite.
 
-    Each step reads the matrix twice, for all probes. An eigenvalue that is found is too small by
-    at most $r^2 / g$, r its residual and g its distance from the next: 5 % above the edge by
-    0.02 %, and in practice by rounding. The quantiles of the bulk scatter by
-    0.2 % around one factor that is off by as much; their mean is exact.
+    Each step reads the matrix twice, for all probes. An exact eigenvalue is too small by at most
+    $r^2 / g$, r its residual and g its distance from the next: 5 % above the edge by 0.02 %, and
+    in practice by rounding. The quantiles of the bulk scatter by 0.2 % around one factor that is
+    off by as much; their mean is exact.
+
+    Args:
+      matrix: The matrix, of any floating dtype.
+      drawn: How many random numbers to draw.
+
+    Returns:
+      The spectrum, and how many of its largest eigenvalues are those of the matrix. The others
+      are quantiles of the bulk.
     """
-    lifted = lift(matrix)
-    size = min(matrix.shape)
+    lifted, size = lift(matrix), min(matrix.shape)
     # A branch, and not a mask: the matrix is not copied for it.
     nothing = lambda: (jnp.full(size, jnp.nan, lifted.dtype), jnp.zeros((), jnp.int32))
     finite = jnp.isfinite(lifted).all()
-    eigenvalues, num_found = lax.cond(finite, lambda: _iterate(lifted), nothing)
-    return Estimate(Spectrum(eigenvalues, aspect_ratio(matrix)), num_found)
+    eigenvalues, num_exact = lax.cond(finite, lambda: _iterate(lifted, drawn), nothing)
+    return Spectrum(eigenvalues, aspect_ratio(matrix)), num_exact

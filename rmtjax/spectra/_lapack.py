@@ -7,7 +7,6 @@ not decomposed here: squared, their small values would drown in the rounding of 
 """
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from threadpoolctl import ThreadpoolController
+import threadpoolctl
 
 from rmtjax._axes import KernelAxes, MatrixView, to_matrices
 from rmtjax.spectra._spectrum import lift
@@ -33,6 +32,7 @@ _MODERATE = 2048
 _SMALL = 1e-30  # squares below may be less than the smallest normal float32
 
 _limiting = threading.Lock()
+Views = Mapping[str, MatrixView]
 
 
 def _parts(tall: np.ndarray, dtype: type) -> Iterator[np.ndarray]:
@@ -78,21 +78,16 @@ def eigenvectors(squares: np.ndarray, first: int, last: int) -> np.ndarray:
     return vectors[:, ::-1].astype(np.float32)
 
 
-@functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
-
-
 @contextlib.contextmanager
 def _one_blas_thread_each() -> Iterator[ThreadPoolExecutor]:
     """Opens a pool of as many threads as BLAS has, and gives BLAS one thread in each."""
-    limit = lambda: _blas().limit(limits=1)
-    counts = [library.num_threads or 0 for library in _blas().lib_controllers]
+    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    limit = lambda: blas.limit(limits=1)
     # Limits are of the whole process. Of two that overlap, the first to end would lift the other.
     with _limiting:
-        count = max(counts, default=0) or os.cpu_count() or 1
+        most = max((library.num_threads or 0 for library in blas.lib_controllers), default=0)
         # Some libraries limit the thread that asks, so each thread of the pool asks too.
-        with limit(), ThreadPoolExecutor(count, initializer=limit) as pool:
+        with limit(), ThreadPoolExecutor(most or os.cpu_count() or 1, initializer=limit) as pool:
             yield pool
 
 
@@ -128,7 +123,7 @@ def _squared_values(talls: list[np.ndarray], find: Callable) -> np.ndarray:
     return values
 
 
-def _chunks(views: Mapping[str, MatrixView]) -> list[tuple[int, list[tuple[str, int]]]]:
+def _chunks(views: Views) -> list[tuple[int, list[tuple[str, int]]]]:
     """Returns places (path, index) of matrices that share a call, with their columns.
 
     The longest calls come first, so that no thread is left with one at the end.
@@ -144,13 +139,13 @@ def _chunks(views: Mapping[str, MatrixView]) -> list[tuple[int, list[tuple[str, 
     return chunks
 
 
-def squared_singular_values(views: Mapping[str, MatrixView]) -> dict[str, np.ndarray]:
+def squared_singular_values(views: Views) -> dict[str, np.ndarray]:
     """Returns the squared singular values of kernels as arrays (stack, p), descending."""
-    # Before the pool: a leaf may run code of its own when it becomes an array.
+    # Before the pool: a leaf may run code of its user's when it becomes an array.
     arrays = {path: np.asarray(view.leaf) for path, view in views.items()}
 
     def decompose(places: list[tuple[str, int]], find: Callable) -> np.ndarray:
-        # In the pool: of some layouts the matrices are copies, and are dropped after their turn.
+        # In the pool: matrices of some layouts are copies, which are dropped after their turn.
         talls = {path: _talls(arrays[path], views[path].axes) for path, _ in places}
         return _squared_values([talls[path][index] for path, index in places], find)
 
@@ -168,49 +163,34 @@ def squared_singular_values(views: Mapping[str, MatrixView]) -> dict[str, np.nda
     return squared
 
 
-def _stack_of(view: MatrixView) -> np.ndarray:
-    return to_matrices(np.asarray(view.leaf), view.axes)
-
-
-def _talls(kernel: np.ndarray, axes: KernelAxes) -> np.ndarray:
-    """Returns the matrices of a kernel, with no fewer rows than columns; usually as views."""
-    stack = to_matrices(kernel, axes)
+def _talls(kernel: Any, axes: KernelAxes) -> np.ndarray:
+    """Returns the matrices of a kernel with no fewer rows than columns; usually as views."""
+    stack = to_matrices(np.asarray(kernel), axes)
     return stack if stack.shape[1] >= stack.shape[2] else stack.mT
 
 
-def _tall(matrix: np.ndarray) -> np.ndarray:
-    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-
-
-def _short_vectors(
-    waiting: list[np.ndarray], first: int, last: int, block: int | None
-) -> np.ndarray:
-    """Takes a matrix from the list; returns singular vectors of its shorter side."""
+def _short_vectors(waiting: list[np.ndarray], first: int, last: int, block: int | None):
+    """Takes a matrix from the list, and returns singular vectors of its shorter side."""
     if block is not None and np.isfinite(waiting[0]).all():
-        result = leading(lift(jnp.asarray(_tall(waiting[0]))), last, block)
+        result = leading(lift(jnp.asarray(waiting[0])), last, block)
         if result.converged:
             waiting.pop(0)
             return np.asarray(result.vt[:last].T)
     # Popped in the call: the matrix is freed before its Gram matrix is decomposed.
-    return eigenvectors(gram(_tall(waiting.pop(0)), np.float64), first, last)
+    return eigenvectors(gram(waiting.pop(0), np.float64), first, last)
 
 
-def _map_matrices(
-    cut: Callable, view: MatrixView, first: int, last: int, block: int | None = None
-) -> list[Any]:
-    """Applies `cut(matrix, vectors)` to each matrix in float32 and vectors of its shorter side."""
-    waiting = [*_stack_of(view)]
-    vectors = []
-    while waiting:
+def _map_talls(cut: Callable, view: MatrixView, first: int, last: int, block: int | None) -> Any:
+    """Returns stacks of what `cut(matrix, vectors)` makes of each matrix, tall and in float32."""
+    waiting, vectors = [*_talls(view.leaf, view.axes)], []
+    for _ in range(view.stack):
         vectors.append(_short_vectors(waiting, first, last, block))
     # Read again, if the kernel is in a file. It was not kept during the decompositions.
+    talls = (tall.astype(np.float32, copy=False) for tall in _talls(view.leaf, view.axes))
     with np.errstate(invalid="ignore", over="ignore"):  # seen in the results
-        pairs = zip(_stack_of(view), vectors, strict=True)
-        return [cut(matrix.astype(np.float32, copy=False), short) for matrix, short in pairs]
-
-
-def _stack(parts: list[np.ndarray]) -> np.ndarray:
-    return np.stack(parts) if len(parts) > 1 else parts[0][None]  # one is not copied
+        parts = map(list, zip(*map(cut, talls, vectors), strict=True))
+    # A single one may be large, and is not copied.
+    return [np.stack(arrays) if len(arrays) > 1 else arrays[0][None] for arrays in parts]
 
 
 def directions(view: MatrixView, rank: int, block: int | None) -> tuple[np.ndarray, ...]:
@@ -226,14 +206,15 @@ def directions(view: MatrixView, rank: int, block: int | None) -> tuple[np.ndarr
       block: Size of the block for subspace iteration, tried first; None for none.
     """
 
-    def cut(matrix, short):
-        long = _tall(matrix) @ short
+    def cut(tall, short):
+        long = tall @ short
         s = np.sqrt(np.einsum("ij,ij->j", long, long, dtype=np.float64)).astype(np.float32)
         long /= np.where(s > 0, s, np.inf)  # a zero direction has no vector, and needs none
-        return (long, s, short.T) if len(long) == len(matrix) else (short, s, long.T)
+        return long, s, short
 
-    u, s, vt = map(list, zip(*_map_matrices(cut, view, 0, rank, block), strict=True))
-    return _stack(u), _stack(s), _stack(vt)
+    long, s, short = _map_talls(cut, view, 0, rank, block)
+    u, v = (long, short) if view.rows >= view.columns else (short, long)
+    return u, s, v.mT
 
 
 def without_last(view: MatrixView, rank: int) -> np.ndarray:
@@ -242,9 +223,9 @@ def without_last(view: MatrixView, rank: int) -> np.ndarray:
     For ranks above half of the directions: fewer vectors are found and held.
     """
 
-    def cut(matrix, short):
-        last = (_tall(matrix) @ short) @ short.T
-        last = last if len(last) == len(matrix) else last.T
-        return np.subtract(matrix, last, out=last)
+    def cut(tall, short):
+        last = (tall @ short) @ short.T
+        return (np.subtract(tall, last, out=last),)
 
-    return _stack(_map_matrices(cut, view, rank, view.short))
+    (lower,) = _map_talls(cut, view, rank, view.short, None)
+    return lower if view.rows >= view.columns else lower.mT

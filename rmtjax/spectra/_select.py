@@ -6,9 +6,9 @@ Conditions are tried from top to bottom. p is the short side, n the long one, r 
 |---|---|---|---|---|
 | spectra | p >= `exact_below`, Lanczos spans p/4 | block Lanczos | `_lanczos` | n p |
 | | on the host: see below | Gram matrix and its eigenvalues, LAPACK | `_lapack` | n p^2 |
-| | divided over devices, not float64 | Gram matrix there, LAPACK here | `_sharded` | n p^2 |
+| | in parts on devices, not float64 | Gram matrix there, LAPACK here | `_sharded` | n p^2 |
 | | else: accelerators, float64, factors, tracers | QR and SVD in XLA | `_svd` | n p^2 |
-| vectors | divided over devices, not float64 | Gram matrix there, LAPACK here | `_sharded` | n p^2 |
+| vectors | in parts on devices, not float64 | Gram matrix there, LAPACK here | `_sharded` | n p^2 |
 | | on the host, r small and p >= 1000 | subspace iteration, then Gram | `_lapack` | n p r |
 | | on the host, else | eigenvectors of the Gram matrix, LAPACK | `_lapack` | n p^2 |
 | | else, r small and p >= 1000 | subspace iteration, then SVD | `_svd` | n p r |
@@ -31,14 +31,13 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from rmtjax._axes import Factors, KernelAxes, MatrixView
-from rmtjax._sharding import by_compiler, constrain, fetch, mesh_of, typed_sharding
+from rmtjax._sharding import by_compiler, fetch, mesh_of
 from rmtjax._types import Spectrum
 from rmtjax.spectra import _lapack, _sharded, _svd
-from rmtjax.spectra._factors import compose, project
+from rmtjax.spectra._factors import compose, contract, project
 from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
 from rmtjax.spectra._spectrum import lift
 from rmtjax.spectra._subspace_iteration import block_size, iteration_pays, Leading, leading_above
@@ -105,10 +104,6 @@ def _cut_by_host(view: MatrixView) -> bool:
     return getattr(view.leaf, "is_fully_addressable", True)
 
 
-def _cut_where_divided(view: MatrixView) -> bool:
-    return _is_divided(view) and _is_eager()
-
-
 @partial(jax.jit, static_argnames="axes")
 def _estimate(kernel, *, axes: KernelAxes):
     matrices = lambda kernel: MatrixView("", kernel, axes).matrices()
@@ -122,16 +117,13 @@ def estimated_spectra(views: Views, exact_below: int) -> dict[str, Values]:
       views: Kernels by path.
       exact_below: Kernels with a shorter short side are left out.
     """
-    large = {
-        path: view
-        for path, view in views.items()
-        if view.short >= exact_below and lanczos_pays(view.short) and not view.is_factored
-    }
+    pays = lambda view: view.short >= exact_below and lanczos_pays(view.short)
+    large = {path: view for path, view in views.items() if pays(view) and not view.is_factored}
     estimate = lambda view: fetch(_estimate(jnp.asarray(view.leaf), axes=view.axes))
     return {path: Values(*estimate(view)) for path, view in large.items()}
 
 
-def _to_values(squared: np.ndarray, view: MatrixView) -> Spectrum:
+def _to_spectrum(squared: np.ndarray, view: MatrixView) -> Spectrum:
     """Returns the spectrum that belongs to squared singular values (stack, p)."""
     dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
     eigenvalues: Any = (np.maximum(squared, 0) / view.long).astype(dtype)
@@ -145,20 +137,16 @@ def spectra(views: Views) -> dict[str, Values]:
     divided = {p: view for p, view in views.items() if p not in host and _is_divided(view)}
     rest = {p: view for p, view in views.items() if p not in host and p not in divided}
     squared = _lapack.squared_singular_values(host) | _sharded.squared_singular_values(divided)
-    spectra = {path: _to_values(values, views[path]) for path, values in squared.items()}
+    spectra = {path: _to_spectrum(values, views[path]) for path, values in squared.items()}
     spectra |= _svd.compiled_spectra(rest)
-    count = lambda spectrum: np.full(len(spectrum.ratio), spectrum.eigenvalues.shape[-1], np.int32)
-    return {path: Values(spectra[path], count(spectra[path])) for path in views}
+    return {p: Values(spectra[p], np.full(v.stack, v.short, np.int32)) for p, v in views.items()}
 
 
 def _in_axes(vectors: tuple, view: MatrixView) -> Directions:
     """Returns vectors of a stack of matrices in the axes of factors."""
     u, s, vt = vectors
-    batch, inputs, outputs = (
-        [view.shape[axis] for axis in group]
-        for group in (view.axes.batch, view.axes.inputs, view.axes.outputs)
-    )
-    rank = s.shape[-1]
+    sizes, rank = lambda group: [view.shape[axis] for axis in group], s.shape[-1]
+    inputs, outputs, batch = map(sizes, view.axes)
     u, vt = u.reshape(*batch, *inputs, rank), vt.reshape(*batch, rank, *outputs)
     return Directions(u, s.reshape(*batch, rank), vt)
 
@@ -182,7 +170,7 @@ def singular_vectors(views: Views, ranks: Mapping[str, int]) -> Iterator[tuple[s
     One kernel at a time. Divided kernels come first, since the processes of a mesh decompose
     several of them side by side.
     """
-    divided = {path: view for path, view in views.items() if _cut_where_divided(view)}
+    divided = {path: view for path, view in views.items() if _is_divided(view) and _is_eager()}
     for path, vectors in _sharded.directions(divided, ranks):
         yield path, Directions(*vectors)
     for path, view in views.items():
@@ -201,34 +189,11 @@ def without_last(view: MatrixView, rank: int) -> Array:
     return lower.astype(jax.dtypes.canonicalize_dtype(view.dtype))
 
 
-@partial(jax.jit, static_argnames=("axes", "dtype", "sharding"))
-def _multiply(
-    factors: Factors, *, axes: KernelAxes, dtype: Any, sharding: NamedSharding | None
-) -> Array:
-    last = sum(map(len, axes))
-
-    def multiply(factors):
-        left, right = factors
-        operands = (
-            left,
-            [*axes.batch, *axes.inputs, last],
-            right,
-            [*axes.batch, last, *axes.outputs],
-        )
-        product = jnp.einsum(*operands, [*range(last)], precision=lax.Precision.HIGHEST)
-        product = product.astype(dtype)
-        return product if sharding is None else constrain(product, sharding.mesh, sharding.spec)
-
-    typed = typed_sharding(factors.left)
-    out = typed and sharding and NamedSharding(typed.mesh, sharding.spec)
-    return by_compiler(multiply, factors, out=out)
-
-
 def product(factors: Factors, view: MatrixView) -> Array:
     """Returns the kernel that factors stand for, in the axes, the dtype and the sharding of one."""
     dtype = jax.dtypes.canonicalize_dtype(view.dtype)
-    sharding = view.leaf.sharding if _cut_where_divided(view) else None
-    return _multiply(factors, axes=view.axes, dtype=dtype, sharding=sharding)
+    sharding = view.leaf.sharding if _is_divided(view) and _is_eager() else None
+    return contract(factors, axes=view.axes, dtype=dtype, sharding=sharding)
 
 
 def _search(matrix: Float[Array, "m n"], floor, search, block: int) -> Leading:

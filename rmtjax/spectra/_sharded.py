@@ -5,7 +5,7 @@ vectors of the longer side follow from the kernel where it is stored. All vector
 the kernel: merging axes that are divided would gather them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,11 @@ from rmtjax._sharding import by_compiler, constrain, mesh_of, specs, typed_shard
 from rmtjax.spectra._lapack import eigenvalues, eigenvectors
 from rmtjax.spectra._spectrum import lift
 
-_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 # Its name before jax 0.8 was in `jax.experimental`.
 _x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
 
 Views = Mapping[str, MatrixView]
-# Decomposes the Gram matrix of a kernel, in its memory.
-Find = Callable[[MatrixView, np.ndarray], np.ndarray]
+Ranks = Mapping[str, int]
 
 
 def _axis_names(spec: Any) -> tuple[str, ...]:
@@ -110,8 +108,8 @@ def _sum_over_processes(results: np.ndarray, mesh: Mesh) -> np.ndarray:
     return np.asarray(total.addressable_data(0))
 
 
-def _decompose(views: Views, find: Find, blank: Callable) -> dict[str, np.ndarray]:
-    """Returns what `find` makes of the Gram matrices, decomposed by the processes side by side."""
+def _decompose(views: Views, ranks: Ranks | None) -> dict[str, np.ndarray]:
+    """Returns results for the Gram matrices of kernels, which processes decompose side by side."""
     waiting = {}
     for turn, (path, view) in enumerate(views.items()):
         gram = _gram(view.leaf, view.axes, view.leaf.sharding)
@@ -119,16 +117,18 @@ def _decompose(views: Views, find: Find, blank: Callable) -> dict[str, np.ndarra
         waiting[path] = (gram.shape[0], list(_share(gram, turn)))
     results = {}
     for path, (stack, shares) in waiting.items():
-        result = blank(views[path], stack)
+        shape, find = (stack, views[path].short), eigenvalues
+        if ranks is not None:
+            shape, find = (*shape, ranks[path]), partial(eigenvectors, first=0, last=ranks[path])
+        result = np.zeros(shape, np.float64 if ranks is None else np.float32)
         for index, matrices in shares:  # copied, since they are overwritten
-            decomposed = [find(views[path], np.array(matrix, order="F")) for matrix in matrices]
-            result[index] = decomposed
+            result[index] = [find(np.array(matrix, order="F")) for matrix in matrices]
         results[path] = _sum_over_processes(result, mesh_of(views[path].leaf))
     return results
 
 
-def _in_turns(views: Views, find: Find, blank: Callable) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields what `find` makes of the Gram matrix of each kernel, in their order.
+def _in_turns(views: Views, ranks: Ranks | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the path and the eigenvalues, or the first eigenvectors, of each Gram matrix.
 
     As many kernels at a time as a mesh has processes. Every process of a mesh must call it with
     the same kernels, and gets the same results.
@@ -139,15 +139,13 @@ def _in_turns(views: Views, find: Find, blank: Callable) -> Iterator[tuple[str, 
         count = len({device.process_index for device in devices})
         batch, paths = {path: views[path] for path in paths[:count]}, paths[count:]
         with _x64(True):  # off again while the results are used
-            results = _decompose(batch, find, blank)
+            results = _decompose(batch, ranks)
         yield from results.items()
 
 
 def squared_singular_values(views: Views) -> dict[str, np.ndarray]:
     """Returns the squared singular values of divided kernels, (stack, p), descending."""
-    blank = lambda view, stack: np.zeros((stack, view.short))
-    values = _in_turns(views, lambda view, gram: eigenvalues(gram), blank)
-    return {path: ascending[:, ::-1] for path, ascending in values}
+    return {path: ascending[:, ::-1] for path, ascending in _in_turns(views, None)}
 
 
 def _with_axes(vectors: np.ndarray, view: MatrixView) -> np.ndarray:
@@ -183,7 +181,8 @@ def _longer(kernel: Kernel, short: Array, axes: KernelAxes, sharding: NamedShard
     def find(kernel, short):
         # In the axes of the kernel: each device multiplies its part, and the sums are thin.
         operands = lift(kernel), [*range(last)], short, [*axes.batch, *other, last]
-        long = _einsum(*operands, [*axes.batch, *side, last])
+        out = [*axes.batch, *side, last]
+        long = jnp.einsum(*operands, out, precision=lax.Precision.HIGHEST)
         vectors, values = _normalize(constrain(long, sharding.mesh, places), long_axes)
         return constrain(vectors, sharding.mesh, places), constrain(values, sharding.mesh, ())
 
@@ -202,16 +201,13 @@ def _place(short: np.ndarray, view: MatrixView) -> Array:
     return jax.make_array_from_callback(short.shape, sharding, lambda index: short[index])
 
 
-def directions(views: Views, ranks: Mapping[str, int]) -> Iterator[tuple[str, tuple]]:
+def directions(views: Views, ranks: Ranks) -> Iterator[tuple[str, tuple]]:
     """Yields the path and the first singular directions (u, s, vt) of each kernel, in float32.
 
     In the axes of factors: (*batch, *inputs, r), (*batch, r) and (*batch, r, *outputs). u and vt
     are divided as factors of the kernel, s is replicated. NaN where not finite.
     """
-    ranked = {id(view): ranks[path] for path, view in views.items()}
-    find = lambda view, gram: eigenvectors(gram, 0, ranked[id(view)])
-    blank = lambda view, stack: np.zeros((stack, view.short, ranked[id(view)]), np.float32)
-    for path, vectors in _in_turns(views, find, blank):
+    for path, vectors in _in_turns(views, ranks):
         view = views[path]
         short = _place(_with_axes(vectors, view), view)
         long, values = _longer(view.leaf, short, view.axes, view.leaf.sharding)

@@ -95,8 +95,8 @@ def _filter(matrix, v, s, degree):
     step = lambda x: matmul(matrix.T, matmul(matrix, x) / s[0]) / s[0] / middle - x
 
     def climb(_, pair):
-        before, now = pair
-        return now, 2 * step(now) - before
+        previous, current = pair
+        return current, 2 * step(current) - previous
 
     return lax.fori_loop(1, degree, climb, (v, step(v)))[1]
 

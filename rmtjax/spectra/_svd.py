@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rmtjax._axes import Factors, is_factors, KernelAxes, MatrixView, to_stack
 from rmtjax._sharding import by_compiler, fetch, in_shares, mesh_of, replicating_mesh
@@ -23,42 +23,33 @@ Vectors = tuple[Array, Array, Array]  # (u, s, vt)
 _CLEAR = 32
 
 
-def _svd_of_long(matrix: Float[Array, "m n"], count: int) -> Vectors:
-    """Returns the first directions of a matrix with more rows than columns.
-
-    The triangle R of A = Q R has the singular values and the right vectors V of A, and A V S^-1
-    are its left ones. Neither Q nor the long vectors that are cut are formed.
-    """
-    _, s, vt = svd(triangle(matrix))
-    s, vt = s[:count], vt[:count]
-    # A zero direction has no left vector, and needs none.
-    return matmul(matrix, vt.T / jnp.where(s > 0, s, jnp.inf)[None]), s, vt
-
-
 def _first(matrix: Float[Array, "m n"], count: int) -> Vectors:
     """Returns the first directions by a decomposition that has them all."""
     rows, columns = matrix.shape
     if rows < columns:
         u, s, vt = _first(matrix.T, count)
         return vt.T, s, u.T
-    if rows >= 2 * columns:
-        return _svd_of_long(matrix, count)
-    u, s, vt = svd(matrix)
-    return u[:, :count], s[:count], vt[:count]
+    if rows < 2 * columns:
+        u, s, vt = svd(matrix)
+        return u[:, :count], s[:count], vt[:count]
+    # The triangle R of A = Q R has the values s and the right vectors V of A, and A V / s are its
+    # left ones. Neither Q nor the long vectors that are cut are formed.
+    _, s, vt = svd(triangle(matrix))
+    s, vt = s[:count], vt[:count]
+    # A zero direction has no left vector, and needs none.
+    return matmul(matrix, vt.T / jnp.where(s > 0, s, jnp.inf)[None]), s, vt
 
 
 def _leading_or_first(matrix: Float[Array, "m n"], rank, block: int) -> Vectors:
     """Returns the first directions by iteration; by a decomposition if it does not converge."""
-    (rows, columns), dtype = matrix.shape, matrix.dtype
 
     def iterate():
         result = leading(matrix, rank, block)
-        iterated = lambda: (result.u, result.s, result.vt)
-        return lax.cond(result.converged, iterated, lambda: _first(matrix, block))
+        return lax.cond(result.converged, lambda: result[:3], lambda: _first(matrix, block))
 
     def nothing():
-        u, vt = jnp.zeros((rows, block), dtype), jnp.zeros((block, columns), dtype)
-        return u, jnp.full((block,), jnp.nan, dtype), vt
+        u, s, vt = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(iterate))
+        return u, s * jnp.nan, vt
 
     # A branch, and not a mask: the matrix is not copied for it.
     return lax.cond(jnp.isfinite(matrix).all(), iterate, nothing)
@@ -113,26 +104,31 @@ def _by_squares(matrix: Float[Array, "m n"]) -> Vectors:
     return u[:, order], s * scale, vt
 
 
+def squares_suffice(s: Float[Array, "b p"], floor: Float[Array, " b"]) -> Bool[Array, " b"]:
+    """Returns True for matrices whose directions down to `floor` a Gram matrix distinguishes.
+
+    Args:
+      s: Singular values, descending.
+      floor: A singular value of each matrix. NaN stands for its median: the bulk is to be fitted.
+    """
+    floor = jnp.where(jnp.isnan(floor), s[:, s.shape[1] // 2], floor)
+    return floor >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[:, 0]
+
+
 def gram_svd(matrices: Float[Array, "b m n"], floor: Float[Array, " b"]) -> Vectors:
     r"""Returns thin singular value decompositions by Gram matrices, cheaper than by `svd`.
 
     Eigenvectors of the Gram matrix distinguish values whose squares differ by more than
-    $\epsilon s_1^2$: in float32 down to a ninetieth of the largest value. If a matrix needs less,
-    the whole stack is decomposed by `svd` as well.
-
-    Args:
-      matrices: A stack; s is NaN for one that is not finite.
-      floor: The singular value of each down to which directions must be distinguished. NaN stands
-        for the median: the bulk is to be fitted.
+    $\epsilon s_1^2$: in float32 down to a ninetieth of the largest value. If a matrix of the stack
+    needs less, all are decomposed by `svd` as well. s is NaN for a matrix that is not finite.
     """
     matrices = lift(matrices)
     # LAPACK may loop for long, or stop, on what is not finite.
     finite = jnp.isfinite(matrices).all(axis=(1, 2))
     u, s, vt = each(_by_squares, jnp.where(finite[:, None, None], matrices, 0))
-    floor = jnp.where(jnp.isnan(floor), s[:, s.shape[1] // 2], floor)
-    clear = floor >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[:, 0]
+    clear = squares_suffice(s, floor) | ~finite
     vectors = u, jnp.where(finite[:, None], s, jnp.nan), vt
-    return lax.cond(jnp.any(finite & ~clear), lambda: svd(matrices), lambda: vectors)
+    return lax.cond(jnp.all(clear), lambda: vectors, lambda: svd(matrices))
 
 
 def _spectrum_of(matrix) -> Spectrum:
@@ -150,10 +146,8 @@ def _stacked_spectra(kernels: list, *, axes: tuple[KernelAxes, ...], mesh: Any) 
     """Returns the spectra of kernels with sides in common as one stack."""
 
     def find(kernels):
-        stacks = [to_stack(kernel, own) for kernel, own in zip(kernels, axes, strict=True)]
-        joined = stacks[0]  # a single kernel may be large, and is not copied
-        if len(stacks) > 1:
-            joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
+        stacks = map(to_stack, kernels, axes)
+        joined = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *stacks)
         find = partial(each, _spectrum_of)
         # Each device of a mesh on which the kernels are replicated takes a share.
         return find(joined) if mesh is None else in_shares(find, joined, mesh)
@@ -172,10 +166,8 @@ def compiled_spectra(views: Mapping[str, MatrixView]) -> dict[str, Spectrum]:
     for paths in groups.values():
         kernels = [jax.tree.map(jnp.asarray, views[path].leaf) for path in paths]
         axes = tuple(views[path].axes for path in paths)
-        mesh = replicating_mesh(kernels)
-        joined = fetch(_stacked_spectra(kernels, axes=axes, mesh=mesh))
-        ends = np.cumsum([views[path].stack for path in paths])
-        for path, last in zip(paths, ends.tolist(), strict=True):
-            first = last - views[path].stack
-            spectra[path] = Spectrum(*(array[first:last] for array in joined))
+        joined = fetch(_stacked_spectra(kernels, axes=axes, mesh=replicating_mesh(kernels)))
+        ends = np.cumsum([views[path].stack for path in paths])[:-1]
+        parts = zip(*(np.split(array, ends) for array in joined), strict=True)
+        spectra |= {path: Spectrum(*part) for path, part in zip(paths, parts, strict=True)}
     return spectra

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits, ThreadpoolController
 
 from rmtjax import Factors
 from rmtjax._axes import KernelAxes, MatrixView
-from rmtjax.spectra import _lapack, _select, _svd, spectra
+from rmtjax.spectra import _select, _svd, spectra
 
 MATRIX = KernelAxes((0,), (1,))
 EPS = np.finfo(np.float32).eps
@@ -190,7 +190,7 @@ def test_each_thread_is_limited_whatever_number_a_library_gives(rng, counts, mon
     decompose = np.linalg.eigvalsh
     spy = lambda squares: (seen.add(threading.get_ident()), decompose(squares))[1]
     monkeypatch.setattr(np.linalg, "eigvalsh", spy)
-    monkeypatch.setattr(_lapack, "_blas", lambda: library)
+    monkeypatch.setattr(ThreadpoolController, "select", lambda self, user_api: library)
     assert spectra(views).keys() == views.keys()
     assert seen
     assert seen <= library.limited

@@ -105,7 +105,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from rmtjax import KernelAxes
 from rmtjax import Factors
-from rmtjax.spectra._select import _multiply
+from rmtjax.spectra._factors import contract
 from rmtjax.spectra._sharded import _longer
 
 mesh = Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
@@ -129,7 +129,7 @@ for axes, shape, spec in (
     short = lie(*axes.batch, *(axes.outputs if tall else axes.inputs), None)
     programs = (
         _longer.lower(kernel, short, axes, kernel.sharding),
-        _multiply.lower(
+        contract.lower(
             Factors(left, right), axes=axes, dtype=jnp.dtype("float32"), sharding=kernel.sharding
         ),
     )
