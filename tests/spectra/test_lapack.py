@@ -1,21 +1,24 @@
-"""Spectra that the host finds, against float64 singular values and the compiled programs."""
+"""Spectra and singular vectors by LAPACK on the host, against NumPy in float64."""
 
 import contextlib
 import threading
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
+from hypothesis import given, settings, strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits, ThreadpoolController
 
-from rmtjax import Factors
 from rmtjax._axes import KernelAxes, MatrixView
-from rmtjax.spectra import _select, _svd, spectra
+from rmtjax.spectra import _lapack, spectra
+from rmtjax.spectra._subspace_iteration import block_size
 
-MATRIX = KernelAxes((0,), (1,))
+MATRIX, STACK = KernelAxes((0,), (1,)), KernelAxes((1,), (2,), (0,))
 EPS = np.finfo(np.float32).eps
+# (stack, rows, columns) of kernels whose singular vectors are compared.
+SHAPES = [(1, 40, 40), (1, 40, 90), (1, 90, 40), (3, 30, 44), (2, 7, 1)]
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def host_spectra(kernel, axes=MATRIX):
     return spectra({"": MatrixView("", kernel, axes)})[""].spectrum
 
 
-def found(matrix):
+def eigenvalues(matrix):
     return host_spectra(matrix).eigenvalues[0]
 
 
@@ -49,7 +52,7 @@ def test_equals_the_singular_values_in_float64(rng, shape, dtype):
     np.testing.assert_allclose(result.ratio, [min(shape) / max(shape)], rtol=EPS)
     expected = exact(matrix)
     # Small values of a square matrix are exact to the last bit of the largest, and far better.
-    np.testing.assert_allclose(found(matrix), expected, rtol=1e-5, atol=EPS**2 * expected[0])
+    np.testing.assert_allclose(eigenvalues(matrix), expected, rtol=1e-5, atol=EPS**2 * expected[0])
 
 
 @pytest.mark.parametrize("shape", [(200, 200), (800, 200)])
@@ -61,38 +64,38 @@ def test_what_a_fit_uses_is_not_squared_away(rng, shape, condition):
     matrix = (noise + condition / 30 * signal).astype(np.float32)
     expected = exact(matrix)
     # What remains is the rounding of float64, of the largest eigenvalue.
-    np.testing.assert_allclose(found(matrix), expected, rtol=3e-4, atol=expected[0] / 2**53)
+    np.testing.assert_allclose(eigenvalues(matrix), expected, rtol=3e-4, atol=expected[0] / 2**53)
 
 
 @pytest.mark.parametrize("columns", [100, 300])
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 def test_follows_the_scale(rng, scale, columns):
     matrix = rng.standard_normal((300, columns)).astype(np.float32)
-    scaled = found((scale * matrix).astype(np.float32))
+    scaled = eigenvalues((scale * matrix).astype(np.float32))
     bulk = slice(columns - 5)
-    np.testing.assert_allclose(scaled[bulk], scale**2 * found(matrix)[bulk], rtol=1e-4)
+    np.testing.assert_allclose(scaled[bulk], scale**2 * eigenvalues(matrix)[bulk], rtol=1e-4)
 
 
 def test_squares_may_leave_the_range_of_float32(rng):
     """The eigenvalues are the squares over n: they need not, and then there is no warning."""
     matrix = np.zeros((400, 50), np.float32)
     matrix[np.arange(50), np.arange(50)] = 1.9e19 * np.linspace(1, 2, 50)
-    assert np.isfinite(found(matrix)[-1])
+    assert np.isfinite(eigenvalues(matrix)[-1])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_has_a_spectrum_of_nan(rng, bad):
     kernel = rng.standard_normal((3, 60, 80)).astype(np.float32)
     kernel[1, 5, 7] = bad
-    result = host_spectra(kernel, KernelAxes((1,), (2,), (0,)))
+    result = host_spectra(kernel, STACK)
     np.testing.assert_array_equal(np.isnan(result.eigenvalues).all(axis=1), [False, True, False])
 
 
 def test_a_thin_product_has_directions_of_nothing(rng):
     thin = rng.standard_normal((300, 20)) @ rng.standard_normal((20, 400))
-    values = found(thin.astype(np.float32))
+    values = eigenvalues(thin.astype(np.float32))
     assert (values[20:] < (300 * EPS) ** 2 * values[0]).all()
-    np.testing.assert_array_equal(found(np.zeros((60, 50), np.float32)), np.zeros(50))
+    np.testing.assert_array_equal(eigenvalues(np.zeros((60, 50), np.float32)), np.zeros(50))
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -115,7 +118,7 @@ def many(rng):
     kernels = [a * rng.standard_normal(shape) for a, shape in zip(scales, shapes, strict=True)]
     kernels[5] += 100 * kernels[5].max()  # to be squared in float64, and its neighbour is not
     kernels[1][3, 4] = np.nan
-    axes = [MATRIX] * 7 + [KernelAxes((1,), (2,), (0,))]
+    axes = [MATRIX] * 7 + [STACK]
     pairs = zip(kernels, axes, strict=True)
     views = [MatrixView(str(i), a.astype(np.float32), axes) for i, (a, axes) in enumerate(pairs)]
     return {view.path: view for view in views}
@@ -234,28 +237,105 @@ def test_large_ones_are_decomposed_in_place_beside_small_ones(rng):
         np.testing.assert_allclose(results[path].spectrum.eigenvalues[0], expected, rtol=EPS)
 
 
-def test_the_host_takes_kernels_that_it_reads_without_moving_them():
-    kernel = np.ones((4, 4), np.float32)
-    on_host = lambda leaf: _select._on_host(MatrixView("", leaf, MATRIX))
-    assert on_host(kernel)
-    assert on_host(jnp.asarray(kernel))
-    assert on_host(jax.ShapeDtypeStruct((4, 4), np.float16))
-    assert not on_host(kernel.astype(np.float64))
-    assert not on_host(Factors(jnp.asarray(kernel), jnp.asarray(kernel)))
-    assert not jax.jit(lambda kernel: jnp.asarray(on_host(kernel)))(kernel)
+# Singular vectors.
 
 
-def test_spectra_are_those_of_the_compiled_programs(rng):
-    """On a GPU all kernels are measured in these."""
-    stack = jnp.asarray(rng.standard_normal((3, 80, 100)), jnp.bfloat16)
-    kernels = {"a": rng.standard_normal((100, 240)).astype(np.float32), "b": stack}
-    kernels |= {"c": kernels["a"].T[:90], "d": kernels["a"] + 1}
-    axes = {"b": KernelAxes((1,), (2,), (0,))}
-    views = {name: MatrixView(name, a, axes.get(name, MATRIX)) for name, a in kernels.items()}
-    compiled = _svd.compiled_spectra(views)
-    for path, values in spectra(views).items():
-        expected = compiled[path]
-        np.testing.assert_allclose(
-            values.spectrum.eigenvalues, expected.eigenvalues, rtol=1e-4, atol=1e-6
-        )
-        np.testing.assert_allclose(values.spectrum.ratio, expected.ratio, rtol=EPS)
+def directions(kernel, axes, rank, block=None):
+    return _lapack.directions(MatrixView("", kernel, axes), rank, block)
+
+
+def without_last(kernel, axes, rank):
+    return _lapack.without_last(MatrixView("", kernel, axes), rank)
+
+
+def noise(shape, dtype: type = np.float32, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def truncated(matrix, rank):
+    u, s, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :], s
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_equal_the_singular_directions_in_float64(shape, dtype, share):
+    stack, short = noise(shape, dtype), min(shape[1:])
+    rank = max(1, int(share * short))
+    u, s, vt = directions(stack, STACK, rank)
+    wanted, values = truncated(stack, rank)
+    # Rounding of float32 in the product, of the largest value.
+    close = {"rtol": 0, "atol": 3e-6 * values.max()}
+    np.testing.assert_allclose((u * s[..., None, :]) @ vt, wanted, **close)
+    np.testing.assert_allclose(s, values[..., :rank], **close)
+    for vectors in (u.mT, vt):
+        identity = np.broadcast_to(np.eye(rank), (*shape[:1], rank, rank))
+        # Those of the longer side are as orthogonal as s_r and s_1 let them be.
+        least = (values[..., rank - 1] / values[..., 0]).min()
+        np.testing.assert_allclose(vectors @ vectors.mT, identity, atol=1e-6 / least)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
+def test_what_is_left_without_the_last_is_what_the_first_make(shape):
+    stack = noise(shape)
+    rank = min(shape[1:]) - 5
+    wanted, values = truncated(stack, rank)
+    lower = without_last(stack, STACK, rank)
+    np.testing.assert_allclose(lower, wanted, atol=3e-6 * values.max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    top=st.floats(1, 1e6),
+    scale=st.sampled_from([1e-30, 1e-8, 1.0, 1e12]),
+    shape=st.sampled_from([(50, 50), (50, 70), (160, 50)]),
+    seed=st.integers(0, 99),
+)
+def test_directions_far_under_the_largest_are_told_apart(top, scale, shape, seed):
+    """In float32 squares would not tell what lies under a ninetieth of the largest value."""
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 50)))[0] for n in shape)
+    values = np.r_[top, np.linspace(1, 0.6, 24), np.linspace(0.4, 0.1, 25)]
+    matrix = (scale * (u * values) @ v.T).astype(np.float32)
+    kept = [part[0] for part in directions(matrix, MATRIX, 25)]
+    wanted, _ = truncated(matrix, 25)
+    np.testing.assert_allclose((kept[0] * kept[1]) @ kept[2], wanted, atol=1e-6 * scale * top)
+    # The 25th is the last of its group, and its value that of the matrix, off by its rounding.
+    np.testing.assert_allclose(kept[1][-1], 0.6 * scale, atol=1e-6 * scale * max(top, 1))
+
+
+def test_one_matrix_does_not_spoil_the_stack():
+    stack = noise((3, 20, 30))
+    stack[1, 4, 5] = np.inf
+    u, s, vt = directions(stack, STACK, 4)
+    np.testing.assert_array_equal(np.isnan(s).all(axis=1), [False, True, False])
+    assert np.isfinite((u @ vt)[::2]).all()
+    assert np.isnan(without_last(stack, STACK, 18)[1]).all()
+
+
+def test_what_is_nothing_has_directions_of_nothing():
+    thin = (noise((30, 4)) @ noise((4, 20))).astype(np.float32)
+    u, s, vt = (part[0] for part in directions(thin, MATRIX, 9))
+    np.testing.assert_allclose((u * s) @ vt, thin, atol=1e-5)
+    assert (s[4:] < 1e-5 * s[0]).all()
+    zero = np.zeros((8, 6), np.float32)
+    assert not np.any(directions(zero, MATRIX, 3)[1])
+
+
+def test_few_directions_are_iterated_and_what_does_not_converge_is_not(monkeypatch):
+    squared = []  # those of which the Gram matrix was decomposed
+    spy = lambda *args, decompose=scipy.linalg.eigh, **options: (
+        squared.append(options["subset_by_index"]) or decompose(*args, **options)
+    )
+    monkeypatch.setattr(scipy.linalg, "eigh", spy)
+    easy = noise((257, 300))
+    easy[:, :3] += 4
+    # Values that differ by less than their rounding: no direction is better than another.
+    u, v = (np.linalg.qr(noise((300, 300), np.float64, seed))[0] for seed in (0, 1))
+    hard = ((u * np.linspace(1, 1 - 1e-5, 300)) @ v.T).astype(np.float32)
+    for matrix, decomposed in ((easy, []), (hard, [(299, 299)])):
+        u, s, vt = (part[0] for part in directions(matrix, MATRIX, 1, block_size(1)))
+        assert squared == decomposed
+        np.testing.assert_allclose(matrix @ vt.T, u * s, atol=1e-4 * s[0])
+        np.testing.assert_allclose(s, np.linalg.norm(matrix, 2), rtol=2e-5)

@@ -46,17 +46,43 @@ def finish(jobs):
 EXPLICIT = pytest.mark.skipif(not hasattr(jax.sharding, "auto_axes"), reason="came with jax 0.7")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=EXPLICIT)])
 def test_a_tree_on_eight_devices_is_as_on_one(kind):
     assert finish([start(kind, 8)]) == [CHECKS]
 
 
+@pytest.mark.slow
 def test_a_tree_on_the_devices_of_two_processes_is_as_on_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     jobs = [start("Auto", 4, 2, number, port) for number in range(2)]
     assert finish(jobs) == [CHECKS] * 2
+
+
+QUICK = """
+import jax, numpy as np, rmtjax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+mesh = Mesh(np.reshape(jax.devices(), (2, 2)), ("data", "model"))
+kernel = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+kernel[:, :2] += 3
+placed = jax.device_put(kernel, NamedSharding(mesh, P("data", "model")))
+wanted, divided = (rmtjax.plan({"kernel": leaf}, multiple=1) for leaf in (kernel, placed))
+assert str(divided) == str(wanted)
+assert divided["kernel"].action == "factorize"
+lower = rmtjax.truncate({"kernel": placed}, wanted)["kernel"]
+assert lower.sharding == placed.sharding
+expected = rmtjax.truncate({"kernel": kernel}, wanted)["kernel"]
+# Vectors are found in float64 in both ways and multiplied in float32.
+np.testing.assert_allclose(lower, expected, rtol=0, atol=1e-4)
+print("divided")
+"""
+
+
+def test_a_divided_kernel_is_planned_and_truncated_as_a_complete_one():
+    assert run_on_devices(4, QUICK) == "divided"
 
 
 ROOM = """
@@ -96,11 +122,36 @@ print("divided")
 """
 
 
+@pytest.mark.slow
 def test_no_device_holds_a_whole_kernel_to_find_its_spectrum():
     assert run_on_devices(8, ROOM) == "divided"
 
 
-CUT_ROOM = """
+CUT_QUICK = """
+import jax, numpy as np, rmtjax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+mesh = Mesh(np.reshape(jax.devices(), (2, 2)), ("data", "model"))
+kernel = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+kernel[:, :2] += 3
+placed = jax.device_put(kernel, NamedSharding(mesh, P("data", "model")))
+wanted, divided = (rmtjax.plan({"kernel": leaf}, multiple=1) for leaf in (kernel, placed))
+assert str(divided) == str(wanted)
+assert divided["kernel"].action == "factorize"
+lower = rmtjax.truncate({"kernel": placed}, wanted)["kernel"]
+assert lower.sharding == placed.sharding
+expected = rmtjax.truncate({"kernel": kernel}, wanted)["kernel"]
+# Vectors are found in float64 in both ways and multiplied in float32.
+np.testing.assert_allclose(lower, expected, rtol=0, atol=1e-4)
+print("divided")
+"""
+
+
+def test_a_divided_kernel_is_planned_and_truncated_as_a_complete_one():
+    assert run_on_devices(4, QUICK) == "divided"
+
+
+ROOM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from rmtjax import KernelAxes
@@ -143,6 +194,7 @@ print("divided")
 """
 
 
+@pytest.mark.slow
 def test_no_device_holds_a_whole_kernel_to_cut_it():
     assert run_on_devices(8, CUT_ROOM) == "divided"
 
@@ -165,6 +217,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_the_main_job_on_four_devices_is_that_on_one():
     one, four = json.loads(run_on_devices(8, MNIST))
     assert [ranks for _, ranks in one] == [ranks for _, ranks in four]
