@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax._axes import factored_axes, Factors, is_factors, KernelAxes
-from rmtjax._sharding import by_compiler, constrain, merged_sharding, typed_sharding
-from rmtjax.spectra._spectrum import check_matrix, each, lift, matmul
+from rmtjax._sharding import by_compiler, constrain, merged_sharding
+from rmtjax.spectra._spectrum import check_matrix, each, einsum, lift, matmul
 
 
 def _svd_of_product(left: Float[Array, "*batch m r"], right: Float[Array, "*batch r n"]):
@@ -22,6 +21,7 @@ def _svd_of_product(left: Float[Array, "*batch m r"], right: Float[Array, "*batc
 
     With left = Q R and right^T = P T the product is Q (R T^T) P^T, and costs O((m + n) r^2).
     """
+    # QR of the factors, and not their product, which is as large as the dense kernel.
     q, r = jnp.linalg.qr(left)
     p, t = jnp.linalg.qr(right.mT)
     u, s, vt = jnp.linalg.svd(matmul(r, t.mT), full_matrices=False)
@@ -170,33 +170,23 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     return Factors(left.astype(matrix.dtype), right.astype(matrix.dtype))
 
 
-# Compiled, since XLA fuses the cast and needs no second copy of the product for the order of axes.
+# Compiled, so that XLA fuses the cast and copies the product once, in the order of the axes.
 @partial(jax.jit, static_argnames=("axes", "dtype", "sharding"))
-def contract(
-    factors: Factors, *, axes: KernelAxes, dtype: Any, sharding: NamedSharding | None
-) -> Float[Array, "..."]:
+def contract(factors: Factors, *, axes: KernelAxes, dtype: Any, sharding: NamedSharding | None):
     """Returns the product of factors in the axes of a kernel, in a dtype and a sharding."""
     rank = sum(map(len, axes))
+    left, right = [*axes.batch, *axes.inputs, rank], [*axes.batch, rank, *axes.outputs]
 
-    def multiply(factors):
-        left, right = map(lift, factors)
-        operands = (
-            left,
-            [*axes.batch, *axes.inputs, rank],
-            right,
-            [*axes.batch, rank, *axes.outputs],
-        )
-        product = jnp.einsum(*operands, [*range(rank)], precision=lax.Precision.HIGHEST)
-        product = product.astype(dtype)
-        return product if sharding is None else constrain(product, sharding.mesh, sharding.spec)
+    def find(factors):
+        operands = lift(factors.left), left, lift(factors.right), right
+        kernel = einsum(*operands, [*range(rank)]).astype(dtype)
+        return kernel if sharding is None else constrain(kernel, sharding.mesh, sharding.spec)
 
-    typed = typed_sharding(factors.left)
-    out = typed and sharding and NamedSharding(typed.mesh, sharding.spec)
-    return by_compiler(multiply, factors, out=out)
+    return by_compiler(find, factors, out=sharding)
 
 
 def multiply(factors: Factors) -> Float[Array, "..."]:
     """Returns the dense kernel that `factors` stand for, batch axes first."""
-    axes = factored_axes(factors)
+    axes, dtype = factored_axes(factors), factors.left.dtype
     sharding = merged_sharding(*factors, axes)
-    return contract(factors, axes=axes, dtype=factors.left.dtype, sharding=sharding)
+    return contract(factors, axes=axes, dtype=dtype, sharding=sharding)

@@ -20,9 +20,11 @@ from jaxtyping import Array, Float, Int
 from rmtjax._types import Spectrum
 from rmtjax.spectra._spectrum import aspect_ratio, lift, matmul
 
+# Steps of the iteration. The quadrature has as many nodes, between which the bulk is smooth.
 _STEPS = 16
 # Random numbers: quantiles are off by some 1 / sqrt(_DRAWN), whatever the size of the matrix.
 _DRAWN = 2**17
+# A wider block multiplies more vectors for each time the matrix is read from memory.
 _FEWEST = 16
 # Relative residual below which an eigenvalue counts as exact: it is then off by its square.
 _RESIDUAL = 0.003

@@ -17,9 +17,10 @@ Conditions are tried from top to bottom. p is the short side, n the long one, r 
 | pruning step | one matrix, known noise, p >= 1000 | iteration above it | `_svd` | n p r |
 | | else | eigenvectors of the Gram matrix in XLA | `_svd` | n p^2 |
 
-A kernel is on the host if it is a NumPy array or stored on CPU devices, whole in this process, in
-32 bits or less, and JAX's default device is a CPU. XLA's `eigh` and `svd` on CPU take three times
-as long as LAPACK on a Gram matrix. In float64, squares would lose the small values.
+A kernel is on the host if it is a NumPy array or stored on CPU devices, complete in this process,
+in 32 bits or less. NumPy arrays, and singular vectors, also need a CPU as JAX's default device.
+XLA's `eigh` and `svd` on CPU take three times as long as LAPACK on a Gram matrix. In float64,
+squares would lose the small values.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -83,7 +84,8 @@ def _on_host(view: MatrixView) -> bool:
     leaf = view.leaf
     if view.is_factored or isinstance(leaf, jax.core.Tracer) or view.dtype.itemsize >= 8:
         return False
-    if not isinstance(leaf, jax.Array):  # NumPy's, or still in a file
+    # NumPy's, or still in a file. An accelerator would decompose it in less time than the host.
+    if not isinstance(leaf, jax.Array):
         return jax.default_backend() == "cpu"
     whole = leaf.is_fully_replicated and bool(leaf.addressable_shards)
     return whole and all(device.platform == "cpu" for device in leaf.devices())
@@ -145,10 +147,9 @@ def spectra(views: Views) -> dict[str, Values]:
 def _in_axes(vectors: tuple, view: MatrixView) -> Directions:
     """Returns vectors of a stack of matrices in the axes of factors."""
     u, s, vt = vectors
-    sizes, rank = lambda group: [view.shape[axis] for axis in group], s.shape[-1]
-    inputs, outputs, batch = map(sizes, view.axes)
-    u, vt = u.reshape(*batch, *inputs, rank), vt.reshape(*batch, rank, *outputs)
-    return Directions(u, s.reshape(*batch, rank), vt)
+    inputs, outputs, batch = ([view.shape[axis] for axis in group] for group in view.axes)
+    u, vt = u.reshape(*batch, *inputs, -1), vt.reshape(*batch, s.shape[-1], *outputs)
+    return Directions(u, s.reshape(*batch, -1), vt)
 
 
 def _vectors_of_one(view: MatrixView, rank: int) -> Directions:
@@ -157,10 +158,8 @@ def _vectors_of_one(view: MatrixView, rank: int) -> Directions:
     iterate = not view.is_factored and iteration_pays(block, (view.rows, view.columns))
     if _cut_by_host(view):
         return _in_axes(_lapack.directions(view, rank, block if iterate else None), view)
-    leaf = view.leaf
-    if not (view.is_factored or isinstance(leaf, jax.Array)):
-        leaf = jnp.asarray(np.asarray(leaf))  # read from its file
-    u, s, vt = _svd.directions(leaf, rank, axes=view.axes, block=block, iterate=iterate)
+    kernel = jax.tree.map(jnp.asarray, view.leaf)
+    u, s, vt = _svd.directions(kernel, rank, axes=view.axes, block=block, iterate=iterate)
     return _in_axes((u[..., :rank], s[..., :rank], vt[..., :rank, :]), view)
 
 
@@ -170,6 +169,7 @@ def singular_vectors(views: Views, ranks: Mapping[str, int]) -> Iterator[tuple[s
     One kernel at a time. Divided kernels come first, since the processes of a mesh decompose
     several of them side by side.
     """
+    # A compiled program cannot wait for the host, and leaves the division to the compiler.
     divided = {path: view for path, view in views.items() if _is_divided(view) and _is_eager()}
     for path, vectors in _sharded.directions(divided, ranks):
         yield path, Directions(*vectors)
@@ -180,6 +180,7 @@ def singular_vectors(views: Views, ranks: Mapping[str, int]) -> Iterator[tuple[s
 
 def keeps_most(view: MatrixView, rank: int) -> bool:
     """Returns True if a truncation is cheaper by the directions that it removes."""
+    # The fewer vectors are found, the less memory they take beside the Gram matrix.
     return view.short / 2 < rank < view.short and _cut_by_host(view)
 
 

@@ -13,25 +13,19 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from rmtjax._axes import Kernel, KernelAxes, matrix_shape, MatrixView, to_matrices
 from rmtjax._sharding import by_compiler, constrain, mesh_of, specs, typed_sharding
 from rmtjax.spectra._lapack import eigenvalues, eigenvectors
-from rmtjax.spectra._spectrum import lift
+from rmtjax.spectra._spectrum import einsum, lift
 
 # Its name before jax 0.8 was in `jax.experimental`.
 _x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
 
 Views = Mapping[str, MatrixView]
 Ranks = Mapping[str, int]
-
-
-def _axis_names(spec: Any) -> tuple[str, ...]:
-    """Returns the mesh axes over which an axis of an array is divided."""
-    return () if spec is None else spec if isinstance(spec, tuple) else (spec,)
 
 
 def _divided_first(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> KernelAxes:
@@ -59,7 +53,9 @@ def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Ar
     # The order of the axes within a side does not change the spectrum.
     order = _divided_first(kernel, axes, sharding)
     stack = spec[axes.batch[0]] if len(axes.batch) == 1 else None
-    rest = tuple(name for name in sharding.mesh.axis_names if name not in _axis_names(stack))
+    # Mesh axes that divide the stack are taken. The others divide the rows.
+    taken = stack if isinstance(stack, tuple) else (stack,)
+    rest = tuple(name for name in sharding.mesh.axis_names if name not in taken)
     parts = int(np.prod([sharding.mesh.shape[name] for name in rest]))
     batch, *sides = (_merged(spec, group) for group in (axes.batch, *order[:2]))
     as_stored = lambda array, places: constrain(array, sharding.mesh, (batch, *places))
@@ -181,8 +177,7 @@ def _longer(kernel: Kernel, short: Array, axes: KernelAxes, sharding: NamedShard
     def find(kernel, short):
         # In the axes of the kernel: each device multiplies its part, and the sums are thin.
         operands = lift(kernel), [*range(last)], short, [*axes.batch, *other, last]
-        out = [*axes.batch, *side, last]
-        long = jnp.einsum(*operands, out, precision=lax.Precision.HIGHEST)
+        long = einsum(*operands, [*axes.batch, *side, last])
         vectors, values = _normalize(constrain(long, sharding.mesh, places), long_axes)
         return constrain(vectors, sharding.mesh, places), constrain(values, sharding.mesh, ())
 

@@ -15,6 +15,7 @@ from rmtjax._types import Spectrum
 
 # The default precision on accelerators rounds the operands, which a spectrum would show.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def check_matrix(name: str, matrix: Float[Array, "m n"]) -> None:
@@ -83,13 +84,6 @@ def triangle(matrix: Float[Array, "m n"]) -> Float[Array, "n n"]:
     return _triangle_of(triangles.reshape(-1, columns))
 
 
-def _core(matrix: Float[Array, "m n"]) -> Float[Array, "k k2"]:
-    """Returns a smaller matrix with the same singular values: the triangle of a long one."""
-    rows, columns = matrix.shape
-    long = matrix.T if rows < columns else matrix
-    return triangle(long) if len(long) >= 2 * min(rows, columns) else matrix
-
-
 def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     r"""Returns the empirical spectral density of a matrix.
 
@@ -126,8 +120,10 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
 def _spectrum(matrix: Float[Array, "m n"]) -> Spectrum:
     matrix = lift(matrix)
     finite = jnp.isfinite(matrix).all()
+    long = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix
+    core = triangle(long) if len(long) >= 2 * long.shape[1] else matrix
     # The decomposition may loop for long, or stop, on NaN or infinity; the triangle does not.
-    safe = jnp.where(finite, _core(matrix), 0)
+    safe = jnp.where(finite, core, 0)
     # Memory for full matrices would be allocated even though only values are returned.
     values = jnp.linalg.svd(safe, full_matrices=False, compute_uv=False)
     return from_singular_values(jnp.where(finite, values, jnp.nan), matrix)

@@ -157,6 +157,7 @@ def _stacked_spectra(kernels: list, *, axes: tuple[KernelAxes, ...], mesh: Any) 
 
 def compiled_spectra(views: Mapping[str, MatrixView]) -> dict[str, Spectrum]:
     """Returns the spectra of kernels as NumPy arrays, those of one shape in one program."""
+    # A decomposition compiles for seconds, so kernels of one shape share a program.
     groups: dict[tuple, list[str]] = {}
     for path, view in views.items():
         arrays = jax.tree.leaves(view.leaf)
