@@ -19,7 +19,7 @@ LAST = np.uint32(2**32 - 1)  # a place behind that of every entry: there are les
 Masks = dict[str, Bool[Array, "..."]]
 
 
-def check_sparsity(sparsity: Any) -> None:
+def check_share(sparsity: Any) -> None:
     """Raises ValueError if a share is out of range. Arrays may be traced and are not checked."""
     if not isinstance(sparsity, jax.Array) and not 0 <= sparsity < 1:
         raise ValueError(
@@ -30,12 +30,11 @@ def check_sparsity(sparsity: Any) -> None:
 
 def find_floating(params: PyTree, where: Where | None) -> dict[str, Array]:
     """Returns path and kernel of each chosen leaf that has entries to remove."""
-    kernels = find_kernels(params, where)
     # JAX does not promote floats of 8 bits. The package leaves them alone everywhere.
     floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
     return {
         path: jnp.asarray(kernel.leaf)
-        for path, kernel in kernels.items()
+        for path, kernel in find_kernels(params, where).items()
         # Factors have no entries to remove: a zero in one of them is not a zero of the kernel.
         if not kernel.is_factored and floating(kernel.dtype)
     }
@@ -136,13 +135,6 @@ def _shrink(kernels, masks, weights, sparsity):
     return lax.cond(count > removed, remove, lambda masks: masks, masks)
 
 
-def check_weights(weights: Mapping[str, ArrayLike]) -> None:
-    """Raises ValueError for weights that would reverse the order. Traced ones are not checked."""
-    for path, weight in weights.items():
-        if not isinstance(weight, Tracer) and not np.all(np.asarray(weight) > 0):
-            raise ValueError(f"`weights` must be positive, got {weight} for {path!r}.")
-
-
 def shrink(
     kernels: dict[str, Float[Array, "..."]],
     masks: Masks,
@@ -159,7 +151,9 @@ def shrink(
             f"`params` must have less than 2**31 entries to choose among, got {size}: choose fewer "
             "kernels by `where`, and treat them in groups."
         )
-    check_weights(weights or {})
-    ones = dict.fromkeys(kernels, 1.0)
-    divisors = pick("weights", ones if weights is None else weights, kernels)
+    weights = dict.fromkeys(kernels, 1.0) if weights is None else weights
+    for path, weight in weights.items():
+        if not isinstance(weight, Tracer) and not np.all(np.asarray(weight) > 0):
+            raise ValueError(f"`weights` must be positive, got {weight} for {path!r}.")
+    divisors = pick("weights", weights, kernels)
     return _shrink(kernels, masks, divisors, sparsity) if size else masks

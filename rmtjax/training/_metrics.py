@@ -31,11 +31,6 @@ def _state_of_each_kernel(opt_state: PyTree) -> dict[str, PruneState]:
     return by_kernel
 
 
-def _fit(state: PruneState, path: str) -> BulkFit:
-    # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
-    return BulkFit(*(jnp.asarray(value) for value in state.fits[path]))
-
-
 def _numbers(name: str, array: Array) -> dict[str, Array]:
     """Returns the numbers of an array by name and index; a scalar by the bare name."""
     if not array.ndim:
@@ -64,16 +59,15 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
         any depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.
 
     Returns:
-      A flat dictionary of arrays without axes, on the device. `jax.device_get` fetches all at once.
-      Works under `jit`.
+      Arrays without axes by name, on the device. `jax.device_get` fetches all at once. Works under
+      `jit`.
 
     Raises:
       ValueError: `opt_state` has no `PruneState`, or two with the same path.
 
     Examples:
       >>> import jax, optax, rmtjax
-      >>> params = {"Dense_0": {"kernel": jax.random.normal(jax.random.key(1), (80, 60))}}
-      >>> params["Dense_0"]["kernel"] += 1.0  # one direction of signal
+      >>> params = {"Dense_0": {"kernel": 1 + jax.random.normal(jax.random.key(1), (80, 60))}}
       >>> optimizer = optax.chain(optax.sgd(0.0), rmtjax.prune_spectrum(every=1))
       >>> _, state = optimizer.update(params, optimizer.init(params), params)
       >>> for name, value in rmtjax.metrics(state).items():
@@ -84,13 +78,12 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       distance/Dense_0/kernel 0.0409
       removed/Dense_0/kernel 0.493
     """
-    numbers = {}
+    numbers, fits = {}, noise_levels(opt_state)
     for path, state in _state_of_each_kernel(opt_state).items():
-        fit = _fit(state, path)
         numbers[f"rank/{path}"] = jnp.asarray(state.ranks[path])
         numbers[f"signal/{path}"] = jnp.asarray(state.signal[path])
-        numbers |= _numbers(f"threshold/{path}", fit.threshold)
-        numbers |= _numbers(f"distance/{path}", fit.distance)
+        numbers |= _numbers(f"threshold/{path}", fits[path].threshold)
+        numbers |= _numbers(f"distance/{path}", fits[path].distance)
         numbers[f"removed/{path}"] = jnp.asarray(state.removed[path])
     return numbers
 
@@ -115,11 +108,11 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       >>> import jax, optax, rmtjax
       >>> params = {"kernel": 1.0 + jax.random.normal(jax.random.key(1), (80, 60))}
       >>> optimizer = rmtjax.prune_spectrum(every=1)
-      >>> updates = optax.tree.zeros_like(params)
-      >>> updates, state = optimizer.update(updates, optimizer.init(params), params)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
       >>> params = optax.apply_updates(params, updates)
       >>> print(rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1))
       kernel  factorized: 1 of 60 are signal, rank 1
     """
     states = _state_of_each_kernel(opt_state)
-    return {path: _fit(state, path) for path, state in states.items()}
+    # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
+    return {path: BulkFit(*map(jnp.asarray, state.fits[path])) for path, state in states.items()}

@@ -13,12 +13,6 @@ from rmtjax.planning import find_kernels
 from rmtjax.spectra import multiply
 
 
-def _check(name: str, value: Any) -> None:
-    """Raises ValueError for a coefficient that would reward large entries, unless it is traced."""
-    if not isinstance(value, jax.Array) and not 0 <= value < math.inf:
-        raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
-
-
 def penalty(
     params: PyTree,
     *,
@@ -58,8 +52,11 @@ def penalty(
       Berlyand, Sandier, Shmalo and Zhang (2023), https://arxiv.org/abs/2310.03165. Their code also
       sums over biases, and prints losses with the penalty in them.
     """
-    _check("l1", l1)
-    _check("l2", l2)
+    coefficients: dict[str, Any] = {"l1": l1, "l2": l2}
+    for name, value in coefficients.items():
+        # Arrays may be traced and are not checked. A negative number would reward large entries.
+        if not isinstance(value, jax.Array) and not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
     total = jnp.zeros((), jnp.float32)
     for view in find_kernels(params, where).values():
         kernel = multiply(view.leaf) if view.is_factored else jnp.asarray(view.leaf)

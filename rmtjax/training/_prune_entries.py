@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._types import Where
-from rmtjax.training._masks import check_sparsity, find_floating, pick, pick_masks, shrink
+from rmtjax.training._masks import check_share, find_floating, pick, pick_masks, shrink
 from rmtjax.training._updates import check_count, is_due, is_placeholder, moving_kernels, replaced
 
 Sparsity = ArrayLike | Callable[[Any], ArrayLike]
@@ -59,36 +59,33 @@ def prune_entries(
 ) -> optax.GradientTransformationExtraArgs:
     """Sets entries of kernels to zero and keeps them there. Put it last in a chain.
 
-    A pruning step removes the entries of smallest magnitude, of where the updates land, from the
-    masks until `sparsity` is reached, as `rmtjax.sparsity.magnitude_mask` does. Every step rewrites
-    the update of a removed entry so that `optax.apply_updates` lands on zero exactly, whatever
-    momentum or weight decay would do. Masks only shrink: no entry comes back.
+    A pruning step removes the entries that would land on the smallest magnitudes, until `sparsity`
+    is reached, as `rmtjax.sparsity.magnitude_mask` does. Every step rewrites the update of a
+    removed entry so that `optax.apply_updates` lands on zero exactly. No entry comes back.
 
     - Once, at step 1,000: `prune_entries(1, start=1000, sparsity=0.9)`.
-    - Gradually: `every=100`, and as `sparsity` a schedule such as `optax.polynomial_schedule(0.0,
-      0.9, power=3, transition_steps=5000)`.
+    - Gradually: `sparsity=optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=5000)`.
     - A mask made beforehand: `prune_entries(1, mask=mask)`.
 
-    Put it after `rmtjax.prune_spectrum` if the chain has both. Kernels are then sparse, and of low
-    rank only nearly. To freeze whole leaves, use `optax.freeze`.
+    Put it after `rmtjax.prune_spectrum` if the chain has both. Kernels are then sparse, and only
+    nearly of low rank. To freeze complete leaves, use `optax.freeze`.
 
     Args:
       every: Pruning period in steps, at least 1, as in `rmtjax.prune_spectrum`. A pruning step
-        costs some sixty sums over the entries if some are to go, and next to nothing if enough have
-        gone.
+        costs some sixty sums over the entries, or next to nothing if enough entries have gone.
       start: First pruning step; 0 stands for `every`.
       sparsity: Share of the entries of all chosen kernels together that are zero, in [0, 1); or an
         optax schedule of it, called with the number of steps before this one.
       mask: Tree of booleans to begin with, from `rmtjax.sparsity`. Entries that it removes are zero
         from the first step on, and count. By default no entry is removed.
       weights: Path to the weight that divides the magnitudes of a kernel, or a function of the
-        sparsity that returns this: `functools.partial(rmtjax.sparsity.edge_weights, plan)`.
+        sparsity such as `functools.partial(rmtjax.sparsity.edge_weights, plan)`.
       where: Chooses the kernels, as in `rmtjax.plan`. By default biases are not pruned. `Factors`
         and leaves that are not floating are never pruned.
 
     Returns:
-      A transformation whose state is a `PruneEntriesState`. It takes any tree that optax takes,
-      needs `params` in `update` and ignores extra arguments. It works inside `masked`, `partition`,
+      A transformation with a `PruneEntriesState`. It takes any tree that optax takes, needs
+      `params` in `update` and ignores extra arguments. It works inside `masked`, `partition`,
       `MultiSteps` and `inject_hyperparams` (callables as `static_args`). Inside `masked` and
       `partition` the sparsity is that of their share of the tree. Updates keep their dtype: if it
       has fewer bits than that of the parameters, zeros are exact after a few steps.
@@ -120,7 +117,7 @@ def prune_entries(
     check_count("every", every, 1)
     check_count("start", start, 0)
     if not callable(sparsity):
-        check_sparsity(sparsity)
+        check_share(sparsity)
 
     def init_fn(params: PyTree) -> PruneEntriesState:
         step = jnp.zeros((), jnp.int32)

@@ -1,6 +1,6 @@
 """Prunes the spectrum of kernels in an optax chain: truncates them to their signal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args, Literal, NamedTuple
 
 import jax
@@ -56,7 +56,7 @@ def _check(every, start, keep, noise, settled, min_rank, min_size) -> None:
     if not callable(keep) and not isinstance(keep, jax.Array) and not 0 <= keep <= 1:
         raise ValueError(
             f"`keep` must be in [0, 1] or a schedule, got {keep}: the share of the directions "
-            "without signal that stay."
+            "that are not signal and stay."
         )
     if noise not in get_args(Noise):
         raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
@@ -76,10 +76,11 @@ def _matrices(params: PyTree, where, axes, min_size: int) -> dict[str, MatrixVie
     }
 
 
-def _by_field(states: dict[str, KernelState]) -> list[dict[str, Any]]:
-    """Returns states by path as dictionaries by path, one for each field of `PruneState`."""
+def _by_field(paths: Iterable[str], states: Iterable[KernelState]) -> list[dict[str, Any]]:
+    """Returns states of kernels as dictionaries by path, one for each field of `PruneState`."""
+    by_path = dict(zip(paths, states, strict=True))
     fields = range(len(KernelState._fields))
-    return [{path: state[field] for path, state in states.items()} for field in fields]
+    return [{path: state[field] for path, state in by_path.items()} for field in fields]
 
 
 def prune_spectrum(
@@ -102,10 +103,9 @@ def prune_spectrum(
     is $r = K + \lfloor keep \cdot (p - K) \rfloor$. Arrays keep their shapes, so that nothing is
     compiled again as ranks change; `rmtjax.factorize` makes them smaller after training.
 
-    The noise level of a kernel is that of its first accepted fit. It is carried from then on: a
-    truncated spectrum, fitted as if it were complete, seems to have little noise and many spikes. A
-    kernel is left alone, and tried again later, if its fit is refused or if nothing stands out of
-    the noise.
+    A kernel carries the noise level of its first accepted fit. A truncated spectrum, fitted as if
+    it were complete, would seem to have little noise and many spikes. A kernel is left alone, and
+    tried again later, if its fit is refused or if nothing stands out of the noise.
 
     Choose a late `start`, or let `settled` find it. Training must first lift the directions that a
     network needs above its initial noise. An earlier cut removes what it would have learnt with.
@@ -115,14 +115,12 @@ def prune_spectrum(
         them: `optax.MultiSteps` counts as one step what it accumulates.
       start: First pruning step; 0 stands for `every`. The next are `start + every` and so on.
       rule: A rank rule of `rmtjax.ranks`.
-      keep: Share of the directions without signal that stay, in [0, 1]; or an optax schedule of it,
-        called with the number of steps before this one. The papers have 0.45, and 1 - e / N at
-        epoch e with N of 200, 300 and 1000, for which
-        `optax.linear_schedule(1.0, 0.0, N * steps_per_epoch)` stands.
-      noise: "first" carries the first accepted noise level of a kernel. "refit" replaces it at each
-        pruning step by a fit of the ranks that the last pruning has left, if these are enough and
-        the fit is accepted. It follows a scale that weight decay or normalization changes. With
-        `keep` at 0 no rank is left to refit.
+      keep: Share of the directions that are not signal and stay, in [0, 1]; or an optax schedule of
+        it, called with the number of steps before this one. The papers have 0.45, or
+        `optax.linear_schedule(1.0, 0.0, N * steps_per_epoch)` with N of 200, 300 and 1000.
+      noise: "first" carries the first accepted noise level. "refit" replaces it at each pruning
+        step by an accepted fit of the ranks that the last pruning has left, if they are enough. It
+        follows a scale that weight decay or normalization changes. It needs `keep` above 0.
       settled: In [0, 1). `settled=0.2` waits with the first pruning of a kernel until its number of
         signal directions changes by at most 20 % between two checks; `start` is the first. Set
         `every` to about one epoch: if checks are more frequent, it seems stable too soon.
@@ -134,10 +132,10 @@ def prune_spectrum(
       min_size: Kernels with a shorter short side are left alone.
 
     Returns:
-      A transformation whose state is a `PruneState`. It takes any tree that optax takes, needs
-      `params` in `update` and ignores extra arguments. It works inside `masked`, `partition`,
-      `MultiSteps` and `inject_hyperparams` (with `rule`, other callables and `min_size` as
-      `static_args`). Under `vmap` with a batched state every step costs a decomposition.
+      A transformation with a `PruneState`. It takes any tree that optax takes, needs `params` in
+      `update` and ignores extra arguments. It works inside `masked`, `partition`, `MultiSteps` and
+      `inject_hyperparams` (with `rule`, other callables and `min_size` as `static_args`). Under
+      `vmap` with a batched state every step costs a decomposition.
 
     Raises:
       ValueError: A number is out of range, or `update` was called without `params` or with a kernel
@@ -171,8 +169,8 @@ def prune_spectrum(
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
             return PruneState(step, *[step] * 4)  # pyright: ignore[reportArgumentType]
-        states = {path: unpruned(view) for path, view in find(params).items()}
-        return PruneState(step, *_by_field(states))
+        views = find(params)
+        return PruneState(step, *_by_field(views, map(unpruned, views.values())))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -180,17 +178,18 @@ def prune_spectrum(
         step = jnp.asarray(optax.safe_increment(state.step))
         share = keep(state.step) if callable(keep) else keep
         fields = state.fits, state.ranks, state.signal, state.removed
-        chosen, states = prune_if(
+        new, states = prune_if(
             is_due(step, every, start),
-            {path: view.leaf for path, view in views.items()},
-            chosen,
-            {path: KernelState(*(field[path] for field in fields)) for path in views},
+            [view.leaf for view in views.values()],
+            list(chosen.values()),
+            [KernelState(*(field[path] for field in fields)) for path in views],
             StepNumbers(share, min_rank, 0.0 if settled is None else settled),
-            axes=tuple((path, view.axes) for path, view in views.items()),
+            axes=tuple(view.axes for view in views.values()),
             options=options,
         )
         # Kernels without an update, and those that were factorized since, keep their state.
-        fields = (old | new for old, new in zip(fields, _by_field(states), strict=True))
-        return replaced(updates, chosen), PruneState(step, *fields)
+        fields = (old | new for old, new in zip(fields, _by_field(views, states), strict=True))
+        new = dict(zip(views, new, strict=True))
+        return replaced(updates, new), PruneState(step, *fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

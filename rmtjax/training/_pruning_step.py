@@ -1,6 +1,6 @@
 """One pruning step of some kernels: updates that land on truncated kernels, and their states."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import kept_rank, ranks
-from rmtjax.spectra import from_singular_values
-from rmtjax.training._truncate_by import truncate_by
+from rmtjax.spectra import from_singular_values, truncate_by
 
 # How a rule is mapped over a stack: its matrices have one aspect ratio.
 _EACH = Spectrum(eigenvalues=0, ratio=None)  # pyright: ignore[reportArgumentType]
@@ -79,12 +78,7 @@ def _has_settled(signal, state: KernelState, size: int, settled: ArrayLike) -> B
 
 
 def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers, options):
-    """Returns the rank that a stack should have, with what decides on it, from singular values.
-
-    Returns:
-      The rank; then the fits to carry, the number of signal directions and the rank again, and
-      whether the stack may be pruned.
-    """
+    """Returns the rank by singular values; and fits, number of signals, rank and readiness."""
     size = min(matrices.shape[1:])
     spectra = from_singular_values(s, matrices)
     # The leading values alone cannot be fitted. They are only searched with a known noise level.
@@ -101,16 +95,6 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     return rank, (fit, signal, rank, ready)
 
 
-def _share_removed(matrices, lower, s, changed) -> Float[Array, ""]:
-    """Returns the share of the sum of squares that a truncation removes."""
-    # Relative to the largest value no square overflows or underflows.
-    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
-    squares = lambda stack: jnp.sum(jnp.square(stack / scale))
-    # Without a change the quotient may be 0 / 0, whose gradient would be NaN.
-    total = jnp.where(changed, squares(matrices), 1)
-    return jnp.where(changed, squares(matrices - lower) / total, 0)
-
-
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
     """Returns a truncated stack, whether it differs from the given one, and the new state."""
     # A carried noise level is not fitted again. Only directions above it are then needed.
@@ -125,7 +109,12 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     judge = partial(_judge, matrices=matrices, state=state, numbers=numbers, options=options)
     lower, s, (fit, signal, rank, ready) = truncate_by(matrices, judge, floor, search)
     changed = ready & (rank < size)
-    removed = _share_removed(matrices, lower, s, changed).astype(state.removed.dtype)
+    # Relative to the largest value no square overflows or underflows.
+    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
+    squares = lambda stack: jnp.sum(jnp.square(stack / scale))
+    # Without a change the quotient may be 0 / 0, whose gradient would be NaN.
+    total = jnp.where(changed, squares(matrices), 1)
+    removed = jnp.where(changed, squares(matrices - lower) / total, 0).astype(state.removed.dtype)
     # A kernel that is left alone still has the rank of an earlier pruning.
     return lower, changed, KernelState(fit, jnp.where(ready, rank, state.rank), signal, removed)
 
@@ -143,47 +132,45 @@ def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes,
     return update, jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), new, state)
 
 
-def _same_programs(inputs: Mapping[str, tuple], axes) -> list[tuple[KernelAxes, list[str]]]:
-    """Returns axes and paths of the kernels for which one program serves."""
-    groups: dict[tuple, list[str]] = {}
-    for path, kernel_axes in axes:
-        kernel, update, _ = inputs[path]
-        shardings = (typed_sharding(leaf) for leaf in jax.tree.leaves(inputs[path]))
-        program = (kernel_axes, kernel.shape, kernel.dtype, update.dtype, *shardings)
-        groups.setdefault(program, []).append(path)
-    return [(kernel_axes, paths) for (kernel_axes, *_), paths in groups.items()]
+def _same_programs(inputs: list[tuple], axes: tuple[KernelAxes, ...]) -> list[list[int]]:
+    """Returns the indices of kernels in groups, each of which one program serves."""
+    groups: dict[tuple, list[int]] = {}
+    for index, (kernel, update, state) in enumerate(inputs):
+        shardings = (typed_sharding(leaf) for leaf in jax.tree.leaves((kernel, update, state)))
+        program = (axes[index], kernel.shape, kernel.dtype, update.dtype, *shardings)
+        groups.setdefault(program, []).append(index)
+    return list(groups.values())
 
 
-def _map_by_path(function: Callable, inputs: Mapping[str, tuple]) -> dict[str, Any]:
+def _map_one_by_one(function: Callable, inputs: list[tuple]) -> list[Any]:
     """Applies a function to inputs of the same shapes, one by one, in one program."""
     if len(inputs) == 1:
-        return {path: function(leaves) for path, leaves in inputs.items()}
-    # A loop in the program: decompositions compile for seconds, each time they appear.
-    outputs = lax.map(function, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs.values()))
+        return [function(inputs[0])]
+    # A loop in the program: a decomposition compiles for seconds, each time it appears.
+    outputs = lax.map(function, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
     at = lambda index: jax.tree.map(lambda leaf: leaf[index], outputs)
-    return {path: at(index) for index, path in enumerate(inputs)}
+    return [at(index) for index in range(len(inputs))]
 
 
-# Compiled also for users who call `update` outside `jit`, who would wait at each pruning step.
+# Compiled also for users who call `update` outside `jit`. Without paths among the arguments one
+# program serves all trees whose kernels have these shapes.
 @partial(jax.jit, static_argnames=("axes", "options"))
 def prune_if(due, kernels, updates, states, numbers: StepNumbers, *, axes, options: StepOptions):
-    """Returns updates and states by path after a step: pruned if it is due, else the same.
-
-    `axes` are pairs of path and axes. They are static, as all that decides on the program.
-    """
+    """Returns updates and states of kernels, in one order: pruned if it is due, else the same."""
 
     def prune(updates, states):
-        pruned = {}
-        inputs = {path: (kernels[path], updates[path], states[path]) for path, _ in axes}
-        for kernel_axes, paths in _same_programs(inputs, axes):
-            prune_kernel = partial(_prune_kernel, axes=kernel_axes, options=options)
+        inputs = list(zip(kernels, updates, states, strict=True))
+        pruned: dict[int, Any] = {}
+        for indices in _same_programs(inputs, axes):
+            prune_kernel = partial(_prune_kernel, axes=axes[indices[0]], options=options)
 
             def prune_one(leaves, prune_kernel=prune_kernel):
                 out = jax.tree.map(typed_sharding, leaves[1:])
                 return by_compiler(prune_kernel, *leaves, numbers, out=out)
 
-            pruned |= _map_by_path(prune_one, {path: inputs[path] for path in paths})
-        new_updates, new_states = ({path: pruned[path][i] for path in pruned} for i in (0, 1))
+            outputs = _map_one_by_one(prune_one, [inputs[index] for index in indices])
+            pruned |= zip(indices, outputs, strict=True)
+        new_updates, new_states = ([pruned[i][part] for i in range(len(axes))] for part in (0, 1))
         return new_updates, new_states
 
     return lax.cond(due, prune, lambda *same: same, updates, states)

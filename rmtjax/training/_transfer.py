@@ -46,11 +46,9 @@ def _correlate(batch: int, rank: int, pulled, sample, uncorrelated) -> Float[Arr
 
 
 def _pull_back_squares(squares, gradient, factors: Factors) -> Factors:
-    """Returns mean squares of the gradient of factors from those of the gradient of a kernel.
-
-    The entries of the gradient are correlated along the directions that training lifts. Mean
-    squares do not show how much, but the gradient of a sample does.
-    """
+    """Returns mean squares of the gradient of factors from those of the gradient of a kernel."""
+    # The entries of the gradient are correlated along the directions that training lifts. Mean
+    # squares do not show how much, but the gradient of a sample does.
     pulled = _pull_back(squares, _square(factors))
     if gradient is None:
         return pulled
@@ -80,10 +78,8 @@ def _project(field: str, moment: Any, gradient: Any, path: str, factors: Factors
 
 def _compare(params: PyTree, factorized: PyTree) -> dict[Key, Factors | None]:
     """Returns the factors that replace each leaf of `params`; None for a leaf that stays."""
-    dense, thin = (
-        dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors))
-        for tree in (params, factorized)
-    )
+    leaves = lambda tree: dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors))
+    dense, thin = leaves(params), leaves(factorized)
     hint = "Give the tree that `rmtjax.factorize` was given, and what it returned."
     if alone := dense.keys() ^ thin.keys():
         key = min(alone, key=path_name)
@@ -181,11 +177,9 @@ def transfer_opt_state(
     Note:
       A step of size a moves the product by a multiple of a that grows with the singular values. A
       learning rate that was high for the kernel may be too high for its factors.
-
       Reset a `trace` behind a transform that rescales, as in `optax.rmsprop(..., momentum=0.9)`,
       and the `nu` of Adamax and AdaBelief: they are not sums of gradients and of squares. A reset
-      keeps Adam's count, so that its first steps are too long. `optimizer.init(factorized)` does
-      not.
+      keeps Adam's count, so that its first steps are too long: prefer `optimizer.init`.
 
     Examples:
       >>> import jax, optax, rmtjax
@@ -207,8 +201,5 @@ def transfer_opt_state(
     is_node = lambda node: isinstance(node, (*BY_PATH, optax.MaskedNode))
     places, treedef = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_node)
     nodes, fresh = dict(places), _fresh_nodes(treedef, optimizer, factorized)
-    carried = (
-        _carry(key, nodes, new, replaced, moments == "reset")
-        for key, new in zip(nodes, fresh, strict=True)
-    )
-    return treedef.unflatten(carried)
+    carry = lambda key, new: _carry(key, nodes, new, replaced, reset=moments == "reset")
+    return treedef.unflatten(map(carry, nodes, fresh))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
-from rmtjax.planning import map_kernels, path_name
+from rmtjax.planning import leaves_by_path, map_kernels
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -37,19 +37,15 @@ def is_placeholder(params: PyTree) -> bool:
 
 
 def moving_kernels(updates: PyTree, params: PyTree, find, known: Mapping[str, Any]):
-    """Returns what `find(params)` has for each kernel that has an update, and these updates.
-
-    Raises:
-      ValueError: `params` is None, or has a kernel that is not `known` to the state.
-    """
+    """Returns what `find(params)` has for each kernel that has an update, and these updates."""
     if params is None:
         raise ValueError(
             "`params` must be given to `update`: pruning depends on where the updates land. Call "
             "`optimizer.update(updates, state, params)`."
         )
-    leaves = jax.tree_util.tree_leaves_with_path(updates)
-    by_path = {path_name(key): leaf for key, leaf in leaves}
-    kernels = {path: kernel for path, kernel in find(params).items() if path in by_path}
+    kernels = find(params)
+    by_path = leaves_by_path(updates, lambda path, _: path in kernels)
+    kernels = {path: kernel for path, kernel in kernels.items() if path in by_path}
     unknown = min(kernels.keys() - known.keys(), default=None)
     if unknown is not None:
         raise ValueError(

@@ -5,8 +5,8 @@ are all True, and so are `Factors`: a zero in one of them is not a zero of the k
 `jax.tree.map(jax.numpy.multiply, params, mask)` applies a mask once, and `rmtjax.prune_entries` for
 the rest of the training.
 
-A direction of signal is spread over all entries, and a threshold for entries removes it. Such a
-threshold finds few large entries, whereas `rmtjax.truncate` keeps few directions.
+A threshold for entries keeps few large ones. It removes a direction of signal, which is spread over
+all entries; `rmtjax.truncate` keeps it.
 """
 
 import math
@@ -22,14 +22,7 @@ from rmtjax._axes import from_matrices, matrix_shape
 from rmtjax._types import Spectrum, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan, check_plan_fits, LayerPlan, Plan
-from rmtjax.training._masks import (
-    check_sparsity,
-    fill,
-    find_floating,
-    magnitudes,
-    pick_masks,
-    shrink,
-)
+from rmtjax.training._masks import check_share, fill, find_floating, magnitudes, pick_masks, shrink
 
 LEAST_WEIGHT = 0.1  # no kernel is spared more than tenfold
 
@@ -155,9 +148,8 @@ def _edges(plan: Plan) -> dict[str, np.ndarray]:
     mean, deviation = (known.mean(), known.std()) if known.size else (0.0, 0.0)
     # If all edges are equal, the deviation is rounding, and dividing by it would make weights.
     scale = deviation if deviation > 1e-6 * mean else np.inf
-    return {
-        path: np.where(np.isfinite(edge), edge - mean, 0) / scale for path, edge in edges.items()
-    }
+    score = lambda edge: np.where(np.isfinite(edge), edge - mean, 0) / scale
+    return {path: score(edge) for path, edge in edges.items()}
 
 
 def edge_weights(
@@ -200,11 +192,11 @@ def edge_weights(
 
     References:
       Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608. The defaults
-      are theirs for sparsities from 0.2 to 0.4; from 0.4 to 0.55 they use 1.25 and 0.7. They were
-      chosen on the validation images of vision transformers.
+      are theirs for sparsities from 0.2 to 0.4, chosen on vision transformers; from 0.4 to 0.55
+      they use 1.25 and 0.7.
     """
     check_plan(plan)
-    check_sparsity(sparsity)
+    check_share(sparsity)
     if strength < 0 or until <= 0 or power <= 0:
         raise ValueError(
             "`strength` must be at least 0 and `until` and `power` above 0, got "
@@ -254,7 +246,7 @@ def magnitude_mask(
       Han, Pool, Tran and Dally (2015), https://arxiv.org/abs/1506.02626. They cut kernel by kernel;
       this function has one cut for all kernels.
     """
-    check_sparsity(sparsity)
+    check_share(sparsity)
     kernels = find_floating(params, where)
     masks = shrink(kernels, pick_masks(mask, kernels), weights, sparsity)
     return fill(params, masks)

@@ -49,14 +49,15 @@ def prune_once(params, updates=None, **options):
     """Parameters and state after one pruning step."""
     optimizer = prune_spectrum(1, **options)
     updates = optax.tree.zeros_like(params) if updates is None else updates
-    updates, state = jax.jit(optimizer.update)(updates, optimizer.init(params), params)
+    updates, state = optimizer.update(updates, optimizer.init(params), params)
     return optax.apply_updates(params, updates), state
 
 
-def run(optimizer, num_steps):
+def run(optimizer, num_steps, wrap=lambda step: step):
     """Parameters and states after each step; the state before the first comes first."""
 
-    @jax.jit
+    # Without `jit` the transform compiles its work once for all tests with these shapes.
+    @wrap
     def step(params, state, gradients):
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state

@@ -42,7 +42,6 @@ def run(optimizer, num_steps, params=None):
     """Parameters and states after each step; the state before the first comes first."""
     params = make_params() if params is None else params
 
-    @jax.jit
     def step(params, state, gradients):
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
@@ -190,7 +189,7 @@ def test_weights_may_follow_the_sparsity():
     plan, zeros = rmtjax.plan(params), optax.tree.zeros_like(params)
     weights = functools.partial(sparsity.edge_weights, plan)
     optimizer = prune_entries(1, sparsity=lambda step: 0.2 + 0.2 * step, weights=weights)
-    update, state, mask = jax.jit(optimizer.update), optimizer.init(params), None
+    update, state, mask = optimizer.update, optimizer.init(params), None
     for share in (0.2, 0.4, 0.6):
         updates, state = update(zeros, state, params)
         fixed = sparsity.edge_weights(plan, share)
@@ -202,7 +201,7 @@ def test_weights_may_follow_the_sparsity():
 def test_a_kernel_without_an_update_does_not_move():
     params, optimizer = make_params(), prune_entries(1, sparsity=0.5)
     updates = {**make_gradients(0), "b": {"kernel": None}}
-    updates, state = jax.jit(optimizer.update)(updates, optimizer.init(params), params)
+    updates, state = optimizer.update(updates, optimizer.init(params), params)
     assert updates["b"]["kernel"] is None
     assert [int((~mask).sum()) for mask in state.masks.values()] == [120, 0]
 

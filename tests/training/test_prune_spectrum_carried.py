@@ -32,7 +32,7 @@ def lawless():
 def test_the_first_accepted_noise_level_is_carried():
     params = {"kernel": planted()}
     optimizer = prune_spectrum(2)
-    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    update, state = optimizer.update, optimizer.init(params)
     seen = []
     for step in range(6):
         updates = perturbation(params, 0.02, seed=step)
@@ -52,7 +52,7 @@ def test_a_truncated_spectrum_is_not_refitted_as_the_published_code_does():
     """N9 of the reference notes: zeros of a truncation, fed to BEMA, make spikes of all."""
     params = {"kernel": planted()}
     optimizer = prune_spectrum(1)
-    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    update, state = optimizer.update, optimizer.init(params)
     refit = jax.jit(lambda kernel: rmtjax.fit_bema(rmtjax.spectrum(kernel)).num_spikes)
     rng, naive = np.random.default_rng(5), params["kernel"]
     carried, refitted = [], []
@@ -73,7 +73,7 @@ def test_a_truncated_spectrum_is_not_refitted_as_the_published_code_does():
 def test_a_refused_kernel_is_left_alone_and_tried_again():
     params = {"kernel": lawless(), "other": {"kernel": planted(4)}}
     optimizer = prune_spectrum(1)
-    update = jax.jit(optimizer.update)
+    update = optimizer.update
     wiggle = perturbation(params)
     updates, refused = update(wiggle, optimizer.init(params), params)
     assert_same_bits(updates["kernel"], wiggle["kernel"])
@@ -104,7 +104,7 @@ def test_a_stack_with_a_refused_matrix_is_left_alone():
 def test_a_kernel_that_is_no_longer_finite_is_left_alone(rule):
     params = {"a": {"kernel": planted(0)}, "b": {"kernel": planted(1)}}
     optimizer = prune_spectrum(1, rule=rule)
-    update = jax.jit(optimizer.update)
+    update = optimizer.update
     zeros = optax.tree.zeros_like(params)
     updates, state = update(zeros, optimizer.init(params), params)
     params = optax.apply_updates(params, updates)

@@ -96,7 +96,7 @@ def test_injected_hyperparams_can_be_changed_and_scheduled():
     optimizer = optax.inject_hyperparams(prune_spectrum, STATIC)(
         100, keep=optax.linear_schedule(0.5, 0.0, 2)
     )
-    update, params = jax.jit(optimizer.update), {"kernel": planted()}
+    update, params = optimizer.update, {"kernel": planted()}
     state = optimizer.init(params)
     _, state = update(optax.tree.zeros_like(params), state, params)
     assert ranks_of(state) == {"kernel": 64}
@@ -127,7 +127,7 @@ def test_inject_hyperparams_says_that_min_size_is_static():
 def test_unknown_extra_arguments_are_ignored():
     optimizer, params = optax.chain(optax.sgd(0.1), prune_spectrum(1)), make_params()
     state = optimizer.init(params)
-    update = jax.jit(optimizer.update)
+    update = optimizer.update
     plain = update(make_gradients(), state, params)
     extra = update(make_gradients(), state, params, value=1.0, unheard_of=2)
     assert_same_bits(extra, plain)
@@ -136,7 +136,7 @@ def test_unknown_extra_arguments_are_ignored():
 def test_apply_if_finite_keeps_the_state_of_a_skipped_step():
     optimizer, params = optax.apply_if_finite(prune_spectrum(2), 5), make_params()
     bad = jax.tree.map(lambda a: a * jnp.nan, make_gradients())
-    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    update, state = optimizer.update, optimizer.init(params)
     steps = []
     for gradients in (make_gradients(), bad, make_gradients()):
         updates, state = update(gradients, state, params)

@@ -1,0 +1,69 @@
+"""Optax's tests for contributed transforms, from the installed file, run over our transforms."""
+
+import importlib.util
+from pathlib import Path
+from unittest import mock
+
+import optax
+from absl.testing import parameterized
+
+import rmtjax
+
+Rate = optax.ScalarOrSchedule
+
+
+# The names of the arguments, and the annotation of the rate, are what optax's tests look at.
+def spectrum(learning_rate: Rate):
+    """Chooses Flax's kernels. The trees of these tests have none and pass untouched."""
+    return optax.chain(optax.adam(learning_rate), rmtjax.prune_spectrum(every=10))
+
+
+def entries(learning_rate: Rate):
+    return optax.chain(optax.adam(learning_rate), rmtjax.prune_entries(every=10, sparsity=0.5))
+
+
+# All leaves are kernels, however small. Nothing is cut from them, so that the optimizers converge.
+def spectrum_of_all(learning_rate: Rate):
+    prune = rmtjax.prune_spectrum(every=1000, keep=1.0, where="", min_size=1)
+    return optax.chain(optax.adam(learning_rate), prune)
+
+
+def entries_of_all(learning_rate: Rate):
+    prune = rmtjax.prune_entries(every=1000, sparsity=0.0, where="")
+    return optax.chain(optax.adam(learning_rate), prune)
+
+
+FACTORIES = {make.__name__: make for make in (spectrum, entries, spectrum_of_all, entries_of_all)}
+PLAIN = [(name, 1e-2, None, None) for name in FACTORIES]
+# The rate is that of optax's rows for this wrapper, which tunes it.
+WRAPPED = [(name, 1.0, "mechanize", {"weight_decay": 0.0}) for name in ("spectrum", "entries")]
+ROWS = tuple(
+    {
+        "opt_name": name,
+        "opt_kwargs": {"learning_rate": rate},
+        "wrapper_name": wrapper,
+        "wrapper_kwargs": options,
+    }
+    for name, rate, wrapper, options in PLAIN + WRAPPED
+)
+
+
+def load_tests_of_optax():
+    """The module of optax's tests, with our rows in place of its tables of optimizers."""
+    product = parameterized.product
+
+    def product_of_ours(*tables, **axes):
+        assert all("opt_name" in row for table in tables for row in table)
+        return product(*[ROWS for _ in tables], **axes)
+
+    path = Path(optax.__file__).parent / "contrib" / "_common_test.py"
+    spec = importlib.util.spec_from_file_location("optax_common_test", path)
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.object(parameterized, "product", product_of_ours):
+        spec.loader.exec_module(module)
+    module._get_opt_factory = FACTORIES.__getitem__
+    return module
+
+
+class TestContrib(load_tests_of_optax().ContribTest):
+    """All cases of optax's class of tests."""
