@@ -4,12 +4,9 @@ Kernels come in as `MatrixView`s. Spectra go out as NumPy arrays, singular vecto
 factors. `_select` alone decides which algorithm computes them; its docstring is the decision table.
 """
 
-# Until the pruning step uses `truncate_by`.
 from rmtjax.spectra._factors import (
-    compose as compose,
     factorize_matrix as factorize_matrix,
     multiply as multiply,
-    project as project,
     shrink_values as shrink_values,
     split as split,
     truncate_matrix as truncate_matrix,
@@ -30,12 +27,5 @@ from rmtjax.spectra._spectrum import (
     each as each,
     from_singular_values as from_singular_values,
     lift as lift,
-    matmul as matmul,
     spectrum as spectrum,
 )
-from rmtjax.spectra._subspace_iteration import (
-    iteration_pays as iteration_pays,
-    Leading as Leading,
-    leading_above as leading_above,
-)
-from rmtjax.spectra._svd import gram_svd as directions  # noqa: F401
