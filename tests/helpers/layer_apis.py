@@ -13,6 +13,7 @@ from flax import nnx
 import rmtjax
 from helpers.layer_cases import MASK
 from helpers.linen_checks import EXACT, Fixed, make_variables, RANK
+from helpers.nnx_checks import make_random
 from rmtjax import linen, nnx as rmt_nnx
 from rmtjax._axes import is_factors
 
@@ -122,13 +123,7 @@ class Nnx(Layer):
 
     def start(self):
         self.truncate, self.factorize = rmt_nnx.truncate, rmt_nnx.factorize
-        rng = np.random.default_rng(0)
-        # At the start biases and adapters are 0, and recurrent kernels have no best approximation.
-        random = lambda leaf: jnp.asarray((0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype))
-        is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        fill = lambda leaf: jax.random.key(0) if is_key(leaf) else random(leaf)
-        graphdef, state = nnx.split(nnx.eval_shape(self.case.make))  # compiles nothing
-        model = nnx.merge(graphdef, jax.tree.map(fill, state))
+        model = make_random(self.case.make)
         for _, node in nnx.iter_graph(model):
             if getattr(node, "mask", None) is not None:  # older Flax has it in no state
                 node.mask = MASK

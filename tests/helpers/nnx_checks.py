@@ -1,7 +1,9 @@
-"""What tests of `rmtjax.nnx` share."""
+"""Random models of nnx, their parameters by path, plans of one rank, and comparisons."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import rmtjax
 
@@ -11,6 +13,17 @@ def by_path(tree):
         tree, is_leaf=lambda leaf: isinstance(leaf, rmtjax.Factors)
     )
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def make_random(make):
+    """A model with random variables. Only their shapes come from `make`: nothing is compiled."""
+    rng = np.random.default_rng(0)
+    # At the start biases and adapters are 0, and recurrent kernels have no best approximation.
+    random = lambda leaf: jnp.asarray((0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype))
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    fill = lambda leaf: jax.random.key(0) if is_key(leaf) else random(leaf)
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graphdef, jax.tree.map(fill, state))
 
 
 def rank_plan(model, rank, **options):

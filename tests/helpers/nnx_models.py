@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from helpers.nnx_checks import rank_plan
+from helpers.nnx_checks import make_random, rank_plan
 from rmtjax import nnx as rmt_nnx
 
 RANK = 3
@@ -145,11 +145,8 @@ CASES = [(name, "fused") for name in LAYERS] + [(name, "each") for name in EACH]
 
 @functools.cache
 def models(name, gates):
-    """A layer with biases that are not 0, its plan, and the layer truncated and made thin."""
-    model = LAYERS[name][0]()
-    biased = lambda path, leaf: leaf + 0.3 if "bias" in str(path) else leaf
-    tree = jax.tree_util.tree_map_with_path(biased, rmt_nnx.params(model))
-    model = rmt_nnx.replace(model, tree)
+    """A random layer, its plan, and the layer truncated and made thin."""
+    model = make_random(LAYERS[name][0])
     plan = rank_plan(model, RANK, gates=gates)
     return model, plan, rmt_nnx.truncate(model, plan), rmt_nnx.factorize(model, plan)
 

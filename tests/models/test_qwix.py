@@ -9,6 +9,7 @@ import qwix
 from flax import nnx
 from helpers.composition_models import Net, NnxNet
 from helpers.linen_checks import assert_close, draw, Fixed, make_thin, RANK
+from helpers.slow import slow_except
 
 from rmtjax import Factors, linen, nnx as rmt_nnx
 
@@ -70,14 +71,14 @@ def quantize(thin, quantized, inputs=X):
     return jax.tree.map(visit, thin, like, is_leaf=boxes)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-def test_int8_of_a_factorized_tree(trees, compiled):
+@pytest.mark.parametrize("how", slow_except(("jit",), ("eager", "jit")))
+def test_int8_of_a_factorized_tree(trees, how):
     thin, dense = trees
     thin = {**thin, "Dense_1": dense["Dense_1"]}
     quantized = qwix.quantize_model(NET, qwix.PtqProvider(INT8))
     params = quantize(thin, quantized)
     apply = lambda params: linen.apply(quantized, {"params": params}, X)
-    outputs = (jax.jit(apply) if compiled else apply)(params)
+    outputs = (jax.jit(apply) if how == "jit" else apply)(params)
     wanted = run(thin)
     # An entry is off by 1 / 254 of the largest of its channel at most, twice in five products.
     assert 0 < jnp.linalg.norm(outputs - wanted) < 0.03 * jnp.linalg.norm(wanted)
@@ -91,6 +92,7 @@ def test_int8_of_a_factorized_tree(trees, compiled):
     assert kernels == [(3, 3, 8, RANK), (RANK, 24), (24, RANK), (RANK, 20), (20, 16)]
 
 
+@pytest.mark.slow
 def test_training_that_rounds_to_int8(trees):
     thin, _ = trees
     aware = qwix.quantize_model(NET, qwix.QtProvider(INT8))

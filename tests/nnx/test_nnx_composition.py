@@ -185,5 +185,6 @@ print(rmtjax.nnx.params(placed)["layers"][0]["kernel"].left.sharding.shard_shape
 """
 
 
+@pytest.mark.slow
 def test_placed_on_a_mesh_of_devices_the_model_stays_there():
     assert run_on_devices(8, SHARDED) == "(80, 4)"

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from helpers.nnx_checks import by_path, rank_plan
+from helpers.linen_checks import Fixed
+from helpers.nnx_checks import by_path, make_random, rank_plan
 from helpers.nnx_models import make_thin, Net, net, X
 
 import rmtjax
@@ -159,12 +160,15 @@ def test_gates_apart_have_directions_of_their_own():
         expected = rmtjax.truncate_matrix(cell.dense_h.kernel[...][:, gate], 4)
         np.testing.assert_allclose(kernel[:, gate], expected, atol=1e-5)
     assert rmt_nnx.analyze(cell, gates="each").rows[0].shape == (4, 12, 12)
-    # A stack of cells has one more axis too, and its gates are fused all the same.
+    again = rmt_nnx.plan(each, rule=Fixed(2), multiple=1, min_size=2)
+    thinner = rmt_nnx.factorize(each, again)
+    assert thinner.dense_h.right_factor.kernel.shape == (4, 2, 12)
+
+
+def test_a_stack_of_cells_has_fused_gates():
+    # The stack is one more axis, as separate gates would be.
     cells = nnx.split_rngs(splits=4)(
         nnx.vmap(lambda rngs: nnx.OptimizedLSTMCell(10, 12, rngs=rngs))
     )
-    stack = make_thin(cells(nnx.Rngs(0)))
+    stack = make_thin(make_random(lambda: cells(nnx.Rngs(0))))
     assert stack.dense_i.right_factor.kernel.shape == (4, 4, 48)
-    again = rmt_nnx.plan(each, rule=rmtjax.ranks.fixed(2), multiple=1, min_size=2)
-    thinner = rmt_nnx.factorize(each, again)
-    assert thinner.dense_h.right_factor.kernel.shape == (4, 2, 12)

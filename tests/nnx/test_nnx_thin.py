@@ -111,7 +111,7 @@ def test_axes_are_those_of_the_layer(layer, expected):
 
 
 def test_axes_of_stacks_and_gates():
-    assert rmt_nnx.kernel_axes(Experts()) == {
+    assert rmt_nnx.kernel_axes(nnx.eval_shape(Experts)) == {
         "experts/kernel": rmtjax.KernelAxes((1, 2), (3,), (0,))
     }
     cell = nnx.GRUCell(10, 12, rngs=rngs())

@@ -88,6 +88,7 @@ def test_the_transform_prunes_under_the_optimizer(how):
     assert before[0].shape == model.hidden.layers[0].kernel.shape
 
 
+@pytest.mark.slow
 def test_both_ways_give_what_the_transform_gives_on_the_tree():
     model, optimizer = make(optax.chain(optax.sgd(0.05), prune()))
     params, transform = rmt_nnx.params(model), optax.chain(optax.sgd(0.05), prune())
