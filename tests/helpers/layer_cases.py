@@ -13,18 +13,18 @@ from helpers.layer_models import (
     Experts,
     NnxAttend,
     NnxExperts,
+    NnxRegistered,
     NnxRemat,
     NnxScan,
-    NnxTold,
     NnxTwice,
-    NnxUntold,
+    NnxUnregistered,
     NnxVmap,
+    Registered,
     rngs,
     ROWS,
     Step,
-    Told,
     Twice,
-    Untold,
+    Unregistered,
 )
 from helpers.linen_checks import draw
 
@@ -106,8 +106,8 @@ LINEN = {
     "experts": Case(Experts, X),
     "remat": Case(lambda: nn.remat(nn.Dense)(COLUMNS), X),
     "shared": Case(Twice, SQUARE),
-    "own layer, registered": Case(Told, X),
-    "own layer, not registered": Case(Untold, X, MERGED),
+    "own layer, registered": Case(Registered, X),
+    "own layer, not registered": Case(Unregistered, X, MERGED),
 }
 NNX = {
     "Linear": Case(lambda: nnx.Linear(ROWS, COLUMNS, rngs=rngs()), X),
@@ -152,8 +152,8 @@ NNX = {
         X,
         wrt=nnx.LoRAParam,
     ),
-    "own layer, registered": Case(NnxTold, X),
-    "own layer, not registered": Case(NnxUntold, X, IN_PLACE),
+    "own layer, registered": Case(NnxRegistered, X),
+    "own layer, not registered": Case(NnxUnregistered, X, IN_PLACE),
 }
 CASES = {f"linen-{name}": case for name, case in LINEN.items()} | {
     f"nnx-{name}": case for name, case in NNX.items()

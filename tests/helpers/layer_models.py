@@ -58,8 +58,8 @@ class Twice(nn.Module):
         return self.layer(nn.tanh(self.layer(x)))
 
 
-class Told(nn.Module):
-    """A layer of one's own that is registered."""
+class Registered(nn.Module):
+    """A layer of the user, registered."""
 
     @nn.compact
     def __call__(self, x):
@@ -67,8 +67,8 @@ class Told(nn.Module):
         return nn.tanh(x @ weight) @ weight.T
 
 
-class Untold(nn.Module):
-    """A layer of one's own that is not."""
+class Unregistered(nn.Module):
+    """A layer of the user, not registered."""
 
     @nn.compact
     def __call__(self, x):
@@ -142,8 +142,8 @@ class NnxTwice(nnx.Module):
         return self.again(jnp.tanh(self.layer(x)))
 
 
-class NnxTold(nnx.Module):
-    """A layer of one's own that is registered."""
+class NnxRegistered(nnx.Module):
+    """A layer of the user, registered."""
 
     def __init__(self):
         self.weight = nnx.Param(normal(ROWS, COLUMNS))
@@ -152,8 +152,8 @@ class NnxTold(nnx.Module):
         return jnp.tanh(x @ self.weight[...]) @ self.weight[...].T
 
 
-class NnxUntold(nnx.Module):
-    """A layer of one's own that is not."""
+class NnxUnregistered(nnx.Module):
+    """A layer of the user, not registered."""
 
     def __init__(self):
         self.kernel = nnx.Param(normal(ROWS, COLUMNS))
@@ -162,5 +162,5 @@ class NnxUntold(nnx.Module):
         return jnp.tanh(x @ self.kernel[...])
 
 
-for layer in (Told, NnxTold):
+for layer in (Registered, NnxRegistered):
     rmtjax.register_layer(layer, {"weight": rmtjax.KernelAxes((0,), (1,))})

@@ -1,4 +1,4 @@
-"""How linen's kernels are matrices, under every lifting, and which are none."""
+"""Axes of the kernels of linen modules, under every lifting."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Factorized trees of linen in the hands of JAX, Flax and optax."""
+"""Factorized trees of linen under transformations of JAX, Flax and optax."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Einsums, recurrent cells, boxed parameters and layers of one's own, factorized."""
+"""Einsums, recurrent cells, boxed parameters and registered layers, factorized."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ import rmtjax
 from rmtjax import Factors, KernelAxes, linen
 
 
-class Told(nn.Module):
+class CalledWithEquation(nn.Module):
     """Gives its einsum the equation when it calls it."""
 
     @nn.compact
@@ -39,7 +39,7 @@ CASES = {
     "Einsum, two inputs": (nn.Einsum((6, 5, 24), "b t h i, h i o -> b t o"), draw(2, 3, 6, 5)),
     "Einsum, outputs first": (nn.Einsum((30, 24), "...i,io->o...", use_bias=False), draw(5, 30)),
     "Einsum, stack": (nn.Einsum((3, 30, 24), "bei,eio->beo"), draw(5, 3, 30)),
-    "Einsum, told when called": (Told(), draw(5, 30)),
+    "Einsum, equation in the call": (CalledWithEquation(), draw(5, 30)),
     "LSTM": run_of(nn.LSTMCell(24)),
     "LSTM, optimized": run_of(nn.OptimizedLSTMCell(24)),
     "GRU": run_of(nn.GRUCell(24)),
@@ -235,7 +235,7 @@ def test_register_layer_wants_names(kernels, monkeypatch):
         rmtjax.register_layer(Mixer, kernels)
 
 
-def test_a_misspelt_name_is_told_when_the_layer_is_met():
+def test_a_misspelt_name_raises_when_the_layer_is_met():
     class Misspelt(Mixer):
         pass
 

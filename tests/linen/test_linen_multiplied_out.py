@@ -1,4 +1,4 @@
-"""What runs with its factors multiplied out, and warns: layers of one's own, and wrong guesses."""
+"""Modules that run with their factors multiplied out, with a warning."""
 
 import flax.linen as nn
 import jax
@@ -123,7 +123,7 @@ def test_a_kernel_used_the_other_way_round_is_not_factorized():
     assert_close(linen.apply(Turned(), thin, INPUTS), Turned().apply(dense, INPUTS))
 
 
-GUESS = lambda path, leaf: KernelAxes((0, 1), (2,))  # that of a plan that is not told better
+GUESS = lambda path, leaf: KernelAxes((0, 1), (2,))  # of a plan without `axes`
 
 
 def test_axes_that_were_guessed_wrong_are_merged_with_a_warning():

@@ -34,7 +34,7 @@ def _little_optimization():
 
 
 class Run(NamedTuple):
-    """A model that has been pruned while it was trained, told as trees of parameters.
+    """A model that has been pruned while it was trained, as trees of parameters.
 
     Attributes:
       start: Before training.

@@ -55,12 +55,12 @@ def lines_of(layer):
     for layers, kernels, axes, *groups in table("layer")[1]:
         if layer in [part.partition(" (")[0] for part in layers.split("; ")]:
             place = named(axes).index
-            told = KernelAxes(*(tuple(map(place, named(group))) for group in groups))
-            found.append((set(re.findall("`(.*?)`", kernels)), told))
+            on_page = KernelAxes(*(tuple(map(place, named(group))) for group in groups))
+            found.append((set(re.findall("`(.*?)`", kernels)), on_page))
     return found
 
 
-def told_axes(name, path):
+def axes_on_page(name, path):
     """What the page says of the axes of a kernel: nothing where it is no matrix."""
     lines = lines_of(name.partition("-")[2])
     (axes,) = [axes for names, axes in lines if names & set(path.split("/"))] or [None]
@@ -81,7 +81,7 @@ def test_analyze(name):
     report = found.analyze()
     assert report.rows
     for path, row in report.plan.items():
-        axes = told_axes(name, path)
+        axes = axes_on_page(name, path)
         assert (row.axes, row.shape) == (axes, np.shape(kernels[path]))
         if found.cells["analyze"] == "left alone":
             assert "no matrix" in row.reason
@@ -176,23 +176,27 @@ def test_save(name, tmp_path):
 
 
 def test_each_cell_of_the_page_is_a_test_and_each_test_a_cell():
-    told, tested = {}, {}
+    on_page, tested = {}, {}
     for api in ("linen", "nnx"):
         heads, rows = table(api)
         for name, *cells in rows:
-            told |= {(head, f"{api}-{name}"): cell for head, cell in zip(heads, cells, strict=True)}
+            on_page |= {
+                (head, f"{api}-{name}"): cell for head, cell in zip(heads, cells, strict=True)
+            }
     for column, head in enumerate(CAPABILITIES):
         (mark,) = globals()[f"test_{head.replace(' ', '_')}"].pytestmark
         names = [name for param in mark.args[1] for name in param.values]
         tested |= {(head, name): CASES[name].cells[column] for name in names}
-    assert told == tested
+    assert on_page == tested
 
 
 @pytest.mark.slow  # plans all models
 def test_each_line_on_axes_is_of_a_kernel_of_a_layer():
     names = {name.partition("-")[2] for name in CASES}
-    told = {part.partition(" (")[0] for line in table("layer")[1] for part in line[0].split("; ")}
-    assert told == {name for name in names if lines_of(name)}
+    on_page = {
+        part.partition(" (")[0] for line in table("layer")[1] for part in line[0].split("; ")
+    }
+    assert on_page == {name for name in names if lines_of(name)}
     for name, case in CASES.items():
         lines, places = lines_of(name.partition("-")[2]), {*"/".join(layer(name).plan).split("/")}
         assert all(names <= places for names, _ in lines)

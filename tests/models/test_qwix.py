@@ -1,4 +1,4 @@
-"""Factorized models in the hands of qwix: int8 weights and products, and adapters."""
+"""Factorized models under qwix: int8 weights and products, and adapters."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Thin models of nnx in the hands of JAX, Flax and optax."""
+"""Thin models of nnx under transformations of JAX, Flax and optax."""
 
 import jax
 import jax.numpy as jnp

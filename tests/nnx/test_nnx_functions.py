@@ -1,8 +1,11 @@
 """Models of `flax.nnx` as trees and back: what changes, and what does not."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from helpers.linen_checks import Fixed
 from helpers.nnx_checks import by_path, make_random, rank_plan
@@ -172,3 +175,13 @@ def test_a_stack_of_cells_has_fused_gates():
     )
     stack = make_thin(make_random(lambda: cells(nnx.Rngs(0))))
     assert stack.dense_i.right_factor.kernel.shape == (4, 4, 48)
+
+
+@pytest.mark.parametrize("name", ["plan", "analyze"])
+def test_options_are_those_of_the_functions_for_trees(name):
+    of_models, of_trees = (
+        [(key, option.default) for key, option in inspect.signature(function).parameters.items()]
+        for function in (getattr(rmt_nnx, name), getattr(rmtjax, name))
+    )
+    assert of_models[:2] == [("model", inspect.Parameter.empty), ("gates", "fused")]
+    assert of_models[2:] == of_trees[1:]

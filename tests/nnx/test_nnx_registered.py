@@ -1,4 +1,4 @@
-"""Layers of one's own in nnx, told by one call: thin without a change to their code."""
+"""Registered layers in nnx: thin without a change to their code."""
 
 import copy
 import functools
@@ -66,7 +66,7 @@ rmtjax.register_layer(Gated, {"up": AXES, "down": AXES})
 rmtjax.register_layer(Weighed, {"weight": AXES})
 
 
-def test_a_misspelt_name_is_told_when_the_layer_is_met():
+def test_a_misspelt_name_raises_when_the_layer_is_met():
     class Misspelt(Weighed):
         def __init__(self):
             super().__init__()
@@ -233,7 +233,7 @@ def test_its_compiled_call_runs_with_thin_products():
     assert "20,3" in program
 
 
-def test_who_writes_to_its_kernel_is_told_where():
+def test_a_write_to_its_kernel_is_refused_with_the_way():
     _, thin = both(Read())
     writes = [lambda w: w.__setitem__(..., 0.0), lambda w: w.set_value(0.0)]
     writes.append(lambda w: setattr(w, "value", 0.0))

@@ -58,7 +58,7 @@ def test_who_reads_the_kernel_of_a_thin_layer_gets_the_product():
 
 
 @pytest.mark.parametrize("name", ["Linear", "Embed", "OptimizedLSTMCell"])
-def test_who_writes_to_the_kernel_of_a_thin_layer_is_told_where(name):
+def test_a_write_to_the_kernel_of_a_thin_layer_is_refused_with_the_way(name):
     thin = models(name, "fused")[3]
     layer = {"Embed": lambda: thin.table, "OptimizedLSTMCell": lambda: thin.cell.dense_i}
     layer = layer.get(name, lambda: thin)()
