@@ -49,10 +49,10 @@ def _prune_if(due, kernels, updates, masks, weights, sparsity):
 
 
 def prune_entries(
-    every: Int[ArrayLike, ""],
-    *,
-    start: Int[ArrayLike, ""] = 0,
     sparsity: Sparsity = 0.0,
+    *,
+    every: Int[ArrayLike, ""] = 1,
+    start: Int[ArrayLike, ""] = 0,
     mask: PyTree | None = None,
     weights: Weights | None = None,
     where: Where | None = None,
@@ -63,19 +63,20 @@ def prune_entries(
     is reached, as `rmtjax.sparsity.magnitude_mask` does. Every step rewrites the update of a
     removed entry so that `optax.apply_updates` lands on zero exactly. No entry comes back.
 
-    - Once, at step 1,000: `prune_entries(1, start=1000, sparsity=0.9)`.
-    - Gradually: `sparsity=optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=5000)`.
-    - A mask made beforehand: `prune_entries(1, mask=mask)`.
+    - Once, at step 1,000: `prune_entries(0.9, start=1000)`.
+    - Gradually: a schedule, as `optax.polynomial_schedule(0.0, 0.9, power=3,
+      transition_steps=5000)`, and `every=100`.
+    - A mask made beforehand: `prune_entries(mask=mask)`.
 
     Put it after `rmtjax.prune_spectrum` if the chain has both. Kernels are then sparse, and only
     nearly of low rank. To freeze complete leaves, use `optax.freeze`.
 
     Args:
+      sparsity: Share of the entries of all chosen kernels together that are zero, in [0, 1); or an
+        optax schedule of it, called with the number of steps before this one.
       every: Pruning period in steps, at least 1, as in `rmtjax.prune_spectrum`. A pruning step
         costs some sixty sums over the entries, or next to nothing if enough entries have gone.
       start: First pruning step; 0 stands for `every`.
-      sparsity: Share of the entries of all chosen kernels together that are zero, in [0, 1); or an
-        optax schedule of it, called with the number of steps before this one.
       mask: Tree of booleans to begin with, from `rmtjax.sparsity`. Entries that it removes are zero
         from the first step on, and count. By default no entry is removed.
       weights: Path to the weight that divides the magnitudes of a kernel, or a function of the
@@ -98,8 +99,7 @@ def prune_entries(
     Examples:
       >>> import jax, optax, rmtjax
       >>> params = {"Dense_0": {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}}
-      >>> prune = rmtjax.prune_entries(1, start=2, sparsity=0.9)
-      >>> optimizer = optax.chain(optax.adam(1e-3), prune)
+      >>> optimizer = optax.chain(optax.adam(1e-3), rmtjax.prune_entries(0.9, start=2))
       >>> state = optimizer.init(params)
       >>> for _ in range(3):
       ...     updates, state = optimizer.update(params, state, params)

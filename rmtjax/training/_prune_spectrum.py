@@ -87,7 +87,7 @@ def prune_spectrum(
     every: Int[ArrayLike, ""],
     *,
     start: Int[ArrayLike, ""] = 0,
-    rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
+    rule: ranks.RankRule | None = None,
     keep: Keep = 0.0,
     noise: Noise = "first",
     settled: Float[ArrayLike, ""] | None = None,
@@ -114,7 +114,7 @@ def prune_spectrum(
       every: Pruning period in steps, at least 1. Steps are counted from 1, as this transform sees
         them: `optax.MultiSteps` counts as one step what it accumulates.
       start: First pruning step; 0 stands for `every`. The next are `start + every` and so on.
-      rule: A rank rule of `rmtjax.ranks`.
+      rule: A rank rule of `rmtjax.ranks`; None stands for `rmtjax.ranks.bema()`.
       keep: Share of the directions that are not signal and stay, in [0, 1]; or an optax schedule of
         it, called with the number of steps before this one. The papers have 0.45, or
         `optax.linear_schedule(1.0, 0.0, N * steps_per_epoch)` with N of 200, 300 and 1000.
@@ -134,7 +134,7 @@ def prune_spectrum(
     Returns:
       A transformation with a `PruneState`. It takes any tree that optax takes, needs `params` in
       `update` and ignores extra arguments. It works inside `masked`, `partition`, `MultiSteps` and
-      `inject_hyperparams` (with `rule`, other callables and `min_size` as `static_args`). Under
+      `inject_hyperparams` (with callables and `min_size` as `static_args`). Under
       `vmap` with a batched state every step costs a decomposition.
 
     Raises:
@@ -161,6 +161,8 @@ def prune_spectrum(
       at each pruning; this function carries its first noise level.
     """
     _check(every, start, keep, noise, settled, min_rank, min_size)
+    # Not the default of the signature: `optax.inject_hyperparams` calls a callable as a schedule.
+    rule = ranks.bema() if rule is None else rule
     check_rule(rule)
     options = StepOptions(rule, noise, waits=settled is not None)
     find = lambda params: _matrices(params, where, axes, min_size)

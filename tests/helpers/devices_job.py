@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from devices_trees import (
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+
+import rmtjax
+from helpers.devices_trees import (
     assert_close,
     assert_placed,
     AXES,
@@ -26,9 +29,6 @@ from devices_trees import (
     RULE,
     SPECS,
 )
-from jax.sharding import AxisType, Mesh, PartitionSpec as P
-
-import rmtjax
 from rmtjax._axes import MatrixView
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import _select, _svd, spectra

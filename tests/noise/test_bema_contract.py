@@ -93,7 +93,7 @@ def test_level_out_of_range_is_an_error(level):
 
 
 def test_several_spectra_are_an_error():
-    with pytest.raises(ValueError, match="`spectrum` must be that of one matrix"):
+    with pytest.raises(ValueError, match="`spectrum` must belong to one matrix"):
         rmtjax.fit_bema(Spectrum(jnp.ones((2, 5)), jnp.float32(0.5)))
 
 

@@ -1,6 +1,7 @@
 """Trees on several devices, in one process and in two; devices must be there from the start."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.virtual_devices import environment, run_on_devices
 
-JOB = Path(__file__).parents[1] / "helpers" / "devices_job.py"
+TESTS = str(Path(__file__).parents[1])
 CHECKS = [
     "reports",
     "truncation",
@@ -26,9 +27,11 @@ CHECKS = [
 
 
 def start(kind, devices, processes=1, number=0, port=0):
-    command = [sys.executable, JOB, kind, *map(str, (processes, number, port))]
+    job = ["-m", "helpers.devices_job", kind, *map(str, (processes, number, port))]
+    paths = [TESTS, *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = environment(devices) | {"PYTHONPATH": os.pathsep.join(paths)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment(devices), text=True, **pipes)
+    return subprocess.Popen([sys.executable, *job], env=variables, text=True, **pipes)
 
 
 def finish(jobs):

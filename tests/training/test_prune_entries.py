@@ -76,7 +76,7 @@ def assert_same_bits(actual, expected):
 def test_a_pruning_step_lands_on_the_masked_kernels(wrap, dtype, update_dtype, share):
     params, updates = make_params(dtype=dtype), optax.tree.cast(make_gradients(0), update_dtype)
     landed = optax.apply_updates(params, updates)
-    optimizer = prune_entries(1, sparsity=share)
+    optimizer = prune_entries(every=1, sparsity=share)
     pruned, state = wrap(optimizer.update)(updates, optimizer.init(params), params)
     # In float64 by a stable sort, over both kernels.
     sizes = [np.abs(kernel.astype(np.float64)).ravel() for kernel in kernels_of(landed).values()]
@@ -94,7 +94,7 @@ def test_a_pruning_step_lands_on_the_masked_kernels(wrap, dtype, update_dtype, s
 def test_n17_what_is_pruned_never_grows_again(inner):
     """The published code keeps no mask, so that momentum and gradients bring zeros back."""
     schedule = optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=30)
-    history = run(optax.chain(inner, prune_entries(5, start=2, sparsity=schedule)), 40)
+    history = run(optax.chain(inner, prune_entries(every=5, start=2, sparsity=schedule)), 40)
     zero = np.zeros(SIZE, bool)
     for step, (params, state) in enumerate(history):
         now = np.concatenate([kernel.ravel() == 0 for kernel in kernels_of(params).values()])
@@ -125,7 +125,7 @@ def test_n17_what_is_pruned_never_grows_again(inner):
     ],
 )
 def test_pruning_steps_are_counted_from_one(every, start, expected):
-    history = run(prune_entries(every, start=start, sparsity=lambda step: 0.1 * step), 8)
+    history = run(prune_entries(every=every, start=start, sparsity=lambda step: 0.1 * step), 8)
     seen, before = [], 0
     for step, (params, _) in enumerate(history):
         if num_zeros(params) > before or (step == 1 and 1 in expected):
@@ -151,7 +151,7 @@ def test_masks_only_shrink_whatever_the_sparsity_does(tenths):
 
 
 def test_once_the_share_is_reached_the_mask_stays():
-    history = run(optax.chain(optax.sgd(1.0), prune_entries(1, sparsity=0.5)), 6)
+    history = run(optax.chain(optax.sgd(1.0), prune_entries(every=1, sparsity=0.5)), 6)
     masks = [optax.tree.get(state, "masks") for _, state in history]
     assert all(mask.all() for mask in masks[0].values())
     for later in masks[2:]:
@@ -161,18 +161,18 @@ def test_once_the_share_is_reached_the_mask_stays():
 def test_a_mask_made_beforehand_holds_from_the_first_step_and_counts():
     given_mask = sparsity.magnitude_mask(make_params(7), 0.3)
     for share, count in ((0.0, 102), (0.2, 102), (0.6, 204)):
-        params, state = run(prune_entries(1, sparsity=share, mask=given_mask), 1)[1]
+        params, state = run(prune_entries(every=1, sparsity=share, mask=given_mask), 1)[1]
         assert num_zeros(params) == count
         for path, mask in state.masks.items():
             assert not (mask & ~given_mask[path[0]]["kernel"]).any()
-        again = prune_entries(1, mask=state.masks).init(params)  # also by path, from a state
+        again = prune_entries(every=1, mask=state.masks).init(params)  # also by path, from a state
         assert_same_bits(again.masks, state.masks)
 
 
 def test_weights_decide_between_kernels():
     shares = []
     for weights in ({"a/kernel": 1.0, "b/kernel": 4.0}, {"a/kernel": 4.0, "b/kernel": 1.0}):
-        params, state = run(prune_entries(1, sparsity=0.5, weights=weights), 1)[1]
+        params, state = run(prune_entries(every=1, sparsity=0.5, weights=weights), 1)[1]
         landed = optax.apply_updates(make_params(), make_gradients(0))
         expected = sparsity.magnitude_mask(landed, 0.5, weights=weights)
         assert_same_bits(state.masks, {path: expected[path[0]]["kernel"] for path in state.masks})
@@ -188,7 +188,7 @@ def test_weights_may_follow_the_sparsity():
     }
     plan, zeros = rmtjax.plan(params), optax.tree.zeros_like(params)
     weights = functools.partial(sparsity.edge_weights, plan)
-    optimizer = prune_entries(1, sparsity=lambda step: 0.2 + 0.2 * step, weights=weights)
+    optimizer = prune_entries(every=1, sparsity=lambda step: 0.2 + 0.2 * step, weights=weights)
     update, state, mask = optimizer.update, optimizer.init(params), None
     for share in (0.2, 0.4, 0.6):
         updates, state = update(zeros, state, params)
@@ -199,7 +199,7 @@ def test_weights_may_follow_the_sparsity():
 
 
 def test_a_kernel_without_an_update_does_not_move():
-    params, optimizer = make_params(), prune_entries(1, sparsity=0.5)
+    params, optimizer = make_params(), prune_entries(every=1, sparsity=0.5)
     updates = {**make_gradients(0), "b": {"kernel": None}}
     updates, state = optimizer.update(updates, optimizer.init(params), params)
     assert updates["b"]["kernel"] is None
@@ -227,13 +227,13 @@ def test_wrong_arguments_are_named(arguments, error, message):
 def test_weights_and_masks_of_another_tree_are_refused():
     params = make_params()
     with pytest.raises(ValueError, match=r"`mask` must have an entry .* none for 'b/kernel'"):
-        prune_entries(1, mask={"a": sparsity.magnitude_mask(params["a"], 0.1)}).init(params)
-    optimizer = prune_entries(1, sparsity=0.5, weights={"a/kernel": 1.0})
+        prune_entries(every=1, mask={"a": sparsity.magnitude_mask(params["a"], 0.1)}).init(params)
+    optimizer = prune_entries(every=1, sparsity=0.5, weights={"a/kernel": 1.0})
     with pytest.raises(ValueError, match=r"`weights` must have an entry .* none for 'b/kernel'"):
         optimizer.update(params, optimizer.init(params), params)
 
 
 def test_params_are_needed():
-    optimizer = prune_entries(1, sparsity=0.5)
+    optimizer = prune_entries(every=1, sparsity=0.5)
     with pytest.raises(ValueError, match="`params` must be given"):
         optimizer.update(make_params(), optimizer.init(make_params()))

@@ -69,7 +69,7 @@ def describe(tree):
 
 
 def test_masked_prunes_what_the_mask_names():
-    optimizer = optax.masked(prune_entries(1, sparsity=0.5), {"a": True, "b": False})
+    optimizer = optax.masked(prune_entries(every=1, sparsity=0.5), {"a": True, "b": False})
     params, state = run(optimizer, 1)[1]
     assert removed(state) == {"a/kernel": 120}
     landed = optax.apply_updates(make_params(), make_gradients())
@@ -78,7 +78,7 @@ def test_masked_prunes_what_the_mask_names():
 
 def test_partition_prunes_one_group_and_takes_the_mask_of_the_whole():
     mask = sparsity.magnitude_mask(make_params(5), 0.2)
-    pruned = optax.chain(optax.sgd(1.0), prune_entries(1, sparsity=0.5, mask=mask))
+    pruned = optax.chain(optax.sgd(1.0), prune_entries(every=1, sparsity=0.5, mask=mask))
     groups = {"pruned": pruned, "plain": optax.sgd(1.0)}
     params, state = run(optax.partition(groups, {"a": "plain", "b": "pruned"}), 1)[1]
     assert removed(state) == {"b/kernel": 50}
@@ -87,15 +87,17 @@ def test_partition_prunes_one_group_and_takes_the_mask_of_the_whole():
 
 
 def test_multi_steps_counts_the_real_steps():
-    optimizer = optax.MultiSteps(optax.chain(optax.sgd(0.1), prune_entries(2, sparsity=0.5)), 2)
+    optimizer = optax.MultiSteps(
+        optax.chain(optax.sgd(0.1), prune_entries(every=2, sparsity=0.5)), 2
+    )
     history = run(optimizer, 6)
     assert [total(state) for _, state in history] == [0, 0, 0, 0, 170, 170, 170]
     assert [num_zeros(params) for params, _ in history] == [0, 0, 0, 0, 170, 170, 170]
 
 
 def test_inject_hyperparams_changes_nothing():
-    injected = optax.inject_hyperparams(prune_entries, STATIC)(2, start=1, sparsity=0.5)
-    plain, wrapped = run(prune_entries(2, start=1, sparsity=0.5), 3), run(injected, 3)
+    injected = optax.inject_hyperparams(prune_entries, STATIC)(0.5, every=2, start=1)
+    plain, wrapped = run(prune_entries(every=2, start=1, sparsity=0.5), 3), run(injected, 3)
     assert_same_bits((wrapped[3][0], wrapped[3][1].inner_state), plain[3])
     assert describe(wrapped[1][1]) == describe(wrapped[3][1])
 
@@ -105,9 +107,9 @@ def test_injected_sparsity_can_be_changed_and_scheduled():
     factory = optax.inject_hyperparams(prune_entries, STATIC)
     mask = sparsity.magnitude_mask(make_params(), 0.1)
     weights = lambda share: dict.fromkeys(HALF, 1.0)
-    history = run(factory(1, sparsity=schedule, mask=mask, weights=weights), 3)
+    history = run(factory(schedule, mask=mask, weights=weights), 3)
     assert [total(state) for _, state in history] == [34, 34, 85, 170]
-    optimizer, params = factory(1), make_params()
+    optimizer, params = factory(0.0), make_params()
     state = optimizer.init(params)
     state.hyperparams["sparsity"] = jnp.asarray(0.5)
     _, state = optimizer.update(make_gradients(), state, params)
@@ -115,7 +117,10 @@ def test_injected_sparsity_can_be_changed_and_scheduled():
 
 
 def test_extra_arguments_are_ignored_and_skipped_steps_are_skipped():
-    optimizer, params = optax.apply_if_finite(prune_entries(2, sparsity=0.5), 5), make_params()
+    optimizer, params = (
+        optax.apply_if_finite(prune_entries(every=2, sparsity=0.5), 5),
+        make_params(),
+    )
     bad = optax.tree.scale(jnp.nan, make_gradients())
     update, state, steps = optimizer.update, optimizer.init(params), []
     for gradients in (make_gradients(), bad, make_gradients()):
@@ -126,7 +131,7 @@ def test_extra_arguments_are_ignored_and_skipped_steps_are_skipped():
 
 def test_scan_over_steps_is_the_loop():
     optimizer = optax.chain(
-        optax.adam(0.1), prune_entries(2, sparsity=optax.linear_schedule(0.0, 0.6, 3))
+        optax.adam(0.1), prune_entries(every=2, sparsity=optax.linear_schedule(0.0, 0.6, 3))
     )
 
     def step(carry, gradients):
@@ -145,7 +150,10 @@ def test_scan_over_steps_is_the_loop():
 
 
 def test_vmap_over_an_ensemble():
-    optimizer, members = prune_entries(1, sparsity=0.5), [make_params(seed) for seed in range(3)]
+    optimizer, members = (
+        prune_entries(every=1, sparsity=0.5),
+        [make_params(seed) for seed in range(3)],
+    )
     ensemble = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     state = jax.vmap(optimizer.init)(ensemble)
     zeros = optax.tree.zeros_like(ensemble)
@@ -161,7 +169,7 @@ def test_nothing_is_compiled_again_and_the_state_keeps_its_form():
     traces = []
     schedule = optax.linear_schedule(0.0, 0.6, 6)
     optimizer = optax.chain(
-        optax.sgd(0.1, momentum=0.9), prune_entries(2, start=3, sparsity=schedule)
+        optax.sgd(0.1, momentum=0.9), prune_entries(every=2, start=3, sparsity=schedule)
     )
 
     @jax.jit
@@ -188,7 +196,7 @@ def test_mixed_precision(dtype, update_dtype, steps):
     with jax.enable_x64("float64" in (dtype, update_dtype)):
         params = optax.tree.cast(make_params(), dtype)
         zeros = optax.tree.cast(optax.tree.zeros_like(params), update_dtype)
-        optimizer = prune_entries(1, sparsity=0.5)
+        optimizer = prune_entries(every=1, sparsity=0.5)
         state = optimizer.init(params)
         form, update = describe(state), optimizer.update
         for _ in range(steps):
@@ -204,7 +212,7 @@ def test_mixed_precision(dtype, update_dtype, steps):
 @pytest.mark.parametrize("given", [False, True], ids=["whole", "mask"])
 def test_buffers_can_be_donated_from_the_first_step_on(given):
     mask = sparsity.magnitude_mask(make_params(), 0.2) if given else None
-    optimizer = optax.chain(optax.adam(1e-3), prune_entries(2, sparsity=0.5, mask=mask))
+    optimizer = optax.chain(optax.adam(1e-3), prune_entries(every=2, sparsity=0.5, mask=mask))
     donate = functools.partial(jax.jit, donate_argnums=(0, 1))
     plain, donated = run(optimizer, 4, jax.jit), run(optimizer, 4, donate)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated[0]))
@@ -213,7 +221,7 @@ def test_buffers_can_be_donated_from_the_first_step_on(given):
 
 
 def test_init_can_be_compiled_or_only_shaped_and_a_saved_state_goes_on():
-    optimizer, params = prune_entries(1, sparsity=0.5), make_params()
+    optimizer, params = prune_entries(every=1, sparsity=0.5), make_params()
     state = optimizer.init(params)
     assert_same_bits(jax.jit(optimizer.init)(params), state)
     assert jax.tree.structure(jax.eval_shape(optimizer.init, params)) == jax.tree.structure(state)

@@ -118,6 +118,13 @@ def test_inject_hyperparams_with_a_static_schedule_and_callables():
     assert [ranks_of(state) for _, state in history[1:]] == [{"b/kernel": 64}, {"b/kernel": 34}]
 
 
+def test_inject_hyperparams_needs_no_static_argument_but_min_size():
+    optimizer = optax.inject_hyperparams(prune_spectrum, static_args=("min_size",))(2)
+    assert ranks_of(optimizer.init(make_params())) == ranks_of(
+        prune_spectrum(2).init(make_params())
+    )
+
+
 def test_inject_hyperparams_says_that_min_size_is_static():
     factory = optax.inject_hyperparams(UNCHECKED, static_args=("rule",))
     with pytest.raises(TypeError, match=r"`min_size` .* static_args"):

@@ -63,7 +63,7 @@ CHAINS = {
         optax.scale_by_adam(),
         optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, 9)),
         rmtjax.prune_spectrum(100, min_size=4),
-        prune_entries(100, sparsity=0.5),
+        prune_entries(every=100, sparsity=0.5),
     ),
 }
 LEFT_OUT = ("masked by a tree", "left out", "partition")

@@ -19,7 +19,7 @@ KERNEL, BIAS = planted(), jnp.ones(96)
 TRANSFORMS = {
     # Without a fit, which compiles for long.
     "spectrum": lambda **options: prune_spectrum(1, rule=Fixed(3), **options),
-    "entries": lambda **options: prune_entries(1, sparsity=0.5, **options),
+    "entries": lambda **options: prune_entries(every=1, sparsity=0.5, **options),
 }
 EACH = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
 
