@@ -129,7 +129,7 @@ class KernelLeaf:
 
     @property
     def is_factored(self) -> bool:
-        """Whether the leaf is `Factors`."""
+        """Returns True if the leaf is `Factors`."""
         return is_factors(self.leaf)
 
     @property

@@ -64,7 +64,7 @@ class Entry(NamedTuple):
 
     @property
     def possible(self) -> bool:
-        """Whether an array can have the shape."""
+        """Returns True if an array can have the shape."""
         # NumPy refuses huge shapes even if one size is 0 and the array is empty.
         largest = self._replace(shape=tuple(max(size, 1) for size in self.shape))
         return len(self.shape) <= MAX_NDIM and largest.num_bytes < 2**63

@@ -23,7 +23,7 @@ Fits = Mapping[str, BulkFit]
 
 
 class Measurement(NamedTuple):
-    """What a spectrum says of a kernel: NumPy arrays with an entry for each matrix of a stack.
+    """Holds what was measured on a kernel: NumPy arrays with an entry for each matrix of a stack.
 
     Attributes:
       spectra: Those of factors end in the zeros that the dense kernel would have.

@@ -96,7 +96,7 @@ class Drawn(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether all values are finite."""
+        """Returns True if all values are finite."""
         return bool(np.isfinite(self.values).all())
 
     @property

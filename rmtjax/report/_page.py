@@ -52,7 +52,7 @@ class _Drawn(NamedTuple):
 
     @property
     def has_noise(self) -> bool:
-        """Whether there is noise above rounding, and a direction that is not a spike."""
+        """Returns True if there is noise above rounding, and a direction that is not a spike."""
         floor = rounding(self.values) ** 2
         noise = all(floor < cut < np.inf for cut in (self.fit.edge, self.fit.threshold))
         return noise and bool(self.fit.num_spikes < self.values.size)
