@@ -33,9 +33,9 @@ import jax.experimental
 import pytest
 from helpers.page_browser import driver as driver, show as show
 
-# XLA's older emitters compile in half the time of the newer ones. A program is compiled in one part,
-# not in one for each thread: each core has a test process already, and the parts cost 5 % more CPU
-# time. XLA stops at a flag that it does not know, and later versions may drop these.
+# XLA's older emitters compile in half the time of the newer ones. A program is compiled in one
+# part, not in one for each thread: each core has a test process already, and the parts cost 5 %
+# more CPU time. XLA stops at a flag that it does not know, and later versions may drop these.
 if jax.version.__version_info__ < (0, 11):
     others = os.environ.get("XLA_FLAGS", "")
     ours = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
