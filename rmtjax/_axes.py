@@ -5,13 +5,16 @@ kernel may be stored as the product of two thin factors, in the same place of th
 """
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 Kernel = Float[Array, "..."] | Float[np.ndarray, "..."]
 
@@ -114,6 +117,18 @@ def to_stack(kernel: Any, axes: KernelAxes):
     return Factors(left.reshape(stack, rows, rank), right.reshape(stack, rank, columns))
 
 
+def join_stacks(stacks: Sequence[Any]) -> Any:
+    """Returns one stack of the matrices of several: trees of NumPy arrays with a leading axis."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *stacks)
+
+
+def split_stacks(joined: PyTree, sizes: Sequence[int]) -> list[Any]:
+    """Returns the stacks, of these sizes, that `join_stacks` has joined."""
+    ends = np.cumsum(sizes)
+    parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return [jax.tree.map(operator.itemgetter(part), joined) for part in parts]
+
+
 @dataclass(frozen=True, eq=False)
 class KernelLeaf:
     """A leaf of a parameter tree that was chosen as a kernel.
@@ -162,20 +177,24 @@ class MatrixView(KernelLeaf):
 
     axes: KernelAxes
 
+    @cached_property
+    def _sides(self) -> tuple[int, int, int]:
+        return matrix_shape(self.shape, self.axes)
+
     @property
     def stack(self) -> int:
         """The number of matrices: 1 if the kernel is not a stack."""
-        return matrix_shape(self.shape, self.axes)[0]
+        return self._sides[0]
 
     @property
     def rows(self) -> int:
         """The number of inputs of each matrix."""
-        return matrix_shape(self.shape, self.axes)[1]
+        return self._sides[1]
 
     @property
     def columns(self) -> int:
         """The number of outputs of each matrix."""
-        return matrix_shape(self.shape, self.axes)[2]
+        return self._sides[2]
 
     @property
     def short(self) -> int:

@@ -134,7 +134,7 @@ def _angle_ppf(
     # The table starts above 0, because at 0 and a = 1 the derivative in a is 0 / 0.
     table = jnp.asarray(np.maximum(table, jnp.finfo(q.dtype).eps), q.dtype)
     below = _counted(table, root, lack)
-    cell = jnp.clip(jnp.searchsorted(below, q, method="compare_all"), 1, _CELLS)
+    cell = jnp.clip(jnp.searchsorted(below, q, method="scan"), 1, _CELLS)
     low, high = table[cell - 1], table[cell]
     width = below[cell] - below[cell - 1]
     share = (q - below[cell - 1]) / jnp.where(width > 0, width, 1.0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.laws import bulk_law, check_level, marchenko_pastur, noise_threshold
@@ -44,9 +44,9 @@ def above_rounding(spectrum: Spectrum, variance: Float[Array, ""]):
     return variance > unit**2 * spectrum.eigenvalues[..., 0]
 
 
-def _populated(size: int, rank) -> Bool[Array, " p"]:
-    """Returns a mask, ascending, of the ranks that a truncation to `rank` kept."""
-    return jnp.arange(size) >= size - (size if rank is None else rank)
+def _first_populated(size: int, rank) -> Int[ArrayLike, ""]:
+    """Returns the first rank, ascending, that a truncation to `rank` kept."""
+    return 0 if rank is None else size - rank
 
 
 def _positions(spectrum: Spectrum, spikes: Int[Array, ""]) -> Float[Array, " p"]:
@@ -65,7 +65,8 @@ def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, 
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     safe = jnp.where(scale > 0, scale, 1.0)  # The law needs a positive variance.
     law = marchenko_pastur.cdf(spectrum.eigenvalues[::-1], ratio, safe * unit)
-    noise = _populated(size, rank) & (jnp.arange(size) < size - spikes)
+    ranks = jnp.arange(size)
+    noise = (ranks >= _first_populated(size, rank)) & (ranks < size - spikes)
     gaps = jnp.where(noise, jnp.abs(law - _positions(spectrum, spikes)), 0)
     distance = jnp.max(gaps) + 0.5 / (size - spikes)
     return jnp.where(scale > 0, distance, jnp.where(jnp.isnan(scale), jnp.nan, 1.0))
@@ -80,15 +81,19 @@ def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) ->
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     # NumPy multiplies in float64. A float32 product can round to the other side of an integer.
     # Both ends are tables over the number of noise ranks, because that number is traced.
-    first = np.floor(trim * np.arange(size + 1)).astype(np.int32)
-    last = np.maximum(np.floor((1 - trim) * np.arange(size + 1)).astype(np.int32), first + 1)
-    ranks, noise = jnp.arange(size), size - spikes
-    inside = (ranks >= jnp.asarray(first)[noise]) & (ranks < jnp.asarray(last)[noise])
-    inside &= _populated(size, rank)
-    positions = jnp.where(inside, _positions(spectrum, spikes), 0.5)
+    counts = np.arange(size + 1)
+    first = np.floor(trim * counts).astype(np.int32)
+    last = np.maximum(np.floor((1 - trim) * counts).astype(np.int32), first + 1)
+    noise = size - spikes
+    begin, end = jnp.asarray(first)[noise], jnp.asarray(last)[noise]
+    width = int((last - first).max())  # of the longest window: a window has a fixed shape
+    ranks = begin + jnp.arange(width)
+    inside = (ranks < end) & (ranks >= _first_populated(size, rank))
+    positions = jnp.where(inside, (ranks.astype(ratio.dtype) + 0.5) / noise, 0.5)
     quantiles = marchenko_pastur.noise_quantiles(positions, ratio, unit, noise)
     quantiles = jnp.where(inside, quantiles, 0)
-    slope = jnp.sum(quantiles * spectrum.eigenvalues[::-1]) / jnp.sum(quantiles**2)
+    window = lax.dynamic_slice_in_dim(spectrum.eigenvalues[::-1], begin, width)
+    slope = jnp.sum(quantiles * window) / jnp.sum(quantiles**2)
     needed = 1 if rank is None else jnp.where(jnp.asarray(rank) < size, _MIN_RANKS, 1)
     return jnp.where(jnp.sum(inside) >= needed, slope, jnp.nan)
 

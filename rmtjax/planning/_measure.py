@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from rmtjax._axes import MatrixView
+from rmtjax._axes import join_stacks, MatrixView, split_stacks
 from rmtjax._sharding import beside_accelerator
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import above_rounding, count_above
@@ -75,26 +75,36 @@ def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> 
     }
 
 
+def _same_programs(views: Views, values: Mapping[str, Values], fits: Fits) -> list[list[str]]:
+    """Returns the paths of kernels in groups, each of which one program judges."""
+    groups: dict[tuple, list[str]] = {}
+    for path, found in values.items():
+        eigenvalues = found.spectrum.eigenvalues
+        given = fits[path].threshold.dtype if path in fits else None
+        program = eigenvalues.shape[1], eigenvalues.dtype, given, views[path].is_factored
+        groups.setdefault(program, []).append(path)
+    return list(groups.values())
+
+
 def _measure_values(
     views: Views, values: Mapping[str, Values], rule, fits: Fits
 ) -> dict[str, Measurement]:
-    """Judges spectra one by one: each call is dispatched while the one before still runs."""
-    judged = {}
-    with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
-        for path, found in values.items():
-            fit = fits.get(path)
-            given = None if fit is None else jax.tree.map(np.ravel, fit)
-            factored = views[path].is_factored
-            judged[path] = _judge(found.spectrum, given, rule=rule, factored=factored)
-    judged = jax.device_get(judged)
-    return {
-        path: Measurement(
-            found.spectrum,
-            **judged[path],
-            estimated=bool((found.num_exact < views[path].full_rank).any()),
-        )
-        for path, found in values.items()
-    }
+    """Judges spectra, those with as many eigenvalues together."""
+    measured = {}
+    for paths in _same_programs(views, values, fits):
+        spectra = join_stacks([values[path].spectrum for path in paths])
+        given = [jax.tree.map(np.ravel, fits[path]) for path in paths if path in fits]
+        factored = views[paths[0]].is_factored
+        with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
+            judged = _judge(
+                spectra, join_stacks(given) if given else None, rule=rule, factored=factored
+            )
+        parts = split_stacks(jax.device_get(judged), [views[path].stack for path in paths])
+        for path, part in zip(paths, parts, strict=True):
+            spectrum, num_exact = values[path]
+            estimated = bool((num_exact < views[path].full_rank).any())
+            measured[path] = Measurement(spectrum, **part, estimated=estimated)
+    return measured
 
 
 def _decides(measured: Measurement, values: Values) -> bool:

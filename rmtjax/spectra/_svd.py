@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from rmtjax._axes import Factors, is_factors, KernelAxes, MatrixView, to_stack
+from rmtjax._axes import Factors, is_factors, KernelAxes, MatrixView, split_stacks, to_stack
 from rmtjax._sharding import by_compiler, fetch, in_shares, mesh_of, replicating_mesh
 from rmtjax._types import Spectrum
 from rmtjax.spectra._factors import svd
@@ -168,7 +167,5 @@ def compiled_spectra(views: Mapping[str, MatrixView]) -> dict[str, Spectrum]:
         kernels = [jax.tree.map(jnp.asarray, views[path].leaf) for path in paths]
         axes = tuple(views[path].axes for path in paths)
         joined = fetch(_stacked_spectra(kernels, axes=axes, mesh=replicating_mesh(kernels)))
-        ends = np.cumsum([views[path].stack for path in paths])[:-1]
-        parts = zip(*(np.split(array, ends) for array in joined), strict=True)
-        spectra |= {path: Spectrum(*part) for path, part in zip(paths, parts, strict=True)}
+        spectra |= zip(paths, split_stacks(joined, [views[p].stack for p in paths]), strict=True)
     return spectra
