@@ -7,7 +7,6 @@ not decomposed here: squared, their small values would drown in the rounding of 
 """
 
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -79,15 +78,10 @@ def eigenvectors(squares: np.ndarray, first: int, last: int) -> np.ndarray:
     return vectors[:, ::-1].astype(np.float32)
 
 
-@functools.cache  # it looks through all libraries of the process
-def _blas() -> threadpoolctl.ThreadpoolController:
-    return threadpoolctl.ThreadpoolController().select(user_api="blas")
-
-
 @contextlib.contextmanager
 def _one_blas_thread_each() -> Iterator[ThreadPoolExecutor]:
     """Opens a pool of as many threads as BLAS has, and gives BLAS one thread in each."""
-    blas = _blas()
+    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
     limit = lambda: blas.limit(limits=1)
     # Limits are of the whole process. Of two that overlap, the first to end would lift the other.
     with _limiting:

@@ -14,10 +14,11 @@ from helpers.data_files import (
     leave_bare,
     local_archives,
     make_arrays,
+    serve,
     write_idx,
 )
 
-from experiments import _download, _tfds, data
+from experiments import _download, data
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,7 @@ def test_a_silent_server_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(_download, "PATIENCE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls, says nothing
         answer = local_archives(silent.getsockname()[1], make_arrays(1))
-        monkeypatch.setattr(_tfds, "archives", lambda name: answer)
+        serve(monkeypatch, lambda name: answer)
         with pytest.raises(ConnectionError, match=r"can not be reached.*Ways to MNIST"):
             data.load("mnist", source="download")
 

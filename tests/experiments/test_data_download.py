@@ -10,6 +10,7 @@ from helpers.data_files import (
     leave_bare,
     local_archives,
     make_arrays,
+    serve,
     server,
     write_idx,
 )
@@ -30,7 +31,7 @@ def prepared(tmp_path, monkeypatch, capfd):
     """A folder of TFDS with 300 + 300 images, from a download."""
     arrays = make_arrays()
     with server(write_idx(tmp_path / "www", arrays)) as (port, asked):
-        monkeypatch.setattr(_tfds, "archives", lambda name: local_archives(port, arrays))
+        serve(monkeypatch, lambda name: local_archives(port, arrays))
         dataset = data.load("mnist")
         assert [path for command, path in asked if command == "GET"] == [
             f"/{name}.gz" for name in FILES
@@ -128,7 +129,7 @@ def test_tfrecord_is_passed_over_and_a_download_finds_its_place_beside(
         data.load("mnist", source="tfds")
     assert "tfds: " + str(folder) in data.load("mnist", download=False).notes[0]
     with server(tmp_path / "www") as (port, _):
-        monkeypatch.setattr(_tfds, "archives", lambda name: local_archives(port, make_arrays()))
+        serve(monkeypatch, lambda name: local_archives(port, make_arrays()))
         assert_equal(data.load("mnist", source="download"), prepared[1][2:6])
     again = data.load("mnist")
     assert again.source == "tfds"
@@ -139,7 +140,7 @@ def test_tfrecord_is_passed_over_and_a_download_finds_its_place_beside(
 def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch, source):
     write_idx(tmp_path / "www", make_arrays(20))
     with server(tmp_path / "www") as (port, _):
-        monkeypatch.setattr(_tfds, "archives", lambda name: local_archives(port, make_arrays(21)))
+        serve(monkeypatch, lambda name: local_archives(port, make_arrays(21)))
         with pytest.raises(ValueError, match="its sha256 is"):
             data.load("mnist", source=source)
     assert not any((tmp_path / "tfds").iterdir())
@@ -148,7 +149,7 @@ def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch, sour
 def test_a_download_that_fails_is_reported_or_passed_over(tmp_path, monkeypatch):
     (tmp_path / "www").mkdir()
     with server(tmp_path / "www") as (port, _):  # answers 404
-        monkeypatch.setattr(_tfds, "archives", lambda name: local_archives(port, make_arrays(20)))
+        serve(monkeypatch, lambda name: local_archives(port, make_arrays(20)))
         with pytest.raises(ConnectionError, match=r"could not be fetched .*404"):
             data.load("mnist", source="download")
         assert data.load("mnist").source == "sample"
@@ -157,7 +158,7 @@ def test_a_download_that_fails_is_reported_or_passed_over(tmp_path, monkeypatch)
 def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     with server(write_idx(tmp_path / "www", make_arrays(20)), breaks_off=True) as (port, _):
         answer = local_archives(port, make_arrays(20))
-        monkeypatch.setattr(_tfds, "archives", lambda name: answer)
+        serve(monkeypatch, lambda name: answer)
         with pytest.raises(ConnectionError, match="could not be fetched"):
             data.load("mnist", source="download")
     assert not any((tmp_path / "tfds").iterdir())
@@ -166,7 +167,7 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
 def test_a_download_that_can_not_be_kept_is_not_begun(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with server(write_idx(tmp_path / "www", make_arrays(20))) as (port, asked):
-        monkeypatch.setattr(_tfds, "archives", lambda name: local_archives(port, make_arrays(20)))
+        serve(monkeypatch, lambda name: local_archives(port, make_arrays(20)))
         with pytest.raises(FileNotFoundError, match="Nothing can be kept in"):
             data.load("mnist", source="download", data_dir=tmp_path / "file")
         assert all(command == "HEAD" for command, _ in asked)

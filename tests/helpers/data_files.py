@@ -20,6 +20,11 @@ FILES = [
 ]
 
 
+def serve(monkeypatch, archives):
+    """Downloads come from what `archives(name)` returns, as `local_archives` makes it."""
+    monkeypatch.setattr(_tfds, "archives", archives)
+
+
 def leave_bare(monkeypatch, tmp_path):
     """No data, no variables, no net."""
     monkeypatch.delenv("RMTJAX_DATA_DIR", raising=False)
@@ -27,7 +32,7 @@ def leave_bare(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(data, "DEBIAN", {})
     closed = local_archives(closed_port(), make_arrays(1))
-    monkeypatch.setattr(_tfds, "archives", lambda name: closed)
+    serve(monkeypatch, lambda name: closed)
     resolve = socket.getaddrinfo
 
     def resolve_local(host, *args, **kwargs):
