@@ -217,13 +217,8 @@ class MatrixView(KernelLeaf):
         return min(self.short, self.rank or self.short)
 
     def matrices(self) -> Any:
-        """Returns the stack (stack, rows, columns), or `Factors` of stacks.
-
-        JAX arrays stay JAX arrays; everything else becomes a NumPy array.
-        """
-        if is_factors(self.leaf) or isinstance(self.leaf, jax.Array):
-            return to_stack(self.leaf, self.axes)
-        return to_matrices(np.asarray(self.leaf), self.axes)
+        """Returns the stack (stack, rows, columns), or `Factors` of stacks, in JAX."""
+        return to_stack(self.leaf, self.axes)
 
     def from_matrices(self, matrices: Float[Array, "b m n"]) -> Float[Array, "..."]:
         """Returns the dense kernel whose stack of matrices is given."""

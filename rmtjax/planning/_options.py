@@ -5,24 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks, Shrink
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value}.")
-
-
-def _check_batch(batch: int | Mapping[str, int] | None) -> None:
-    by_path = isinstance(batch, Mapping)
-    for path, rows in batch.items() if by_path else [("", batch)] if batch is not None else []:
-        if isinstance(rows, bool) or not hasattr(rows, "__index__") or rows < 1:
-            place = f"[{path!r}]" if by_path else ""
-            raise ValueError(
-                f"`batch{place}` must be an integer of at least 1, got {rows!r}: the rows that a "
-                "kernel multiplies in one call."
-            )
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises ValueError unless a number is an integer of at least `least`."""
+    if isinstance(value, jax.Array):
+        return  # it may be traced, as those that `optax.inject_hyperparams` injects
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
 
 def _check_fits(fits: Any) -> None:
@@ -90,6 +84,9 @@ class PlanOptions:
                 f"`rmtjax.KernelAxes`, got {type(self.axes).__name__}."
             )
         _check_fits({} if self.fits is None else self.fits)
-        _check_batch(self.batch)
         for name in ("min_rank", "multiple", "min_size", "exact_below"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
+        for path, rows in self.batch.items() if isinstance(self.batch, Mapping) else ():
+            check_count(f"batch[{path!r}]", rows)
+        if not (self.batch is None or isinstance(self.batch, Mapping)):
+            check_count("batch", self.batch)

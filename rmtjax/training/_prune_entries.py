@@ -10,8 +10,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._types import Where
+from rmtjax.planning import check_count
 from rmtjax.training._masks import check_share, find_floating, pick, pick_masks, shrink
-from rmtjax.training._updates import check_count, is_due, is_placeholder, moving_kernels, replaced
+from rmtjax.training._updates import is_due, is_placeholder, moving_kernels, replaced
 
 Sparsity = ArrayLike | Callable[[Any], ArrayLike]
 Weights = Mapping[str, ArrayLike] | Callable[[Any], Mapping[str, ArrayLike]]
@@ -94,7 +95,6 @@ def prune_entries(
     Raises:
       ValueError: A number is out of range, `mask` or `weights` is for another tree, or `update` was
         called without `params` or with a kernel that `init` did not get.
-      TypeError: A number of steps is not an integer.
 
     Examples:
       >>> import jax, optax, rmtjax
@@ -114,7 +114,7 @@ def prune_entries(
       Shmalo and Zhang (2023), https://arxiv.org/abs/2310.03165, keep no mask: there, removed
       entries grow again.
     """
-    check_count("every", every, 1)
+    check_count("every", every)
     check_count("start", start, 0)
     if not callable(sparsity):
         check_share(sparsity)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import find_kernels, obstacle
+from rmtjax.planning import check_count, find_kernels, obstacle
 from rmtjax.training._pruning_step import KernelState, prune_if, StepNumbers, StepOptions, unpruned
-from rmtjax.training._updates import check_count, is_due, is_placeholder, moving_kernels, replaced
+from rmtjax.training._updates import is_due, is_placeholder, moving_kernels, replaced
 
 Noise = Literal["first", "refit"]
 Keep = ArrayLike | Callable[[Any], ArrayLike]
@@ -43,16 +43,16 @@ class PruneState(NamedTuple):
 
 def _check(every, start, keep, noise, settled, min_rank, min_size) -> None:
     """Raises an error if an option is out of range. Arrays may be traced and are not checked."""
-    check_count("every", every, 1)
+    check_count("every", every)
     check_count("start", start, 0)
-    check_count("min_rank", min_rank, 1)
+    check_count("min_rank", min_rank)
     if isinstance(min_size, jax.Array):
         raise TypeError(
             "`min_size` must be a Python integer, since it decides which kernels have a state, got "
             "an array. Use optax.inject_hyperparams(prune_spectrum, "
             'static_args=("rule", "min_size", "where", "axes")).'
         )
-    check_count("min_size", min_size, 1)
+    check_count("min_size", min_size)
     if not callable(keep) and not isinstance(keep, jax.Array) and not 0 <= keep <= 1:
         raise ValueError(
             f"`keep` must be in [0, 1] or a schedule, got {keep}: the share of the directions "
@@ -140,7 +140,7 @@ def prune_spectrum(
     Raises:
       ValueError: A number is out of range, or `update` was called without `params` or with a kernel
         that `init` did not get.
-      TypeError: A number of steps is not an integer, or `rule` is not a rank rule.
+      TypeError: `rule` is not a rank rule.
 
     Examples:
       >>> import jax, optax, rmtjax

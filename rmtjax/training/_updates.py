@@ -1,25 +1,13 @@
 """Updates of kernels by path, and the steps at which a transform rewrites them."""
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax.planning import leaves_by_path, map_kernels
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raises an error if a number is not an integer of at least `least`, unless it is traced."""
-    if isinstance(value, jax.Array):
-        return  # injected by `optax.inject_hyperparams`
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be an integer number of steps, got {value!r}.")
-    if operator.index(value) < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def is_due(

@@ -217,9 +217,9 @@ def test_wrong_rows_are_named_with_their_value(value, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     make = partial(rmtjax.plan, {})
     if value is not None:
-        with pytest.raises(ValueError, match=rf"^`batch` must be an integer .* got {value!r}:"):
+        with pytest.raises(ValueError, match=rf"^`batch` must be an integer .* got {value!r}\.$"):
             make(batch=value)
-    with pytest.raises(ValueError, match=rf"^`batch\['kernel'\]` must be .* got {value!r}:"):
+    with pytest.raises(ValueError, match=rf"^`batch\['kernel'\]` must be .* got {value!r}\.$"):
         make(batch={"kernel": value})
 
 
