@@ -14,7 +14,7 @@ from rmtjax.laws import bulk_law, marchenko_pastur
 
 
 class Histogram(NamedTuple):
-    """Holds the bars of a histogram, all of one width.
+    """The bars of a histogram, all of one width.
 
     Attributes:
       counts: Values in each bar, from 0 on. A value on a border counts in the bar on the right.
@@ -63,12 +63,7 @@ def law_curve(
 ) -> tuple[Float[Array, " points"], Float[Array, " points"]]:
     r"""Returns a grid and the density of $\sqrt\lambda$ on it, scaled to the mass of the noise.
 
-    Args:
-      ratio: Aspect ratio of the matrix.
-      size: Number of its eigenvalues, p.
-      spikes: Number of its spikes, K.
-      edge: Upper edge of the fitted bulk.
-      points: Number of points in the grid.
+    `edge` is the upper edge of the bulk that was fitted below the spikes.
     """
     ratio, variance, share = law_left(ratio, size, spikes, edge)
     lower, upper = (jnp.sqrt(end) for end in marchenko_pastur.support(ratio, variance))

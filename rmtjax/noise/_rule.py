@@ -51,13 +51,8 @@ def kept_rank(
 ) -> Int[Array, ""]:
     r"""Returns $r = K + \lfloor keep \cdot (p - K) \rfloor$, or `min_rank` if that is more.
 
-    As in the papers, a kernel keeps its $K$ signal directions and the largest part of the rest.
-
-    Args:
-      num_signal: Number of signal directions $K$.
-      size: Number of directions $p$, which the result never exceeds.
-      keep: Share of the other directions to keep, in [0, 1].
-      min_rank: Lower bound of the result.
+    As in the papers, a kernel keeps its $K$ signal directions of $p$ = `size`, and the largest part
+    of the rest.
     """
     share = jnp.asarray(keep, jnp.float32)  # A bfloat16 has no integers between 256 and 1,000.
     # In float32, 0.7 * 10 may round to just below 7. A thousandth of a rank forgives that.

@@ -50,21 +50,13 @@ def add_costs(costs: Iterable[Cost]) -> Cost:
 
 
 class Product(NamedTuple):
-    """A product that is timed. Kernels with the same one are timed once.
+    """A product that is timed. Kernels with the same one are timed once."""
 
-    Attributes:
-      rows: Rows of the inputs.
-      sides: Inputs and outputs of the kernel, of a stack those of one member.
-      dtype: Of inputs and kernel.
-      lookup: Whether the inputs are indices of its rows, as those of an embedding.
-      ranks: The alternatives: ranks of factors, or None for the dense kernel.
-    """
-
-    rows: int
-    sides: tuple[int, int]
-    dtype: np.dtype
-    lookup: bool
-    ranks: tuple[int | None, ...]
+    rows: int  # of the inputs
+    sides: tuple[int, int]  # inputs and outputs of the kernel, of a stack those of one member
+    dtype: np.dtype  # of inputs and kernel
+    lookup: bool  # whether the inputs are indices of rows, as those of an embedding
+    ranks: tuple[int | None, ...]  # the alternatives: ranks of factors, None for the dense kernel
 
 
 # Milliseconds of each alternative, round by round.
@@ -182,11 +174,8 @@ def weigh(
 ) -> tuple[Cost, str | None]:
     """Returns the cost of a kernel, and why it should not get factors of a rank, or None.
 
-    Args:
-      kernel: The kernel. The matrices of a stack take turns, as under `nn.scan`.
-      rank: That of its factors after the plan; that of `kernel` where its shape stays.
-      rows: Rows in one call; None leaves the time unmeasured.
-      clock: `time_products`, with a memory.
+    The matrices of a stack take turns, as under `nn.scan`. `rank` is that of `kernel` where its
+    shape stays. Without `rows`, the time is not measured.
     """
     is_matrix = isinstance(kernel, MatrixView)
     old_rank = kernel.rank if is_matrix else None

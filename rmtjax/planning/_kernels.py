@@ -85,11 +85,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 def leaves_by_path(
     params: PyTree, chosen: Callable[[str, Any], bool] = lambda path, leaf: True
 ) -> dict[str, Any]:
-    """Returns the chosen leaves of a tree by their paths, `Factors` as one leaf.
-
-    Raises:
-      ValueError: Two of them have the same path.
-    """
+    """Returns the chosen leaves by their paths, `Factors` as one leaf."""
     leaves: dict[str, Any] = {}
     for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors):
         path = path_name(key)
@@ -144,10 +140,8 @@ def _from_mask(mask: PyTree, params: PyTree) -> Callable[[str, Any], bool]:
 def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bool] | None:
     """Returns the function `where(path, leaf)` that any form of `where` stands for.
 
-    Args:
-      where: A function, a regular expression that is searched in paths, or a mask: a tree of
-        booleans with the structure of `params`, or a prefix of it.
-      params: The tree whose leaves are chosen.
+    That is a function, a regular expression that is searched in paths, or a mask: a tree of
+    booleans with the structure of `params`, or a prefix of it.
     """
     if where is None:
         return None
@@ -181,12 +175,8 @@ def find_kernels(
 ) -> dict[str, KernelLeaf]:
     """Returns the kernels of a tree by path, in its order: a `MatrixView` for each matrix.
 
-    Args:
-      params: A tree of arrays or `Factors`.
-      where: Chooses leaves, in any form that `to_predicate` takes. By default those named
-        `kernel` or `embedding`, and those that `axes` names by path.
-      axes: Names the axes of a chosen leaf; None for a leaf that is not a matrix. By default, and
-        for the paths that a dictionary does not have, `guess_axes`.
+    By default, `where` chooses the leaves named `kernel` or `embedding`, and those that `axes`
+    names by path. Without `axes`, and for paths that a dictionary does not have, axes are guessed.
     """
     check_container(params)
     by_path = axes if isinstance(axes, Mapping) else {}

@@ -44,12 +44,6 @@ class Measurement(NamedTuple):
     estimated: bool = False
 
 
-def _unfitted(spectra: Spectrum) -> BulkFit:
-    """Returns the unknown noise of factors: what they have left out cannot be fitted."""
-    nan = jnp.full_like(spectra.ratio, jnp.nan)
-    return BulkFit(nan, nan, nan, nan, num_spikes=jnp.zeros(nan.shape, jnp.int32))
-
-
 def _num_populated(spectrum: Spectrum) -> Int[Array, ""]:
     """Returns how many directions of factors are not zero: what a truncation left."""
     present = jax.vmap(above_rounding, (None, 0))(spectrum, spectrum.eigenvalues)
@@ -59,18 +53,23 @@ def _num_populated(spectrum: Spectrum) -> Int[Array, ""]:
 @partial(jax.jit, static_argnames=("rule", "factored"))
 def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> dict[str, Any]:
     """Returns what a `Measurement` says besides the spectra, by the names of its fields."""
-    if fits is None:
+    if fits is not None:
+        levels = fits
+    elif factored:  # what factors have left out cannot be fitted
+        unknown = jnp.full_like(spectra.ratio, jnp.nan)
+        levels = BulkFit(*[unknown] * 4, num_spikes=jnp.zeros(unknown.shape, jnp.int32))
+    else:
         # One by one on CPU, where `vmap` would let every fit take as long as the slowest.
-        fits = _unfitted(spectra) if factored else each(rule.fit, spectra)
+        levels = each(rule.fit, spectra)
     # A supplied fit came from another spectrum. Recount its spikes on this one.
-    fits = fits._replace(num_spikes=jax.vmap(count_above)(spectra, fits.threshold))
+    levels = levels._replace(num_spikes=jax.vmap(count_above)(spectra, levels.threshold))
     stack, size = spectra.eigenvalues.shape
     full = jnp.full(stack, size, jnp.int32)
     return {
-        "fits": fits,
-        "noisy": jax.vmap(above_rounding)(spectra, fits.variance),
-        "accepted": jax.vmap(rule.accepts)(spectra, fits),
-        "signal": jax.vmap(rule)(spectra, fits),
+        "fits": levels,
+        "noisy": jax.vmap(above_rounding)(spectra, levels.variance),
+        "accepted": jax.vmap(rule.accepts)(spectra, levels),
+        "signal": jax.vmap(rule)(spectra, levels),
         "populated": jax.vmap(_num_populated)(spectra) if factored else full,
     }
 

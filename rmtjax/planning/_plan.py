@@ -90,12 +90,8 @@ def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -
 def _given_fits(
     params: PyTree, fits: Mapping[str, BulkFit] | None, kernels: Mapping[str, KernelLeaf]
 ) -> dict[str, BulkFit]:
-    """Returns the noise levels that are known, as NumPy numbers.
-
-    Raises:
-      ValueError: A path is not in the tree, or a stack has another number of matrices. Either
-        would be fitted anew without a word.
-    """
+    """Returns the noise levels that are known, as NumPy numbers."""
+    # What does not fit the tree is an error. It would be fitted anew without a word.
     unknown = min((fits or {}).keys() - leaves_by_path(params).keys(), default=None)
     if unknown is not None:
         raise ValueError(

@@ -141,17 +141,13 @@ def check_plan_fits(
     *,
     applied: bool = False,
 ) -> None:
-    """Raises an error unless a plan was made for a tree with these leaves.
+    """Raises ValueError unless a plan was made for a tree with these leaves.
 
     Args:
-      plan: The plan.
+      plan: The plan; anything else raises TypeError.
       leaves: Path to array or `Factors`.
       rows: Rows of the plan that must fit; by default those of the kernels that it changes.
       applied: The leaves are those of the tree that the plan makes.
-
-    Raises:
-      TypeError: `plan` is not a plan.
-      ValueError: A kernel that it changes is missing, or has another shape, axes or rank.
     """
     check_plan(plan)
     for path, row in (plan.changes if rows is None else rows).items():
@@ -165,12 +161,7 @@ def check_plan_fits(
 
 
 def planned_views(params: PyTree, plan: Plan) -> dict[str, MatrixView]:
-    """Returns the kernels that a plan changes, in the order of the tree.
-
-    Raises:
-      TypeError: `plan` is not a plan, or `params` not a tree.
-      ValueError: The plan is for another tree.
-    """
+    """Returns the kernels that a plan changes, in the order of the tree it was made for."""
     check_plan(plan)
     check_tree(params)
     leaves, changes = leaves_by_path(params), plan.changes

@@ -56,9 +56,7 @@ def _pad(factors: Factors, view: MatrixView) -> Factors:
 def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tuple[str, Any]]:
     """Yields path and new leaf of each kernel, computed one at a time.
 
-    Args:
-      views: The kernels. A leaf may still be in a file: it is read when it is needed.
-      rows: What is planned for each.
+    A leaf may still be in a file: it is read when it is needed.
     """
     rest = dict(views)
     for path, view in views.items():

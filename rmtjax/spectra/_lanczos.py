@@ -142,10 +142,6 @@ def estimated_spectrum(
     in practice by rounding. The quantiles of the bulk scatter by 0.2 % around one factor that is
     off by as much; their mean is exact.
 
-    Args:
-      matrix: The matrix, of any floating dtype.
-      drawn: How many random numbers to draw.
-
     Returns:
       The spectrum, and how many of its largest eigenvalues are those of the matrix. The others
       are quantiles of the bulk.

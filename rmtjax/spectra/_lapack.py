@@ -197,13 +197,8 @@ def directions(view: MatrixView, rank: int, block: int | None) -> tuple[np.ndarr
     """Returns the first singular directions (u, s, vt) of each matrix of a kernel, in float32.
 
     Vectors of the shorter side are orthonormal; those of the longer side are A v / s. NaN where
-    the kernel is not finite.
-
-    Args:
-      view: The kernel. It is read twice, and not in memory while its last Gram matrix is
-        decomposed.
-      rank: Number of directions.
-      block: Size of the block for subspace iteration, tried first; None for none.
+    the kernel is not finite. With a `block`, subspace iteration is tried first. The kernel is read
+    twice, and is not in memory while its last Gram matrix is decomposed.
     """
 
     def cut(tall, short):

@@ -113,12 +113,7 @@ def _estimate(kernel, *, axes: KernelAxes):
 
 
 def estimated_spectra(views: Views, exact_below: int) -> dict[str, Values]:
-    """Returns estimates of the spectra of large kernels, where these are cheaper.
-
-    Args:
-      views: Kernels by path.
-      exact_below: Kernels with a shorter short side are left out.
-    """
+    """Returns estimates of spectra, from the short side `exact_below` on and where they pay."""
     pays = lambda view: view.short >= exact_below and lanczos_pays(view.short)
     large = {path: view for path, view in views.items() if pays(view) and not view.is_factored}
     estimate = lambda view: fetch(_estimate(jnp.asarray(view.leaf), axes=view.axes))

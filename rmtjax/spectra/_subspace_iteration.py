@@ -154,12 +154,8 @@ def leading_above(matrix: Float[Array, "m n"], least: Float[Array, ""], block: i
     Wanted are those that may be above it, $s_i + \|A^T u_i - s_i v_i\| > least$. Random vectors
     have a part of each direction. A filter of degree d amplifies directions above `least` over
     those that the block leaves out by $(least / s_b)^{2d}$ or more, since $T_n(x) / x^n$ grows.
-    After ten thousandfold amplification none can have been missed.
-
-    Args:
-      matrix: Finite, of float32 or float64.
-      least: The value; positive.
-      block: Directions iterated. If there are as many above `least` it does not converge.
+    After ten thousandfold amplification none can have been missed. If as many as `block` are above
+    `least`, which must be positive, it does not converge.
     """
 
     def goal(state: _State):

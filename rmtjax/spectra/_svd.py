@@ -59,12 +59,8 @@ def _leading_or_first(matrix: Float[Array, "m n"], rank, block: int) -> Vectors:
 def directions(kernel, rank, *, axes: KernelAxes, block: int, iterate: bool) -> Vectors:
     """Returns the first `block` singular directions of each matrix; s is NaN if not finite.
 
-    Args:
-      kernel: An array or `Factors`, whose product is never formed.
-      rank: Directions that must be right; may be traced.
-      axes: What makes the kernel a stack of matrices.
-      block: Number of directions returned, more than `rank`.
-      iterate: Try subspace iteration first.
+    The first `rank` of them are right; it may be traced. Products of `Factors` are never formed.
+    With `iterate`, subspace iteration is tried first.
     """
 
     def find(kernel):
@@ -106,9 +102,7 @@ def _by_squares(matrix: Float[Array, "m n"]) -> Vectors:
 def squares_suffice(s: Float[Array, "b p"], floor: Float[Array, " b"]) -> Bool[Array, " b"]:
     """Returns True for matrices whose directions down to `floor` a Gram matrix distinguishes.
 
-    Args:
-      s: Singular values, descending.
-      floor: A singular value of each matrix. NaN stands for its median: the bulk is to be fitted.
+    A floor of NaN stands for the median of the singular values s: the bulk is to be fitted.
     """
     floor = jnp.where(jnp.isnan(floor), s[:, s.shape[1] // 2], floor)
     return floor >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[:, 0]
