@@ -1,15 +1,14 @@
-"""Opens checkpoints in any layout on disk, and writes .safetensors files."""
+"""Opens checkpoints in any layout on disk, and keeps outputs away from their inputs."""
 
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rmtjax.checkpoint._orbax import open_folder
-from rmtjax.checkpoint._safetensors import (
-    open_file,
-)
-from rmtjax.checkpoint._tensors import Entry as Entry, parse_object, Tensors as Tensors
+from rmtjax.checkpoint._safetensors import open_file
+from rmtjax.checkpoint._tensors import parse_object, reading, Tensors
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -28,16 +27,12 @@ def _find_index(folder: Path) -> Path | None:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Returns the file name of the shard of each tensor, as the index gives it."""
-    try:
+    with reading(path, "an index of shards"):
         if not path.is_file():  # a pipe would never end
             raise ValueError("it is not a regular file")
         shards = parse_object(path.read_bytes()).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
             raise ValueError("it has no `weight_map` of names to files")
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read {str(path)!r}: {error}. Copy or download it again."
-        ) from error
     return shards
 
 
@@ -102,16 +97,12 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
         yield Tensors(folder, "safetensors", entries, metadata, read, files)
 
 
-@contextlib.contextmanager
-def open_tensors(path: str | os.PathLike[str]) -> Iterator[Tensors]:
-    """Opens a checkpoint and reads the entries of its tensors, but no data.
+def open_tensors(path: str | os.PathLike[str]) -> AbstractContextManager[Tensors]:
+    """Opens a checkpoint within a context, and reads the entries of its tensors, but no data.
 
     Args:
       path: A .safetensors file; a folder of such files, with or without an index; the index; or
         a folder that orbax wrote: a tree, or a step with one tree among its items.
-
-    Yields:
-      `Tensors`, which can be read within the context.
 
     Raises:
       ValueError: The file is damaged, hostile or in another format.
@@ -119,15 +110,13 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[Tensors]:
     """
     path = Path(path)
     if path.name.endswith(INDEX):
-        opened = _open_shards(path.parent, path)
-    elif not path.is_dir():
-        opened = open_file(path)
-    elif (index := _find_index(path)) or any(path.glob(f"*{SUFFIX}")):
-        opened = _open_shards(path, index)
-    else:
-        opened = open_folder(path)
-    with opened as tensors:
-        yield tensors
+        return _open_shards(path.parent, path)
+    if not path.is_dir():
+        return open_file(path)
+    index = _find_index(path)
+    if index or any(path.glob(f"*{SUFFIX}")):
+        return _open_shards(path, index)
+    return open_folder(path)
 
 
 def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, Tensors
+from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, reading, Tensors
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
@@ -109,18 +109,6 @@ def _read_tensor(file: BinaryIO, entry: Entry, begin: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Adds the name of the file, and a remedy, to an error."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read {str(path)!r}: {error}. It is damaged or not a .safetensors file: copy "
-            "or download it again."
-        ) from error
-
-
-@contextlib.contextmanager
 def open_file(path: Path) -> Iterator[Tensors]:
     """Opens one .safetensors file, as `open_tensors` describes."""
     if not path.exists():
@@ -129,11 +117,11 @@ def open_file(path: Path) -> Iterator[Tensors]:
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"cannot read {str(path)!r}: it is not a regular file. Give a file.")
     with open(path, "rb") as file:
-        with _naming(path):
+        with reading(path, "a .safetensors file"):
             places, metadata = _read_header(file)
 
         def read(name: str) -> np.ndarray:
-            with _naming(path):
+            with reading(path, "a .safetensors file"):
                 return _read_tensor(file, *places[name])
 
         entries = {name: entry for name, (entry, _) in places.items()}
