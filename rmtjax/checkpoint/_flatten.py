@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors
-from rmtjax.checkpoint._tensor_names import halves
+from rmtjax.checkpoint._tensor_names import named_parts
 from rmtjax.checkpoint._tensors import CODES, Entry
 from rmtjax.planning import path_name
 
@@ -18,10 +18,22 @@ _NUMBERS = {bool: np.bool_, int: np.integer, float: jnp.floating, complex: np.co
 Keys = tuple[str | int, ...]
 
 
+def number_type(leaf: Any) -> type | None:
+    """Returns the type of a Python number; None for anything else."""
+    # `bool` comes first: a boolean is an instance of `int`, too.
+    kinds = () if hasattr(leaf, "dtype") else _NUMBERS
+    return next((kind for kind in kinds if isinstance(leaf, kind)), None)
+
+
+def fits_number(entry: Entry, leaf: Any) -> bool:
+    """Returns True if a leaf is a Python number, and a saved tensor is one number of its kind."""
+    kind = number_type(leaf)
+    return bool(kind and entry.shape == () and jnp.issubdtype(entry.dtype, _NUMBERS[kind]))
+
+
 def _as_array(name: str, leaf: Any) -> Any:
     """Returns a leaf as an array that a checkpoint can hold, a Python number as jax casts it."""
-    if _number_type(leaf) is not None:
-        leaf = jnp.asarray(leaf)
+    leaf = jnp.asarray(leaf) if number_type(leaf) else leaf
     dtype = getattr(leaf, "dtype", type(leaf).__name__)
     if dtype not in CODES:
         raise ValueError(
@@ -29,25 +41,6 @@ def _as_array(name: str, leaf: Any) -> Any:
             "it out, or cast it. Of a random key, take `jax.random.key_data`."
         )
     return leaf
-
-
-def _number_type(leaf: Any) -> type | None:
-    """Returns the type of a Python number; None for anything else."""
-    # `bool` comes first: a boolean is an instance of `int`, too.
-    kinds = () if hasattr(leaf, "dtype") else _NUMBERS
-    return next((kind for kind in kinds if isinstance(leaf, kind)), None)
-
-
-def number_types(tree: PyTree) -> dict[str, type]:
-    """Returns the type of each leaf that is a Python number, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    kinds = {path_name(key_path): _number_type(leaf) for key_path, leaf in leaves}
-    return {path: kind for path, kind in kinds.items() if kind is not None}
-
-
-def is_number(entry: Entry, kind: type) -> bool:
-    """Returns True if a saved tensor is one number of the kind of a Python type."""
-    return entry.shape == () and bool(jnp.issubdtype(entry.dtype, _NUMBERS[kind]))
 
 
 def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:
@@ -65,8 +58,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Key
         key_names = _dictionary_keys(path, key_path)
         if key_names != tuple(path.split("/")):
             keys[path] = key_names
-        parts = zip(halves(path), leaf, strict=True) if is_factors(leaf) else [(path, leaf)]
-        for name, array in parts:
+        for name, array in named_parts(path, leaf).items():
             if name in arrays:
                 raise ValueError(f"two leaves have the path {name!r}: rename one of them.")
             arrays[name] = _as_array(name, array)

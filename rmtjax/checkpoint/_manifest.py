@@ -24,14 +24,14 @@ _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator
 
 
 class Manifest(NamedTuple):
-    """Holds what a checkpoint says of its tensors.
+    """Holds what a checkpoint says of its tensors; None for what it does not say.
 
     Attributes:
-      plan: The plan, without spectra; None if none was saved.
-      rule: The rank rule of all rows in words; None if it is unknown, or there are several.
+      plan: The plan, without spectra.
+      rule: The rank rule of all rows in words; None if there are several.
       versions: Versions of rmtjax and jax that wrote the checkpoint.
-      factors: The paths of kernels that are stored as factors; None if they are not listed.
-      entries: Name to shape and dtype of every tensor; None if they are not listed.
+      factors: The paths of kernels that are stored as factors.
+      entries: Name to shape and dtype of every tensor.
       keys: Path to dictionary keys, for paths that splitting at "/" would not give back: those
         with an integer key, or a key with a slash. None for a path through other nodes than
         dictionaries.
@@ -51,12 +51,8 @@ def _dump_number(number: Any) -> Any:
 
 
 def _dump_fit(fit: BulkFit) -> dict[str, Any]:
-    fields: dict[str, Any] = {"dtype": str(np.asarray(fit.variance).dtype)}
-    for name, value in fit._asdict().items():
-        numbers = np.asarray(value).tolist()
-        several = isinstance(numbers, list)
-        fields[name] = [*map(_dump_number, numbers)] if several else _dump_number(numbers)
-    return fields
+    numbers = {name: np.asarray(value).tolist() for name, value in fit._asdict().items()}
+    return {"dtype": str(np.asarray(fit.variance).dtype), **jax.tree.map(_dump_number, numbers)}
 
 
 def _dump_row(row: LayerPlan) -> dict[str, Any]:
@@ -69,7 +65,7 @@ def _dump_row(row: LayerPlan) -> dict[str, Any]:
         "axes": row.axes and row.axes._asdict(),
         "fit": row.fit and _dump_fit(row.fit),
         "shrink": row.shrink and names.get(row.shrink, str(row.shrink)),
-        "cost": row.cost and {name: _dump_number(n) for name, n in row.cost._asdict().items()},
+        "cost": row.cost and jax.tree.map(_dump_number, row.cost._asdict()),
     }
 
 
@@ -215,7 +211,7 @@ def parse(text: str) -> Manifest:
         ) from error
 
 
-def read_manifest(tensors: Tensors) -> Manifest | None:
-    """Returns the manifest of a checkpoint; None if this package did not write it."""
+def read_manifest(tensors: Tensors) -> Manifest:
+    """Returns the manifest of a checkpoint, which is empty if this package did not write it."""
     text = tensors.metadata.get(KEY)
-    return None if text is None else parse(text)
+    return Manifest(None, None, {}, None, None, {}) if text is None else parse(text)

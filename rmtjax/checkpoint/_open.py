@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from os.path import abspath, realpath
 from pathlib import Path
 
 from rmtjax.checkpoint._orbax import open_folder
@@ -73,10 +74,8 @@ def _check_index(folder: Path, index: Mapping[str, str], shards: Mapping[str, st
 @contextlib.contextmanager
 def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
     """Opens several files as one checkpoint. An index, if there is one, names every tensor."""
-    named = None if index is None else _read_index(index)
-    names = (
-        {path.name for path in folder.glob(f"*{SUFFIX}")} if named is None else {*named.values()}
-    )
+    named = _read_index(index) if index else {}
+    names = {*named.values()} if index else {path.name for path in folder.glob(f"*{SUFFIX}")}
     paths = [_check_shard(folder, name) for name in sorted(names)]
     shards, entries, metadata = {}, {}, {}
     with contextlib.ExitStack() as stack:
@@ -90,10 +89,10 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
                     )
                 shards[name], entries[name] = shard, entry
             metadata |= shard.metadata
-        if named is not None:
+        if index:
             _check_index(folder, named, {name: shard.path.name for name, shard in shards.items()})
         read = lambda name: shards[name].read(name)
-        files = (*paths, *([] if index is None else [index]))
+        files = (*paths, index) if index else (*paths,)
         yield Tensors(folder, "safetensors", entries, metadata, read, files)
 
 
@@ -121,15 +120,11 @@ def open_tensors(path: str | os.PathLike[str]) -> AbstractContextManager[Tensors
 
 def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> None:
     """Raises ValueError if an output would replace the input, or be in its folder."""
-    folder, last = os.path.split(os.path.abspath(path))
+    folder, last = os.path.split(abspath(path))
     # The path as written, without links, and without the links of its folder: a shard may be a
     # link, and so may the folder of the output.
-    places = {
-        Path(folder, last),
-        Path(os.path.realpath(path)),
-        Path(os.path.realpath(folder), last),
-    }
-    sources = {Path(os.path.abspath(tensors.path)), Path(os.path.realpath(tensors.path))}
+    places = {Path(folder, last), Path(realpath(path)), Path(realpath(folder), last)}
+    sources = {Path(abspath(tensors.path)), Path(realpath(tensors.path))}
     inside = any(sources & {place, *place.parents} for place in places)
     same = os.path.exists(path) and any(os.path.samefile(path, file) for file in tensors.files)
     if inside or same:

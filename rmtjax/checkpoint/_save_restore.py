@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors
-from rmtjax.checkpoint._flatten import flatten, is_number, nest, number_types
+from rmtjax.checkpoint._flatten import fits_number, flatten, nest, number_type
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import open_tensors, SUFFIX
 from rmtjax.checkpoint._orbax import save_folder
@@ -117,47 +117,45 @@ def save(
         save_folder(Path(path), nest(full, keys), metadata)
 
 
-def _with_empty(tensors: Tensors, manifest: Manifest | None) -> Tensors:
+def _with_empty(tensors: Tensors, manifest: Manifest) -> Tensors:
     """Returns an orbax folder with the empty arrays that only its manifest has."""
-    if tensors.layout != "orbax" or manifest is None or manifest.entries is None:
-        return tensors
-    empty = {name: entry for name, entry in manifest.entries.items() if 0 in entry.shape}
+    named = manifest.entries if manifest.entries and tensors.layout == "orbax" else {}
+    empty = {name: entry for name, entry in named.items() if 0 in entry.shape}
     read = lambda name: np.empty(*empty[name]) if name in empty else tensors.read(name)
     return dataclasses.replace(tensors, entries={**tensors.entries, **empty}, read=read)
 
 
-def _to_jax(array: np.ndarray, like: Any = None) -> Any:
-    """Returns a jax array of the same dtype, placed as the leaf that it is like."""
+def _like_leaf(array: np.ndarray, leaf: Any) -> Any:
+    """Returns a saved array as a Python number or an array of jax, placed as the leaf."""
+    if kind := number_type(leaf):
+        return kind(array.item())
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array  # of 64 bits, which are switched off in jax
-    sharding = getattr(like, "sharding", None)
+    sharding = getattr(leaf, "sharding", None)
     # An array that was never placed by name may move with the computation, and so may this one.
-    if sharding is None or not getattr(like, "committed", True):
+    if sharding is None or not getattr(leaf, "committed", True):
         return jnp.asarray(array)
     return jax.device_put(array, sharding)
 
 
-def _nest_leaves(leaves: Mapping[str, Any], manifest: Manifest | None) -> PyTree:
+def _nest_leaves(leaves: Mapping[str, Any], manifest: Manifest) -> PyTree:
     """Returns nested dictionaries of the leaves of a file, which are not read yet."""
-    keys = manifest.keys if manifest else {}
-    unknown = next((path for path in leaves if keys.get(path, ()) is None), None)
+    unknown = next((path for path in leaves if manifest.keys.get(path, ()) is None), None)
     if unknown is not None:
         raise ValueError(
             f"not only dictionaries lead to {unknown!r}: give a tree of that form as `like`"
         )
-    return nest(leaves, keys)
+    return nest(leaves, manifest.keys)
 
 
-def _like_entries(
-    arrays: Mapping[str, Any], numbers: Mapping[str, type], entries: Mapping[str, Entry]
-) -> dict[str, Entry]:
-    """Returns the entries that a file must have to fill a tree."""
+def _check_like(like: PyTree, arrays: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+    """Raises ValueError unless a file has the entries that fill a tree, whose arrays are given."""
     wanted = {name: Entry.of(array) for name, array in arrays.items()}
-    # A Python number takes any size of its kind: orbax saves the step of Flax in 64 bits.
-    fitting = [
-        name for name, kind in numbers.items() if name in entries and is_number(entries[name], kind)
-    ]
-    return wanted | {name: entries[name] for name in fitting}
+    for name, leaf in zip(arrays, jax.tree.leaves(like), strict=True):
+        # A Python number takes any size of its kind: orbax saves the step of Flax in 64 bits.
+        if name in entries and fits_number(entries[name], leaf):
+            wanted[name] = entries[name]
+    _check_entries(entries, wanted, "`like`")
 
 
 def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
@@ -191,35 +189,29 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
       >>> restored["Dense_0"]["kernel"].shape
       (3, 2)
     """
-    wanted = None if like is None else flatten(like)[1]
-    numbers = number_types(like)
+    arrays = flatten(like)[1]
     with open_tensors(path) as tensors:
         try:
             manifest = read_manifest(tensors)
             tensors = _with_empty(tensors, manifest)
-            if manifest and manifest.entries is not None:
+            if manifest.entries is not None:
                 _check_entries(tensors.entries, manifest.entries, "its manifest")
             leaves = find_leaves(tensors, manifest)
-            tree = like
-            plan = (manifest and manifest.plan) or Plan()
+            plan = manifest.plan or Plan()
             check_plan_fits(plan, leaves, plan, applied=True)
-            if wanted is None:
-                tree = _nest_leaves(leaves, manifest)
+            if like is None:
+                like = _nest_leaves(leaves, manifest)
+                arrays = {leaf.name: leaf for leaf in jax.tree.leaves(like)}
             else:
-                expected = _like_entries(wanted, numbers, tensors.entries)
-                _check_entries(tensors.entries, expected, "`like`")
+                _check_like(like, arrays, tensors.entries)
         except ValueError as error:
             cause = str(error).rstrip(".")
             raise ValueError(f"cannot restore {os.fspath(path)!r}: {cause}.") from error
-        if wanted is None:
-            return jax.tree.map(lambda leaf: _to_jax(np.asarray(leaf)), tree)
-        arrays = [
-            numbers[name](tensors.read(name).item())
-            if name in numbers
-            else _to_jax(tensors.read(name), leaf)
-            for name, leaf in wanted.items()
+        stored, structure = jax.tree.flatten(like)
+        restored = [
+            _like_leaf(tensors.read(n), leaf) for n, leaf in zip(arrays, stored, strict=True)
         ]
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+    return jax.tree.unflatten(structure, restored)
 
 
 def load_plan(path: FilePath) -> Plan:
@@ -246,7 +238,7 @@ def load_plan(path: FilePath) -> Plan:
     """
     with open_tensors(path) as tensors:
         manifest = read_manifest(tensors)
-    if manifest is None or manifest.plan is None:
+    if manifest.plan is None:
         raise ValueError(
             f"{os.fspath(path)!r} carries no plan: make one by `rmtjax.plan`, and save it with it."
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +12,16 @@ from jax.typing import DTypeLike
 
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest
-from rmtjax.checkpoint._open import (
-    check_target,
-    open_tensors,
-    SUFFIX,
+from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
+from rmtjax.checkpoint._rewrite import (
+    find_outputs,
+    output_manifest,
+    Progress,
+    with_dtype,
+    write_outputs,
 )
-from rmtjax.checkpoint._rewrite import find_outputs, output_manifest, with_dtype, write_outputs
 from rmtjax.checkpoint._safetensors import check_regular, write_tensors
-from rmtjax.checkpoint._tensor_names import choose, find_leaves, tensor_axes
+from rmtjax.checkpoint._tensor_names import check_paths, choose, find_leaves, tensor_axes
 from rmtjax.checkpoint._tensors import KEY
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import make_clock, make_plan, Plan, PlanOptions, rows_by_path
@@ -27,8 +29,6 @@ from rmtjax.report import Report
 
 FilePath = str | os.PathLike[str]
 Mode = Literal["factorize", "truncate"]
-# Called before each step with the number of steps done, the number of all steps, and a path.
-Progress = Callable[[int, int, str], None]
 
 
 def _check_dtype(dtype: Any) -> np.dtype | None:
@@ -48,71 +48,43 @@ def _check_dtype(dtype: Any) -> np.dtype | None:
     return checked
 
 
-class _Steps:
-    """Counts the steps of the work, and reports each before it begins."""
-
-    def __init__(self, progress: Progress | None, total: int):
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, path: str) -> None:
-        if self.progress is not None:
-            self.progress(self.done, self.total, path)
-        self.done += 1
-
-
 def _known_fits(
-    manifest: Manifest | None, leaves: Mapping[str, Any], fits: Mapping[str, BulkFit] | None
+    manifest: Manifest, leaves: Mapping[str, Any], fits: Mapping[str, BulkFit]
 ) -> dict[str, BulkFit]:
     """Returns noise levels by path: the given ones, and those by which kernels were cut before."""
-    unknown = min((fits or {}).keys() - leaves.keys(), default=None)
-    if unknown is not None:
-        raise ValueError(f"`fits` has {unknown!r}, which is not a path of the file.")
+    check_paths("fits", fits, leaves)
     # A kernel that was only kept still has its noise, and is fitted like any other.
-    changes = manifest.plan.changes if manifest and manifest.plan else {}
-    saved = {path: row.fit for path, row in changes.items() if path in leaves}
-    return saved | dict(fits or {})
+    changes = manifest.plan.changes if manifest.plan else {}
+    return {path: row.fit for path, row in changes.items() if path in leaves} | {**fits}
 
 
 def _plan_kernels(
-    kernels: Mapping[str, Any],
-    fits: Mapping[str, BulkFit],
+    leaves: Mapping[str, Any],
+    manifest: Manifest,
     options: PlanOptions,
     dtype: np.dtype | None,
-    step: Callable[[str], None],
+    progress: Progress,
+    later: int = 0,
 ) -> Plan:
-    """Returns the plan of stored kernels, each of which is read alone."""
-    by_path = options.axes if isinstance(options.axes, Mapping) else {}
-    name_axes = options.axes if callable(options.axes) else tensor_axes
+    """Returns the plan of a file, of which each kernel is read alone; `later` steps follow."""
+    kernels = choose(leaves, options.where, options.axes)
+    fits = _known_fits(manifest, leaves, options.fits or {})
     rows = rows_by_path(options.batch, kernels)
+    by_path = options.axes if isinstance(options.axes, Mapping) else {}
+    guess = options.axes if callable(options.axes) else tensor_axes
+    axes = lambda path, leaf: by_path[path] if path in by_path else guess(path, leaf)
     plan, clock = Plan(), make_clock()  # one clock, so that equal products are timed once
-    for path, leaf in kernels.items():
-        step(path)
+    for place, (path, leaf) in enumerate(kernels.items()):
+        progress(place, len(kernels) + later, path)
         alone = dataclasses.replace(
             options,
             where=lambda path, leaf: True,
-            axes={path: by_path[path]} if path in by_path else name_axes,
+            axes=axes,
             fits={path: fits[path]} if path in fits else None,
             batch=rows.get(path),
         )
         plan |= make_plan({path: with_dtype(leaf, dtype)}, alone, clock)
     return plan
-
-
-def analyze_checkpoint(
-    path: FilePath,
-    options: PlanOptions,
-    dtype: DTypeLike | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """Analyzes a checkpoint, as `analyze_file` describes."""
-    checked = _check_dtype(dtype)
-    with open_tensors(path) as tensors:
-        manifest = read_manifest(tensors)
-        leaves = find_leaves(tensors, manifest)
-        kernels = choose(leaves, options.where, options.axes)
-        fits = _known_fits(manifest, leaves, options.fits)
-        step = _Steps(progress, len(kernels))
-        return Report(_plan_kernels(kernels, fits, options, checked, step))
 
 
 def _check_output(out: FilePath) -> None:
@@ -123,37 +95,6 @@ def _check_output(out: FilePath) -> None:
             f"`out` must end in {SUFFIX}, which is what is written, got {os.fspath(out)!r}: "
             f"give {os.fspath(out) + SUFFIX!r}."
         )
-
-
-def compress_checkpoint(
-    path: FilePath,
-    out: FilePath,
-    options: PlanOptions,
-    mode: Mode = "factorize",
-    dtype: DTypeLike | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """Writes a smaller checkpoint, as `compress_file` describes."""
-    if mode not in ("factorize", "truncate"):
-        raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
-    checked = _check_dtype(dtype)
-    with open_tensors(path) as tensors:
-        check_target(tensors, out, "`out`")
-        _check_output(out)
-        manifest = read_manifest(tensors)
-        leaves = find_leaves(tensors, manifest)
-        kernels = choose(leaves, options.where, options.axes)
-        fits = _known_fits(manifest, leaves, options.fits)
-        step = _Steps(progress, len(kernels) + len(leaves))
-        plan = _plan_kernels(kernels, fits, options, checked, step)
-        if mode == "truncate":
-            plan = plan.in_place()
-        outputs = find_outputs(leaves, plan)
-        entries = {name: entry for part in outputs.values() for name, entry in part.items()}
-        text = output_manifest(manifest, plan, options.rule, outputs)
-        arrays = write_outputs(leaves, plan, outputs, checked, step)
-        write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
-    return Report(plan)
 
 
 def analyze_file(
@@ -218,7 +159,11 @@ def analyze_file(
         exact_below=exact_below,
         batch=batch,
     )
-    return analyze_checkpoint(path, options, dtype, progress)
+    checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
+    with open_tensors(path) as tensors:
+        manifest = read_manifest(tensors)
+        leaves = find_leaves(tensors, manifest)
+        return Report(_plan_kernels(leaves, manifest, options, checked, progress))
 
 
 def compress_file(
@@ -285,4 +230,20 @@ def compress_file(
     options = PlanOptions(
         rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
     )
-    return compress_checkpoint(path, out, options, mode, dtype, progress)
+    if mode not in ("factorize", "truncate"):
+        raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
+    checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
+    with open_tensors(path) as tensors:
+        check_target(tensors, out, "`out`")
+        _check_output(out)
+        manifest = read_manifest(tensors)
+        leaves = find_leaves(tensors, manifest)
+        plan = _plan_kernels(leaves, manifest, options, checked, progress, later=len(leaves))
+        if mode == "truncate":
+            plan = plan.in_place()
+        outputs = find_outputs(leaves, plan)
+        entries = {name: entry for part in outputs.values() for name, entry in part.items()}
+        text = output_manifest(manifest, plan, rule, outputs)
+        arrays = write_outputs(leaves, plan, outputs, checked, progress)
+        write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
+    return Report(plan)

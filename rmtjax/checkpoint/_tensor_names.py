@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rmtjax._axes import factored_axes, Factors, kernel_shape, KernelAxes
+from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, KernelAxes
 from rmtjax._types import Axes, Where
 from rmtjax.checkpoint._manifest import Manifest
 from rmtjax.checkpoint._tensors import StoredTensor, Tensors
@@ -75,6 +75,13 @@ def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
     return KernelAxes((0,), tuple(range(1, len(shape))))
 
 
+def check_paths(name: str, option: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError if an option has a path that is not in the file."""
+    unknown = min(option.keys() - leaves.keys(), default=None)
+    if unknown is not None:
+        raise ValueError(f"`{name}` has {unknown!r}, which is not a path of the file.")
+
+
 def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) -> dict[str, Any]:
     """Returns the leaves that are kernels.
 
@@ -82,9 +89,7 @@ def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) ->
       ValueError: There are none, or `where` has a path that is not in the file.
     """
     if isinstance(where, Mapping):
-        unknown = min(where.keys() - leaves.keys(), default=None)
-        if unknown is not None:
-            raise ValueError(f"`where` has {unknown!r}, which is not a path of the file.")
+        check_paths("where", where, leaves)
         where = {path: where.get(path, False) for path in leaves}
     by_path = axes if isinstance(axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel_tensor(path, leaf)
@@ -104,6 +109,11 @@ def halves(path: str) -> tuple[str, str]:
     return f"{path}/left", f"{path}/right"
 
 
+def named_parts(path: str, leaf: Any) -> dict[str, Any]:
+    """Returns the arrays of a leaf by the names of their tensors."""
+    return dict(zip(halves(path), leaf, strict=True)) if is_factors(leaf) else {path: leaf}
+
+
 def check_factors(path: str, factors: Factors) -> None:
     """Raises ValueError if two tensors are not the factors of one kernel."""
     left, right = factors
@@ -120,7 +130,7 @@ def check_factors(path: str, factors: Factors) -> None:
         )
 
 
-def find_leaves(tensors: Tensors, manifest: Manifest | None) -> dict[str, Any]:
+def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     """Returns the leaves of a checkpoint by path, in the order of the file; factors are one leaf.
 
     Each is a `StoredTensor` or `Factors` of two. No data is read.
@@ -131,8 +141,6 @@ def find_leaves(tensors: Tensors, manifest: Manifest | None) -> dict[str, Any]:
     stored: dict[str, Any] = {
         name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()
     }
-    if manifest is None:
-        return stored
     paths = manifest.factors
     if paths is None:  # a manifest may leave the list out, and its plan names the candidates
         paths = [path for path in manifest.plan or () if stored.keys() >= {*halves(path)}]
