@@ -44,11 +44,9 @@ def _as_array(name: str, leaf: Any) -> Any:
 
 
 def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:
-    """Flattens a tree to named arrays.
+    """Returns leaves by path, arrays by name, and the keys of the paths that "/" does not split.
 
-    Returns:
-      Path to array or `Factors`; name to array, where factors have two names; and path to keys
-      for the paths that splitting at "/" would not give back.
+    A leaf is an array or `Factors`, of which each has a name.
     """
     leaves, arrays, keys = {}, {}, {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors):
@@ -68,21 +66,14 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Key
 
 def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
     """Returns the dictionary keys that lead to a leaf; None if other nodes lead there."""
-    # `path_name` leaves out the attribute `value` of a box, so its key is left out as well.
-    boxed = len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value")
-    keys: tuple[Any, ...] = tuple(
-        getattr(key, "key", None) for key in key_path[: len(key_path) - boxed]
-    )
+    # Other nodes have no key, but a name in the path. A box has neither.
+    keys = tuple(key.key for key in key_path if hasattr(key, "key"))
     plain = all(type(key) in (str, int) for key in keys) and "/".join(map(str, keys)) == path
     return keys if plain else None
 
 
 def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str | int, Any]:
-    """Returns nested dictionaries of the leaves. A path without keys is split at "/".
-
-    Raises:
-      ValueError: A path is both a leaf and a dictionary.
-    """
+    """Returns nested dictionaries of the leaves. A path without keys is split at "/"."""
     tree: dict[str | int, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = keys.get(path) or path.split("/")

@@ -24,24 +24,15 @@ _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator
 
 
 class Manifest(NamedTuple):
-    """Holds what a checkpoint says of its tensors; None for what it does not say.
+    """Holds what a checkpoint says of its tensors; None for what it does not say."""
 
-    Attributes:
-      plan: The plan, without spectra.
-      rule: The rank rule of all rows in words; None if there are several.
-      versions: Versions of rmtjax and jax that wrote the checkpoint.
-      factors: The paths of kernels that are stored as factors.
-      entries: Name to shape and dtype of every tensor.
-      keys: Path to dictionary keys, for paths that splitting at "/" would not give back: those
-        with an integer key, or a key with a slash. None for a path through other nodes than
-        dictionaries.
-    """
-
-    plan: Plan | None
-    rule: str | None
-    versions: dict[str, str]
-    factors: tuple[str, ...] | None
-    entries: dict[str, Entry] | None
+    plan: Plan | None  # without spectra
+    rule: str | None  # the rank rule of all rows in words; None if there are several
+    versions: dict[str, str]  # of rmtjax and jax when the checkpoint was written
+    factors: tuple[str, ...] | None  # paths of the kernels that are stored as factors
+    entries: dict[str, Entry] | None  # of every tensor
+    # Dictionary keys of the paths that splitting at "/" would not give back: those with an integer
+    # key, or a key with a slash. None for a path through other nodes than dictionaries.
     keys: dict[str, tuple[str | int, ...] | None]
 
 
@@ -196,11 +187,7 @@ def _parse_fields(fields: Any) -> Manifest:
 
 
 def parse(text: str) -> Manifest:
-    """Parses a manifest.
-
-    Raises:
-      ValueError: The text is malformed, or of a newer format.
-    """
+    """Parses a manifest; raises ValueError if it is malformed, or of a newer format."""
     try:
         return _parse_fields(parse_object(text))
     except (KeyError, TypeError, OverflowError, ValueError) as error:

@@ -25,6 +25,7 @@ from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, readi
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
+Places = dict[str, tuple[Entry, int]]  # of each tensor its entry, and its offset in the file
 
 
 def _parse_entry(name: str, fields: Any) -> tuple[Entry, int, int]:
@@ -57,10 +58,8 @@ def _check_text(*texts: Any) -> None:
             raise ValueError(f"the name {text!r:.50} is not Unicode")
 
 
-def _parse_header(
-    header: bytes, begin: int, size: int
-) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
-    """Returns the entries and offsets of the tensors, in their order, and the metadata."""
+def _parse_header(header: bytes, begin: int, size: int) -> tuple[Places, dict[str, str]]:
+    """Returns the places of the tensors, in their order, and the metadata."""
     fields = parse_object(header)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -79,8 +78,8 @@ def _parse_header(
     return {name: (entry, begin + first) for name, entry, first, _ in places}, metadata
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
-    """Returns the entry of each tensor and its offset in the file, and the metadata."""
+def _read_header(file: BinaryIO) -> tuple[Places, dict[str, str]]:
+    """Returns the places of the tensors, and the metadata."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise ValueError(f"it has {size} bytes, too few for a header")
@@ -191,9 +190,7 @@ def write_tensors(
 ) -> None:
     """Writes a .safetensors file, one tensor at a time. An error leaves the old file in place.
 
-    `arrays` are the names and data of all tensors, in any order. Raises ValueError if the format
-    does not have a dtype, an array does not fit its entry or is missing, or a folder, a device or a
-    pipe is at `path`.
+    `arrays` are the names and data of all tensors, in any order.
     """
     header, offsets = _make_header(entries, metadata)
     check_regular(Path(path), "path")
@@ -203,9 +200,9 @@ def write_tensors(
             array = np.asarray(array, order="C")
             if name not in offsets:
                 raise ValueError(f"`arrays` has {name!r} twice, or `entries` does not have it.")
-            if Entry.of(array) != entries[name]:
-                wrong = Entry.of(array)
-                raise ValueError(f"`arrays` gave {wrong} for {name!r}, not {entries[name]}.")
+            entry = Entry.of(array)
+            if entry != entries[name]:
+                raise ValueError(f"`arrays` gave {entry} for {name!r}, not {entries[name]}.")
             file.seek(offsets.pop(name))
             file.write(array.reshape(-1).view(np.uint8).data)
             del array  # so that its memory is free before the next one is read

@@ -57,7 +57,7 @@ def _check_entries(entries: Mapping[str, Entry], wanted: Mapping[str, Entry], so
     faults += [
         f"{name!r} is {entries[name]}, and {entry} in {source}"
         for name, entry in wanted.items()
-        if name in entries and entries[name] != entry
+        if entries.get(name, entry) != entry
     ]
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""

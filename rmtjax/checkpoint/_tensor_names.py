@@ -38,41 +38,26 @@ def is_moment(name: str) -> bool:
 
 
 def is_kernel_tensor(name: str, leaf: Any) -> bool:
-    """Returns True for Flax's `kernel` and `embedding`, and Torch weights of two axes or more.
-
-    A Torch weight with one axis is the scale of a normalization. The moments of an optimizer are
-    not chosen, although they have the names of kernels.
-    """
-    if is_moment(name):
-        return False
-    if is_kernel(_flax_path(name), leaf):
-        return True
-    return _is_torch(name) and len(kernel_shape(leaf)) >= 2
+    """Returns True for a kernel of Flax or Torch, and not for a moment, which has the same name."""
+    # A Torch weight with one axis is the scale of a normalization.
+    is_torch_kernel = _is_torch(name) and len(kernel_shape(leaf)) >= 2
+    return not is_moment(name) and (is_kernel(_flax_path(name), leaf) or is_torch_kernel)
 
 
 def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
-    """Guesses the axes of a kernel from its name and shape.
+    """Guesses the axes of a kernel from its name and shape; None if it is not a matrix.
 
-    - Flax: as `rmtjax.plan` guesses them. Stacked kernels (`nn.scan`) are not recognized.
-    - Torch: the first axis against all others, as stored, so that factors keep their order:
-      (outputs, inputs), (outputs, inputs, *window). Fused kernels are one matrix: those of
-      q, k and v (3 E, E), of the gates of a recurrent layer (4 H, inputs), GPT-2's `c_attn`.
-
-    Returns:
-      None if the leaf is not a matrix. This is a depthwise or grouped convolution, which Torch
-      stores as (outputs, 1, *window), or a stack. A leaf with three axes counts as a stack if the
-      last one is longer than 16 and the layer's name does not contain "conv".
+    Kernels of Torch keep the order in which they are stored. Fused ones are one matrix: those of q,
+    k and v (3 E, E), of the gates of a recurrent layer (4 H, inputs), GPT-2's `c_attn`.
     """
     shape = kernel_shape(leaf)
     if not _is_torch(name):
         return guess_axes(_flax_path(name), leaf)
     # Every weight of Torch has the same last name, so the name of its layer decides.
     parent = ("", *_flax_path(name).split("/"))[-2].lower()
-    if len(shape) > 2 and shape[1] == 1:
-        return None
-    if len(shape) == 3 and shape[2] > _WINDOW and "conv" not in parent:
-        return None
-    return KernelAxes((0,), tuple(range(1, len(shape))))
+    depthwise = len(shape) > 2 and shape[1] == 1
+    stacked = len(shape) == 3 and shape[2] > _WINDOW and "conv" not in parent
+    return None if depthwise or stacked else KernelAxes((0,), tuple(range(1, len(shape))))
 
 
 def check_paths(name: str, option: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
@@ -83,11 +68,7 @@ def check_paths(name: str, option: Mapping[str, Any], leaves: Mapping[str, Any])
 
 
 def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) -> dict[str, Any]:
-    """Returns the leaves that are kernels.
-
-    Raises:
-      ValueError: There are none, or `where` has a path that is not in the file.
-    """
+    """Returns the leaves that are kernels; raises ValueError if there are none."""
     if isinstance(where, Mapping):
         check_paths("where", where, leaves)
         where = {path: where.get(path, False) for path in leaves}
@@ -131,12 +112,9 @@ def check_factors(path: str, factors: Factors) -> None:
 
 
 def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
-    """Returns the leaves of a checkpoint by path, in the order of the file; factors are one leaf.
+    """Returns the leaves of a checkpoint by path, in the order of the file.
 
-    Each is a `StoredTensor` or `Factors` of two. No data is read.
-
-    Raises:
-      ValueError: A factor that the manifest names is missing, or two tensors are not factors.
+    Each is a `StoredTensor`, or `Factors` of two. Raises ValueError if these do not fit.
     """
     stored: dict[str, Any] = {
         name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()

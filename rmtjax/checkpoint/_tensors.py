@@ -60,23 +60,14 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensors:
-    """An open checkpoint: the entries of its tensors, and a function that reads one tensor.
+    """An open checkpoint: the entries of its tensors, and a function that reads one tensor."""
 
-    Attributes:
-      path: The path that was opened.
-      layout: "safetensors" or "orbax".
-      entries: Name to `Entry`, in the order of the file.
-      metadata: Texts that were saved with the tensors.
-      read: `read(name)` returns one tensor and keeps no reference to it.
-      files: The files that stay open, or the folder that orbax wrote.
-    """
-
-    path: Path
+    path: Path  # that was opened
     layout: Literal["safetensors", "orbax"]
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-    read: Callable[[str], np.ndarray]
-    files: tuple[Path, ...]
+    entries: Mapping[str, Entry]  # in the order of the file
+    metadata: Mapping[str, str]  # texts that were saved with the tensors
+    read: Callable[[str], np.ndarray]  # keeps no reference to the tensor that it returns
+    files: tuple[Path, ...]  # those that stay open, or the folder that orbax wrote
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +102,7 @@ def reading(path: Path, kind: str, errors: type[Exception] = ValueError) -> Iter
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Parses a JSON object strictly, with unique names and finite numbers.
-
-    Raises:
-      ValueError: The text is something else.
-    """
+    """Parses a JSON object with unique names and finite numbers; raises ValueError for others."""
 
     def unique(pairs):
         names = dict(pairs)
