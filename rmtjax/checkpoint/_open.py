@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rmtjax.checkpoint._orbax import open_folder
 from rmtjax.checkpoint._safetensors import open_file
-from rmtjax.checkpoint._tensors import parse_object, reading, Tensors
+from rmtjax.checkpoint._tensors import FilePath, parse_object, reading, Tensors
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -96,7 +96,7 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
         yield Tensors(folder, "safetensors", entries, metadata, read, files)
 
 
-def open_tensors(path: str | os.PathLike[str]) -> AbstractContextManager[Tensors]:
+def open_tensors(path: FilePath) -> AbstractContextManager[Tensors]:
     """Opens a checkpoint within a context, and reads the entries of its tensors, but no data.
 
     Args:
@@ -118,7 +118,7 @@ def open_tensors(path: str | os.PathLike[str]) -> AbstractContextManager[Tensors
     return open_folder(path)
 
 
-def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> None:
+def check_target(tensors: Tensors, path: FilePath, name: str) -> None:
     """Raises ValueError if an output would replace the input, or be in its folder."""
     folder, last = os.path.split(abspath(path))
     # The path as written, without links, and without the links of its folder: a shard may be a

@@ -19,18 +19,15 @@ from rmtjax.planning import path_name
 MAX_RATIO = 2**15
 
 
-def _has_tree(folder: Path) -> bool:
-    return (folder / "_METADATA").is_file()
-
-
 def _find_tree(path: Path) -> Path:
     """Returns the folder of the tree: the given one, or the only tree among the items of a step."""
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    items = [folder for folder in (path, *folders) if _has_tree(folder)]
-    if items[:1] == [path] or len(items) == 1:
+    if (path / "_METADATA").exists():
+        return path
+    items = sorted(file.parent for file in path.glob("*/_METADATA"))
+    if len(items) == 1:
         return items[0]
     # Either several items of one step, or the steps of a run.
-    items = items or [step for step in folders if any(map(_has_tree, step.glob("*")))]
+    items = items or sorted({file.parents[1] for file in path.glob("*/*/_METADATA")})
     if items:
         names = ", ".join(item.name for item in items)
         raise ValueError(
@@ -51,8 +48,11 @@ def _read_texts(folder: Path) -> dict[str, str]:
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
-def _find_arrays(tree: Any, ours: bool) -> dict[str, tuple[Entry, Any]]:
-    """Returns the entry and the keys of each array by path; `ours`: this package saved the tree."""
+def _find_arrays(tree: Any, ours: bool, size: int) -> dict[str, tuple[Entry, Any]]:
+    """Returns the entry and the keys of each array by path.
+
+    `ours`: this package saved the tree; `size`: the bytes of its files.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     # Orbax saves each leaf of an `nnx.State` in a dictionary with the key "value".
     box = jax.tree_util.DictKey("value")
@@ -62,28 +62,18 @@ def _find_arrays(tree: Any, ours: bool) -> dict[str, tuple[Entry, Any]]:
         # Texts and empty nodes are leaves as well.
         if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
             continue
-        name = path_name(key[:-1] if boxed else key)
-        entry = Entry.of(leaf)
+        name, entry = path_name(key[:-1] if boxed else key), Entry.of(leaf)
         if name in arrays:
             raise ValueError(f"two leaves have the path {name!r}")
         if entry.dtype not in CODES:
             raise ValueError(f"{name!r} has dtype {entry.dtype}, none of {[*map(str, CODES)]}")
+        # Checked before the first read: tensorstore ends the process if it cannot allocate a chunk.
+        chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None)
+        for claimed in (entry, entry._replace(shape=tuple(chunk or ()))):
+            if claimed.num_bytes > MAX_RATIO * size:
+                raise ValueError(f"{name!r} claims {claimed}, and all files have {size} bytes")
         arrays[name] = entry, key
     return arrays
-
-
-def _check_sizes(folder: Path, tree: Any) -> None:
-    """Raises ValueError if the files are too small for the arrays, or chunks, that they claim."""
-    # Checked before the first read: tensorstore ends the process if it cannot allocate a chunk.
-    size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-    for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        storage = getattr(leaf, "storage", None)
-        for shape in (getattr(leaf, "shape", None), getattr(storage, "chunk_shape", None)):
-            claimed = Entry(tuple(shape or ()), np.dtype(getattr(leaf, "dtype", None) or np.int8))
-            if claimed.num_bytes > MAX_RATIO * size:
-                raise ValueError(
-                    f"{path_name(key)!r} claims {claimed}, and all files have {size} bytes"
-                )
 
 
 @contextlib.contextmanager
@@ -100,8 +90,8 @@ def open_folder(path: Path) -> Iterator[Tensors]:
         with damaged():
             texts = _read_texts(folder)
             tree = handler.metadata(epath.Path(folder)).tree
-            _check_sizes(folder, tree)
-            leaves = _find_arrays(tree, ours=KEY in texts)
+            size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+            leaves = _find_arrays(tree, KEY in texts, size)
 
         def read(name: str) -> np.ndarray:
             # Placeholders make orbax skip all other leaves.

@@ -18,8 +18,6 @@ from rmtjax.planning import changed_leaves, Factorized, Kept, LayerPlan, Plan
 
 # The tensors that are written, by the path of their leaf and their name.
 Outputs = Mapping[str, Mapping[str, Entry]]
-# Called before each step with the number of steps done, the number of all steps, and a path.
-Progress = Callable[[int, int, str], None]
 
 
 def with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
@@ -73,7 +71,7 @@ def write_outputs(
     plan: Plan,
     outputs: Outputs,
     dtype: np.dtype | None,
-    progress: Progress,
+    progress: Callable[[int, int, str], None],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the data of each tensor that is written, leaf by leaf.
 

@@ -21,7 +21,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, reading, Tensors
+from rmtjax.checkpoint._tensors import (
+    CODES,
+    DTYPES,
+    Entry,
+    FilePath,
+    parse_object,
+    reading,
+    Tensors,
+)
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
@@ -183,7 +191,7 @@ def check_regular(path: Path, name: str) -> None:
 
 
 def write_tensors(
-    path: str | os.PathLike[str],
+    path: FilePath,
     entries: Mapping[str, Entry],
     arrays: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],

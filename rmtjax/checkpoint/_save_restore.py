@@ -18,11 +18,9 @@ from rmtjax.checkpoint._open import open_tensors, SUFFIX
 from rmtjax.checkpoint._orbax import save_folder
 from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensor_names import check_factors, find_leaves, halves, is_moment
-from rmtjax.checkpoint._tensors import Entry, KEY, Tensors
+from rmtjax.checkpoint._tensors import Entry, FilePath, KEY, Tensors
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan_fits, in_factor_layer, Plan
-
-FilePath = str | os.PathLike[str]
 
 
 def _check_addressable(arrays: Mapping[str, Any]) -> None:
@@ -70,19 +68,19 @@ def save(
     """Saves a parameter tree with its plan. After an error, nothing has changed on disk.
 
     Args:
-      path: A name in .safetensors, which replaces an existing file. Any other name is a folder
-        for orbax, which must not exist.
+      path: A name in .safetensors, which replaces an existing file. Any other name is a new folder
+        for orbax.
       params: Nested dictionaries of arrays, dense or factorized. Boxes (`nn.Partitioned`,
-        `nnx.State`) are left out. For a thin nnx model, give `rmtjax.nnx.params(model)`, because
-        the model's state has no `Factors`. Other nodes, such as lists, can be saved, and are
-        restored into a tree that is `like` it. For a file, sharded arrays are gathered one by one.
+        `nnx.State`) are left out. Lists and other nodes are restored only into a tree that is
+        `like` it. Of a thin nnx model give `rmtjax.nnx.params(model)`, because its state has no
+        `Factors`. For a file, sharded arrays are gathered one by one.
       plan: The plan of the tree: decisions, reasons and noise levels.
       rule: The rank rule by which the plan was made, for the record.
 
     Raises:
       ValueError: A leaf is not an array of numbers, or is on devices of several processes. Two
-        leaves have one path. Two factors do not fit, or are single leaves, as in the state of a
-        thin nnx model. The plan is for another tree. The folder exists.
+        leaves have one path. Factors do not fit, or are single leaves. The plan is for another
+        tree. The folder exists.
       TypeError: `plan` is not a plan, or `rule` is not a rank rule.
 
     Examples:
@@ -162,21 +160,18 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
     """Restores a checkpoint completely, or raises an error that names what does not fit.
 
     Args:
-      path: A .safetensors file, a folder of them, or a folder of orbax: written by `save` or
-        `compress_file`, or from elsewhere.
+      path: A .safetensors file, a folder of them, or a folder of orbax, also from elsewhere.
       like: A tree to fill, of arrays or of `jax.ShapeDtypeStruct`, boxed or not. Shapes and dtypes
         must be those that were saved. A sharding of a leaf is used for its array. A Python number
-        is filled with one of its type, if a number of that kind was saved in any size.
+        takes one of its type in any size.
 
     Returns:
       A tree such as `like`. By default nested dictionaries, with names that are split at "/" and
-      not at dots, and with `Factors` for kernels that were saved as factors.
-      The leaves are jax arrays of the dtypes saved. They are NumPy arrays for dtypes of 64 bits,
-      if these are switched off in jax.
+      not at dots, and with `Factors` for kernels that were saved as factors. Leaves are jax arrays
+      of the dtypes saved, or NumPy arrays for 64 bits if these are switched off in jax.
 
     Raises:
-      ValueError: An entry is missing, is not expected, or has another shape or dtype than in the
-        manifest or in `like`. Or the file is damaged.
+      ValueError: The file is damaged, or the manifest or `like` has other names, shapes or dtypes.
       FileNotFoundError: There is nothing at `path`.
 
     Examples:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+FilePath = str | os.PathLike[str]
 KEY = "rmtjax"  # the key of this package in the metadata of a checkpoint
 # The codes of the safetensors format that NumPy can hold, with the dtypes that jax adds to it.
 DTYPES = {

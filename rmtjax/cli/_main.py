@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -112,12 +113,11 @@ def _size(path: str) -> str:
 
 def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options of the plan. A value that no file could have is wrong usage."""
-    options: dict[str, Any] = {"rule": parse_rule(args.rule, args.level, args.trim)}
-    names = ["min_size", "batch", "multiple", "exact_below"]
-    if args.command == "compress":
-        names += ["keep", "min_rank"]
-        options["shrink"] = getattr(shrinkage, args.shrink) if args.shrink else None
-    options |= {name: getattr(args, name) for name in names}
+    names = {field.name for field in dataclasses.fields(PlanOptions)}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    options["rule"] = parse_rule(args.rule, args.level, args.trim)
+    if options.get("shrink"):
+        options["shrink"] = getattr(shrinkage, args.shrink)
     try:
         PlanOptions(**options)
     except (TypeError, ValueError) as error:
