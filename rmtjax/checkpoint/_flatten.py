@@ -76,7 +76,12 @@ def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str
     """Returns nested dictionaries of the leaves. A path without keys is split at "/"."""
     tree: dict[str | int, Any] = {}
     for path, leaf in leaves.items():
-        *parents, last = keys.get(path) or path.split("/")
+        names = keys.get(path, ())
+        if names is None:
+            raise ValueError(
+                f"not only dictionaries lead to {path!r}: give a tree of that form as `like`"
+            )
+        *parents, last = names or path.split("/")
         node = tree
         for key in parents:
             node = node.setdefault(key, {})

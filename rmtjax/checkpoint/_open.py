@@ -99,13 +99,8 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
 def open_tensors(path: FilePath) -> AbstractContextManager[Tensors]:
     """Opens a checkpoint within a context, and reads the entries of its tensors, but no data.
 
-    Args:
-      path: A .safetensors file; a folder of such files, with or without an index; the index; or
-        a folder that orbax wrote: a tree, or a step with one tree among its items.
-
-    Raises:
-      ValueError: The file is damaged, hostile or in another format.
-      FileNotFoundError: There is nothing at `path`.
+    The path is that of a .safetensors file, of an index of such files, or of their folder; or it is
+    a folder that orbax wrote: a tree, or a step with one tree among its items.
     """
     path = Path(path)
     if path.name.endswith(INDEX):

@@ -21,15 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmtjax.checkpoint._tensors import (
-    CODES,
-    DTYPES,
-    Entry,
-    FilePath,
-    parse_object,
-    reading,
-    Tensors,
-)
+from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, reading, Tensors
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
@@ -121,7 +113,7 @@ def open_file(path: Path) -> Iterator[Tensors]:
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {str(path)!r}: give a path that is there.")
     # To open a pipe would wait for a writer, so the check comes first.
-    if not stat.S_ISREG(path.stat().st_mode):
+    if not path.is_file():
         raise ValueError(f"cannot read {str(path)!r}: it is not a regular file. Give a file.")
     with open(path, "rb") as file:
         with reading(path, "a .safetensors file"):
@@ -191,7 +183,7 @@ def check_regular(path: Path, name: str) -> None:
 
 
 def write_tensors(
-    path: FilePath,
+    path: str | os.PathLike[str],
     entries: Mapping[str, Entry],
     arrays: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],

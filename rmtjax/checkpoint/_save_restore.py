@@ -112,7 +112,8 @@ def save(
     else:
         # Orbax does not save empty arrays. The manifest has them, and `restore` makes them anew.
         full = {path: leaf for path, leaf in leaves.items() if is_factors(leaf) or leaf.size}
-        save_folder(Path(path), nest(full, keys), metadata)
+        named = {path: names for path, names in keys.items() if names is not None}
+        save_folder(Path(path), nest(full, named), metadata)
 
 
 def _with_empty(tensors: Tensors, manifest: Manifest) -> Tensors:
@@ -134,16 +135,6 @@ def _like_leaf(array: np.ndarray, leaf: Any) -> Any:
     if sharding is None or not getattr(leaf, "committed", True):
         return jnp.asarray(array)
     return jax.device_put(array, sharding)
-
-
-def _nest_leaves(leaves: Mapping[str, Any], manifest: Manifest) -> PyTree:
-    """Returns nested dictionaries of the leaves of a file, which are not read yet."""
-    unknown = next((path for path in leaves if manifest.keys.get(path, ()) is None), None)
-    if unknown is not None:
-        raise ValueError(
-            f"not only dictionaries lead to {unknown!r}: give a tree of that form as `like`"
-        )
-    return nest(leaves, manifest.keys)
 
 
 def _check_like(like: PyTree, arrays: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
@@ -195,7 +186,7 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
             plan = manifest.plan or Plan()
             check_plan_fits(plan, leaves, plan, applied=True)
             if like is None:
-                like = _nest_leaves(leaves, manifest)
+                like = nest(leaves, manifest.keys)
                 arrays = {leaf.name: leaf for leaf in jax.tree.leaves(like)}
             else:
                 _check_like(like, arrays, tensors.entries)
@@ -213,9 +204,6 @@ def load_plan(path: FilePath) -> Plan:
     """Loads the plan that a checkpoint carries, without its spectra.
 
     Give its noise levels to `rmtjax.plan(params, fits=plan.fits)` to cut the same kernels again.
-
-    Args:
-      path: The path of the checkpoint.
 
     Raises:
       ValueError: There is no plan, or it cannot be read.

@@ -111,8 +111,7 @@ def analyze_file(
         from Flax's names. Torch stores (outputs, inputs, *window): its first axis is taken
         against the others. A stack of Torch kernels needs `axes`. Three axes count as a stack if
         the last is longer than 16 and the layer's name does not contain "conv".
-      fits: As in `rmtjax.plan`. A kernel that `compress_file` has cut is judged by the level in the
-        file.
+      fits: As in `rmtjax.plan`. By default the levels by which `compress_file` has cut kernels.
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
       rule, min_size, exact_below, batch: As in `rmtjax.plan`.
       dtype: float32 or float64, for the computation. By default the dtype of the kernel, but at
