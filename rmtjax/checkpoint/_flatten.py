@@ -33,7 +33,8 @@ def fits_number(entry: Entry, leaf: Any) -> bool:
 
 def _as_array(name: str, leaf: Any) -> Any:
     """Returns a leaf as an array that a checkpoint can hold, a Python number as jax casts it."""
-    leaf = jnp.asarray(leaf) if number_type(leaf) else leaf
+    if number_type(leaf):
+        leaf = jnp.asarray(leaf)
     dtype = getattr(leaf, "dtype", type(leaf).__name__)
     if dtype not in CODES:
         raise ValueError(
@@ -44,9 +45,9 @@ def _as_array(name: str, leaf: Any) -> Any:
 
 
 def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:
-    """Returns leaves by path, arrays by name, and the keys of the paths that "/" does not split.
+    """Returns path to array or `Factors`, name to array, and path to dictionary keys.
 
-    A leaf is an array or `Factors`, of which each has a name.
+    Each factor has a name. Paths that splitting at "/" would give back have no keys.
     """
     leaves, arrays, keys = {}, {}, {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors):
@@ -66,7 +67,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Key
 
 def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
     """Returns the dictionary keys that lead to a leaf; None if other nodes lead there."""
-    # Other nodes have no key, but a name in the path. A box has neither.
+    # Other nodes have a name in the path and no key. A box has neither.
     keys = tuple(key.key for key in key_path if hasattr(key, "key"))
     plain = all(type(key) in (str, int) for key in keys) and "/".join(map(str, keys)) == path
     return keys if plain else None

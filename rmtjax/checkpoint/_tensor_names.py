@@ -38,7 +38,7 @@ def is_moment(name: str) -> bool:
 
 
 def is_kernel_tensor(name: str, leaf: Any) -> bool:
-    """Returns True for a kernel of Flax or Torch, and not for a moment, which has the same name."""
+    """Returns True for a kernel of Flax or Torch, but not for a moment, which ends in its name."""
     # A Torch weight with one axis is the scale of a normalization.
     is_torch_kernel = _is_torch(name) and len(kernel_shape(leaf)) >= 2
     return not is_moment(name) and (is_kernel(_flax_path(name), leaf) or is_torch_kernel)
@@ -55,7 +55,7 @@ def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
         return guess_axes(_flax_path(name), leaf)
     # Every weight of Torch has the same last name, so the name of its layer decides.
     parent = ("", *_flax_path(name).split("/"))[-2].lower()
-    depthwise = len(shape) > 2 and shape[1] == 1
+    depthwise = len(shape) > 2 and shape[1] == 1  # or grouped: (outputs, 1, *window)
     stacked = len(shape) == 3 and shape[2] > _WINDOW and "conv" not in parent
     return None if depthwise or stacked else KernelAxes((0,), tuple(range(1, len(shape))))
 
@@ -114,7 +114,8 @@ def check_factors(path: str, factors: Factors) -> None:
 def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     """Returns the leaves of a checkpoint by path, in the order of the file.
 
-    Each is a `StoredTensor`, or `Factors` of two. Raises ValueError if these do not fit.
+    Each is a `StoredTensor`, or `Factors` of two. Raises ValueError if a factor is missing, or two
+    tensors are not the factors of one kernel.
     """
     stored: dict[str, Any] = {
         name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()
