@@ -42,8 +42,9 @@ def _dump_number(number: Any) -> Any:
 
 
 def _dump_fit(fit: BulkFit) -> dict[str, Any]:
-    numbers = {name: np.asarray(value).tolist() for name, value in fit._asdict().items()}
-    return {"dtype": str(np.asarray(fit.variance).dtype), **jax.tree.map(_dump_number, numbers)}
+    numbers = jax.tree.map(lambda value: np.asarray(value).tolist(), fit)
+    numbers = jax.tree.map(_dump_number, numbers)._asdict()
+    return {"dtype": str(np.asarray(fit.variance).dtype), **numbers}
 
 
 def _dump_row(row: LayerPlan) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _dump_row(row: LayerPlan) -> dict[str, Any]:
         "axes": row.axes and row.axes._asdict(),
         "fit": row.fit and _dump_fit(row.fit),
         "shrink": row.shrink and names.get(row.shrink, str(row.shrink)),
-        "cost": row.cost and jax.tree.map(_dump_number, row.cost._asdict()),
+        "cost": row.cost and jax.tree.map(_dump_number, row.cost)._asdict(),
     }
 
 
@@ -168,22 +169,18 @@ def _parse_fields(fields: Any) -> Manifest:
     # Before anything else: a newer format may have other fields.
     if _check(fields["format"], int) > FORMAT:
         raise ValueError(f"format {fields['format']}, and this rmtjax knows {FORMAT}: upgrade it")
-    plan, entries, factors = fields["plan"], fields["entries"], fields["factors"]
-    if plan is not None:
-        plan = Plan({path: _parse_row(path, row) for path, row in _check(plan, dict).items()})
-    if entries is not None:
-        entries = {name: _parse_entry(row) for name, row in _check(entries, dict).items()}
-    if factors is not None:
-        factors = tuple(_check(path, str) for path in _check(factors, list))
-    versions, keys = _check(fields["versions"], dict), _check(fields["keys"], dict)
-    return Manifest(
-        plan=plan,
-        rule=_check(fields["rule"], str, NoneType),
-        versions={name: _check(text, str) for name, text in versions.items()},
-        factors=factors,
-        entries=entries,
-        keys={path: _parse_keys(path, value) for path, value in keys.items()},
-    )
+    rows = lambda name: _check(fields[name], dict).items()
+    plan = entries = factors = None
+    if fields["plan"] is not None:
+        plan = Plan({path: _parse_row(path, row) for path, row in rows("plan")})
+    if fields["entries"] is not None:
+        entries = {name: _parse_entry(row) for name, row in rows("entries")}
+    if fields["factors"] is not None:
+        factors = tuple(_check(path, str) for path in _check(fields["factors"], list))
+    rule = _check(fields["rule"], str, NoneType)
+    versions = {name: _check(text, str) for name, text in rows("versions")}
+    keys = {path: _parse_keys(path, value) for path, value in rows("keys")}
+    return Manifest(plan, rule, versions, factors, entries, keys)
 
 
 def parse(text: str) -> Manifest:

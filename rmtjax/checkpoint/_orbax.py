@@ -49,12 +49,9 @@ def _read_texts(folder: Path) -> dict[str, str]:
 
 
 def _find_arrays(tree: Any, ours: bool, size: int) -> dict[str, tuple[Entry, Any]]:
-    """Returns the entry and the keys of each array by path.
-
-    `ours`: this package saved the tree; `size`: the bytes of its files.
-    """
+    """Returns the entry and the keys of each array by path; the files have `size` bytes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # Orbax saves each leaf of an `nnx.State` in a dictionary with the key "value".
+    # Orbax saves each leaf of an `nnx.State` in a dictionary with the key "value". We do not.
     box = jax.tree_util.DictKey("value")
     boxed = not ours and all(key[-1:] == (box,) and len(key) > 1 for key, _ in leaves)
     arrays = {}

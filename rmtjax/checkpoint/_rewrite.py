@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtjax._axes import is_factors, MatrixView
+from rmtjax._axes import MatrixView
 from rmtjax.checkpoint._manifest import Manifest, to_json
 from rmtjax.checkpoint._tensor_names import halves, named_parts
 from rmtjax.checkpoint._tensors import Entry
@@ -21,16 +21,14 @@ Outputs = Mapping[str, Mapping[str, Entry]]
 
 
 def with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
-    """Returns a stored leaf that is read in another dtype, if it is floating; factors are read."""
+    """Returns a stored leaf that is read in another dtype, if it is floating."""
 
     def change(part):
         # float8 keeps its dtype, so that the plan reports that it has too few bits.
         floating = jnp.issubdtype(part.dtype, jnp.floating) and part.dtype.itemsize > 1
         return dataclasses.replace(part, dtype=dtype) if dtype and floating else part
 
-    leaf = jax.tree.map(change, leaf)
-    # Factors are small, and needed together.
-    return jax.tree.map(jnp.asarray, leaf) if is_factors(leaf) else leaf
+    return jax.tree.map(change, leaf)
 
 
 def _leaf_outputs(path: str, leaf: Any, row: LayerPlan | None) -> dict[str, Entry]:
