@@ -13,12 +13,7 @@ from rmtjax.checkpoint._manifest import read_manifest as read_manifest
 from rmtjax.checkpoint._open import check_target as check_target, open_tensors as open_tensors
 from rmtjax.checkpoint._safetensors import replacing as replacing
 from rmtjax.checkpoint._save_restore import load_plan as load_plan, restore as restore, save as save
-from rmtjax.checkpoint._stream import (
-    analyze_checkpoint as analyze_checkpoint,
-    analyze_file as analyze_file,
-    compress_checkpoint as compress_checkpoint,
-    compress_file as compress_file,
-)
+from rmtjax.checkpoint._stream import analyze_file as analyze_file, compress_file as compress_file
 from rmtjax.checkpoint._tensor_names import (
     find_leaves as find_leaves,
     is_kernel_tensor as is_kernel_tensor,

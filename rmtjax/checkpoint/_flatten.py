@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors
-from rmtjax.checkpoint._tensor_names import halves
+from rmtjax.checkpoint._tensor_names import named_parts
 from rmtjax.checkpoint._tensors import CODES, Entry
 from rmtjax.planning import path_name
 
@@ -18,9 +18,22 @@ _NUMBERS = {bool: np.bool_, int: np.integer, float: jnp.floating, complex: np.co
 Keys = tuple[str | int, ...]
 
 
+def number_type(leaf: Any) -> type | None:
+    """Returns the type of a Python number; None for anything else."""
+    # `bool` comes first: a boolean is an instance of `int`, too.
+    kinds = () if hasattr(leaf, "dtype") else _NUMBERS
+    return next((kind for kind in kinds if isinstance(leaf, kind)), None)
+
+
+def fits_number(entry: Entry, leaf: Any) -> bool:
+    """Returns True if a leaf is a Python number, and a saved tensor is one number of its kind."""
+    kind = number_type(leaf)
+    return bool(kind and entry.shape == () and jnp.issubdtype(entry.dtype, _NUMBERS[kind]))
+
+
 def _as_array(name: str, leaf: Any) -> Any:
     """Returns a leaf as an array that a checkpoint can hold, a Python number as jax casts it."""
-    if _number_type(leaf) is not None:
+    if number_type(leaf):
         leaf = jnp.asarray(leaf)
     dtype = getattr(leaf, "dtype", type(leaf).__name__)
     if dtype not in CODES:
@@ -31,31 +44,10 @@ def _as_array(name: str, leaf: Any) -> Any:
     return leaf
 
 
-def _number_type(leaf: Any) -> type | None:
-    """Returns the type of a Python number; None for anything else."""
-    # `bool` comes first: a boolean is an instance of `int`, too.
-    kinds = () if hasattr(leaf, "dtype") else _NUMBERS
-    return next((kind for kind in kinds if isinstance(leaf, kind)), None)
-
-
-def number_types(tree: PyTree) -> dict[str, type]:
-    """Returns the type of each leaf that is a Python number, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    kinds = {path_name(key_path): _number_type(leaf) for key_path, leaf in leaves}
-    return {path: kind for path, kind in kinds.items() if kind is not None}
-
-
-def is_number(entry: Entry, kind: type) -> bool:
-    """Returns True if a saved tensor is one number of the kind of a Python type."""
-    return entry.shape == () and bool(jnp.issubdtype(entry.dtype, _NUMBERS[kind]))
-
-
 def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:
-    """Flattens a tree to named arrays.
+    """Returns path to array or `Factors`, name to array, and path to dictionary keys.
 
-    Returns:
-      Path to array or `Factors`; name to array, where factors have two names; and path to keys
-      for the paths that splitting at "/" would not give back.
+    Each factor has a name. Paths that splitting at "/" would give back have no keys.
     """
     leaves, arrays, keys = {}, {}, {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors):
@@ -65,8 +57,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Key
         key_names = _dictionary_keys(path, key_path)
         if key_names != tuple(path.split("/")):
             keys[path] = key_names
-        parts = zip(halves(path), leaf, strict=True) if is_factors(leaf) else [(path, leaf)]
-        for name, array in parts:
+        for name, array in named_parts(path, leaf).items():
             if name in arrays:
                 raise ValueError(f"two leaves have the path {name!r}: rename one of them.")
             arrays[name] = _as_array(name, array)
@@ -76,24 +67,22 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Key
 
 def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
     """Returns the dictionary keys that lead to a leaf; None if other nodes lead there."""
-    # `path_name` leaves out the attribute `value` of a box, so its key is left out as well.
-    boxed = len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value")
-    keys: tuple[Any, ...] = tuple(
-        getattr(key, "key", None) for key in key_path[: len(key_path) - boxed]
-    )
+    # Other nodes have a name in the path and no key. A box has neither.
+    keys = tuple(key.key for key in key_path if hasattr(key, "key"))
     plain = all(type(key) in (str, int) for key in keys) and "/".join(map(str, keys)) == path
     return keys if plain else None
 
 
 def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str | int, Any]:
-    """Returns nested dictionaries of the leaves. A path without keys is split at "/".
-
-    Raises:
-      ValueError: A path is both a leaf and a dictionary.
-    """
+    """Returns nested dictionaries of the leaves. A path without keys is split at "/"."""
     tree: dict[str | int, Any] = {}
     for path, leaf in leaves.items():
-        *parents, last = keys.get(path) or path.split("/")
+        names = keys.get(path, ())
+        if names is None:
+            raise ValueError(
+                f"not only dictionaries lead to {path!r}: give a tree of that form as `like`"
+            )
+        *parents, last = names or path.split("/")
         node = tree
         for key in parents:
             node = node.setdefault(key, {})

@@ -24,24 +24,15 @@ _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator
 
 
 class Manifest(NamedTuple):
-    """Holds what a checkpoint says of its tensors.
+    """Holds what a checkpoint says of its tensors; None for what it does not say."""
 
-    Attributes:
-      plan: The plan, without spectra; None if none was saved.
-      rule: The rank rule of all rows in words; None if it is unknown, or there are several.
-      versions: Versions of rmtjax and jax that wrote the checkpoint.
-      factors: The paths of kernels that are stored as factors; None if they are not listed.
-      entries: Name to shape and dtype of every tensor; None if they are not listed.
-      keys: Path to dictionary keys, for paths that splitting at "/" would not give back: those
-        with an integer key, or a key with a slash. None for a path through other nodes than
-        dictionaries.
-    """
-
-    plan: Plan | None
-    rule: str | None
-    versions: dict[str, str]
-    factors: tuple[str, ...] | None
-    entries: dict[str, Entry] | None
+    plan: Plan | None  # without spectra
+    rule: str | None  # the rank rule of all rows in words; None if there are several
+    versions: dict[str, str]  # of rmtjax and jax when the checkpoint was written
+    factors: tuple[str, ...] | None  # paths of the kernels that are stored as factors
+    entries: dict[str, Entry] | None  # of every tensor
+    # Dictionary keys of the paths that splitting at "/" would not give back: those with an integer
+    # key, or a key with a slash. None for a path through other nodes than dictionaries.
     keys: dict[str, tuple[str | int, ...] | None]
 
 
@@ -51,12 +42,9 @@ def _dump_number(number: Any) -> Any:
 
 
 def _dump_fit(fit: BulkFit) -> dict[str, Any]:
-    fields: dict[str, Any] = {"dtype": str(np.asarray(fit.variance).dtype)}
-    for name, value in fit._asdict().items():
-        numbers = np.asarray(value).tolist()
-        several = isinstance(numbers, list)
-        fields[name] = [*map(_dump_number, numbers)] if several else _dump_number(numbers)
-    return fields
+    numbers = jax.tree.map(lambda value: np.asarray(value).tolist(), fit)
+    numbers = jax.tree.map(_dump_number, numbers)._asdict()
+    return {"dtype": str(np.asarray(fit.variance).dtype), **numbers}
 
 
 def _dump_row(row: LayerPlan) -> dict[str, Any]:
@@ -69,7 +57,7 @@ def _dump_row(row: LayerPlan) -> dict[str, Any]:
         "axes": row.axes and row.axes._asdict(),
         "fit": row.fit and _dump_fit(row.fit),
         "shrink": row.shrink and names.get(row.shrink, str(row.shrink)),
-        "cost": row.cost and {name: _dump_number(n) for name, n in row.cost._asdict().items()},
+        "cost": row.cost and jax.tree.map(_dump_number, row.cost)._asdict(),
     }
 
 
@@ -181,30 +169,22 @@ def _parse_fields(fields: Any) -> Manifest:
     # Before anything else: a newer format may have other fields.
     if _check(fields["format"], int) > FORMAT:
         raise ValueError(f"format {fields['format']}, and this rmtjax knows {FORMAT}: upgrade it")
-    plan, entries, factors = fields["plan"], fields["entries"], fields["factors"]
-    if plan is not None:
-        plan = Plan({path: _parse_row(path, row) for path, row in _check(plan, dict).items()})
-    if entries is not None:
-        entries = {name: _parse_entry(row) for name, row in _check(entries, dict).items()}
-    if factors is not None:
-        factors = tuple(_check(path, str) for path in _check(factors, list))
-    versions, keys = _check(fields["versions"], dict), _check(fields["keys"], dict)
-    return Manifest(
-        plan=plan,
-        rule=_check(fields["rule"], str, NoneType),
-        versions={name: _check(text, str) for name, text in versions.items()},
-        factors=factors,
-        entries=entries,
-        keys={path: _parse_keys(path, value) for path, value in keys.items()},
-    )
+    rows = lambda name: _check(fields[name], dict).items()
+    plan = entries = factors = None
+    if fields["plan"] is not None:
+        plan = Plan({path: _parse_row(path, row) for path, row in rows("plan")})
+    if fields["entries"] is not None:
+        entries = {name: _parse_entry(row) for name, row in rows("entries")}
+    if fields["factors"] is not None:
+        factors = tuple(_check(path, str) for path in _check(fields["factors"], list))
+    rule = _check(fields["rule"], str, NoneType)
+    versions = {name: _check(text, str) for name, text in rows("versions")}
+    keys = {path: _parse_keys(path, value) for path, value in rows("keys")}
+    return Manifest(plan, rule, versions, factors, entries, keys)
 
 
 def parse(text: str) -> Manifest:
-    """Parses a manifest.
-
-    Raises:
-      ValueError: The text is malformed, or of a newer format.
-    """
+    """Parses a manifest; raises ValueError if it is malformed, or of a newer format."""
     try:
         return _parse_fields(parse_object(text))
     except (KeyError, TypeError, OverflowError, ValueError) as error:
@@ -215,7 +195,7 @@ def parse(text: str) -> Manifest:
         ) from error
 
 
-def read_manifest(tensors: Tensors) -> Manifest | None:
-    """Returns the manifest of a checkpoint; None if this package did not write it."""
+def read_manifest(tensors: Tensors) -> Manifest:
+    """Returns the manifest of a checkpoint, which is empty if this package did not write it."""
     text = tensors.metadata.get(KEY)
-    return None if text is None else parse(text)
+    return Manifest(None, None, {}, None, None, {}) if text is None else parse(text)

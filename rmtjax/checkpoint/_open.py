@@ -1,15 +1,15 @@
-"""Opens checkpoints in any layout on disk, and writes .safetensors files."""
+"""Opens checkpoints in any layout on disk, and keeps outputs away from their inputs."""
 
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from os.path import abspath, realpath
 from pathlib import Path
 
 from rmtjax.checkpoint._orbax import open_folder
-from rmtjax.checkpoint._safetensors import (
-    open_file,
-)
-from rmtjax.checkpoint._tensors import Entry as Entry, parse_object, Tensors as Tensors
+from rmtjax.checkpoint._safetensors import open_file
+from rmtjax.checkpoint._tensors import FilePath, parse_object, reading, Tensors
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -28,16 +28,12 @@ def _find_index(folder: Path) -> Path | None:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Returns the file name of the shard of each tensor, as the index gives it."""
-    try:
+    with reading(path, "an index of shards"):
         if not path.is_file():  # a pipe would never end
             raise ValueError("it is not a regular file")
         shards = parse_object(path.read_bytes()).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
             raise ValueError("it has no `weight_map` of names to files")
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read {str(path)!r}: {error}. Copy or download it again."
-        ) from error
     return shards
 
 
@@ -78,10 +74,8 @@ def _check_index(folder: Path, index: Mapping[str, str], shards: Mapping[str, st
 @contextlib.contextmanager
 def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
     """Opens several files as one checkpoint. An index, if there is one, names every tensor."""
-    named = None if index is None else _read_index(index)
-    names = (
-        {path.name for path in folder.glob(f"*{SUFFIX}")} if named is None else {*named.values()}
-    )
+    named = _read_index(index) if index else {}
+    names = {*named.values()} if index else {path.name for path in folder.glob(f"*{SUFFIX}")}
     paths = [_check_shard(folder, name) for name in sorted(names)]
     shards, entries, metadata = {}, {}, {}
     with contextlib.ExitStack() as stack:
@@ -95,52 +89,37 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
                     )
                 shards[name], entries[name] = shard, entry
             metadata |= shard.metadata
-        if named is not None:
+        if index:
             _check_index(folder, named, {name: shard.path.name for name, shard in shards.items()})
         read = lambda name: shards[name].read(name)
-        files = (*paths, *([] if index is None else [index]))
+        files = (*paths, index) if index else (*paths,)
         yield Tensors(folder, "safetensors", entries, metadata, read, files)
 
 
-@contextlib.contextmanager
-def open_tensors(path: str | os.PathLike[str]) -> Iterator[Tensors]:
-    """Opens a checkpoint and reads the entries of its tensors, but no data.
+def open_tensors(path: FilePath) -> AbstractContextManager[Tensors]:
+    """Opens a checkpoint within a context, and reads the entries of its tensors, but no data.
 
-    Args:
-      path: A .safetensors file; a folder of such files, with or without an index; the index; or
-        a folder that orbax wrote: a tree, or a step with one tree among its items.
-
-    Yields:
-      `Tensors`, which can be read within the context.
-
-    Raises:
-      ValueError: The file is damaged, hostile or in another format.
-      FileNotFoundError: There is nothing at `path`.
+    The path is that of a .safetensors file, of an index of such files, or of their folder; or it is
+    a folder that orbax wrote: a tree, or a step with one tree among its items.
     """
     path = Path(path)
     if path.name.endswith(INDEX):
-        opened = _open_shards(path.parent, path)
-    elif not path.is_dir():
-        opened = open_file(path)
-    elif (index := _find_index(path)) or any(path.glob(f"*{SUFFIX}")):
-        opened = _open_shards(path, index)
-    else:
-        opened = open_folder(path)
-    with opened as tensors:
-        yield tensors
+        return _open_shards(path.parent, path)
+    if not path.is_dir():
+        return open_file(path)
+    index = _find_index(path)
+    if index or any(path.glob(f"*{SUFFIX}")):
+        return _open_shards(path, index)
+    return open_folder(path)
 
 
-def check_target(tensors: Tensors, path: str | os.PathLike[str], name: str) -> None:
+def check_target(tensors: Tensors, path: FilePath, name: str) -> None:
     """Raises ValueError if an output would replace the input, or be in its folder."""
-    folder, last = os.path.split(os.path.abspath(path))
+    folder, last = os.path.split(abspath(path))
     # The path as written, without links, and without the links of its folder: a shard may be a
     # link, and so may the folder of the output.
-    places = {
-        Path(folder, last),
-        Path(os.path.realpath(path)),
-        Path(os.path.realpath(folder), last),
-    }
-    sources = {Path(os.path.abspath(tensors.path)), Path(os.path.realpath(tensors.path))}
+    places = {Path(folder, last), Path(realpath(path)), Path(realpath(folder), last)}
+    sources = {Path(abspath(tensors.path)), Path(realpath(tensors.path))}
     inside = any(sources & {place, *place.parents} for place in places)
     same = os.path.exists(path) and any(os.path.samefile(path, file) for file in tensors.files)
     if inside or same:

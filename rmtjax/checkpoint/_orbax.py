@@ -1,6 +1,7 @@
 """Reads the leaves of a folder that orbax wrote, one at a time, and writes such folders."""
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections import Counter
@@ -11,25 +12,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from rmtjax.checkpoint._tensors import CODES, Entry, KEY, parse_object, Tensors
+from rmtjax.checkpoint._tensors import CODES, Entry, KEY, parse_object, reading, Tensors
 from rmtjax.planning import path_name
 
 # Orbax compresses with zstd, of which a block of 4 bytes or more holds at most 128 KiB.
 MAX_RATIO = 2**15
 
 
-def _has_tree(folder: Path) -> bool:
-    return (folder / "_METADATA").is_file()
-
-
 def _find_tree(path: Path) -> Path:
     """Returns the folder of the tree: the given one, or the only tree among the items of a step."""
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    items = [folder for folder in (path, *folders) if _has_tree(folder)]
-    if items[:1] == [path] or len(items) == 1:
+    if (path / "_METADATA").exists():
+        return path
+    items = sorted(file.parent for file in path.glob("*/_METADATA"))
+    if len(items) == 1:
         return items[0]
     # Either several items of one step, or the steps of a run.
-    items = items or [step for step in folders if any(map(_has_tree, step.glob("*")))]
+    items = items or sorted({file.parents[1] for file in path.glob("*/*/_METADATA")})
     if items:
         names = ", ".join(item.name for item in items)
         raise ValueError(
@@ -41,19 +39,6 @@ def _find_tree(path: Path) -> Path:
     )
 
 
-@contextlib.contextmanager
-def _naming(folder: os.PathLike[str]) -> Iterator[None]:
-    """Turns any error of orbax into one ValueError that names the folder."""
-    try:
-        yield
-    # Damaged files make orbax, tensorstore and JSON raise errors of many types.
-    except Exception as error:
-        raise ValueError(
-            f"cannot read {os.fspath(folder)!r}: {error}. It is damaged or not a checkpoint of "
-            "orbax: copy it again."
-        ) from error
-
-
 def _read_texts(folder: Path) -> dict[str, str]:
     """Returns the texts that were saved with a tree."""
     # Not by orbax: from a damaged file it returns no texts, and no error.
@@ -63,10 +48,10 @@ def _read_texts(folder: Path) -> dict[str, str]:
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
-def _find_arrays(tree: Any, ours: bool) -> dict[str, tuple[Entry, Any]]:
-    """Returns the entry and the keys of each array by path; `ours`: this package saved the tree."""
+def _find_arrays(tree: Any, ours: bool, size: int) -> dict[str, tuple[Entry, Any]]:
+    """Returns the entry and the keys of each array by path; the files have `size` bytes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # Orbax saves each leaf of an `nnx.State` in a dictionary with the key "value".
+    # Orbax saves each leaf of an `nnx.State` in a dictionary with the key "value". We do not.
     box = jax.tree_util.DictKey("value")
     boxed = not ours and all(key[-1:] == (box,) and len(key) > 1 for key, _ in leaves)
     arrays = {}
@@ -74,29 +59,18 @@ def _find_arrays(tree: Any, ours: bool) -> dict[str, tuple[Entry, Any]]:
         # Texts and empty nodes are leaves as well.
         if getattr(leaf, "shape", None) is None or getattr(leaf, "dtype", None) is None:
             continue
-        name = path_name(key[:-1] if boxed else key)
-        entry = Entry(tuple(map(int, leaf.shape)), np.dtype(leaf.dtype))
+        name, entry = path_name(key[:-1] if boxed else key), Entry.of(leaf)
         if name in arrays:
             raise ValueError(f"two leaves have the path {name!r}")
         if entry.dtype not in CODES:
             raise ValueError(f"{name!r} has dtype {entry.dtype}, none of {[*map(str, CODES)]}")
+        # Checked before the first read: tensorstore ends the process if it cannot allocate a chunk.
+        chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None)
+        for claimed in (entry, entry._replace(shape=tuple(chunk or ()))):
+            if claimed.num_bytes > MAX_RATIO * size:
+                raise ValueError(f"{name!r} claims {claimed}, and all files have {size} bytes")
         arrays[name] = entry, key
     return arrays
-
-
-def _check_sizes(folder: os.PathLike[str], tree: Any) -> None:
-    """Raises ValueError if the files are too small for the arrays, or chunks, that they claim."""
-    # Checked before the first read: tensorstore ends the process if it cannot allocate a chunk.
-    files = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
-    size = sum(os.lstat(file).st_size for file in files)
-    for key, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        storage = getattr(leaf, "storage", None)
-        for shape in (getattr(leaf, "shape", None), getattr(storage, "chunk_shape", None)):
-            claimed = Entry(tuple(shape or ()), np.dtype(getattr(leaf, "dtype", None) or np.int8))
-            if claimed.num_bytes > MAX_RATIO * size:
-                raise ValueError(
-                    f"{path_name(key)!r} claims {claimed}, and all files have {size} bytes"
-                )
 
 
 @contextlib.contextmanager
@@ -106,14 +80,15 @@ def open_folder(path: Path) -> Iterator[Tensors]:
     import orbax.checkpoint as ocp
     from etils import epath  # the paths of orbax
 
-    folder = epath.Path(_find_tree(path.absolute()))
+    folder = _find_tree(path.absolute())
+    # Damaged files make orbax, tensorstore and JSON raise errors of many types.
+    damaged = functools.partial(reading, folder, "a checkpoint of orbax", Exception)
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        with _naming(folder):
-            texts = _read_texts(Path(folder))
-            tree = handler.metadata(folder).tree
-            _check_sizes(folder, tree)
-            leaves = _find_arrays(tree, ours=KEY in texts)
-            entries = {name: entry for name, (entry, _) in leaves.items()}
+        with damaged():
+            texts = _read_texts(folder)
+            tree = handler.metadata(epath.Path(folder)).tree
+            size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+            leaves = _find_arrays(tree, KEY in texts, size)
 
         def read(name: str) -> np.ndarray:
             # Placeholders make orbax skip all other leaves.
@@ -122,23 +97,16 @@ def open_folder(path: Path) -> Iterator[Tensors]:
                 lambda key, leaf: leaf if key == wanted else ocp.PLACEHOLDER, tree
             )
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            with _naming(folder):
+            with damaged():
                 args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy)
-                restored = jax.tree.leaves(handler.restore(folder, args=args))
+                restored = jax.tree.leaves(handler.restore(epath.Path(folder), args=args))
                 array = np.asarray(next(leaf for leaf in restored if leaf is not ocp.PLACEHOLDER))
-                if Entry(array.shape, array.dtype) != entry:
+                if Entry.of(array) != entry:
                     raise ValueError(f"{name!r} is not {entry}")
             return array
 
+        entries = {name: entry for name, (entry, _) in leaves.items()}
         yield Tensors(path, "orbax", entries, texts, read, (path,))
-
-
-def _check_names(tree: Any) -> None:
-    """Raises ValueError if orbax, which joins keys with dots, would give two leaves one name."""
-    keys = [key for key, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    names = Counter(jax.tree_util.keystr(key, simple=True, separator=".") for key in keys)
-    for name in names - Counter([*names]):
-        raise ValueError(f"two leaves would be {name!r} for orbax: rename a key with a dot.")
 
 
 def save_folder(path: Path, tree: Any, metadata: Mapping[str, str]) -> None:
@@ -148,7 +116,10 @@ def save_folder(path: Path, tree: Any, metadata: Mapping[str, str]) -> None:
     path = path.absolute()
     if path.exists():
         raise ValueError(f"`path` {str(path)!r} exists: remove it first, or give another one.")
-    _check_names(tree)
+    keys = [key for key, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    names = Counter(jax.tree_util.keystr(key, simple=True, separator=".") for key in keys)
+    for name in names - Counter([*names]):
+        raise ValueError(f"two leaves would be {name!r} for orbax: rename a key with a dot.")
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary,
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmtjax._axes import is_factors, MatrixView
+from rmtjax._axes import MatrixView
 from rmtjax.checkpoint._manifest import Manifest, to_json
-from rmtjax.checkpoint._tensor_names import halves
+from rmtjax.checkpoint._tensor_names import halves, named_parts
 from rmtjax.checkpoint._tensors import Entry
 from rmtjax.noise import ranks
 from rmtjax.planning import changed_leaves, Factorized, Kept, LayerPlan, Plan
@@ -21,31 +21,27 @@ Outputs = Mapping[str, Mapping[str, Entry]]
 
 
 def with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
-    """Returns a stored leaf that is read in another dtype, if it is floating; factors are read."""
+    """Returns a stored leaf that is read in another dtype, if it is floating."""
 
     def change(part):
         # float8 keeps its dtype, so that the plan reports that it has too few bits.
         floating = jnp.issubdtype(part.dtype, jnp.floating) and part.dtype.itemsize > 1
         return dataclasses.replace(part, dtype=dtype) if dtype and floating else part
 
-    leaf = jax.tree.map(change, leaf)
-    # Factors are small, and needed together.
-    return jax.tree.map(jnp.asarray, leaf) if is_factors(leaf) else leaf
+    return jax.tree.map(change, leaf)
 
 
 def _leaf_outputs(path: str, leaf: Any, row: LayerPlan | None) -> dict[str, Entry]:
     """Returns the tensors that are written for a leaf."""
-    parts = leaf if is_factors(leaf) else (leaf,)
-    if not isinstance(row, Factorized):
-        names = halves(path) if is_factors(leaf) else (path,)
-        return {name: Entry.of(part) for name, part in zip(names, parts, strict=True)}
-    batch, inputs, outputs = (
-        [row.shape[axis] for axis in group]
-        for group in (row.axes.batch, row.axes.inputs, row.axes.outputs)
-    )
-    shapes = (*batch, *inputs, row.rank), (*batch, row.rank, *outputs)
-    entries = [Entry(shape, parts[0].dtype) for shape in shapes]
-    return dict(zip(halves(path), entries, strict=True))
+    if isinstance(row, Factorized):
+        batch, inputs, outputs = (
+            [row.shape[axis] for axis in group]
+            for group in (row.axes.batch, row.axes.inputs, row.axes.outputs)
+        )
+        shapes = (*batch, *inputs, row.rank), (*batch, row.rank, *outputs)
+        entries = [Entry(shape, jax.tree.leaves(leaf)[0].dtype) for shape in shapes]
+        return dict(zip(halves(path), entries, strict=True))
+    return {name: Entry.of(part) for name, part in named_parts(path, leaf).items()}
 
 
 def find_outputs(leaves: Mapping[str, Any], plan: Plan) -> Outputs:
@@ -73,25 +69,23 @@ def write_outputs(
     plan: Plan,
     outputs: Outputs,
     dtype: np.dtype | None,
-    step: Callable[[str], None],
+    progress: Callable[[int, int, str], None],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the data of each tensor that is written, leaf by leaf.
 
-    Calls `step` with the path of a leaf before it is read. `dtype` is that of the computation.
+    `dtype` is that of the computation. The steps of `progress` follow those of the plan.
     """
-    for path, leaf in leaves.items():
-        step(path)
+    for place, (path, leaf) in enumerate(leaves.items(), len(plan)):
+        progress(place, len(plan) + len(leaves), path)
         arrays = jax.tree.leaves(_leaf_arrays(path, leaf, plan.get(path), dtype))
         for name, entry in outputs[path].items():
             # Each array is dropped before the next is read: a kernel may fill the memory.
             yield name, np.asarray(arrays.pop(0)).astype(entry.dtype, copy=False)
 
 
-def output_manifest(
-    manifest: Manifest | None, plan: Plan, rule: ranks.RankRule, outputs: Outputs
-) -> str:
+def output_manifest(manifest: Manifest, plan: Plan, rule: ranks.RankRule, outputs: Outputs) -> str:
     """Returns the manifest of the output: the last change that was ever made to each kernel."""
-    earlier = (manifest and manifest.plan) or Plan()
+    earlier = manifest.plan or Plan()
     # A kernel that is kept this time may have been cut before. The old row says how.
     stay = {
         path: row
@@ -99,11 +93,11 @@ def output_manifest(
         if path not in plan or (isinstance(plan[path], Kept) and not isinstance(row, Kept))
     }
     # The manifest has one rule for all rows, so it has none if the rows have several.
-    one_rule = not stay or (manifest and manifest.rule) == str(rule)
+    one_rule = not stay or manifest.rule == str(rule)
     return to_json(
         Plan(earlier | plan | stay),
         rule if one_rule else None,
         factors=[path for path, entries in outputs.items() if [*entries] != [path]],
         entries={name: entry for part in outputs.values() for name, entry in part.items()},
-        keys=manifest and manifest.keys,
+        keys=manifest.keys,
     )

@@ -21,10 +21,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, Tensors
+from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, reading, Tensors
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
+Places = dict[str, tuple[Entry, int]]  # of each tensor its entry, and its offset in the file
 
 
 def _parse_entry(name: str, fields: Any) -> tuple[Entry, int, int]:
@@ -57,10 +58,8 @@ def _check_text(*texts: Any) -> None:
             raise ValueError(f"the name {text!r:.50} is not Unicode")
 
 
-def _parse_header(
-    header: bytes, begin: int, size: int
-) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
-    """Returns the entries and offsets of the tensors, in their order, and the metadata."""
+def _parse_header(header: bytes, begin: int, size: int) -> tuple[Places, dict[str, str]]:
+    """Returns the places of the tensors, in their order, and the metadata."""
     fields = parse_object(header)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
@@ -79,8 +78,8 @@ def _parse_header(
     return {name: (entry, begin + first) for name, entry, first, _ in places}, metadata
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[Entry, int]], dict[str, str]]:
-    """Returns the entry of each tensor and its offset in the file, and the metadata."""
+def _read_header(file: BinaryIO) -> tuple[Places, dict[str, str]]:
+    """Returns the places of the tensors, and the metadata."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise ValueError(f"it has {size} bytes, too few for a header")
@@ -109,31 +108,19 @@ def _read_tensor(file: BinaryIO, entry: Entry, begin: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Adds the name of the file, and a remedy, to an error."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read {str(path)!r}: {error}. It is damaged or not a .safetensors file: copy "
-            "or download it again."
-        ) from error
-
-
-@contextlib.contextmanager
 def open_file(path: Path) -> Iterator[Tensors]:
     """Opens one .safetensors file, as `open_tensors` describes."""
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {str(path)!r}: give a path that is there.")
     # To open a pipe would wait for a writer, so the check comes first.
-    if not stat.S_ISREG(path.stat().st_mode):
+    if not path.is_file():
         raise ValueError(f"cannot read {str(path)!r}: it is not a regular file. Give a file.")
     with open(path, "rb") as file:
-        with _naming(path):
+        with reading(path, "a .safetensors file"):
             places, metadata = _read_header(file)
 
         def read(name: str) -> np.ndarray:
-            with _naming(path):
+            with reading(path, "a .safetensors file"):
                 return _read_tensor(file, *places[name])
 
         entries = {name: entry for name, (entry, _) in places.items()}
@@ -203,9 +190,7 @@ def write_tensors(
 ) -> None:
     """Writes a .safetensors file, one tensor at a time. An error leaves the old file in place.
 
-    `arrays` are the names and data of all tensors, in any order. Raises ValueError if the format
-    does not have a dtype, an array does not fit its entry or is missing, or a folder, a device or a
-    pipe is at `path`.
+    `arrays` are the names and data of all tensors, in any order.
     """
     header, offsets = _make_header(entries, metadata)
     check_regular(Path(path), "path")
@@ -215,9 +200,9 @@ def write_tensors(
             array = np.asarray(array, order="C")
             if name not in offsets:
                 raise ValueError(f"`arrays` has {name!r} twice, or `entries` does not have it.")
-            if Entry.of(array) != entries[name]:
-                wrong = Entry.of(array)
-                raise ValueError(f"`arrays` gave {wrong} for {name!r}, not {entries[name]}.")
+            entry = Entry.of(array)
+            if entry != entries[name]:
+                raise ValueError(f"`arrays` gave {entry} for {name!r}, not {entries[name]}.")
             file.seek(offsets.pop(name))
             file.write(array.reshape(-1).view(np.uint8).data)
             del array  # so that its memory is free before the next one is read

@@ -12,17 +12,15 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors
-from rmtjax.checkpoint._flatten import flatten, is_number, nest, number_types
+from rmtjax.checkpoint._flatten import fits_number, flatten, nest, number_type
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import open_tensors, SUFFIX
 from rmtjax.checkpoint._orbax import save_folder
 from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensor_names import check_factors, find_leaves, halves, is_moment
-from rmtjax.checkpoint._tensors import Entry, KEY, Tensors
+from rmtjax.checkpoint._tensors import Entry, FilePath, KEY, Tensors
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan_fits, in_factor_layer, Plan
-
-FilePath = str | os.PathLike[str]
 
 
 def _check_addressable(arrays: Mapping[str, Any]) -> None:
@@ -57,7 +55,7 @@ def _check_entries(entries: Mapping[str, Entry], wanted: Mapping[str, Entry], so
     faults += [
         f"{name!r} is {entries[name]}, and {entry} in {source}"
         for name, entry in wanted.items()
-        if name in entries and entries[name] != entry
+        if entries.get(name, entry) != entry
     ]
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
@@ -70,19 +68,19 @@ def save(
     """Saves a parameter tree with its plan. After an error, nothing has changed on disk.
 
     Args:
-      path: A name in .safetensors, which replaces an existing file. Any other name is a folder
-        for orbax, which must not exist.
+      path: A name in .safetensors, which replaces an existing file. Any other name is a new folder
+        for orbax.
       params: Nested dictionaries of arrays, dense or factorized. Boxes (`nn.Partitioned`,
-        `nnx.State`) are left out. For a thin nnx model, give `rmtjax.nnx.params(model)`, because
-        the model's state has no `Factors`. Other nodes, such as lists, can be saved, and are
-        restored into a tree that is `like` it. For a file, sharded arrays are gathered one by one.
+        `nnx.State`) are left out. Lists and other nodes are restored only into a tree that is
+        `like` it. Of a thin nnx model give `rmtjax.nnx.params(model)`, because its state has no
+        `Factors`. For a file, sharded arrays are gathered one by one.
       plan: The plan of the tree: decisions, reasons and noise levels.
       rule: The rank rule by which the plan was made, for the record.
 
     Raises:
       ValueError: A leaf is not an array of numbers, or is on devices of several processes. Two
-        leaves have one path. Two factors do not fit, or are single leaves, as in the state of a
-        thin nnx model. The plan is for another tree. The folder exists.
+        leaves have one path. Factors do not fit, or are single leaves. The plan is for another
+        tree. The folder exists.
       TypeError: `plan` is not a plan, or `rule` is not a rank rule.
 
     Examples:
@@ -114,71 +112,57 @@ def save(
     else:
         # Orbax does not save empty arrays. The manifest has them, and `restore` makes them anew.
         full = {path: leaf for path, leaf in leaves.items() if is_factors(leaf) or leaf.size}
-        save_folder(Path(path), nest(full, keys), metadata)
+        named = {path: names for path, names in keys.items() if names is not None}
+        save_folder(Path(path), nest(full, named), metadata)
 
 
-def _with_empty(tensors: Tensors, manifest: Manifest | None) -> Tensors:
+def _with_empty(tensors: Tensors, manifest: Manifest) -> Tensors:
     """Returns an orbax folder with the empty arrays that only its manifest has."""
-    if tensors.layout != "orbax" or manifest is None or manifest.entries is None:
-        return tensors
-    empty = {name: entry for name, entry in manifest.entries.items() if 0 in entry.shape}
+    named = manifest.entries if manifest.entries and tensors.layout == "orbax" else {}
+    empty = {name: entry for name, entry in named.items() if 0 in entry.shape}
     read = lambda name: np.empty(*empty[name]) if name in empty else tensors.read(name)
     return dataclasses.replace(tensors, entries={**tensors.entries, **empty}, read=read)
 
 
-def _to_jax(array: np.ndarray, like: Any = None) -> Any:
-    """Returns a jax array of the same dtype, placed as the leaf that it is like."""
+def _like_leaf(array: np.ndarray, leaf: Any) -> Any:
+    """Returns a saved array as a Python number or an array of jax, placed as the leaf."""
+    if kind := number_type(leaf):
+        return kind(array.item())
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array  # of 64 bits, which are switched off in jax
-    sharding = getattr(like, "sharding", None)
+    sharding = getattr(leaf, "sharding", None)
     # An array that was never placed by name may move with the computation, and so may this one.
-    if sharding is None or not getattr(like, "committed", True):
+    if sharding is None or not getattr(leaf, "committed", True):
         return jnp.asarray(array)
     return jax.device_put(array, sharding)
 
 
-def _nest_leaves(leaves: Mapping[str, Any], manifest: Manifest | None) -> PyTree:
-    """Returns nested dictionaries of the leaves of a file, which are not read yet."""
-    keys = manifest.keys if manifest else {}
-    unknown = next((path for path in leaves if keys.get(path, ()) is None), None)
-    if unknown is not None:
-        raise ValueError(
-            f"not only dictionaries lead to {unknown!r}: give a tree of that form as `like`"
-        )
-    return nest(leaves, keys)
-
-
-def _like_entries(
-    arrays: Mapping[str, Any], numbers: Mapping[str, type], entries: Mapping[str, Entry]
-) -> dict[str, Entry]:
-    """Returns the entries that a file must have to fill a tree."""
+def _check_like(like: PyTree, arrays: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+    """Raises ValueError unless a file has the entries that fill a tree, whose arrays are given."""
     wanted = {name: Entry.of(array) for name, array in arrays.items()}
-    # A Python number takes any size of its kind: orbax saves the step of Flax in 64 bits.
-    fitting = [
-        name for name, kind in numbers.items() if name in entries and is_number(entries[name], kind)
-    ]
-    return wanted | {name: entries[name] for name in fitting}
+    for name, leaf in zip(arrays, jax.tree.leaves(like), strict=True):
+        # A Python number takes any size of its kind: orbax saves the step of Flax in 64 bits.
+        if name in entries and fits_number(entries[name], leaf):
+            wanted[name] = entries[name]
+    _check_entries(entries, wanted, "`like`")
 
 
 def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
     """Restores a checkpoint completely, or raises an error that names what does not fit.
 
     Args:
-      path: A .safetensors file, a folder of them, or a folder of orbax: written by `save` or
-        `compress_file`, or from elsewhere.
+      path: A .safetensors file, a folder of them, or a folder of orbax, also from elsewhere.
       like: A tree to fill, of arrays or of `jax.ShapeDtypeStruct`, boxed or not. Shapes and dtypes
         must be those that were saved. A sharding of a leaf is used for its array. A Python number
-        is filled with one of its type, if a number of that kind was saved in any size.
+        takes one of its type in any size.
 
     Returns:
       A tree such as `like`. By default nested dictionaries, with names that are split at "/" and
-      not at dots, and with `Factors` for kernels that were saved as factors.
-      The leaves are jax arrays of the dtypes saved. They are NumPy arrays for dtypes of 64 bits,
-      if these are switched off in jax.
+      not at dots, and with `Factors` for kernels that were saved as factors. Leaves are jax arrays
+      of the dtypes saved, or NumPy arrays for 64 bits if these are switched off in jax.
 
     Raises:
-      ValueError: An entry is missing, is not expected, or has another shape or dtype than in the
-        manifest or in `like`. Or the file is damaged.
+      ValueError: The file is damaged, or the manifest or `like` has other names, shapes or dtypes.
       FileNotFoundError: There is nothing at `path`.
 
     Examples:
@@ -191,44 +175,35 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
       >>> restored["Dense_0"]["kernel"].shape
       (3, 2)
     """
-    wanted = None if like is None else flatten(like)[1]
-    numbers = number_types(like)
+    arrays = flatten(like)[1]
     with open_tensors(path) as tensors:
         try:
             manifest = read_manifest(tensors)
             tensors = _with_empty(tensors, manifest)
-            if manifest and manifest.entries is not None:
+            if manifest.entries is not None:
                 _check_entries(tensors.entries, manifest.entries, "its manifest")
             leaves = find_leaves(tensors, manifest)
-            tree = like
-            plan = (manifest and manifest.plan) or Plan()
+            plan = manifest.plan or Plan()
             check_plan_fits(plan, leaves, plan, applied=True)
-            if wanted is None:
-                tree = _nest_leaves(leaves, manifest)
+            if like is None:
+                like = nest(leaves, manifest.keys)
+                arrays = {leaf.name: leaf for leaf in jax.tree.leaves(like)}
             else:
-                expected = _like_entries(wanted, numbers, tensors.entries)
-                _check_entries(tensors.entries, expected, "`like`")
+                _check_like(like, arrays, tensors.entries)
         except ValueError as error:
             cause = str(error).rstrip(".")
             raise ValueError(f"cannot restore {os.fspath(path)!r}: {cause}.") from error
-        if wanted is None:
-            return jax.tree.map(lambda leaf: _to_jax(np.asarray(leaf)), tree)
-        arrays = [
-            numbers[name](tensors.read(name).item())
-            if name in numbers
-            else _to_jax(tensors.read(name), leaf)
-            for name, leaf in wanted.items()
+        stored, structure = jax.tree.flatten(like)
+        restored = [
+            _like_leaf(tensors.read(n), leaf) for n, leaf in zip(arrays, stored, strict=True)
         ]
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+    return jax.tree.unflatten(structure, restored)
 
 
 def load_plan(path: FilePath) -> Plan:
     """Loads the plan that a checkpoint carries, without its spectra.
 
     Give its noise levels to `rmtjax.plan(params, fits=plan.fits)` to cut the same kernels again.
-
-    Args:
-      path: The path of the checkpoint.
 
     Raises:
       ValueError: There is no plan, or it cannot be read.
@@ -246,7 +221,7 @@ def load_plan(path: FilePath) -> Plan:
     """
     with open_tensors(path) as tensors:
         manifest = read_manifest(tensors)
-    if manifest is None or manifest.plan is None:
+    if manifest.plan is None:
         raise ValueError(
             f"{os.fspath(path)!r} carries no plan: make one by `rmtjax.plan`, and save it with it."
         )

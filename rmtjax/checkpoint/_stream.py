@@ -12,20 +12,15 @@ from jax.typing import DTypeLike
 
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest
-from rmtjax.checkpoint._open import (
-    check_target,
-    open_tensors,
-    SUFFIX,
-)
+from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
 from rmtjax.checkpoint._rewrite import find_outputs, output_manifest, with_dtype, write_outputs
 from rmtjax.checkpoint._safetensors import check_regular, write_tensors
-from rmtjax.checkpoint._tensor_names import choose, find_leaves, tensor_axes
-from rmtjax.checkpoint._tensors import KEY
+from rmtjax.checkpoint._tensor_names import check_paths, choose, find_leaves, tensor_axes
+from rmtjax.checkpoint._tensors import FilePath, KEY
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import make_clock, make_plan, Plan, PlanOptions, rows_by_path
 from rmtjax.report import Report
 
-FilePath = str | os.PathLike[str]
 Mode = Literal["factorize", "truncate"]
 # Called before each step with the number of steps done, the number of all steps, and a path.
 Progress = Callable[[int, int, str], None]
@@ -48,71 +43,36 @@ def _check_dtype(dtype: Any) -> np.dtype | None:
     return checked
 
 
-class _Steps:
-    """Counts the steps of the work, and reports each before it begins."""
-
-    def __init__(self, progress: Progress | None, total: int):
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, path: str) -> None:
-        if self.progress is not None:
-            self.progress(self.done, self.total, path)
-        self.done += 1
-
-
-def _known_fits(
-    manifest: Manifest | None, leaves: Mapping[str, Any], fits: Mapping[str, BulkFit] | None
-) -> dict[str, BulkFit]:
-    """Returns noise levels by path: the given ones, and those by which kernels were cut before."""
-    unknown = min((fits or {}).keys() - leaves.keys(), default=None)
-    if unknown is not None:
-        raise ValueError(f"`fits` has {unknown!r}, which is not a path of the file.")
-    # A kernel that was only kept still has its noise, and is fitted like any other.
-    changes = manifest.plan.changes if manifest and manifest.plan else {}
-    saved = {path: row.fit for path, row in changes.items() if path in leaves}
-    return saved | dict(fits or {})
-
-
 def _plan_kernels(
-    kernels: Mapping[str, Any],
-    fits: Mapping[str, BulkFit],
+    leaves: Mapping[str, Any],
+    manifest: Manifest,
     options: PlanOptions,
     dtype: np.dtype | None,
-    step: Callable[[str], None],
+    progress: Progress,
+    later: int = 0,
 ) -> Plan:
-    """Returns the plan of stored kernels, each of which is read alone."""
-    by_path = options.axes if isinstance(options.axes, Mapping) else {}
-    name_axes = options.axes if callable(options.axes) else tensor_axes
+    """Returns the plan of a file, of which each kernel is read alone; `later` steps follow."""
+    kernels = choose(leaves, options.where, options.axes)
+    # A kernel that was cut has lost its noise. One that was only kept is fitted like any other.
+    changes = manifest.plan.changes if manifest.plan else {}
+    fits = {path: row.fit for path, row in changes.items()} | dict(options.fits or {})
+    check_paths("fits", options.fits or {}, leaves)
     rows = rows_by_path(options.batch, kernels)
+    by_path = options.axes if isinstance(options.axes, Mapping) else {}
+    guess = options.axes if callable(options.axes) else tensor_axes
+    axes = lambda path, leaf: by_path[path] if path in by_path else guess(path, leaf)
     plan, clock = Plan(), make_clock()  # one clock, so that equal products are timed once
-    for path, leaf in kernels.items():
-        step(path)
+    for place, (path, leaf) in enumerate(kernels.items()):
+        progress(place, len(kernels) + later, path)
         alone = dataclasses.replace(
             options,
             where=lambda path, leaf: True,
-            axes={path: by_path[path]} if path in by_path else name_axes,
+            axes=axes,
             fits={path: fits[path]} if path in fits else None,
             batch=rows.get(path),
         )
         plan |= make_plan({path: with_dtype(leaf, dtype)}, alone, clock)
     return plan
-
-
-def analyze_checkpoint(
-    path: FilePath,
-    options: PlanOptions,
-    dtype: DTypeLike | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """Analyzes a checkpoint, as `analyze_file` describes."""
-    checked = _check_dtype(dtype)
-    with open_tensors(path) as tensors:
-        manifest = read_manifest(tensors)
-        leaves = find_leaves(tensors, manifest)
-        kernels = choose(leaves, options.where, options.axes)
-        fits = _known_fits(manifest, leaves, options.fits)
-        step = _Steps(progress, len(kernels))
-        return Report(_plan_kernels(kernels, fits, options, checked, step))
 
 
 def _check_output(out: FilePath) -> None:
@@ -123,37 +83,6 @@ def _check_output(out: FilePath) -> None:
             f"`out` must end in {SUFFIX}, which is what is written, got {os.fspath(out)!r}: "
             f"give {os.fspath(out) + SUFFIX!r}."
         )
-
-
-def compress_checkpoint(
-    path: FilePath,
-    out: FilePath,
-    options: PlanOptions,
-    mode: Mode = "factorize",
-    dtype: DTypeLike | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """Writes a smaller checkpoint, as `compress_file` describes."""
-    if mode not in ("factorize", "truncate"):
-        raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
-    checked = _check_dtype(dtype)
-    with open_tensors(path) as tensors:
-        check_target(tensors, out, "`out`")
-        _check_output(out)
-        manifest = read_manifest(tensors)
-        leaves = find_leaves(tensors, manifest)
-        kernels = choose(leaves, options.where, options.axes)
-        fits = _known_fits(manifest, leaves, options.fits)
-        step = _Steps(progress, len(kernels) + len(leaves))
-        plan = _plan_kernels(kernels, fits, options, checked, step)
-        if mode == "truncate":
-            plan = plan.in_place()
-        outputs = find_outputs(leaves, plan)
-        entries = {name: entry for part in outputs.values() for name, entry in part.items()}
-        text = output_manifest(manifest, plan, options.rule, outputs)
-        arrays = write_outputs(leaves, plan, outputs, checked, step)
-        write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
-    return Report(plan)
 
 
 def analyze_file(
@@ -174,17 +103,15 @@ def analyze_file(
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
-      where: Chooses the kernels: a function `where(path, leaf)`, a regular expression that is
-        searched in the path, or a dictionary from paths to booleans. A leaf has a shape and a
-        dtype, or is `Factors` of two such leaves. By default Flax's `kernel` and `embedding`, and
-        Torch's weights with two axes or more. The state of an optimizer is not chosen: the leaves
-        below `opt_state`, or below `0/mu`, `0/nu` or `0/trace` with any number.
+      where: Chooses the kernels, as in `rmtjax.plan`, or by a dictionary from paths to booleans. A
+        leaf has a shape and a dtype, or is `Factors` of two such leaves. By default Flax's `kernel`
+        and `embedding`, and Torch's weights with two axes or more. The state of an optimizer is not
+        chosen: the leaves below `opt_state`, or below `0/mu`, `0/nu` or `0/trace` with any number.
       axes: The axes that make a kernel a matrix, as in `rmtjax.plan`. By default they are guessed
         from Flax's names. Torch stores (outputs, inputs, *window): its first axis is taken
         against the others. A stack of Torch kernels needs `axes`. Three axes count as a stack if
         the last is longer than 16 and the layer's name does not contain "conv".
-      fits: Noise levels in the place of new fits, as in `rmtjax.plan`. A kernel that
-        `compress_file` has cut is judged by the level in the file.
+      fits: As in `rmtjax.plan`. By default the levels by which `compress_file` has cut kernels.
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
       rule, min_size, exact_below, batch: As in `rmtjax.plan`.
       dtype: float32 or float64, for the computation. By default the dtype of the kernel, but at
@@ -218,7 +145,11 @@ def analyze_file(
         exact_below=exact_below,
         batch=batch,
     )
-    return analyze_checkpoint(path, options, dtype, progress)
+    checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
+    with open_tensors(path) as tensors:
+        manifest = read_manifest(tensors)
+        leaves = find_leaves(tensors, manifest)
+        return Report(_plan_kernels(leaves, manifest, options, checked, progress))
 
 
 def compress_file(
@@ -242,10 +173,9 @@ def compress_file(
 ) -> Report:
     """Writes a checkpoint whose kernels are cut to their signal, with one in memory at a time.
 
-    The file is read twice: once to plan, and once to write. Tensors that are kept, or are not
-    kernels, are copied bit by bit. An old output is replaced when the new one is complete. The
-    output carries its plan, so it can be analyzed and compressed again, and
-    `rmtjax.checkpoint.restore` makes a tree of it.
+    The file is read once to plan, and once to write. Tensors that are kept, or are not kernels,
+    are copied bit by bit. The output carries its plan, so it can be analyzed and compressed again,
+    and `rmtjax.checkpoint.restore` makes a tree of it.
 
     On CPU, the memory is a constant plus three times the largest tensor, counted in float32. It is
     four times if more than half of the directions of a kernel are kept and shrunk. It is up to
@@ -253,22 +183,20 @@ def compress_file(
 
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
-      out: The file to write, with a name in .safetensors. An existing file is replaced and its
-        mode is kept. A link is followed.
+      out: The file to write, with a name in .safetensors. An existing file is replaced when the new
+        one is complete; its mode is kept, and a link is followed.
       rule, where, axes, fits, dtype: As in `analyze_file`. The output has the dtypes of the input.
       keep, shrink, min_rank, multiple, min_size, exact_below, batch: As in `rmtjax.plan`.
       mode: "factorize" writes PATH/left and PATH/right if they are smaller. "truncate" keeps names
         and shapes, for programs that do not know factors.
-      progress: `progress(done, total, path)` is called before each kernel that is planned, and
-        before each leaf that is written.
+      progress: As in `analyze_file`; it is also called before each leaf that is written.
 
     Returns:
       A `Report` of what was done.
 
     Raises:
-      ValueError: As in `analyze_file`. Or `out` is the input, is in the folder of the input, does
-        not end in .safetensors, or is not a regular file. Or a factor would have the name of
-        another tensor.
+      ValueError: As in `analyze_file`. Or `out` is the input or in its folder, does not end in
+        .safetensors, or is not a regular file. Or a factor would have the name of another tensor.
       OSError: The input cannot be read, or the output cannot be written.
 
     Examples:
@@ -285,4 +213,20 @@ def compress_file(
     options = PlanOptions(
         rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
     )
-    return compress_checkpoint(path, out, options, mode, dtype, progress)
+    if mode not in ("factorize", "truncate"):
+        raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
+    checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
+    with open_tensors(path) as tensors:
+        check_target(tensors, out, "`out`")
+        _check_output(out)
+        manifest = read_manifest(tensors)
+        leaves = find_leaves(tensors, manifest)
+        plan = _plan_kernels(leaves, manifest, options, checked, progress, later=len(leaves))
+        if mode == "truncate":
+            plan = plan.in_place()
+        outputs = find_outputs(leaves, plan)
+        entries = {name: entry for part in outputs.values() for name, entry in part.items()}
+        text = output_manifest(manifest, plan, rule, outputs)
+        arrays = write_outputs(leaves, plan, outputs, checked, progress)
+        write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
+    return Report(plan)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rmtjax._axes import factored_axes, Factors, kernel_shape, KernelAxes
+from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, KernelAxes
 from rmtjax._types import Axes, Where
 from rmtjax.checkpoint._manifest import Manifest
 from rmtjax.checkpoint._tensors import StoredTensor, Tensors
@@ -38,53 +38,39 @@ def is_moment(name: str) -> bool:
 
 
 def is_kernel_tensor(name: str, leaf: Any) -> bool:
-    """Returns True for Flax's `kernel` and `embedding`, and Torch weights of two axes or more.
-
-    A Torch weight with one axis is the scale of a normalization. The moments of an optimizer are
-    not chosen, although they have the names of kernels.
-    """
-    if is_moment(name):
-        return False
-    if is_kernel(_flax_path(name), leaf):
-        return True
-    return _is_torch(name) and len(kernel_shape(leaf)) >= 2
+    """Returns True for a kernel of Flax or Torch, but not for a moment, which ends in its name."""
+    # A Torch weight with one axis is the scale of a normalization.
+    is_torch_kernel = _is_torch(name) and len(kernel_shape(leaf)) >= 2
+    return not is_moment(name) and (is_kernel(_flax_path(name), leaf) or is_torch_kernel)
 
 
 def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
-    """Guesses the axes of a kernel from its name and shape.
+    """Guesses the axes of a kernel from its name and shape; None if it is not a matrix.
 
-    - Flax: as `rmtjax.plan` guesses them. Stacked kernels (`nn.scan`) are not recognized.
-    - Torch: the first axis against all others, as stored, so that factors keep their order:
-      (outputs, inputs), (outputs, inputs, *window). Fused kernels are one matrix: those of
-      q, k and v (3 E, E), of the gates of a recurrent layer (4 H, inputs), GPT-2's `c_attn`.
-
-    Returns:
-      None if the leaf is not a matrix. This is a depthwise or grouped convolution, which Torch
-      stores as (outputs, 1, *window), or a stack. A leaf with three axes counts as a stack if the
-      last one is longer than 16 and the layer's name does not contain "conv".
+    Kernels of Torch keep the order in which they are stored. Fused ones are one matrix: those of q,
+    k and v (3 E, E), of the gates of a recurrent layer (4 H, inputs), GPT-2's `c_attn`.
     """
     shape = kernel_shape(leaf)
     if not _is_torch(name):
         return guess_axes(_flax_path(name), leaf)
     # Every weight of Torch has the same last name, so the name of its layer decides.
     parent = ("", *_flax_path(name).split("/"))[-2].lower()
-    if len(shape) > 2 and shape[1] == 1:
-        return None
-    if len(shape) == 3 and shape[2] > _WINDOW and "conv" not in parent:
-        return None
-    return KernelAxes((0,), tuple(range(1, len(shape))))
+    depthwise = len(shape) > 2 and shape[1] == 1  # or grouped: (outputs, 1, *window)
+    stacked = len(shape) == 3 and shape[2] > _WINDOW and "conv" not in parent
+    return None if depthwise or stacked else KernelAxes((0,), tuple(range(1, len(shape))))
+
+
+def check_paths(name: str, option: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError if an option has a path that is not in the file."""
+    unknown = min(option.keys() - leaves.keys(), default=None)
+    if unknown is not None:
+        raise ValueError(f"`{name}` has {unknown!r}, which is not a path of the file.")
 
 
 def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) -> dict[str, Any]:
-    """Returns the leaves that are kernels.
-
-    Raises:
-      ValueError: There are none, or `where` has a path that is not in the file.
-    """
+    """Returns the leaves that are kernels; raises ValueError if there are none."""
     if isinstance(where, Mapping):
-        unknown = min(where.keys() - leaves.keys(), default=None)
-        if unknown is not None:
-            raise ValueError(f"`where` has {unknown!r}, which is not a path of the file.")
+        check_paths("where", where, leaves)
         where = {path: where.get(path, False) for path in leaves}
     by_path = axes if isinstance(axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel_tensor(path, leaf)
@@ -104,6 +90,11 @@ def halves(path: str) -> tuple[str, str]:
     return f"{path}/left", f"{path}/right"
 
 
+def named_parts(path: str, leaf: Any) -> dict[str, Any]:
+    """Returns the arrays of a leaf by the names of their tensors."""
+    return dict(zip(halves(path), leaf, strict=True)) if is_factors(leaf) else {path: leaf}
+
+
 def check_factors(path: str, factors: Factors) -> None:
     """Raises ValueError if two tensors are not the factors of one kernel."""
     left, right = factors
@@ -120,19 +111,15 @@ def check_factors(path: str, factors: Factors) -> None:
         )
 
 
-def find_leaves(tensors: Tensors, manifest: Manifest | None) -> dict[str, Any]:
-    """Returns the leaves of a checkpoint by path, in the order of the file; factors are one leaf.
+def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
+    """Returns the leaves of a checkpoint by path, in the order of the file.
 
-    Each is a `StoredTensor` or `Factors` of two. No data is read.
-
-    Raises:
-      ValueError: A factor that the manifest names is missing, or two tensors are not factors.
+    Each is a `StoredTensor`, or `Factors` of two. Raises ValueError if a factor is missing, or two
+    tensors are not the factors of one kernel.
     """
     stored: dict[str, Any] = {
         name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()
     }
-    if manifest is None:
-        return stored
     paths = manifest.factors
     if paths is None:  # a manifest may leave the list out, and its plan names the candidates
         paths = [path for path in manifest.plan or () if stored.keys() >= {*halves(path)}]

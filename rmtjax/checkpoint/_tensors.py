@@ -1,8 +1,10 @@
 """Names, shapes and dtypes of the tensors in a checkpoint, known before any data is read."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,27 +12,20 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+FilePath = str | os.PathLike[str]
 KEY = "rmtjax"  # the key of this package in the metadata of a checkpoint
 # The codes of the safetensors format that NumPy can hold, with the dtypes that jax adds to it.
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    "BF16": np.dtype(jnp.bfloat16),
     "F8_E5M2": np.dtype(jnp.float8_e5m2),
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F8_E5M2FNUZ": np.dtype(jnp.float8_e5m2fnuz),
     "F8_E4M3FNUZ": np.dtype(jnp.float8_e4m3fnuz),
     "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
-    "U16": np.dtype(np.uint16),
-    "I16": np.dtype(np.int16),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-    "U32": np.dtype(np.uint32),
-    "I32": np.dtype(np.int32),
-    "F32": np.dtype(np.float32),
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
-    "F64": np.dtype(np.float64),
     "C64": np.dtype(np.complex64),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -38,15 +33,10 @@ MAX_NDIM = 32  # the limit of NumPy 1, so that every NumPy can read the shape
 
 
 class Entry(NamedTuple):
-    """Holds the shape and dtype of one tensor of a checkpoint.
-
-    Attributes:
-      shape: The shape, as a tuple of sizes.
-      dtype: The NumPy dtype; bfloat16 and float8 are those of jax.
-    """
+    """Holds the shape and dtype of one tensor of a checkpoint."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype  # bfloat16 and float8 are those of jax
 
     @classmethod
     def of(cls, array: Any) -> "Entry":
@@ -72,23 +62,14 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensors:
-    """An open checkpoint: the entries of its tensors, and a function that reads one tensor.
+    """An open checkpoint: the entries of its tensors, and a function that reads one tensor."""
 
-    Attributes:
-      path: The path that was opened.
-      layout: "safetensors" or "orbax".
-      entries: Name to `Entry`, in the order of the file.
-      metadata: Texts that were saved with the tensors.
-      read: `read(name)` returns one tensor and keeps no reference to it.
-      files: The files that stay open, or the folder that orbax wrote.
-    """
-
-    path: Path
+    path: Path  # that was opened
     layout: Literal["safetensors", "orbax"]
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-    read: Callable[[str], np.ndarray]
-    files: tuple[Path, ...]
+    entries: Mapping[str, Entry]  # in the order of the file
+    metadata: Mapping[str, str]  # texts that were saved with the tensors
+    read: Callable[[str], np.ndarray]  # keeps no reference to the tensor that it returns
+    files: tuple[Path, ...]  # those that stay open, or the folder that orbax wrote
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,16 +78,11 @@ class StoredTensor:
 
     It stands for an array until its numbers are needed, so that the kernels of a large file are in
     memory one at a time.
-
-    Attributes:
-      tensors: The open checkpoint.
-      name: The name of the tensor.
-      dtype: The dtype in which it is read.
     """
 
     tensors: Tensors
     name: str
-    dtype: np.dtype
+    dtype: np.dtype  # in which it is read
     shape = property(lambda self: self.tensors.entries[self.name].shape)
     ndim = property(lambda self: len(self.shape))
 
@@ -115,12 +91,20 @@ class StoredTensor:
         return self.tensors.read(self.name).astype(dtype or self.dtype, copy=False)
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Parses a JSON object strictly, with unique names and finite numbers.
+@contextlib.contextmanager
+def reading(path: Path, kind: str, errors: type[Exception] = ValueError) -> Iterator[None]:
+    """Turns an error of a damaged file into a ValueError with its path and a remedy."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(
+            f"cannot read {str(path)!r}: {error}. It is damaged or not {kind}: copy it again, or "
+            "download it again."
+        ) from error
 
-    Raises:
-      ValueError: The text is something else.
-    """
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Parses a JSON object with unique names and finite numbers; raises ValueError for others."""
 
     def unique(pairs):
         names = dict(pairs)

@@ -4,7 +4,6 @@ import argparse
 import fnmatch
 import os
 import re
-import stat
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +92,7 @@ def is_stdout(path: str) -> bool:
 
 def is_special(path: str) -> bool:
     """Returns True for a pipe or a device, which is written into and not replaced."""
-    return os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode)
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def reports(args: argparse.Namespace) -> dict[str, str]:
@@ -106,14 +105,13 @@ def check_outputs(args: argparse.Namespace) -> None:
     out, files = getattr(args, "out", None), reports(args).values()
     if out and os.path.lexists(out) and not args.force:
         raise FileExistsError(f"{out!r} is there already: give --force to replace it.")
-    # Links are followed, because two names may lead to one file.
-    taken = {os.path.realpath(out)} if out else set()
-    for path in files:
+    taken = set()
+    for path in filter(None, (out, *files)):
+        # Links are followed, because two names may lead to one file.
         target = "-" if is_stdout(path) else os.path.realpath(path)
         if target in taken:
             raise UsageError(f"{path!r} is named twice: give it another name.")
         taken.add(target)
-    for path in filter(None, (out, *files)):
         folder = os.path.dirname(os.path.realpath(path))
         if path != "-" and not is_special(path) and not os.path.isdir(folder):
             raise NotADirectoryError(f"{path!r} cannot be written: {folder!r} is not a folder.")
@@ -138,10 +136,7 @@ def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
     exact = "spectra are estimated from this short side on, default 4096"
     add("--exact-below", type=int, default=4096, help=exact)
-    rounded = (
-        "ranks are rounded up to a multiple of it; default 1 in analyze, which shows them "
-        "unrounded, and 8 in compress, so that few shapes are compiled"
-    )
+    rounded = "ranks are rounded up to a multiple, so that few shapes compile, default %(default)s"
     add("--multiple", type=int, default=multiple, help=rounded)
     add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import signal
 import sys
@@ -108,21 +107,22 @@ def _show(report: Report, args: argparse.Namespace) -> None:
 def _size(path: str) -> str:
     """Returns the size of all tensors of a checkpoint."""
     with checkpoint.open_tensors(path) as tensors:
-        sizes = [math.prod(a.shape) * a.dtype.itemsize for a in tensors.entries.values()]
-    return f"{sum(sizes) / 1e6:,.1f} MB"
+        size = sum(entry.num_bytes for entry in tensors.entries.values())
+    return f"{size / 1e6:,.1f} MB"
 
 
-def _plan_options(args: argparse.Namespace) -> PlanOptions:
+def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options of the plan. A value that no file could have is wrong usage."""
-    options: dict[str, Any] = {"rule": parse_rule(args.rule, args.level, args.trim)}
-    names = ["min_size", "batch", "multiple", "exact_below"]
-    if args.command == "compress":
-        names += ["keep", "min_rank"]
-        options["shrink"] = getattr(shrinkage, args.shrink) if args.shrink else None
+    names = {field.name for field in dataclasses.fields(PlanOptions)}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    options["rule"] = parse_rule(args.rule, args.level, args.trim)
+    if options.get("shrink"):
+        options["shrink"] = getattr(shrinkage, args.shrink)
     try:
-        return PlanOptions(**options, **{name: getattr(args, name) for name in names})
+        PlanOptions(**options)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
+    return options
 
 
 def _work(args: argparse.Namespace) -> None:
@@ -133,15 +133,13 @@ def _work(args: argparse.Namespace) -> None:
         for form, target in reports(args).items():
             if not is_stdout(target):
                 checkpoint.check_target(tensors, target, f"--{form}")
-        where = _select(tensors, args.include, args.exclude)
-        options = dataclasses.replace(options, where=where)
+        options["where"] = _select(tensors, args.include, args.exclude)
     with _progress(args.quiet) as progress:
+        options |= {"dtype": args.dtype, "progress": progress}
         if args.command == "analyze":
-            report = checkpoint.analyze_checkpoint(args.file, options, args.dtype, progress)
+            report = checkpoint.analyze_file(args.file, **options)
         else:
-            report = checkpoint.compress_checkpoint(
-                args.file, args.out, options, args.mode, args.dtype, progress
-            )
+            report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
     # A report on stdout must be all that is there, so that a program can read it.
     args.quiet |= any(map(is_stdout, reports(args).values()))
     _show(report, args)
@@ -153,49 +151,39 @@ def _work(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _computing(device: str | None, dtype: str | None) -> Iterator[None]:
     """Selects the device, and switches 64 bits on for float64, within the context."""
+    try:
+        chosen = jax.devices(device)[0] if device else None
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: {error}") from error
     # `main` may be called in a program that goes on: its setting must come back.
     before = jax.dtypes.canonicalize_dtype("float64") == "float64"
     try:
-        if dtype == "float64":
-            jax.config.update("jax_enable_x64", True)
-        try:
-            chosen = jax.devices(device)[0] if device else None
-        except RuntimeError as error:
-            raise UsageError(f"--device {device}: {error}") from error
+        jax.config.update("jax_enable_x64", before or dtype == "float64")
         with jax.default_device(chosen):
             yield
     finally:
         jax.config.update("jax_enable_x64", before)
 
 
-class _EndedError(BaseException):
-    """A signal asked for the end."""
-
-    # Not an `Exception`: the code that the signal interrupts must not catch it as its error.
-
-
 @contextlib.contextmanager
 def _ending() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into an error, so that half-written files are removed."""
+    """Turns SIGTERM and SIGHUP into a KeyboardInterrupt, so that half-written files are removed."""
 
     def end(number: int, frame: Any):
         # A second signal must not interrupt the clean-up after the first.
         signal.signal(number, signal.SIG_IGN)
-        raise _EndedError(signal.Signals(number))
+        # Not an `Exception`: the code that the signal interrupts must not catch it as its error.
+        raise KeyboardInterrupt(f"ended by {signal.Signals(number).name}", number)
 
     # Python allows this in the main thread only. A signal that is ignored, as under nohup, or that
     # the caller handles, stays as it is.
-    numbers = []
-    if threading.current_thread() is threading.main_thread():
-        known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        numbers = [number for number in known if signal.getsignal(number) == signal.SIG_DFL]
-    try:
-        for number in numbers:
-            signal.signal(number, end)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with contextlib.ExitStack() as stack:
+        for number in signal.Signals if in_main_thread else ():
+            if number.name in ("SIGTERM", "SIGHUP") and signal.getsignal(number) == signal.SIG_DFL:
+                stack.callback(signal.signal, number, signal.SIG_DFL)
+                signal.signal(number, end)
         yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -207,12 +195,9 @@ def _run(args: argparse.Namespace) -> int:
         # The interpreter flushes stdout when it ends, which would print the error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print("rmtjax: interrupted", file=sys.stderr)
-        return 130
-    except _EndedError as error:
-        (number,) = error.args
-        print(f"rmtjax: ended by {number.name}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        cause, number = interrupt.args or ("interrupted", signal.SIGINT)
+        print(f"rmtjax: {cause}", file=sys.stderr)
         return 128 + number
     except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"rmtjax: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
@@ -227,9 +212,8 @@ def main(argv: list[str] | None = None) -> int:
       argv: The arguments; by default those of the process.
 
     Returns:
-      The exit code: 0 done, 1 the file or the work failed, 129 hung up, 130 interrupted, 141
-      broken pipe, 143 terminated. SIGHUP and SIGTERM are caught in the main thread only, and if
-      nothing else handles them.
+      The exit code, of those that `--help` lists. SIGHUP and SIGTERM are caught in the main thread
+      only, and if nothing else handles them.
 
     Raises:
       SystemExit: With code 2 and a message for wrong usage; with 0 for `--help` and `--version`.
