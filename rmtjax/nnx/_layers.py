@@ -4,6 +4,7 @@ import functools
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -14,15 +15,8 @@ from rmtjax.nnx._variables import is_single, Pair, read
 Shape = tuple[int, ...]
 Stages = tuple[nnx.Module, nnx.Module]
 # By the exact type. A subclass may do anything with its kernel, so it is not a known layer.
-NAMES = {
-    nnx.Linear: "kernel",
-    nnx.LinearGeneral: "kernel",
-    nnx.Einsum: "kernel",
-    nnx.Conv: "kernel",
-    nnx.ConvTranspose: "kernel",
-    nnx.Embed: "embedding",
-    nnx.LoRALinear: "kernel",
-}
+_LAYERS = nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.LoRALinear
+NAMES = dict.fromkeys(_LAYERS, "kernel") | {nnx.Embed: "embedding"}
 
 
 def _dot_axes(batch: Shape, inputs: Shape, outputs: Shape) -> tuple[KernelAxes, Shape]:
@@ -54,6 +48,8 @@ def _call_axes(layer: Any) -> tuple[KernelAxes | None, Shape]:
 
 def unfold(kernel, gates: int):
     """Returns the kernel of fused gates (in, gates * h) as a stack (gates, in, h)."""
+    if isinstance(kernel, jax.ShapeDtypeStruct):  # in a model of `nnx.eval_shape`
+        return jax.eval_shape(functools.partial(unfold, gates=gates), kernel)
     *stack, rows, columns = kernel.shape
     return jnp.moveaxis(kernel.reshape(*stack, rows, gates, columns // gates), -2, -3)
 
@@ -93,6 +89,8 @@ def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
 
 def _stored_axes(layer: nnx.Module, name: str, shape: Shape) -> KernelAxes | None:
     """Returns the axes of a kernel of this shape; None if it is not a matrix."""
+    if is_unfolded(layer, shape):
+        return _dot_axes(shape[:-2], shape[-2:-1], shape[-1:])[0]
     # `nnx.vmap` puts the axes of a stack before those that the layer knows of.
     if type(layer) in NAMES:
         axes, called = _call_axes(layer)
@@ -117,10 +115,8 @@ def layer_axes(layer: nnx.Module) -> dict[str, KernelAxes | None]:
     for name, kernel in kernels(layer).items():
         value = read(kernel)
         axes = _stored_axes(layer, name, kernel_shape(value))
-        if is_factors(value):
-            factored, unfolded = factored_axes(value), is_unfolded(layer, kernel_shape(value))
-            axes = factored if unfolded or axes == factored else None
-        by_name[name] = axes
+        fits = not is_factors(value) or axes == factored_axes(value)
+        by_name[name] = axes if fits else None
     return by_name
 
 
@@ -146,22 +142,22 @@ def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> Pair:
     return Pair(kind(left, **of_left), kind(right, **of_right))
 
 
-def make_kernel(pair: Pair, value: Any) -> nnx.Param:
+def make_kernel(pair: Pair, factors: Factors) -> nnx.Param:
     """Returns the variable of a kernel, with the metadata of the variables of its factors."""
     metadata = pair.left.get_metadata()
-    key, batch = _axis_names(metadata), 0
+    key = _axis_names(metadata)
     if key is not None:
-        batch = len(factored_axes(Factors(read(pair.left), read(pair.right))).batch)
-        names = (*metadata[key][:-1], *pair.right.get_metadata()[key][1 + batch :])
-        metadata = metadata | {key: names}
+        of_right = pair.right.get_metadata()[key][1 + len(factored_axes(factors).batch) :]
+        metadata = metadata | {key: (*metadata[key][:-1], *of_right)}
     kind: Any = type(pair.left)
-    return kind(value, **metadata)
+    return kind(factors, **metadata)
 
 
 def _build(kind: type, like: nnx.Module, kernel: nnx.Param, bias=None, **changes) -> Any:
     """Returns a layer of Flax with a kernel, and with the options that it shares with `like`."""
     known = inspect.signature(kind.__init__).parameters
-    options = {name: value for name, value in vars(like).items() if name in known} | changes
+    fields = vars(like) | changes | {"use_bias": bias is not None}
+    options = {name: value for name, value in fields.items() if name in known}
     # `eval_shape` does not draw the random kernel that is replaced on the next line.
     layer = nnx.eval_shape(lambda: kind(**options, rngs=nnx.Rngs(0)))
     setattr(layer, NAMES[kind], kernel)
@@ -185,28 +181,21 @@ def _einsum_stages(layer: nnx.Einsum, left: nnx.Param, right: nnx.Param, bias) -
 
 def stages(layer: Any, left: nnx.Param, right: nnx.Param, bias) -> Stages:
     """Returns the two layers that replace one."""
-    rank, kind = read(left).shape[-1], type(layer)
-    build = functools.partial(_build, like=layer)
+    rank, columns = read(left).shape[-1], read(right).shape[-1]
+    # The adapter of `LoRALinear` stays with the thin layer, so its first stage has none.
+    kind = nnx.Linear if type(layer) is nnx.LoRALinear else type(layer)
     if kind is nnx.Einsum:
         return _einsum_stages(layer, left, right, bias)
+    # `Embed` has `features` where other layers have `out_features`.
+    first = _build(kind, layer, left, features=rank, out_features=rank)
     if kind is nnx.LinearGeneral:
-        return (
-            build(kind, kernel=left, out_features=rank, use_bias=False),
-            build(kind, kernel=right, bias=bias, in_features=rank, axis=-1),
-        )
-    if kind is nnx.Embed:
-        first = build(kind, kernel=left, features=rank)
-    else:
-        # The adapter of `LoRALinear` stays with the thin layer, so its first stage has none.
-        kind = nnx.Linear if kind is nnx.LoRALinear else kind
-        first = build(kind, kernel=left, out_features=rank, use_bias=False)
-    sides = {"in_features": rank, "out_features": read(right).shape[-1]}
-    return first, build(nnx.Linear, kernel=right, bias=bias, use_bias=bias is not None, **sides)
+        return first, _build(kind, layer, right, bias, in_features=rank, axis=-1)
+    return first, _build(nnx.Linear, layer, right, bias, in_features=rank, out_features=columns)
 
 
 def gate_stages(layer: nnx.Linear, left: nnx.Param, right: nnx.Param) -> Stages:
     """Returns the two layers that replace that of fused gates, with separate factors a gate."""
     gates, rank, columns = read(right).shape
-    general = functools.partial(_build, nnx.LinearGeneral, layer, bias=None, use_bias=False)
+    build = functools.partial(_build, nnx.LinearGeneral, layer)
     second = {"in_features": rank, "out_features": columns, "batch_axis": {0: gates}}
-    return general(left, out_features=(gates, rank)), general(right, **second)
+    return build(left, out_features=(gates, rank)), build(right, **second)

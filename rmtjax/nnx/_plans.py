@@ -1,6 +1,5 @@
 """Plans of models of `flax.nnx`: `plan`, `analyze`, and what a plan does to a model."""
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -8,25 +7,19 @@ from flax import nnx
 
 from rmtjax import planning
 from rmtjax._types import Axes, BulkFit, Where
-from rmtjax.nnx import _trees
-from rmtjax.nnx._trees import Gates, params, replace
+from rmtjax.nnx._trees import (
+    axes_of,
+    Gates,
+    obstacles,
+    open_layers,
+    params,
+    replace,
+    to_tree,
+)
 from rmtjax.nnx._variables import read
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import check_plan, in_place, make_plan, Plan, PlanOptions
 from rmtjax.report import Report
-
-
-def _plan(model: nnx.Module, gates: Gates, options: PlanOptions) -> Plan:
-    """Makes the plan of a model. Only known layers are factorized."""
-    opened = _trees.open_layers(model)
-    stacked = _trees.split_gates(opened, gates)
-    axes = _trees.axes_of(opened, stacked)
-    options = options if options.axes is not None else dataclasses.replace(options, axes=axes)
-    plan = make_plan(_trees.to_tree(opened, stacked), options)
-    # The plan of a tree cannot know which layers can run with factors.
-    unknown = "its layer is not known, unless `rmtjax.register_layer` registers it"
-    causes = {path: unknown for path in plan if not axes.get(path)} | _trees.obstacles(opened)
-    return Plan({p: in_place(row, causes[p]) if p in causes else row for p, row in plan.items()})
 
 
 def _levels(fits: Mapping[str, BulkFit] | None) -> Mapping[str, BulkFit] | None:
@@ -38,8 +31,7 @@ def _levels(fits: Mapping[str, BulkFit] | None) -> Mapping[str, BulkFit] | None:
 def _planned_tree(model: nnx.Module, plan: Plan) -> dict:
     """Returns the parameters of a model, with the gates in the form that the plan has them."""
     check_plan(plan)
-    opened = _trees.open_layers(model)
-    return _trees.to_tree(opened, _trees.planned_gates(opened, plan))
+    return to_tree(open_layers(model, plan))
 
 
 def plan(
@@ -79,11 +71,17 @@ def plan(
       >>> print(rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       layers/0/kernel  factorized: 16 of 60 are signal, rank 16
     """
-    fits = _levels(fits)
+    opened, fits = open_layers(model, gates), _levels(fits)
+    known = axes_of(opened)
+    axes = known if axes is None else axes
     options = PlanOptions(
         rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
     )
-    return _plan(model, gates, options)
+    rows = make_plan(to_tree(opened), options)
+    # The plan of a tree cannot know which layers can run with factors.
+    unknown = "its layer is not known, unless `rmtjax.register_layer` registers it"
+    causes = {path: unknown for path in rows if not known.get(path)} | obstacles(opened)
+    return Plan({p: in_place(row, causes[p]) if p in causes else row for p, row in rows.items()})
 
 
 def analyze(

@@ -34,7 +34,6 @@ class Thin(nnx.Module):
     right_factor: Any
 
     def __call__(self, inputs, **kwargs):
-        """Returns the outputs of the layer; takes the keywords of the layer."""
         return self.right_factor(self.left_factor(inputs), **kwargs)
 
     @property
@@ -54,7 +53,6 @@ class ThinLoRA(Thin):
     lora: Any
 
     def __call__(self, inputs, **kwargs):
-        """Returns the outputs of the layer; takes the keywords of the layer."""
         return super().__call__(inputs, **kwargs) + self.lora(inputs)
 
 
@@ -86,7 +84,6 @@ class ThinGates(nnx.Module):
     dtype: Any
 
     def __call__(self, inputs, **kwargs):
-        """Returns the outputs of all gates, one after another."""
         hidden = jnp.moveaxis(self.left_factor(inputs), -2, 0)
         gates = jnp.moveaxis(self.right_factor(hidden, **kwargs), 0, -2)
         outputs = gates.reshape(*gates.shape[:-2], -1)
@@ -127,8 +124,6 @@ def _through_products(name: str, method):
             dense, copied_args, copied_kwargs = nnx.clone(call)
             make_dense(dense, {name: nnx.Param(value) for name, value in dense_kernels.items()})
             outputs = method.__get__(dense, type(dense))(*copied_args, **copied_kwargs)
-            for name in dense_kernels:
-                delattr(dense, name)
             # Such as statistics and counts. Parameters are left out: a call does not write them.
             changed = nnx.All(nnx.Variable, nnx.Not(nnx.Param))
             return outputs, nnx.state((dense, copied_args, copied_kwargs), changed)
@@ -215,17 +210,16 @@ def _product(layer: nnx.Module):
 
 def make_thin(layer: Any, pairs: Mapping[str, Pair]) -> None:
     """Replaces kernels of a layer, by name, by their factors."""
-    kind, held = type(layer), kernels(layer).values()
-    unfolded = any(is_unfolded(layer, kernel_shape(read(kernel))) for kernel in held)
-    for name in pairs:
-        delattr(layer, name)
+    kind = type(layer)
     if kind not in NAMES:
         for name, pair in pairs.items():
             setattr(layer, name, FactorPair(*pair))
         _set_class(layer, _thin_type(ThinRegistered, kind))
         return
-    (pair,) = pairs.values()
-    if unfolded:
+    ((name, pair),) = pairs.items()
+    shape = kernel_shape(read(getattr(layer, name)))
+    delattr(layer, name)
+    if is_unfolded(layer, shape):
         form, halves = ThinGates, gate_stages(layer, *pair)
     else:
         form = {nnx.Embed: ThinEmbed, nnx.LoRALinear: ThinLoRA}.get(kind, Thin)
@@ -244,8 +238,6 @@ def make_dense(layer: Any, dense_kernels: Mapping[str, nnx.Param]) -> None:
     bias = layer.right_factor.bias if biased else None
     _set_class(layer, kind)
     for name, kernel in dense_kernels.items():
-        if kind not in NAMES:
-            delattr(layer, name)
         setattr(layer, name, kernel)
     if kind in NAMES:
         del layer.left_factor, layer.right_factor
