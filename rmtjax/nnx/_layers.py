@@ -87,37 +87,23 @@ def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
     return {name: param for name, param in params.items() if is_single(read(param))}
 
 
-def _stored_axes(layer: nnx.Module, name: str, shape: Shape) -> KernelAxes | None:
-    """Returns the axes of a kernel of this shape; None if it is not a matrix."""
+def layer_axes(layer: nnx.Module, name: str, value: Any) -> KernelAxes | None:
+    """Returns the axes of a kernel; None if it is not a matrix, or if factors do not fit it."""
+    shape = kernel_shape(value)
     if is_unfolded(layer, shape):
-        return _dot_axes(shape[:-2], shape[-2:-1], shape[-1:])[0]
-    # `nnx.vmap` puts the axes of a stack before those that the layer knows of.
-    if type(layer) in NAMES:
+        axes, called = _dot_axes(shape[:-2], shape[-2:-1], shape[-1:])
+    elif type(layer) in NAMES:
         axes, called = _call_axes(layer)
-        taken = len(shape) - len(called)
-        fits = taken >= 0 and shape[taken:] == called
     else:
         axes = (registered(type(layer)) or {})[name]
-        taken = len(shape) - len(axes.order)
-        fits = taken >= 0
-    if axes is None or not fits:
+        called = shape[max(len(shape) - len(axes.order), 0) :]
+    # `nnx.vmap` puts the axes of a stack before those that the layer knows of.
+    taken = len(shape) - len(called)
+    if axes is None or shape[taken:] != called:
         return None
     moved = KernelAxes(*(tuple(axis + taken for axis in group) for group in axes))
-    return moved._replace(batch=(*range(taken), *moved.batch))
-
-
-def layer_axes(layer: nnx.Module) -> dict[str, KernelAxes | None]:
-    """Returns the axes of the kernels of a layer by name; None for one that is not a matrix.
-
-    If the value of a kernel is `Factors` with which the layer cannot run, the axes are None too.
-    """
-    by_name = {}
-    for name, kernel in kernels(layer).items():
-        value = read(kernel)
-        axes = _stored_axes(layer, name, kernel_shape(value))
-        fits = not is_factors(value) or axes == factored_axes(value)
-        by_name[name] = axes if fits else None
-    return by_name
+    axes = moved._replace(batch=(*range(taken), *moved.batch))
+    return axes if not is_factors(value) or axes == factored_axes(value) else None
 
 
 def _axis_names(metadata: dict[str, Any]) -> str | None:
@@ -166,7 +152,7 @@ def _build(kind: type, like: nnx.Module, kernel: nnx.Param, bias=None, **changes
     return layer
 
 
-def _einsum_stages(layer: nnx.Einsum, left: nnx.Param, right: nnx.Param, bias) -> Stages:
+def _einsum_stages(layer: Any, left: nnx.Param, right: nnx.Param, bias) -> Stages:
     """Returns the two einsums that replace one."""
     # An einsum whose kernel is not a matrix is never factorized, so `axes` is not None.
     axes: Any

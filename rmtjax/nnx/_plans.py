@@ -22,18 +22,6 @@ from rmtjax.planning import check_plan, in_place, make_plan, Plan, PlanOptions
 from rmtjax.report import Report
 
 
-def _levels(fits: Mapping[str, BulkFit] | None) -> Mapping[str, BulkFit] | None:
-    """Returns noise levels as arrays: `nnx.Optimizer` keeps its state in variables."""
-    is_box = lambda leaf: isinstance(leaf, nnx.Variable)
-    return jax.tree.map(lambda leaf: read(leaf) if is_box(leaf) else leaf, fits, is_leaf=is_box)
-
-
-def _planned_tree(model: nnx.Module, plan: Plan) -> dict:
-    """Returns the parameters of a model, with the gates in the form that the plan has them."""
-    check_plan(plan)
-    return to_tree(open_layers(model, plan))
-
-
 def plan(
     model: nnx.Module,
     *,
@@ -71,9 +59,12 @@ def plan(
       >>> print(rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       layers/0/kernel  factorized: 16 of 60 are signal, rank 16
     """
-    opened, fits = open_layers(model, gates), _levels(fits)
+    opened = open_layers(model, gates)
     known = axes_of(opened)
     axes = known if axes is None else axes
+    # `nnx.Optimizer` keeps its state in variables.
+    is_box = lambda leaf: isinstance(leaf, nnx.Variable)
+    fits = jax.tree.map(lambda leaf: read(leaf) if is_box(leaf) else leaf, fits, is_leaf=is_box)
     options = PlanOptions(
         rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
     )
@@ -105,9 +96,6 @@ def analyze(
         are those of `rmtjax.nnx.kernel_axes`.
       fits: As in `rmtjax.nnx.plan`.
 
-    Returns:
-      A `Report`.
-
     Examples:
       >>> import rmtjax
       >>> from flax import nnx
@@ -122,14 +110,11 @@ def analyze(
 
 
 def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
-    """Truncates the kernels of a model as planned; shapes and dtypes stay.
+    """Returns a model with the kernels truncated as planned; layers, shapes and dtypes stay.
 
     Args:
       model: The model that the plan was made from, or one of the same shapes.
       plan: From `rmtjax.nnx.plan`.
-
-    Returns:
-      The new model, with the same layers.
 
     Raises:
       ValueError: The plan is for another model.
@@ -143,46 +128,32 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
       >>> int(jax.numpy.linalg.matrix_rank(lower.kernel[...]))
       16
     """
-    return replace(model, planning.truncate(_planned_tree(model, plan), plan))
+    check_plan(plan)
+    return replace(model, planning.truncate(to_tree(open_layers(model, plan)), plan))
 
 
 def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
-    """Makes those layers of a model thin that the plan factorizes.
+    """Returns a model with thin layers where the plan factorizes their kernels.
 
-    The outputs are those of `truncate(model, plan)` up to rounding. Thin layers become thinner.
+    Its outputs are those of `truncate(model, plan)` up to rounding. Thin layers become thinner.
 
     Args:
-      model: The model that the plan was made from, or one of the same shapes.
-      plan: From `rmtjax.nnx.plan`.
-
-    Returns:
-      The new model, with layers that run as two, `left_factor` and `right_factor`.
-
-    Raises:
-      ValueError, TypeError: As in `truncate`.
+      model, plan: As in `truncate`, which raises the same errors.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, rmtjax
+      >>> import jax.numpy as jnp, rmtjax
       >>> from flax import nnx
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       >>> thin(jnp.ones((2, 80))).shape
       (2, 60)
-      >>> size = lambda model: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-      >>> size(model), size(thin)
-      (4860, 2300)
     """
-    return replace(model, planning.factorize(_planned_tree(model, plan), plan))
+    check_plan(plan)
+    return replace(model, planning.factorize(to_tree(open_layers(model, plan)), plan))
 
 
 def merge(model: nnx.Module) -> nnx.Module:
-    """Multiplies out all factors of a model, so that its layers are dense again.
-
-    Args:
-      model: Any nnx model, dense or thin.
-
-    Returns:
-      The new model, with the layers that it had before `factorize`.
+    """Returns a model with all factors multiplied out, with the layers before `factorize`.
 
     Examples:
       >>> import rmtjax

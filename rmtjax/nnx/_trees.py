@@ -10,8 +10,16 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors, kernel_shape, KernelAxes
-from rmtjax.nnx import _layers
-from rmtjax.nnx._layers import fold, is_unfolded, kernels, layer_axes, unfold
+from rmtjax.nnx._layers import (
+    fold,
+    folded_shape,
+    is_unfolded,
+    kernels,
+    layer_axes,
+    make_kernel,
+    make_pair,
+    unfold,
+)
 from rmtjax.nnx._thin import factors_of, make_dense, make_thin, pairs_of
 from rmtjax.nnx._variables import is_single, Pair, read, write
 from rmtjax.planning import leaves_by_path, Plan, register_container
@@ -68,12 +76,10 @@ def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
     for layer in modules_of(copy):
         factors, opened = factors_of(layer), {}
         for name, pair in pairs_of(layer).items():
+            kernel = make_kernel(pair, factors[name])
             # Layers that share their factors get one kernel. The pair is stored with it, so that
             # its identity cannot be that of another pair later.
-            key = tuple(map(id, pair))
-            if key not in shared:
-                shared[key] = _layers.make_kernel(pair, factors[name]), pair
-            opened[name], _ = shared[key]
+            opened[name], _ = shared.setdefault(tuple(map(id, pair)), (kernel, pair))
         if opened:
             make_dense(layer, opened)
     _unfold_gates(copy, gates)
@@ -104,9 +110,8 @@ def axes_of(opened: nnx.Module) -> dict[str, KernelAxes | None]:
     """Returns the axes of the kernels of opened layers by path."""
     paths, by_path = paths_of(opened), {}
     for layer in modules_of(opened):
-        by_name = kernels(layer)
-        for name, axes in layer_axes(layer).items():
-            path = paths[id(by_name[name])]
+        for name, kernel in kernels(layer).items():
+            path, axes = paths[id(kernel)], layer_axes(layer, name, read(kernel))
             # Layers that share a kernel must agree on its axes.
             by_path[path] = axes if by_path.get(path, axes) == axes else None
     return by_path
@@ -192,7 +197,7 @@ def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
     }
     for path, param in params.items():
         # A parameter alone does not show whether it holds several gates.
-        folded = functools.partial(_layers.folded_shape, layers.get(id(param)))
+        folded = functools.partial(folded_shape, layers.get(id(param)))
         shape, stored = kernel_shape(leaves[path]), kernel_shape(read(param))
         if folded(shape) != folded(stored):
             return f"has shape {shape} for {path!r}, and the model {stored}"
@@ -203,16 +208,16 @@ def _close_layers(opened: nnx.Module) -> None:
     """Makes layers thin where the value of a kernel is `Factors`, and fuses stacks of gates."""
     pairs: dict[int, Pair] = {}
     for layer in modules_of(opened):
-        chosen, by_name = {}, kernels(layer)
-        for name, axes in layer_axes(layer).items():
-            kernel, value = by_name[name], read(by_name[name])
-            if is_factors(value) and axes is not None:
+        chosen = {}
+        for name, kernel in kernels(layer).items():
+            value = read(kernel)
+            if not is_factors(value):
+                if is_unfolded(layer, kernel_shape(value)):
+                    write(kernel, fold(value))
+            elif layer_axes(layer, name, value) is not None:
                 # Layers that share a kernel share its factors.
-                if id(kernel) not in pairs:
-                    pairs[id(kernel)] = _layers.make_pair(layer, kernel, value)
-                chosen[name] = pairs[id(kernel)]
-            elif not is_factors(value) and is_unfolded(layer, kernel_shape(value)):
-                write(kernel, fold(value))
+                pair = make_pair(layer, kernel, value)
+                chosen[name] = pairs.setdefault(id(kernel), pair)
         if chosen:
             make_thin(layer, chosen)
 

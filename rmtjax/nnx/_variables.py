@@ -41,10 +41,6 @@ class FactorPair(nnx.Module):
     """Two factors in place of a kernel of a registered layer.
 
     Code outside the layer that reads the kernel gets the product of the factors.
-
-    Attributes:
-      left: The left factor.
-      right: The right factor.
     """
 
     def __init__(self, left: nnx.Param, right: nnx.Param):
