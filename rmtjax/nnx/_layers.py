@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, KernelAxes
+from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes
 from rmtjax.models import check_names, einsum_axes, registered, split_einsum
-from rmtjax.nnx._variables import is_single, Pair, read
+from rmtjax.nnx._variables import is_parameter, read
 
 Shape = tuple[int, ...]
 Stages = tuple[nnx.Module, nnx.Module]
@@ -80,11 +80,10 @@ def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
     names = (NAMES[kind],) if kind in NAMES else registered(kind)
     if kind not in NAMES:
         # In some configurations a layer has None in place of a kernel. Its name is still right.
-        is_parameter = lambda value: value is None or isinstance(value, nnx.Variable)
-        check_names(kind, [name for name, value in values.items() if is_parameter(value)])
+        may_be = lambda value: value is None or isinstance(value, nnx.Variable)
+        check_names(kind, [name for name, value in values.items() if may_be(value)])
     named = {name: values.get(name) for name in names or ()}
-    params = {name: value for name, value in named.items() if isinstance(value, nnx.Param)}
-    return {name: param for name, param in params.items() if is_single(read(param))}
+    return {name: value for name, value in named.items() if is_parameter(value)}
 
 
 def layer_axes(layer: nnx.Module, name: str, value: Any) -> KernelAxes | None:
@@ -104,39 +103,6 @@ def layer_axes(layer: nnx.Module, name: str, value: Any) -> KernelAxes | None:
     moved = KernelAxes(*(tuple(axis + taken for axis in group) for group in axes))
     axes = moved._replace(batch=(*range(taken), *moved.batch))
     return axes if not is_factors(value) or axes == factored_axes(value) else None
-
-
-def _axis_names(metadata: dict[str, Any]) -> str | None:
-    """Returns the key under which metadata name the axes for sharding, in any Flax version."""
-    return next((key for key in ("out_sharding", "sharding") if metadata.get(key)), None)
-
-
-def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> Pair:
-    """Returns the variables of two factors, with the metadata of the variable of the kernel."""
-    left, right = factors
-    batch, first = len(factored_axes(factors).batch), left.ndim - 1
-    of_left = of_right = kernel.get_metadata()
-    key, unfolded = _axis_names(of_left), is_unfolded(layer, kernel_shape(factors))
-    if key is not None:
-        # The rank axis has no name: it is not an axis of the kernel, and it is never sharded. The
-        # names of fused gates do not fit the factors of separate gates.
-        names = tuple(of_left[key])
-        of_left = of_left | {key: None if unfolded else (*names[:first], None)}
-        of_right = of_right | {key: None if unfolded else (*names[:batch], None, *names[first:])}
-    left = jnp.moveaxis(left, 0, -2) if unfolded else left
-    kind: Any = type(kernel)
-    return Pair(kind(left, **of_left), kind(right, **of_right))
-
-
-def make_kernel(pair: Pair, factors: Factors) -> nnx.Param:
-    """Returns the variable of a kernel, with the metadata of the variables of its factors."""
-    metadata = pair.left.get_metadata()
-    key = _axis_names(metadata)
-    if key is not None:
-        of_right = pair.right.get_metadata()[key][1 + len(factored_axes(factors).batch) :]
-        metadata = metadata | {key: (*metadata[key][:-1], *of_right)}
-    kind: Any = type(pair.left)
-    return kind(factors, **metadata)
 
 
 def _build(kind: type, like: nnx.Module, kernel: nnx.Param, bias=None, **changes) -> Any:

@@ -7,15 +7,7 @@ from flax import nnx
 
 from rmtjax import planning
 from rmtjax._types import Axes, BulkFit, Where
-from rmtjax.nnx._trees import (
-    axes_of,
-    Gates,
-    obstacles,
-    open_layers,
-    params,
-    replace,
-    to_tree,
-)
+from rmtjax.nnx._trees import axes_of, Gates, obstacles, open_layers, params, replace, to_tree
 from rmtjax.nnx._variables import read
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import check_plan, in_place, make_plan, Plan, PlanOptions

@@ -10,18 +10,9 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors, kernel_shape, KernelAxes
-from rmtjax.nnx._layers import (
-    fold,
-    folded_shape,
-    is_unfolded,
-    kernels,
-    layer_axes,
-    make_kernel,
-    make_pair,
-    unfold,
-)
-from rmtjax.nnx._thin import factors_of, make_dense, make_thin, pairs_of
-from rmtjax.nnx._variables import is_single, Pair, read, write
+from rmtjax.nnx._layers import fold, folded_shape, is_unfolded, kernels, layer_axes, unfold
+from rmtjax.nnx._thin import factors_of, make_dense, make_kernel, make_pair, make_thin, pairs_of
+from rmtjax.nnx._variables import is_parameter, Pair, read, write
 from rmtjax.planning import leaves_by_path, Plan, register_container
 
 Gates = Literal["fused", "each"]
@@ -49,7 +40,7 @@ def variables_of(model: nnx.Module) -> dict[tuple, nnx.Param]:
     """Returns the parameters of one array each by path, a shared one once."""
     by_identity = {}
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param) and is_single(read(node)):
+        if is_parameter(node):
             # Flax before 0.12 visits a shared variable more than once. The first path counts.
             by_identity.setdefault(id(node), (path, node))
     return dict(by_identity.values())
@@ -131,8 +122,7 @@ def obstacles(opened: nnx.Module) -> dict[str, str]:
         causes |= {paths[key]: cause for key in held if key in owned}
         if isinstance(module, _REWRITERS):
             cause = f"`{type(module).__name__}` rewrites it at each call"
-            rewritten = variables_of(module.layer_instance).values()
-            causes |= {paths[id(param)]: cause for param in rewritten}
+            causes |= {paths[key]: cause for key in paths_of(module.layer_instance)}
     return causes
 
 
@@ -240,15 +230,12 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
 
     A thin layer of Flax runs as two layers, `left_factor` and `right_factor`. A registered one
     computes two thin products for each product. With a dense kernel, a thin layer becomes dense.
+    Variables that are not parameters, such as BatchNorm statistics, are copied unchanged.
 
     Args:
-      model: Any nnx model; it does not change.
+      model: Any nnx model.
       params: A tree as `rmtjax.nnx.params(model)` returns it, with the gates fused or as stacks.
         Each leaf has the shape of the parameter, or is `Factors` of that shape.
-
-    Returns:
-      The new model. Variables that are not parameters, such as BatchNorm statistics, are copied
-      unchanged.
 
     Raises:
       TypeError: `model` is not a module.

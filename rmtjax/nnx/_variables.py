@@ -1,6 +1,6 @@
 """Variables of `flax.nnx` for kernels: their values in each Flax version, and pairs of factors."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 from flax import nnx
@@ -82,6 +82,7 @@ def write(variable: nnx.Variable, value: Any) -> None:
         variable.value = value
 
 
-def is_single(value: Any) -> bool:
-    """Returns True if the value of a variable is one array or `Factors`, and not a tree or None."""
-    return is_factors(value) or jax.tree.structure(value) == jax.tree.structure(0)
+def is_parameter(node: Any) -> TypeGuard[nnx.Param]:
+    """Returns True for a parameter whose value is one array or `Factors`, not a tree or None."""
+    is_leaf = lambda value: jax.tree.structure(value, is_leaf=is_factors) == jax.tree.structure(0)
+    return isinstance(node, nnx.Param) and is_leaf(read(node))
