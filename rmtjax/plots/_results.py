@@ -9,7 +9,6 @@ from jaxtyping import Float, Real
 
 from rmtjax.planning import LayerPlan
 from rmtjax.plots._style import (
-    BLACK,
     BLUE,
     check_type,
     dot_size,
@@ -126,9 +125,6 @@ def accuracy(
       names: Of each network, for the legend. A line joins the networks of one name.
       ax, title: As in `layers`.
 
-    Returns:
-      The axes.
-
     Raises:
       ValueError: The arguments are not of one length.
     """
@@ -152,11 +148,7 @@ def accuracy(
 
 
 def certificate(
-    margins: Numbers,
-    bounds: Numbers,
-    *,
-    ax: "Axes | None" = None,
-    title: str = "",
+    margins: Numbers, bounds: Numbers, *, ax: "Axes | None" = None, title: str = ""
 ) -> "Axes":
     r"""Draws a bound on the decrease of each sample's margin against the margin.
 
@@ -182,14 +174,12 @@ def certificate(
         )
     ax = new_axes() if ax is None else ax
     # A bound that is not finite is not below the margin, so its prediction may change.
-    safe, dot = y < x, dot_size(x.size)
-    for chosen, name, marker, color in (
-        (safe, "cannot change", "o", BLUE),
-        (~safe, "may change", "x", VERMILION),
-    ):
-        label = f"{name}: {chosen.sum()} of {x.size}"
+    safe = y < x
+    series = (safe, "cannot change", "o", BLUE), (~safe, "may change", "x", VERMILION)
+    for chosen, name, marker, color in series:
+        label, dot = f"{name}: {chosen.sum()} of {x.size}", dot_size(x.size)
         ax.plot(x[chosen], y[chosen], marker, color=color, markersize=dot, label=label)
-    ax.axline((0, 0), slope=1, color=BLACK, linestyle="--", label="bound = margin")
+    ax.axline((0, 0), slope=1, color="black", linestyle="--", label="bound = margin")
     ax.set_xlim(left=np.nanmin(x, initial=0))
     ax.set_ylim(bottom=0)
     return finish(ax, "margin", "bound on its fall", title)
