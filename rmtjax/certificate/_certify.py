@@ -95,11 +95,7 @@ def _leads(logits: Array, doubt: Array, best: Array, apart: Array | float = 0.0)
 
 
 def _increase(out: _Outputs, labels: Array, apart: Array) -> Array:
-    r"""Returns a bound on the increase of each sample's cross-entropy.
-
-    It is $\log \sum_j p_j e^{u_j}$ with the probabilities $p$ before the change and a bound
-    $u_j$ on the gain of logit $j$ over that of the label.
-    """
+    """Returns a bound on the increase of each sample's cross-entropy, which `certify` explains."""
     unit, classes = eps(out.values), jnp.arange(out.values.shape[1])[None, :]
     gain = _pick(out.shift, labels) - out.shift + apart
     gain += out.shift_rounding + _pick(out.shift_rounding, labels)

@@ -57,21 +57,20 @@ def check_chain(old: list[Layer], new: list[Layer], inputs: Array) -> None:
         width = columns
 
 
-def _probe(activation: Callable[[Array], Array], grid: Array) -> tuple[Array, Array]:
-    """Returns the steepest slope on a grid, and whether the activation is elementwise."""
-    single = lambda entry: activation(entry[None])[0]
-    slope = jnp.max(jnp.abs(jax.vmap(jax.grad(single))(grid)))
-    return slope, jnp.allclose(activation(grid), jax.vmap(single)(grid), equal_nan=True)
-
-
 def check_activation(activation: Callable[[Array], Array]) -> None:
     """Raises ValueError if a slope exceeds 1 on a grid, as for gelu, or if not elementwise."""
+    single = lambda entry: activation(entry[None])[0]
+
+    # A new function is compiled anew: the activation may depend on a variable that changed.
+    def probe(grid):
+        slope = jnp.max(jnp.abs(jax.vmap(jax.grad(single))(grid)))
+        return slope, jnp.allclose(activation(grid), jax.vmap(single)(grid), equal_nan=True)
+
     with jax.ensure_compile_time_eval():
         # Geometric steps, so that no periodic activation hides between the points.
         half = jnp.concatenate([jnp.geomspace(1e-3, 1, 200), jnp.geomspace(1, 1e4, 2000)])
         grid = jnp.concatenate([-half[::-1], half])
-        # A new `lambda` is compiled anew: the activation may depend on a variable that changed.
-        slope, elementwise = map(float, jax.jit(lambda grid: _probe(activation, grid))(grid))
+        slope, elementwise = map(float, jax.jit(probe)(grid))
     if not elementwise:
         raise ValueError("`activation` must be elementwise, such as relu; softmax is not.")
     if not slope < 1.001:

@@ -51,37 +51,24 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
     return KernelAxes(tuple(range(first)), (first,)) if type(module) in KNOWN else None
 
 
-def _einsum_stages(module: nn.Einsum, factors: Factors, equation: str | None):
-    """Returns the two einsums that stand for one; None if the factors do not fit it."""
-    equation = equation or ""
-    axes = einsum_axes(equation) if equation else None
-    if axes is None or len(axes.inputs) + len(axes.batch) != factors.left.ndim - 1:
-        return None
-    left, right = split_einsum(equation, axes)
-    first = {"einsum_str": left, "shape": factors.left.shape, "use_bias": False}
-    second = {"einsum_str": right, "shape": factors.right.shape}
-    return tuple(module.clone(parent=None, **fields) for fields in (first, second))
-
-
 def _stages(module: nn.Module, factors: Factors, equation: str | None):
     """Returns the two layers that stand for one; None if the factors do not fit it."""
-    if type(module) is nn.Einsum:
-        return _einsum_stages(module, factors, equation)
+    left, right = factors
     batch = len(_as_tuple(getattr(module, "batch_dims", ())))
-    axes = layer_axes(module, factors.left.ndim + factors.right.ndim - 2 - batch, None)
-    if axes is None or len(axes.inputs) != factors.left.ndim - 1 - batch:
+    axes = layer_axes(module, left.ndim + right.ndim - 2 - batch, equation)
+    if axes is None or len(axes.batch) + len(axes.inputs) != left.ndim - 1:
         return None
-    thin = {"parent": None, "features": factors.left.shape[-1], "use_bias": False}
+    if equation is not None:
+        one, other = split_einsum(equation, axes)
+        first = module.clone(parent=None, einsum_str=one, shape=left.shape, use_bias=False)
+        return first, module.clone(parent=None, einsum_str=other, shape=right.shape)
+    first = module.clone(parent=None, features=left.shape[-1], use_bias=False)
     if type(module) is nn.Dense:
-        return module.clone(**thin), module.clone(parent=None)
+        return first, module.clone(parent=None)
     if type(module) is nn.DenseGeneral:
-        last = {"axis": -1, "batch_dims": tuple(range(batch)), "parent": None}
-        return module.clone(**thin), module.clone(**last)
-    if type(module) in (nn.Conv, nn.ConvTranspose):
-        same = ("features", "use_bias", "dtype", "param_dtype", "precision")
-        second = nn.Dense(**{name: getattr(module, name) for name in same}, parent=None)
-        return module.clone(**thin), second
-    return None
+        return first, module.clone(parent=None, axis=-1, batch_dims=tuple(range(batch)))
+    same = ("features", "use_bias", "dtype", "param_dtype", "precision")
+    return first, nn.Dense(**{name: getattr(module, name) for name in same}, parent=None)
 
 
 def run_layer(module: nn.Module, params: Mapping[str, Any], inputs, equation: str | None):
