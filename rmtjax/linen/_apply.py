@@ -138,18 +138,6 @@ def factorized() -> Iterator[None]:
         yield
 
 
-def _check_variables(variables: PyTree) -> None:
-    """Raises ValueError if `variables` is a tree of parameters."""
-    if "params" not in variables and any(
-        map(is_factors, jax.tree.leaves(variables, is_leaf=is_factors))
-    ):
-        some = ", ".join(map(repr, list(variables)[:5]))
-        raise ValueError(
-            '`variables` must be {"params": tree}, with other collections beside it, got a tree '
-            f'of parameters with {some}. Give {{"params": variables}}.'
-        )
-
-
 def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
     """Runs `module.apply(variables, ...)` with a factorized tree.
 
@@ -181,6 +169,12 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
       >>> rmtjax.linen.apply(module, {"params": factored}, inputs).shape
       (2, 60)
     """
-    _check_variables(variables)
+    leaves = jax.tree.leaves(variables, is_leaf=is_factors)
+    if "params" not in variables and any(map(is_factors, leaves)):
+        some = ", ".join(map(repr, list(variables)[:5]))
+        raise ValueError(
+            '`variables` must be {"params": tree}, with other collections beside it, got a tree '
+            f'of parameters with {some}. Give {{"params": variables}}.'
+        )
     with factorized():
         return module.apply(variables, *args, **kwargs)

@@ -1,9 +1,10 @@
 """The layers of `flax.linen` that hold kernels: their axes, and the two thin layers for each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from rmtjax._axes import Factors, is_factors, KernelAxes
 from rmtjax.models import einsum_axes, split_einsum
@@ -14,10 +15,6 @@ KNOWN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTra
 # Their layers cannot be intercepted. The other cell computes the same from the same tree, and
 # calls its layers.
 CELLS: dict[type[nn.Module], type[nn.Module]] = {nn.OptimizedLSTMCell: nn.LSTMCell}
-
-
-def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
 def call_inputs(module: nn.Module, args, kwargs) -> tuple[Any, str | None] | None:
@@ -37,8 +34,8 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
     if type(module) is nn.Einsum:
         return einsum_axes(equation) if equation else None
     if type(module) is nn.DenseGeneral:
-        batch = len(_as_tuple(module.batch_dims))
-        first = batch + len(_as_tuple(module.axis))
+        batch = np.size(module.batch_dims)
+        first = batch + np.size(module.axis)
         ends = ((batch, first), (first, ndim), (0, batch))
         return KernelAxes(*(tuple(range(*end)) for end in ends))
     # `ConvLocal` has another matrix at each position of the window.
@@ -54,7 +51,7 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
 def _stages(module: nn.Module, factors: Factors, equation: str | None):
     """Returns the two layers that stand for one; None if the factors do not fit it."""
     left, right = factors
-    batch = len(_as_tuple(getattr(module, "batch_dims", ())))
+    batch = np.size(getattr(module, "batch_dims", ()))
     axes = layer_axes(module, left.ndim + right.ndim - 2 - batch, equation)
     if axes is None or len(axes.batch) + len(axes.inputs) != left.ndim - 1:
         return None

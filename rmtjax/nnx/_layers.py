@@ -124,11 +124,10 @@ def _einsum_stages(layer: Any, left: nnx.Param, right: nnx.Param, bias) -> Stage
     axes: Any
     axes, shape = _call_axes(layer)
     one, other = split_einsum(layer.einsum_str, axes)
-    batch, (rank, rows, columns) = len(axes.batch), (read(left).shape[-1], *map(len, axes[:2]))
-    build = functools.partial(_build, nnx.Einsum, layer)
-    first = {"einsum_str": one, "kernel_shape": (*shape[: batch + rows], rank), "bias_shape": None}
-    second = {"einsum_str": other, "kernel_shape": (*shape[:batch], rank, *shape[-columns:])}
-    return build(left, **first), build(right, bias, **second)
+    inputs, outputs, batch = (tuple(shape[axis] for axis in group) for group in axes)
+    rank, build = read(left).shape[-1], functools.partial(_build, nnx.Einsum, layer)
+    first = build(left, einsum_str=one, kernel_shape=(*batch, *inputs, rank), bias_shape=None)
+    return first, build(right, bias, einsum_str=other, kernel_shape=(*batch, rank, *outputs))
 
 
 def stages(layer: Any, left: nnx.Param, right: nnx.Param, bias) -> Stages:

@@ -99,9 +99,8 @@ def training(
             # Before the first fit the number of signal directions is 0. It is not drawn.
             points = [(r["step"], r[key]) for r in records if r.get(key)]
             label = path if name == "rank" else None
-            x, y = zip(*points, strict=True) if points else ((), ())
             shown = style(index) | {"linestyle": line, "label": label}
-            ax.plot(x, y, fillstyle="none", markersize=dot, **shown)
+            ax.plot(*np.reshape(points, (-1, 2)).T, fillstyle="none", markersize=dot, **shown)
     ax.plot([], [], "--", color="0.4", label="signal")
     ax.set_yscale("log")
     return finish(ax, "step", "number of directions", title)
