@@ -20,14 +20,10 @@ from rmtjax.spectra import multiply
 
 
 class _Kernel(NamedTuple):
-    """A kernel held as factors, with its axes transposed.
+    """A kernel held as factors, with its axes transposed."""
 
-    Attributes:
-      factors: Left and right, without batch axes.
-      order: The permutation of axes. Axis `k` is axis `order[k]` of the product of the factors.
-    """
-
-    factors: Factors
+    factors: Factors  # without batch axes
+    # Axis `k` of the kernel is axis `order[k]` of the product of the factors.
     order: tuple[int, ...]
 
     def split(self, axes: tuple[int, ...]) -> tuple[Array, Array, list[int]] | None:

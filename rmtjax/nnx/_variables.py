@@ -38,10 +38,7 @@ class Product(nnx.Param):
 
 
 class FactorPair(nnx.Module):
-    """Two factors in place of a kernel of a registered layer.
-
-    Code outside the layer that reads the kernel gets the product of the factors.
-    """
+    """Two factors in place of a registered layer's kernel. Other code reads their product."""
 
     def __init__(self, left: nnx.Param, right: nnx.Param):
         self.left, self.right = left, right

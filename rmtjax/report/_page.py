@@ -79,12 +79,11 @@ def _laws(drawn: Sequence[_Drawn]) -> list[dict[str, Any]]:
     grids, densities = map(np.asarray, _curve(np.float32(ratio), size, spikes, np.float32(edge)))
     peaks = densities.max(axis=1)
     # Integers of three digits: the page of a large model has 180,000 of them.
-    heights = np.rint(1000 * densities / peaks[:, None]).astype(int).tolist()
-    ends = np.column_stack([grids[:, 0], grids[:, -1], peaks]).tolist()
-    names = "lower", "upper", "peak"
+    heights = np.rint(1000 * densities / peaks[:, None]).astype(int)
+    columns = (array.tolist() for array in (grids[:, 0], grids[:, -1], peaks, heights))
     return [
-        dict(zip(names, map(_short, numbers), strict=True), heights=shape)
-        for numbers, shape in zip(ends, heights, strict=True)
+        {"lower": _short(low), "upper": _short(high), "peak": _short(peak), "heights": shape}
+        for low, high, peak, shape in zip(*columns, strict=True)
     ]
 
 
