@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._sharding import by_compiler, mesh_of
-from rmtjax.certificate._chain import check_activation, check_chain, check_labels, read_layers
+from rmtjax.certificate._chain import check_activation, check_inputs, Pairs, read_chain
 from rmtjax.certificate._rounding import affine, eps, Layer, lost_squares, mean, norm, operator_norm
 
 Activation = Callable[[Array], Array]
@@ -95,11 +95,7 @@ def _leads(logits: Array, doubt: Array, best: Array, apart: Array | float = 0.0)
 
 
 def _increase(out: _Outputs, labels: Array, apart: Array) -> Array:
-    r"""Returns a bound on the increase of each sample's cross-entropy.
-
-    It is $\log \sum_j p_j e^{u_j}$ with the probabilities $p$ before the change and a bound
-    $u_j$ on the gain of logit $j$ over that of the label.
-    """
+    """Returns a bound on the increase of each sample's cross-entropy, which `certify` explains."""
     unit, classes = eps(out.values), jnp.arange(out.values.shape[1])[None, :]
     gain = _pick(out.shift, labels) - out.shift + apart
     gain += out.shift_rounding + _pick(out.shift_rounding, labels)
@@ -144,25 +140,20 @@ def _bound(
 
 
 def _certify(
-    values: Array,
-    old: list[Layer],
-    new: list[Layer],
-    labels: Array | None,
-    layers: Sequence[str],
-    activation: Activation,
+    values: Array, pairs: Pairs, labels: Array | None, layers: Sequence[str], activation: Activation
 ) -> Certificate:
     """Returns the certificate of layers that have been checked."""
     # In one dtype: a difference of two dtypes is rounded more than the bounds allow for.
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, old, new)))
-    values, old, new = jax.tree.map(lambda a: a.astype(dtype), (values, old, new))
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, pairs)))
+    values, pairs = jax.tree.map(lambda a: a.astype(dtype), (values, pairs))
     zero = jnp.zeros(len(values), dtype)
     hidden = _Hidden(values, zero, zero, exact=True)
-    for pair in zip(old[:-1], new[:-1], strict=True):
+    for pair in pairs[:-1]:
         hidden = _pass(hidden, *pair, activation)
     # A layer that is applied several times lost its entries once.
-    distinct = dict(zip(layers, zip(old, new, strict=True), strict=True))
+    distinct = dict(zip(layers, pairs, strict=True))
     removed = [lost_squares(a.kernel, b.kernel) for a, b in distinct.values()]
-    return Certificate(*_bound(hidden, old[-1], new[-1], labels), sum(removed, zero[0]))
+    return Certificate(*_bound(hidden, *pairs[-1], labels), sum(removed, zero[0]))
 
 
 def certify(
@@ -220,15 +211,13 @@ def certify(
       which a product of operator norms is such a constant.
     """
     values = jnp.asarray(inputs)
-    old, new = read_layers("before", before, layers), read_layers("after", after, layers)
-    check_chain(old, new, values)
+    labels = None if labels is None else jnp.asarray(labels)
+    check_inputs(values, labels)
+    pairs = read_chain(before, after, layers, values.shape[1])
     check_activation(activation)
-    if labels is not None:
-        labels = jnp.asarray(labels)
-        check_labels(labels, len(values))
     compute = partial(_certify, layers=layers, activation=activation)
-    if any(map(mesh_of, jax.tree.leaves((values, old, new)))):
+    if any(map(mesh_of, jax.tree.leaves((values, pairs)))):
         # As one program. Processes that run single operations may do so in different orders, and
         # then they wait for each other forever.
         compute = jax.jit(compute)
-    return by_compiler(compute, values, old, new, labels, anew=True)
+    return by_compiler(compute, values, pairs, labels, anew=True)

@@ -11,8 +11,11 @@ from rmtjax.certificate._rounding import Layer
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import check_matrix
 
+# Each layer before and after the change.
+Pairs = list[tuple[Layer, Layer]]
 
-def read_layers(name: str, params: PyTree, layers: Sequence[str]) -> list[Layer]:
+
+def _read_layers(name: str, params: PyTree, layers: Sequence[str]) -> list[Layer]:
     """Returns the layers of a tree in order; raises an error for a missing or factored one."""
     leaves, chain = leaves_by_path(params), []
     for layer in layers:
@@ -29,20 +32,14 @@ def read_layers(name: str, params: PyTree, layers: Sequence[str]) -> list[Layer]
     return chain
 
 
-def check_chain(old: list[Layer], new: list[Layer], inputs: Array) -> None:
-    """Raises an error for layers that do not follow each other, or that differ in shape."""
-    if not old:
+def read_chain(before: PyTree, after: PyTree, layers: Sequence[str], width: int) -> Pairs:
+    """Returns the layers of both trees; raises an error if a layer does not fit the one before."""
+    old, new = _read_layers("before", before, layers), _read_layers("after", after, layers)
+    pairs = list(zip(old, new, strict=True))
+    if not pairs:
         raise ValueError("`layers` must name at least one layer.")
-    if inputs.ndim != 2 or 0 in inputs.shape:
-        raise ValueError(f"`inputs` must have shape (samples, inputs), got {inputs.shape}.")
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise TypeError(
-            f"`inputs` must be floating, got {inputs.dtype}. They are what the first layer "
-            "receives: scale and flatten images as the module does."
-        )
-    width = inputs.shape[1]
-    for number, (first, second) in enumerate(zip(old, new, strict=True)):
-        shapes, others = (jax.tree.map(jnp.shape, layer) for layer in (first, second))
+    for number, pair in enumerate(pairs):
+        shapes, others = (jax.tree.map(jnp.shape, layer) for layer in pair)
         if shapes != others:
             raise ValueError(
                 f"`after` must have the shapes of `before`, got {others} for {shapes} in "
@@ -55,23 +52,40 @@ def check_chain(old: list[Layer], new: list[Layer], inputs: Array) -> None:
                 "in the order in which they are applied."
             )
         width = columns
+    return pairs
 
 
-def _probe(activation: Callable[[Array], Array], grid: Array) -> tuple[Array, Array]:
-    """Returns the steepest slope on a grid, and whether the activation is elementwise."""
-    single = lambda entry: activation(entry[None])[0]
-    slope = jnp.max(jnp.abs(jax.vmap(jax.grad(single))(grid)))
-    return slope, jnp.allclose(activation(grid), jax.vmap(single)(grid), equal_nan=True)
+def check_inputs(inputs: Array, labels: Array | None) -> None:
+    """Raises an error unless there are floating inputs, and one integer label a sample or none."""
+    if inputs.ndim != 2 or 0 in inputs.shape:
+        raise ValueError(f"`inputs` must have shape (samples, inputs), got {inputs.shape}.")
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        raise TypeError(
+            f"`inputs` must be floating, got {inputs.dtype}. They are what the first layer "
+            "receives: scale and flatten images as the module does."
+        )
+    if labels is None:
+        return
+    if labels.shape != inputs.shape[:1]:
+        raise ValueError(f"`labels` must have shape {inputs.shape[:1]}, got {labels.shape}.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}: classes, not one-hot.")
 
 
 def check_activation(activation: Callable[[Array], Array]) -> None:
     """Raises ValueError if a slope exceeds 1 on a grid, as for gelu, or if not elementwise."""
+    single = lambda entry: activation(entry[None])[0]
+
+    # A new function is compiled anew: the activation may depend on a variable that changed.
+    def probe(grid):
+        slope = jnp.max(jnp.abs(jax.vmap(jax.grad(single))(grid)))
+        return slope, jnp.allclose(activation(grid), jax.vmap(single)(grid), equal_nan=True)
+
     with jax.ensure_compile_time_eval():
         # Geometric steps, so that no periodic activation hides between the points.
         half = jnp.concatenate([jnp.geomspace(1e-3, 1, 200), jnp.geomspace(1, 1e4, 2000)])
         grid = jnp.concatenate([-half[::-1], half])
-        # A new `lambda` is compiled anew: the activation may depend on a variable that changed.
-        slope, elementwise = map(float, jax.jit(lambda grid: _probe(activation, grid))(grid))
+        slope, elementwise = map(float, jax.jit(probe)(grid))
     if not elementwise:
         raise ValueError("`activation` must be elementwise, such as relu; softmax is not.")
     if not slope < 1.001:
@@ -79,11 +93,3 @@ def check_activation(activation: Callable[[Array], Array]) -> None:
             f"`activation` must have slopes in [-1, 1], as relu has, got {slope:.3f}. Divide it by "
             "its steepest slope, and multiply the kernels after it."
         )
-
-
-def check_labels(labels: Array, samples: int) -> None:
-    """Raises an error if `labels` are not one integer a sample."""
-    if labels.shape != (samples,):
-        raise ValueError(f"`labels` must have shape {(samples,)}, got {labels.shape}.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"`labels` must be integers, got {labels.dtype}: classes, not one-hot.")

@@ -38,9 +38,8 @@ def norm(array: Array, axis: int | None = None) -> Array:
 def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
     r"""Returns the largest singular value $\|W\|_2$, rounded up.
 
-    Every vector $x$ has $\|x W\|_2 \le \|W\|_2 \|x\|_2$. The value is multiplied by
-    $1 + 2 \max(m, n)\, \epsilon$. The decomposition is assumed to be correct to
-    $\max(m, n)\, \epsilon$, as in `jnp.linalg.matrix_rank`.
+    The value is multiplied by $1 + 2 \max(m, n)\, \epsilon$. The decomposition is assumed to be
+    correct to $\max(m, n)\, \epsilon$, as in `jnp.linalg.matrix_rank`.
 
     Args:
       matrix: Real matrix of any floating dtype; lifted to float32 at least.
@@ -60,11 +59,9 @@ def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
     matrix = jnp.asarray(matrix)
     check_matrix("operator_norm", matrix)
     matrix = lift(matrix)
-    largest = jnp.max(jnp.abs(matrix))
-    longer = max(matrix.shape)
+    largest, longer = jnp.max(jnp.abs(matrix)), max(matrix.shape)
     eigenvalues, _ = spectrum(matrix / jnp.where(largest > 0, largest, 1))
-    rounded_up = 1 + 2 * longer * eps(matrix)
-    return largest * jnp.sqrt(longer * eigenvalues[0]) * rounded_up
+    return largest * jnp.sqrt(longer * eigenvalues[0]) * (1 + 2 * longer * eps(matrix))
 
 
 def affine(inputs: Array, layer: Layer) -> tuple[Array, Array]:

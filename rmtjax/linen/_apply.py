@@ -127,13 +127,10 @@ def factorized() -> Iterator[None]:
     """Lets `module.apply` run trees with `Factors` in place of kernels, within a `with` block.
 
     Examples:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
-      >>> module, inputs = nn.Dense(60), jnp.ones((2, 80))
-      >>> params = module.init(jax.random.key(0), inputs)["params"]
-      >>> plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(8))
-      >>> factored = rmtjax.factorize(params, plan)
+      >>> import flax.linen as nn, jax.numpy as jnp, rmtjax
+      >>> params = {"kernel": rmtjax.factorize_matrix(jnp.ones((80, 60)), 8)}
       >>> with rmtjax.linen.factorized():
-      ...     outputs = module.apply({"params": factored}, inputs)
+      ...     outputs = nn.Dense(60, use_bias=False).apply({"params": params}, jnp.ones((2, 80)))
       >>> outputs.shape
       (2, 60)
     """
@@ -141,35 +138,19 @@ def factorized() -> Iterator[None]:
         yield
 
 
-def _check_variables(variables: PyTree) -> None:
-    """Raises ValueError if `variables` is a tree of parameters."""
-    if "params" not in variables and any(
-        map(is_factors, jax.tree.leaves(variables, is_leaf=is_factors))
-    ):
-        some = ", ".join(map(repr, list(variables)[:5]))
-        raise ValueError(
-            '`variables` must be {"params": tree}, with other collections beside it, got a tree '
-            f'of parameters with {some}. Give {{"params": variables}}.'
-        )
-
-
 def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
     """Runs `module.apply(variables, ...)` with a factorized tree.
 
     The outputs equal those of the merged tree (`rmtjax.merge`) up to rounding. Gradients are
     those of the factors, so training can go on in them. Works under `jit`, `grad` and `vmap`.
+    Modules that rewrite the parameters of another module, such as `nn.WeightNorm` and
+    `nn.SpectralNorm`, fail on factors. Leave their kernels out of the plan with `where`.
 
     Args:
       module: An unmodified linen module.
       variables: `{"params": tree, ...}` with or without `Factors` in the tree.
       *args: As for `module.apply`.
       **kwargs: As for `module.apply`.
-
-    Returns:
-      The outputs of `module.apply`.
-
-    Modules that rewrite the parameters of another module, such as `nn.WeightNorm` and
-    `nn.SpectralNorm`, fail on factors. Leave their kernels out of the plan with `where`.
 
     Warns:
       UserWarning: A module runs with its factors multiplied out, because `rmtjax.linen` does not
@@ -188,6 +169,12 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
       >>> rmtjax.linen.apply(module, {"params": factored}, inputs).shape
       (2, 60)
     """
-    _check_variables(variables)
+    leaves = jax.tree.leaves(variables, is_leaf=is_factors)
+    if "params" not in variables and any(map(is_factors, leaves)):
+        some = ", ".join(map(repr, list(variables)[:5]))
+        raise ValueError(
+            '`variables` must be {"params": tree}, with other collections beside it, got a tree '
+            f'of parameters with {some}. Give {{"params": variables}}.'
+        )
     with factorized():
         return module.apply(variables, *args, **kwargs)

@@ -1,9 +1,10 @@
 """The layers of `flax.linen` that hold kernels: their axes, and the two thin layers for each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from rmtjax._axes import Factors, is_factors, KernelAxes
 from rmtjax.models import einsum_axes, split_einsum
@@ -14,10 +15,6 @@ KNOWN = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTra
 # Their layers cannot be intercepted. The other cell computes the same from the same tree, and
 # calls its layers.
 CELLS: dict[type[nn.Module], type[nn.Module]] = {nn.OptimizedLSTMCell: nn.LSTMCell}
-
-
-def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
 def call_inputs(module: nn.Module, args, kwargs) -> tuple[Any, str | None] | None:
@@ -37,8 +34,8 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
     if type(module) is nn.Einsum:
         return einsum_axes(equation) if equation else None
     if type(module) is nn.DenseGeneral:
-        batch = len(_as_tuple(module.batch_dims))
-        first = batch + len(_as_tuple(module.axis))
+        batch = np.size(module.batch_dims)
+        first = batch + np.size(module.axis)
         ends = ((batch, first), (first, ndim), (0, batch))
         return KernelAxes(*(tuple(range(*end)) for end in ends))
     # `ConvLocal` has another matrix at each position of the window.
@@ -51,37 +48,24 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
     return KernelAxes(tuple(range(first)), (first,)) if type(module) in KNOWN else None
 
 
-def _einsum_stages(module: nn.Einsum, factors: Factors, equation: str | None):
-    """Returns the two einsums that stand for one; None if the factors do not fit it."""
-    equation = equation or ""
-    axes = einsum_axes(equation) if equation else None
-    if axes is None or len(axes.inputs) + len(axes.batch) != factors.left.ndim - 1:
-        return None
-    left, right = split_einsum(equation, axes)
-    first = {"einsum_str": left, "shape": factors.left.shape, "use_bias": False}
-    second = {"einsum_str": right, "shape": factors.right.shape}
-    return tuple(module.clone(parent=None, **fields) for fields in (first, second))
-
-
 def _stages(module: nn.Module, factors: Factors, equation: str | None):
     """Returns the two layers that stand for one; None if the factors do not fit it."""
-    if type(module) is nn.Einsum:
-        return _einsum_stages(module, factors, equation)
-    batch = len(_as_tuple(getattr(module, "batch_dims", ())))
-    axes = layer_axes(module, factors.left.ndim + factors.right.ndim - 2 - batch, None)
-    if axes is None or len(axes.inputs) != factors.left.ndim - 1 - batch:
+    left, right = factors
+    batch = np.size(getattr(module, "batch_dims", ()))
+    axes = layer_axes(module, left.ndim + right.ndim - 2 - batch, equation)
+    if axes is None or len(axes.batch) + len(axes.inputs) != left.ndim - 1:
         return None
-    thin = {"parent": None, "features": factors.left.shape[-1], "use_bias": False}
+    if equation is not None:
+        one, other = split_einsum(equation, axes)
+        first = module.clone(parent=None, einsum_str=one, shape=left.shape, use_bias=False)
+        return first, module.clone(parent=None, einsum_str=other, shape=right.shape)
+    first = module.clone(parent=None, features=left.shape[-1], use_bias=False)
     if type(module) is nn.Dense:
-        return module.clone(**thin), module.clone(parent=None)
+        return first, module.clone(parent=None)
     if type(module) is nn.DenseGeneral:
-        last = {"axis": -1, "batch_dims": tuple(range(batch)), "parent": None}
-        return module.clone(**thin), module.clone(**last)
-    if type(module) in (nn.Conv, nn.ConvTranspose):
-        same = ("features", "use_bias", "dtype", "param_dtype", "precision")
-        second = nn.Dense(**{name: getattr(module, name) for name in same}, parent=None)
-        return module.clone(**thin), second
-    return None
+        return first, module.clone(parent=None, axis=-1, batch_dims=tuple(range(batch)))
+    same = ("features", "use_bias", "dtype", "param_dtype", "precision")
+    return first, nn.Dense(**{name: getattr(module, name) for name in same}, parent=None)
 
 
 def run_layer(module: nn.Module, params: Mapping[str, Any], inputs, equation: str | None):

@@ -19,11 +19,8 @@ def einsum_axes(equation: str) -> KernelAxes | None:
 
     Letters that the kernel shares with the inputs only are contracted: they are input axes.
     Letters that it shares with the outputs only are output axes. Letters in all three are batch
-    axes.
-
-    Returns:
-      None if the kernel is not a matrix: a letter is repeated, is an ellipsis, or occurs in the
-      kernel only.
+    axes. None if the kernel is not a matrix: a letter is repeated, is an ellipsis, or occurs in the
+    kernel only.
     """
     inputs, kernel, outputs = _terms(equation)
     letters = set(kernel)

@@ -20,14 +20,10 @@ from rmtjax.spectra import multiply
 
 
 class _Kernel(NamedTuple):
-    """A kernel held as factors, with its axes transposed.
+    """A kernel held as factors, with its axes transposed."""
 
-    Attributes:
-      factors: Left and right, without batch axes.
-      order: The permutation of axes. Axis `k` is axis `order[k]` of the product of the factors.
-    """
-
-    factors: Factors
+    factors: Factors  # without batch axes
+    # Axis `k` of the kernel is axis `order[k]` of the product of the factors.
     order: tuple[int, ...]
 
     def split(self, axes: tuple[int, ...]) -> tuple[Array, Array, list[int]] | None:
@@ -191,24 +187,17 @@ def _trace(function: Callable[[PyTree], PyTree], tree: PyTree):
 def evaluate(function: Callable[[PyTree], PyTree], tree: PyTree) -> tuple[PyTree, bool]:
     """Evaluates `function(merge(tree))` with factors; works under `jit`, `grad` and `vmap`.
 
-    Args:
-      function: Pure, of one tree. It may close over other arrays, and may return values that are
-        not arrays.
-      tree: With `Factors` among its leaves.
-
-    Returns:
-      The outputs of `function`, and whether a kernel had to be multiplied out.
+    The pure function may close over other arrays, and may return values that are not arrays.
+    Also returns whether a kernel had to be multiplied out.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_factors)
     closed, structure, others = _trace(function, treedef.unflatten(map(_abstract, leaves)))
     # Products of a stack of matrices have batch axes, for which there is no rule.
-    stacked = [is_factors(leaf) and bool(factored_axes(leaf).batch) for leaf in leaves]
-    held = lambda leaf: _Kernel(leaf, tuple(range(len(kernel_shape(leaf)))))
-    inputs = [
-        multiply(leaf) if stack else leaf for leaf, stack in zip(leaves, stacked, strict=True)
-    ]
-    inputs = [held(leaf) if is_factors(leaf) else leaf for leaf in inputs]
+    is_stack = lambda leaf: is_factors(leaf) and bool(factored_axes(leaf).batch)
+    hold = lambda leaf: _Kernel(leaf, tuple(range(len(kernel_shape(leaf)))))
+    inputs = [multiply(leaf) if is_stack(leaf) else leaf for leaf in leaves]
+    inputs = [hold(leaf) if is_factors(leaf) else leaf for leaf in inputs]
     outputs, multiplied_out = _evaluate(closed, inputs)
     arrays = map(_dense, outputs)
     merged = structure.unflatten(next(arrays) if leaf is None else leaf for leaf in others)
-    return merged, multiplied_out or any(stacked)
+    return merged, multiplied_out or any(map(is_stack, leaves))

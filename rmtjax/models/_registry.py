@@ -41,9 +41,6 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
       >>> plan = rmtjax.plan(variables["params"], rule=rmtjax.ranks.fixed(8), axes=axes)
       >>> print(plan)
       weight  factorized: 8 of 60 are signal, rank 8
-      >>> factored = rmtjax.factorize(variables["params"], plan)
-      >>> rmtjax.linen.apply(module, {"params": factored}, x).shape
-      (2, 60)
     """
     if not isinstance(layer, type):
         raise TypeError(f"`layer` must be a class, got {layer!r}. Give its type.")

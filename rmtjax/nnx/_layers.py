@@ -4,25 +4,19 @@ import functools
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, KernelAxes
+from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes
 from rmtjax.models import check_names, einsum_axes, registered, split_einsum
-from rmtjax.nnx._variables import is_single, Pair, read
+from rmtjax.nnx._variables import is_parameter, read
 
 Shape = tuple[int, ...]
 Stages = tuple[nnx.Module, nnx.Module]
 # By the exact type. A subclass may do anything with its kernel, so it is not a known layer.
-NAMES = {
-    nnx.Linear: "kernel",
-    nnx.LinearGeneral: "kernel",
-    nnx.Einsum: "kernel",
-    nnx.Conv: "kernel",
-    nnx.ConvTranspose: "kernel",
-    nnx.Embed: "embedding",
-    nnx.LoRALinear: "kernel",
-}
+_LAYERS = nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.LoRALinear
+NAMES = dict.fromkeys(_LAYERS, "kernel") | {nnx.Embed: "embedding"}
 
 
 def _dot_axes(batch: Shape, inputs: Shape, outputs: Shape) -> tuple[KernelAxes, Shape]:
@@ -54,6 +48,8 @@ def _call_axes(layer: Any) -> tuple[KernelAxes | None, Shape]:
 
 def unfold(kernel, gates: int):
     """Returns the kernel of fused gates (in, gates * h) as a stack (gates, in, h)."""
+    if isinstance(kernel, jax.ShapeDtypeStruct):  # in a model of `nnx.eval_shape`
+        return jax.eval_shape(functools.partial(unfold, gates=gates), kernel)
     *stack, rows, columns = kernel.shape
     return jnp.moveaxis(kernel.reshape(*stack, rows, gates, columns // gates), -2, -3)
 
@@ -84,84 +80,36 @@ def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
     names = (NAMES[kind],) if kind in NAMES else registered(kind)
     if kind not in NAMES:
         # In some configurations a layer has None in place of a kernel. Its name is still right.
-        is_parameter = lambda value: value is None or isinstance(value, nnx.Variable)
-        check_names(kind, [name for name, value in values.items() if is_parameter(value)])
+        may_be = lambda value: value is None or isinstance(value, nnx.Variable)
+        check_names(kind, [name for name, value in values.items() if may_be(value)])
     named = {name: values.get(name) for name in names or ()}
-    params = {name: value for name, value in named.items() if isinstance(value, nnx.Param)}
-    return {name: param for name, param in params.items() if is_single(read(param))}
+    return {name: value for name, value in named.items() if is_parameter(value)}
 
 
-def _stored_axes(layer: nnx.Module, name: str, shape: Shape) -> KernelAxes | None:
-    """Returns the axes of a kernel of this shape; None if it is not a matrix."""
-    # `nnx.vmap` puts the axes of a stack before those that the layer knows of.
-    if type(layer) in NAMES:
+def layer_axes(layer: nnx.Module, name: str, value: Any) -> KernelAxes | None:
+    """Returns the axes of a kernel; None if it is not a matrix, or if factors do not fit it."""
+    shape = kernel_shape(value)
+    if is_unfolded(layer, shape):
+        axes, called = _dot_axes(shape[:-2], shape[-2:-1], shape[-1:])
+    elif type(layer) in NAMES:
         axes, called = _call_axes(layer)
-        taken = len(shape) - len(called)
-        fits = taken >= 0 and shape[taken:] == called
     else:
         axes = (registered(type(layer)) or {})[name]
-        taken = len(shape) - len(axes.order)
-        fits = taken >= 0
-    if axes is None or not fits:
+        called = shape[max(len(shape) - len(axes.order), 0) :]
+    # `nnx.vmap` puts the axes of a stack before those that the layer knows of.
+    taken = len(shape) - len(called)
+    if axes is None or shape[taken:] != called:
         return None
     moved = KernelAxes(*(tuple(axis + taken for axis in group) for group in axes))
-    return moved._replace(batch=(*range(taken), *moved.batch))
-
-
-def layer_axes(layer: nnx.Module) -> dict[str, KernelAxes | None]:
-    """Returns the axes of the kernels of a layer by name; None for one that is not a matrix.
-
-    If the value of a kernel is `Factors` with which the layer cannot run, the axes are None too.
-    """
-    by_name = {}
-    for name, kernel in kernels(layer).items():
-        value = read(kernel)
-        axes = _stored_axes(layer, name, kernel_shape(value))
-        if is_factors(value):
-            factored, unfolded = factored_axes(value), is_unfolded(layer, kernel_shape(value))
-            axes = factored if unfolded or axes == factored else None
-        by_name[name] = axes
-    return by_name
-
-
-def _axis_names(metadata: dict[str, Any]) -> str | None:
-    """Returns the key under which metadata name the axes for sharding, in any Flax version."""
-    return next((key for key in ("out_sharding", "sharding") if metadata.get(key)), None)
-
-
-def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> Pair:
-    """Returns the variables of two factors, with the metadata of the variable of the kernel."""
-    left, right = factors
-    batch, first = len(factored_axes(factors).batch), left.ndim - 1
-    of_left = of_right = kernel.get_metadata()
-    key, unfolded = _axis_names(of_left), is_unfolded(layer, kernel_shape(factors))
-    if key is not None:
-        # The rank axis has no name: it is not an axis of the kernel, and it is never sharded. The
-        # names of fused gates do not fit the factors of separate gates.
-        names = tuple(of_left[key])
-        of_left = of_left | {key: None if unfolded else (*names[:first], None)}
-        of_right = of_right | {key: None if unfolded else (*names[:batch], None, *names[first:])}
-    left = jnp.moveaxis(left, 0, -2) if unfolded else left
-    kind: Any = type(kernel)
-    return Pair(kind(left, **of_left), kind(right, **of_right))
-
-
-def make_kernel(pair: Pair, value: Any) -> nnx.Param:
-    """Returns the variable of a kernel, with the metadata of the variables of its factors."""
-    metadata = pair.left.get_metadata()
-    key, batch = _axis_names(metadata), 0
-    if key is not None:
-        batch = len(factored_axes(Factors(read(pair.left), read(pair.right))).batch)
-        names = (*metadata[key][:-1], *pair.right.get_metadata()[key][1 + batch :])
-        metadata = metadata | {key: names}
-    kind: Any = type(pair.left)
-    return kind(value, **metadata)
+    axes = moved._replace(batch=(*range(taken), *moved.batch))
+    return axes if not is_factors(value) or axes == factored_axes(value) else None
 
 
 def _build(kind: type, like: nnx.Module, kernel: nnx.Param, bias=None, **changes) -> Any:
     """Returns a layer of Flax with a kernel, and with the options that it shares with `like`."""
     known = inspect.signature(kind.__init__).parameters
-    options = {name: value for name, value in vars(like).items() if name in known} | changes
+    fields = vars(like) | changes | {"use_bias": bias is not None}
+    options = {name: value for name, value in fields.items() if name in known}
     # `eval_shape` does not draw the random kernel that is replaced on the next line.
     layer = nnx.eval_shape(lambda: kind(**options, rngs=nnx.Rngs(0)))
     setattr(layer, NAMES[kind], kernel)
@@ -170,43 +118,35 @@ def _build(kind: type, like: nnx.Module, kernel: nnx.Param, bias=None, **changes
     return layer
 
 
-def _einsum_stages(layer: nnx.Einsum, left: nnx.Param, right: nnx.Param, bias) -> Stages:
+def _einsum_stages(layer: Any, left: nnx.Param, right: nnx.Param, bias) -> Stages:
     """Returns the two einsums that replace one."""
     # An einsum whose kernel is not a matrix is never factorized, so `axes` is not None.
     axes: Any
     axes, shape = _call_axes(layer)
     one, other = split_einsum(layer.einsum_str, axes)
-    batch, (rank, rows, columns) = len(axes.batch), (read(left).shape[-1], *map(len, axes[:2]))
-    build = functools.partial(_build, nnx.Einsum, layer)
-    first = {"einsum_str": one, "kernel_shape": (*shape[: batch + rows], rank), "bias_shape": None}
-    second = {"einsum_str": other, "kernel_shape": (*shape[:batch], rank, *shape[-columns:])}
-    return build(left, **first), build(right, bias, **second)
+    inputs, outputs, batch = (tuple(shape[axis] for axis in group) for group in axes)
+    rank, build = read(left).shape[-1], functools.partial(_build, nnx.Einsum, layer)
+    first = build(left, einsum_str=one, kernel_shape=(*batch, *inputs, rank), bias_shape=None)
+    return first, build(right, bias, einsum_str=other, kernel_shape=(*batch, rank, *outputs))
 
 
 def stages(layer: Any, left: nnx.Param, right: nnx.Param, bias) -> Stages:
     """Returns the two layers that replace one."""
-    rank, kind = read(left).shape[-1], type(layer)
-    build = functools.partial(_build, like=layer)
+    rank, columns = read(left).shape[-1], read(right).shape[-1]
+    # The adapter of `LoRALinear` stays with the thin layer, so its first stage has none.
+    kind = nnx.Linear if type(layer) is nnx.LoRALinear else type(layer)
     if kind is nnx.Einsum:
         return _einsum_stages(layer, left, right, bias)
+    # `Embed` has `features` where other layers have `out_features`.
+    first = _build(kind, layer, left, features=rank, out_features=rank)
     if kind is nnx.LinearGeneral:
-        return (
-            build(kind, kernel=left, out_features=rank, use_bias=False),
-            build(kind, kernel=right, bias=bias, in_features=rank, axis=-1),
-        )
-    if kind is nnx.Embed:
-        first = build(kind, kernel=left, features=rank)
-    else:
-        # The adapter of `LoRALinear` stays with the thin layer, so its first stage has none.
-        kind = nnx.Linear if kind is nnx.LoRALinear else kind
-        first = build(kind, kernel=left, out_features=rank, use_bias=False)
-    sides = {"in_features": rank, "out_features": read(right).shape[-1]}
-    return first, build(nnx.Linear, kernel=right, bias=bias, use_bias=bias is not None, **sides)
+        return first, _build(kind, layer, right, bias, in_features=rank, axis=-1)
+    return first, _build(nnx.Linear, layer, right, bias, in_features=rank, out_features=columns)
 
 
 def gate_stages(layer: nnx.Linear, left: nnx.Param, right: nnx.Param) -> Stages:
     """Returns the two layers that replace that of fused gates, with separate factors a gate."""
     gates, rank, columns = read(right).shape
-    general = functools.partial(_build, nnx.LinearGeneral, layer, bias=None, use_bias=False)
+    build = functools.partial(_build, nnx.LinearGeneral, layer)
     second = {"in_features": rank, "out_features": columns, "batch_axis": {0: gates}}
-    return general(left, out_features=(gates, rank)), general(right, **second)
+    return build(left, out_features=(gates, rank)), build(right, **second)

@@ -1,6 +1,5 @@
 """Plans of models of `flax.nnx`: `plan`, `analyze`, and what a plan does to a model."""
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -8,38 +7,11 @@ from flax import nnx
 
 from rmtjax import planning
 from rmtjax._types import Axes, BulkFit, Where
-from rmtjax.nnx import _trees
-from rmtjax.nnx._trees import Gates, params, replace
+from rmtjax.nnx._trees import axes_of, Gates, obstacles, open_layers, params, replace, to_tree
 from rmtjax.nnx._variables import read
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import check_plan, in_place, make_plan, Plan, PlanOptions
 from rmtjax.report import Report
-
-
-def _plan(model: nnx.Module, gates: Gates, options: PlanOptions) -> Plan:
-    """Makes the plan of a model. Only known layers are factorized."""
-    opened = _trees.open_layers(model)
-    stacked = _trees.split_gates(opened, gates)
-    axes = _trees.axes_of(opened, stacked)
-    options = options if options.axes is not None else dataclasses.replace(options, axes=axes)
-    plan = make_plan(_trees.to_tree(opened, stacked), options)
-    # The plan of a tree cannot know which layers can run with factors.
-    unknown = "its layer is not known, unless `rmtjax.register_layer` registers it"
-    causes = {path: unknown for path in plan if not axes.get(path)} | _trees.obstacles(opened)
-    return Plan({p: in_place(row, causes[p]) if p in causes else row for p, row in plan.items()})
-
-
-def _levels(fits: Mapping[str, BulkFit] | None) -> Mapping[str, BulkFit] | None:
-    """Returns noise levels as arrays: `nnx.Optimizer` keeps its state in variables."""
-    is_box = lambda leaf: isinstance(leaf, nnx.Variable)
-    return jax.tree.map(lambda leaf: read(leaf) if is_box(leaf) else leaf, fits, is_leaf=is_box)
-
-
-def _planned_tree(model: nnx.Module, plan: Plan) -> dict:
-    """Returns the parameters of a model, with the gates in the form that the plan has them."""
-    check_plan(plan)
-    opened = _trees.open_layers(model)
-    return _trees.to_tree(opened, _trees.planned_gates(opened, plan))
 
 
 def plan(
@@ -79,11 +51,20 @@ def plan(
       >>> print(rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       layers/0/kernel  factorized: 16 of 60 are signal, rank 16
     """
-    fits = _levels(fits)
+    opened = open_layers(model, gates)
+    known = axes_of(opened)
+    axes = known if axes is None else axes
+    # `nnx.Optimizer` keeps its state in variables.
+    is_box = lambda leaf: isinstance(leaf, nnx.Variable)
+    fits = jax.tree.map(lambda leaf: read(leaf) if is_box(leaf) else leaf, fits, is_leaf=is_box)
     options = PlanOptions(
         rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
     )
-    return _plan(model, gates, options)
+    rows = make_plan(to_tree(opened), options)
+    # The plan of a tree cannot know which layers can run with factors.
+    unknown = "its layer is not known, unless `rmtjax.register_layer` registers it"
+    causes = {path: unknown for path in rows if not known.get(path)} | obstacles(opened)
+    return Plan({p: in_place(row, causes[p]) if p in causes else row for p, row in rows.items()})
 
 
 def analyze(
@@ -107,9 +88,6 @@ def analyze(
         are those of `rmtjax.nnx.kernel_axes`.
       fits: As in `rmtjax.nnx.plan`.
 
-    Returns:
-      A `Report`.
-
     Examples:
       >>> import rmtjax
       >>> from flax import nnx
@@ -124,14 +102,11 @@ def analyze(
 
 
 def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
-    """Truncates the kernels of a model as planned; shapes and dtypes stay.
+    """Returns a model with the kernels truncated as planned; layers, shapes and dtypes stay.
 
     Args:
       model: The model that the plan was made from, or one of the same shapes.
       plan: From `rmtjax.nnx.plan`.
-
-    Returns:
-      The new model, with the same layers.
 
     Raises:
       ValueError: The plan is for another model.
@@ -145,46 +120,32 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
       >>> int(jax.numpy.linalg.matrix_rank(lower.kernel[...]))
       16
     """
-    return replace(model, planning.truncate(_planned_tree(model, plan), plan))
+    check_plan(plan)
+    return replace(model, planning.truncate(to_tree(open_layers(model, plan)), plan))
 
 
 def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
-    """Makes those layers of a model thin that the plan factorizes.
+    """Returns a model with thin layers where the plan factorizes their kernels.
 
-    The outputs are those of `truncate(model, plan)` up to rounding. Thin layers become thinner.
+    Its outputs are those of `truncate(model, plan)` up to rounding. Thin layers become thinner.
 
     Args:
-      model: The model that the plan was made from, or one of the same shapes.
-      plan: From `rmtjax.nnx.plan`.
-
-    Returns:
-      The new model, with layers that run as two, `left_factor` and `right_factor`.
-
-    Raises:
-      ValueError, TypeError: As in `truncate`.
+      model, plan: As in `truncate`, which raises the same errors.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, rmtjax
+      >>> import jax.numpy as jnp, rmtjax
       >>> from flax import nnx
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       >>> thin(jnp.ones((2, 80))).shape
       (2, 60)
-      >>> size = lambda model: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-      >>> size(model), size(thin)
-      (4860, 2300)
     """
-    return replace(model, planning.factorize(_planned_tree(model, plan), plan))
+    check_plan(plan)
+    return replace(model, planning.factorize(to_tree(open_layers(model, plan)), plan))
 
 
 def merge(model: nnx.Module) -> nnx.Module:
-    """Multiplies out all factors of a model, so that its layers are dense again.
-
-    Args:
-      model: Any nnx model, dense or thin.
-
-    Returns:
-      The new model, with the layers that it had before `factorize`.
+    """Returns a model with all factors multiplied out, with the layers before `factorize`.
 
     Examples:
       >>> import rmtjax

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from rmtjax._axes import Factors, kernel_shape
+from rmtjax._axes import factored_axes, Factors, kernel_shape
 from rmtjax.models import evaluate
 from rmtjax.nnx._layers import fold, gate_stages, is_unfolded, kernels, NAMES, stages
 from rmtjax.nnx._variables import ABSENT, FactorPair, Pair, Product, read
@@ -34,7 +34,6 @@ class Thin(nnx.Module):
     right_factor: Any
 
     def __call__(self, inputs, **kwargs):
-        """Returns the outputs of the layer; takes the keywords of the layer."""
         return self.right_factor(self.left_factor(inputs), **kwargs)
 
     @property
@@ -54,7 +53,6 @@ class ThinLoRA(Thin):
     lora: Any
 
     def __call__(self, inputs, **kwargs):
-        """Returns the outputs of the layer; takes the keywords of the layer."""
         return super().__call__(inputs, **kwargs) + self.lora(inputs)
 
 
@@ -86,7 +84,6 @@ class ThinGates(nnx.Module):
     dtype: Any
 
     def __call__(self, inputs, **kwargs):
-        """Returns the outputs of all gates, one after another."""
         hidden = jnp.moveaxis(self.left_factor(inputs), -2, 0)
         gates = jnp.moveaxis(self.right_factor(hidden, **kwargs), 0, -2)
         outputs = gates.reshape(*gates.shape[:-2], -1)
@@ -127,8 +124,6 @@ def _through_products(name: str, method):
             dense, copied_args, copied_kwargs = nnx.clone(call)
             make_dense(dense, {name: nnx.Param(value) for name, value in dense_kernels.items()})
             outputs = method.__get__(dense, type(dense))(*copied_args, **copied_kwargs)
-            for name in dense_kernels:
-                delattr(dense, name)
             # Such as statistics and counts. Parameters are left out: a call does not write them.
             changed = nnx.All(nnx.Variable, nnx.Not(nnx.Param))
             return outputs, nnx.state((dense, copied_args, copied_kwargs), changed)
@@ -213,19 +208,51 @@ def _product(layer: nnx.Module):
     return multiply(*factors.values())
 
 
+def _axis_names(metadata: dict[str, Any]) -> str | None:
+    """Returns the key under which metadata name the axes for sharding, in any Flax version."""
+    return next((key for key in ("out_sharding", "sharding") if metadata.get(key)), None)
+
+
+def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> Pair:
+    """Returns the variables of two factors, with the metadata of the variable of the kernel."""
+    left, right = factors
+    batch, first = len(factored_axes(factors).batch), left.ndim - 1
+    of_left = of_right = kernel.get_metadata()
+    key, unfolded = _axis_names(of_left), is_unfolded(layer, kernel_shape(factors))
+    if key is not None:
+        # The rank axis has no name: it is not an axis of the kernel, and it is never sharded. The
+        # names of fused gates do not fit the factors of separate gates.
+        names = tuple(of_left[key])
+        of_left = of_left | {key: None if unfolded else (*names[:first], None)}
+        of_right = of_right | {key: None if unfolded else (*names[:batch], None, *names[first:])}
+    left = jnp.moveaxis(left, 0, -2) if unfolded else left
+    kind: Any = type(kernel)
+    return Pair(kind(left, **of_left), kind(right, **of_right))
+
+
+def make_kernel(pair: Pair, factors: Factors) -> nnx.Param:
+    """Returns the variable of a kernel, with the metadata of the variables of its factors."""
+    metadata = pair.left.get_metadata()
+    key = _axis_names(metadata)
+    if key is not None:
+        of_right = pair.right.get_metadata()[key][1 + len(factored_axes(factors).batch) :]
+        metadata = metadata | {key: (*metadata[key][:-1], *of_right)}
+    kind: Any = type(pair.left)
+    return kind(factors, **metadata)
+
+
 def make_thin(layer: Any, pairs: Mapping[str, Pair]) -> None:
     """Replaces kernels of a layer, by name, by their factors."""
-    kind, held = type(layer), kernels(layer).values()
-    unfolded = any(is_unfolded(layer, kernel_shape(read(kernel))) for kernel in held)
-    for name in pairs:
-        delattr(layer, name)
+    kind = type(layer)
     if kind not in NAMES:
         for name, pair in pairs.items():
             setattr(layer, name, FactorPair(*pair))
         _set_class(layer, _thin_type(ThinRegistered, kind))
         return
-    (pair,) = pairs.values()
-    if unfolded:
+    ((name, pair),) = pairs.items()
+    shape = kernel_shape(read(getattr(layer, name)))
+    delattr(layer, name)
+    if is_unfolded(layer, shape):
         form, halves = ThinGates, gate_stages(layer, *pair)
     else:
         form = {nnx.Embed: ThinEmbed, nnx.LoRALinear: ThinLoRA}.get(kind, Thin)
@@ -240,15 +267,12 @@ def make_thin(layer: Any, pairs: Mapping[str, Pair]) -> None:
 def make_dense(layer: Any, dense_kernels: Mapping[str, nnx.Param]) -> None:
     """Replaces the factors of a thin layer by its kernels, by name."""
     form, kind = type(layer).__bases__
-    biased = form in (Thin, ThinLoRA)
-    bias = layer.right_factor.bias if biased else None
-    _set_class(layer, kind)
-    for name, kernel in dense_kernels.items():
-        if kind not in NAMES:
-            delattr(layer, name)
-        setattr(layer, name, kernel)
+    values: dict[str, Any] = dict(dense_kernels)
+    if form in (Thin, ThinLoRA):
+        # The class of the layer has no property in its place.
+        values["bias"] = ABSENT if layer.bias is None else layer.bias
     if kind in NAMES:
         del layer.left_factor, layer.right_factor
-    # The class of the layer has no property in its place any more.
-    if biased:
-        layer.bias = ABSENT if bias is None else bias
+    _set_class(layer, kind)
+    for name, value in values.items():
+        setattr(layer, name, value)

@@ -1,17 +1,18 @@
 """Models of `flax.nnx` as trees of parameters, and models from trees."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args, Literal
 
+import jax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors, kernel_shape, KernelAxes
-from rmtjax.nnx import _layers
-from rmtjax.nnx._layers import kernels, layer_axes
-from rmtjax.nnx._thin import factors_of, make_dense, make_thin, pairs_of
-from rmtjax.nnx._variables import is_single, Pair, read, write
+from rmtjax.nnx._layers import fold, folded_shape, is_unfolded, kernels, layer_axes, unfold
+from rmtjax.nnx._thin import factors_of, make_dense, make_kernel, make_pair, make_thin, pairs_of
+from rmtjax.nnx._variables import is_parameter, Pair, read, write
 from rmtjax.planning import leaves_by_path, Plan, register_container
 
 Gates = Literal["fused", "each"]
@@ -39,7 +40,7 @@ def variables_of(model: nnx.Module) -> dict[tuple, nnx.Param]:
     """Returns the parameters of one array each by path, a shared one once."""
     by_identity = {}
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param) and is_single(read(node)):
+        if is_parameter(node):
             # Flax before 0.12 visits a shared variable more than once. The first path counts.
             by_identity.setdefault(id(node), (path, node))
     return dict(by_identity.values())
@@ -50,105 +51,78 @@ def paths_of(model: nnx.Module) -> dict[int, str]:
     return {id(node): _name(path) for path, node in variables_of(model).items()}
 
 
-def open_layers(model: nnx.Module) -> nnx.Module:
-    """Returns a copy with dense layers, where `Factors` are the value of a thin layer's kernel."""
+def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
+    """Returns a copy with dense layers, where kernels have the values that they have in a tree.
+
+    The value of a thin layer's kernel is `Factors`. That of fused gates may be a stack.
+    """
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"`model` must be a `flax.nnx.Module`, got {type(model).__name__}. For a tree of "
             "parameters, call the function of this name in `rmtjax`."
         )
+    if not isinstance(gates, Plan) and gates not in get_args(Gates):
+        raise ValueError(f"`gates` must be one of {get_args(Gates)}, got {gates!r}.")
     copy, shared = nnx.clone(model), {}
     for layer in modules_of(copy):
         factors, opened = factors_of(layer), {}
         for name, pair in pairs_of(layer).items():
+            kernel = make_kernel(pair, factors[name])
             # Layers that share their factors get one kernel. The pair is stored with it, so that
             # its identity cannot be that of another pair later.
-            key = tuple(map(id, pair))
-            if key not in shared:
-                shared[key] = _layers.make_kernel(pair, factors[name]), pair
-            opened[name], _ = shared[key]
+            opened[name], _ = shared.setdefault(tuple(map(id, pair)), (kernel, pair))
         if opened:
             make_dense(layer, opened)
+    _unfold_gates(copy, gates)
     return copy
 
 
-def num_gates(opened: nnx.Module) -> dict[str, int]:
-    """Returns how many gates a kernel of a recurrent cell holds side by side, by path."""
-    gates, paths = {}, paths_of(opened)
+def _unfold_gates(opened: nnx.Module, gates: Gates | Plan) -> None:
+    """Makes stacks of the gates of recurrent cells; under a plan, those that it has as stacks."""
+    planned = gates if isinstance(gates, Plan) else {}
+    ndims, paths = {path: len(row.shape) for path, row in planned.items()}, paths_of(opened)
     for cell in modules_of(opened):
         for layer in (cell.dense_i, cell.dense_h) if type(cell) in _CELLS else ():
             for kernel in kernels(layer).values() if type(layer) is nnx.Linear else ():
-                gates[paths[id(kernel)]] = layer.out_features // cell.hidden_features
-    return gates
+                value = read(kernel)
+                # Factors have separate gates, and a kernel that layers share is unfolded once.
+                if is_factors(value) or is_unfolded(layer, value.shape):
+                    continue
+                if gates == "each" or ndims.get(paths[id(kernel)], 0) > value.ndim:
+                    write(kernel, unfold(value, layer.out_features // cell.hidden_features))
 
 
-def split_gates(opened: nnx.Module, gates: Gates) -> dict[str, int]:
-    """Returns `num_gates` for the kernels whose gates an option wants as a stack."""
-    if gates not in get_args(Gates):
-        raise ValueError(f"`gates` must be one of {get_args(Gates)}, got {gates!r}.")
-    return num_gates(opened) if gates == "each" else {}
+def to_tree(opened: nnx.Module) -> dict:
+    """Returns the parameters of opened layers as nested dictionaries."""
+    return unflatten_dict({path: read(param) for path, param in variables_of(opened).items()})
 
 
-def planned_gates(opened: nnx.Module, plan: Plan) -> dict[str, int]:
-    """Returns `num_gates` for the kernels whose gates were a stack when a plan was made."""
-    ndims = {_name(path): len(kernel_shape(read(v))) for path, v in variables_of(opened).items()}
-    stacked = lambda path: path in plan and len(plan[path].shape) > ndims[path]
-    return {path: gates for path, gates in num_gates(opened).items() if stacked(path)}
-
-
-def to_tree(opened: nnx.Module, gates: Mapping[str, int]) -> dict:
-    """Returns the parameters as nested dictionaries, with the gates of some kernels as a stack."""
-    tree: dict = {}
-    for path, variable in variables_of(opened).items():
-        value, name = read(variable), _name(path)
-        if name in gates and not is_factors(value):
-            value = _layers.unfold(value, gates[name])
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
-
-
-def axes_of(opened: nnx.Module, gates: Mapping[str, int]) -> dict[str, KernelAxes | None]:
-    """Returns the axes of the kernels by path, with the gates of some of them as a stack."""
+def axes_of(opened: nnx.Module) -> dict[str, KernelAxes | None]:
+    """Returns the axes of the kernels of opened layers by path."""
     paths, by_path = paths_of(opened), {}
     for layer in modules_of(opened):
-        by_name = kernels(layer)
-        for name, axes in layer_axes(layer).items():
-            path = paths[id(by_name[name])]
-            if axes and path in gates and not is_factors(read(by_name[name])):
-                # `unfold` puts the gates after the batch axes.
-                gate = len(axes.batch)
-                axes = KernelAxes((gate + 1,), (gate + 2,), (*axes.batch, gate))
+        for name, kernel in kernels(layer).items():
+            path, axes = paths[id(kernel)], layer_axes(layer, name, read(kernel))
             # Layers that share a kernel must agree on its axes.
             by_path[path] = axes if by_path.get(path, axes) == axes else None
     return by_path
-
-
-def _params_in(value: Any) -> Iterator[nnx.Param]:
-    """Yields the parameters in an attribute of a module, without those of other modules."""
-    if isinstance(value, nnx.Param):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _params_in(part)
 
 
 def obstacles(opened: nnx.Module) -> dict[str, str]:
     """Returns the kernels of known layers that must stay one parameter, by path, and why."""
     paths, modules, causes = paths_of(opened), modules_of(opened), {}
     owned = {id(kernel) for layer in modules for kernel in kernels(layer).values()}
+    is_node = lambda value: isinstance(value, nnx.Variable | nnx.Module)
     # A module that is not a known layer may do anything with a kernel that it holds as well.
     for module in modules:
         cause = f"`{type(module).__name__}` holds it too, and is not a known layer"
         known = kernels(module)
-        others = _params_in([value for name, value in vars(module).items() if name not in known])
-        causes |= {paths[id(param)]: cause for param in others if id(param) in owned}
+        others = [value for name, value in vars(module).items() if name not in known]
+        held = map(id, jax.tree.leaves(others, is_leaf=is_node))
+        causes |= {paths[key]: cause for key in held if key in owned}
         if isinstance(module, _REWRITERS):
             cause = f"`{type(module).__name__}` rewrites it at each call"
-            rewritten = variables_of(module.layer_instance).values()
-            causes |= {paths[id(param)]: cause for param in rewritten}
+            causes |= {paths[key]: cause for key in paths_of(module.layer_instance)}
     return causes
 
 
@@ -176,8 +150,7 @@ def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
       >>> jax.tree.map(lambda array: array.shape, rmtjax.nnx.params(model))
       {'layers': {0: {'bias': (60,), 'kernel': (80, 60)}}}
     """
-    opened = open_layers(model)
-    return to_tree(opened, split_gates(opened, gates))
+    return to_tree(open_layers(model, gates))
 
 
 def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, KernelAxes | None]:
@@ -198,43 +171,43 @@ def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, Kerne
       >>> rmtjax.nnx.kernel_axes(nnx.LinearGeneral(8, (4, 5), rngs=nnx.Rngs(0)))
       {'kernel': KernelAxes(inputs=(0,), outputs=(1, 2), batch=())}
     """
-    opened = open_layers(model)
-    return axes_of(opened, split_gates(opened, gates))
+    return axes_of(open_layers(model, gates))
 
 
-def _check_paths(leaves: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
-    """Raises ValueError if a tree has other paths than the model."""
-    missing, extra = variables.keys() - leaves.keys(), leaves.keys() - variables.keys()
-    if missing or extra:
-        lacks, has = (repr(min(paths, default="")) for paths in (missing, extra))
-        words = f"lacks {lacks} of the model" if missing else f"has {has}, not in the model"
-        raise ValueError(f"`params` {words}. Change the tree that `rmtjax.nnx.params` returns.")
-
-
-def _fit(leaf: Any, path: str, variable: nnx.Param, layer: nnx.Module | None) -> Any:
-    """Returns a leaf as the value of a parameter; raises ValueError for another shape."""
-    shape, stored = kernel_shape(leaf), kernel_shape(read(variable))
-    folded = functools.partial(_layers.folded_shape, layer)
-    if folded(shape) != folded(stored):
-        raise ValueError(
-            f"`params` has shape {shape} for {path!r}, and the model {stored}. Change the tree "
-            "that `rmtjax.nnx.params` returns."
-        )
-    return leaf if is_factors(leaf) or shape == folded(shape) else _layers.fold(leaf)
+def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
+    """Returns how a tree differs from that of a model in paths or shapes, or None."""
+    params = {_name(path): param for path, param in variables_of(opened).items()}
+    missing, extra = params.keys() - leaves.keys(), leaves.keys() - params.keys()
+    if missing:
+        return f"lacks {min(missing)!r} of the model"
+    if extra:
+        return f"has {min(extra)!r}, not in the model"
+    layers = {
+        id(kernel): layer for layer in modules_of(opened) for kernel in kernels(layer).values()
+    }
+    for path, param in params.items():
+        # A parameter alone does not show whether it holds several gates.
+        folded = functools.partial(folded_shape, layers.get(id(param)))
+        shape, stored = kernel_shape(leaves[path]), kernel_shape(read(param))
+        if folded(shape) != folded(stored):
+            return f"has shape {shape} for {path!r}, and the model {stored}"
+    return None
 
 
 def _close_layers(opened: nnx.Module) -> None:
-    """Makes layers thin where the value of a kernel is `Factors`."""
+    """Makes layers thin where the value of a kernel is `Factors`, and fuses stacks of gates."""
     pairs: dict[int, Pair] = {}
     for layer in modules_of(opened):
-        chosen, by_name = {}, kernels(layer)
-        for name, axes in layer_axes(layer).items():
-            kernel, value = by_name[name], read(by_name[name])
-            if is_factors(value) and axes is not None:
+        chosen = {}
+        for name, kernel in kernels(layer).items():
+            value = read(kernel)
+            if not is_factors(value):
+                if is_unfolded(layer, kernel_shape(value)):
+                    write(kernel, fold(value))
+            elif layer_axes(layer, name, value) is not None:
                 # Layers that share a kernel share its factors.
-                if id(kernel) not in pairs:
-                    pairs[id(kernel)] = _layers.make_pair(layer, kernel, value)
-                chosen[name] = pairs[id(kernel)]
+                pair = make_pair(layer, kernel, value)
+                chosen[name] = pairs.setdefault(id(kernel), pair)
         if chosen:
             make_thin(layer, chosen)
 
@@ -257,15 +230,12 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
 
     A thin layer of Flax runs as two layers, `left_factor` and `right_factor`. A registered one
     computes two thin products for each product. With a dense kernel, a thin layer becomes dense.
+    Variables that are not parameters, such as BatchNorm statistics, are copied unchanged.
 
     Args:
-      model: Any nnx model; it does not change.
+      model: Any nnx model.
       params: A tree as `rmtjax.nnx.params(model)` returns it, with the gates fused or as stacks.
         Each leaf has the shape of the parameter, or is `Factors` of that shape.
-
-    Returns:
-      The new model. Variables that are not parameters, such as BatchNorm statistics, are copied
-      unchanged.
 
     Raises:
       TypeError: `model` is not a module.
@@ -285,12 +255,10 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
     # Layers are made dense first, so that they may become thin at other kernels, or other ranks.
     copy = open_layers(model)
     leaves = leaves_by_path(params)
-    variables = {_name(path): variable for path, variable in variables_of(copy).items()}
-    _check_paths(leaves, variables)
-    # For the shape of its gates: a parameter alone does not show that it holds several.
-    owners = {id(kernel): layer for layer in modules_of(copy) for kernel in kernels(layer).values()}
-    for path, variable in variables.items():
-        write(variable, _fit(leaves[path], path, variable, owners.get(id(variable))))
+    if words := _mismatch(copy, leaves):
+        raise ValueError(f"`params` {words}. Change the tree that `rmtjax.nnx.params` returns.")
+    for path, param in variables_of(copy).items():
+        write(param, leaves[_name(path)])
     _close_layers(copy)
     _check_closed(copy)
     return copy

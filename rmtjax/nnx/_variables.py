@@ -1,6 +1,6 @@
 """Variables of `flax.nnx` for kernels: their values in each Flax version, and pairs of factors."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 from flax import nnx
@@ -38,14 +38,7 @@ class Product(nnx.Param):
 
 
 class FactorPair(nnx.Module):
-    """Two factors in place of a kernel of a registered layer.
-
-    Code outside the layer that reads the kernel gets the product of the factors.
-
-    Attributes:
-      left: The left factor.
-      right: The right factor.
-    """
+    """Two factors in place of a registered layer's kernel. Other code reads their product."""
 
     def __init__(self, left: nnx.Param, right: nnx.Param):
         self.left, self.right = left, right
@@ -86,6 +79,7 @@ def write(variable: nnx.Variable, value: Any) -> None:
         variable.value = value
 
 
-def is_single(value: Any) -> bool:
-    """Returns True if the value of a variable is one array or `Factors`, and not a tree or None."""
-    return is_factors(value) or jax.tree.structure(value) == jax.tree.structure(0)
+def is_parameter(node: Any) -> TypeGuard[nnx.Param]:
+    """Returns True for a parameter whose value is one array or `Factors`, not a tree or None."""
+    is_leaf = lambda value: jax.tree.structure(value, is_leaf=is_factors) == jax.tree.structure(0)
+    return isinstance(node, nnx.Param) and is_leaf(read(node))

@@ -9,7 +9,6 @@ from jaxtyping import Float, Real
 
 from rmtjax.planning import LayerPlan
 from rmtjax.plots._style import (
-    BLACK,
     BLUE,
     check_type,
     dot_size,
@@ -100,9 +99,8 @@ def training(
             # Before the first fit the number of signal directions is 0. It is not drawn.
             points = [(r["step"], r[key]) for r in records if r.get(key)]
             label = path if name == "rank" else None
-            x, y = zip(*points, strict=True) if points else ((), ())
             shown = style(index) | {"linestyle": line, "label": label}
-            ax.plot(x, y, fillstyle="none", markersize=dot, **shown)
+            ax.plot(*np.reshape(points, (-1, 2)).T, fillstyle="none", markersize=dot, **shown)
     ax.plot([], [], "--", color="0.4", label="signal")
     ax.set_yscale("log")
     return finish(ax, "step", "number of directions", title)
@@ -125,9 +123,6 @@ def accuracy(
       intervals: Lower and upper end of each interval; NaN where there is none.
       names: Of each network, for the legend. A line joins the networks of one name.
       ax, title: As in `layers`.
-
-    Returns:
-      The axes.
 
     Raises:
       ValueError: The arguments are not of one length.
@@ -152,11 +147,7 @@ def accuracy(
 
 
 def certificate(
-    margins: Numbers,
-    bounds: Numbers,
-    *,
-    ax: "Axes | None" = None,
-    title: str = "",
+    margins: Numbers, bounds: Numbers, *, ax: "Axes | None" = None, title: str = ""
 ) -> "Axes":
     r"""Draws a bound on the decrease of each sample's margin against the margin.
 
@@ -182,14 +173,12 @@ def certificate(
         )
     ax = new_axes() if ax is None else ax
     # A bound that is not finite is not below the margin, so its prediction may change.
-    safe, dot = y < x, dot_size(x.size)
-    for chosen, name, marker, color in (
-        (safe, "cannot change", "o", BLUE),
-        (~safe, "may change", "x", VERMILION),
-    ):
-        label = f"{name}: {chosen.sum()} of {x.size}"
+    safe = y < x
+    series = (safe, "cannot change", "o", BLUE), (~safe, "may change", "x", VERMILION)
+    for chosen, name, marker, color in series:
+        label, dot = f"{name}: {chosen.sum()} of {x.size}", dot_size(x.size)
         ax.plot(x[chosen], y[chosen], marker, color=color, markersize=dot, label=label)
-    ax.axline((0, 0), slope=1, color=BLACK, linestyle="--", label="bound = margin")
+    ax.axline((0, 0), slope=1, color="black", linestyle="--", label="bound = margin")
     ax.set_xlim(left=np.nanmin(x, initial=0))
     ax.set_ylim(bottom=0)
     return finish(ax, "margin", "bound on its fall", title)

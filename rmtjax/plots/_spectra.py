@@ -4,26 +4,15 @@ Singular values $s$ are drawn as $\sqrt\lambda = s / \sqrt n$ with the longer si
 scale the bulk and the spikes fit into one figure.
 """
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
+import jax.numpy as jnp
 import numpy as np
 
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.laws import marchenko_pastur
-from rmtjax.noise import law_curve, law_left
-from rmtjax.plots._style import (
-    bar_edges,
-    BLACK,
-    BLUE,
-    dot_size,
-    Drawn,
-    finish,
-    law_of,
-    new_axes,
-    PALE,
-    to_draw,
-    VERMILION,
-)
+from rmtjax.noise import law_curve, law_left, roots, rounding
+from rmtjax.plots._style import BLUE, check_type, dot_size, finish, new_axes, PALE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,12 +20,65 @@ if TYPE_CHECKING:
 _SCALED = r"$s / \sqrt{n}$"
 
 
+class _Drawn(NamedTuple):
+    """The values of a spectrum in float64, descending, with its cuts."""
+
+    values: np.ndarray
+    present: np.ndarray  # True for values above the rounding of a zero
+    zeros: int  # the number of the other values
+    edge: float  # NaN without a fit, like `threshold`
+    threshold: float
+    spikes: int
+
+
+def _to_draw(spectrum: Spectrum, fit: BulkFit) -> _Drawn:
+    """Returns the spectrum of one matrix with its cuts; raises an error for that of a stack."""
+    of_row = "A row of a plan whose kernel has a spectrum has both: `row.spectrum`, `row.fit`."
+    check_type("spectrum", spectrum, Spectrum, f"Give `rmtjax.spectrum(matrix)`. {of_row}")
+    check_type("fit", fit, BulkFit, f"Give `rmtjax.fit_bema(spectrum)`. {of_row}")
+    if np.ndim(spectrum.eigenvalues) != 1 or np.ndim(fit.threshold) != 0:
+        raise ValueError(
+            "`spectrum` and `fit` must be those of one matrix, got eigenvalues of shape "
+            f"{np.shape(spectrum.eigenvalues)} and a threshold of shape "
+            f"{np.shape(fit.threshold)}. For matrix `i` of a stack, give "
+            "`spectrum._replace(eigenvalues=spectrum.eigenvalues[i])` and "
+            "`jax.tree.map(lambda field: field[i], fit)`."
+        )
+    values = roots(spectrum.eigenvalues)
+    edge, threshold = (float(np.sqrt(cut)) for cut in (fit.edge, fit.threshold))
+    present, spikes = values > rounding(values), int((values > threshold).sum())
+    return _Drawn(values, present, int((~present).sum()), edge, threshold, spikes)
+
+
+def _law_of(spectrum: Spectrum, fit: BulkFit) -> tuple:
+    """Returns the arguments of `noise.law_curve`: the law of the noise without the spikes."""
+    ratio, spikes, edge = map(jnp.asarray, (spectrum.ratio, fit.num_spikes, fit.edge))
+    return ratio, spectrum.eigenvalues.shape[-1], spikes, edge
+
+
+def _bar_edges(drawn: _Drawn, bins: int | None, log: bool) -> np.ndarray:
+    """Returns the ends of the bars; about 2 p^(1/3) bars cover the noise of p values."""
+    if bins is not None and bins < 1:
+        raise ValueError(f"`bins` must be at least 1, or None for the default, got {bins}.")
+    values = drawn.values[drawn.present]
+    if not values.size:
+        return np.linspace(0, 1, 2)
+    low, top = float(values.min()), float(values.max())
+    fine = int(np.clip(2 * drawn.values.size ** (1 / 3), 5, 100))
+    if log:
+        # The first and the last value must be inside after rounding.
+        return np.geomspace(low * 0.999, top * 1.001, (bins or 2 * fine) + 1)
+    bulk = drawn.threshold if 0 < drawn.threshold < top else top
+    # With a very distant spike, bars of this width would be too many to draw.
+    return np.linspace(0, top, (bins or min(int(np.ceil(fine * top / bulk)), 1000)) + 1)
+
+
 def _not_finite(ax: "Axes", title: str) -> "Axes":
     ax.set(xticks=[], yticks=[], title=f"{title} not finite".strip())
     return ax
 
 
-def _bars(ax: "Axes", drawn: Drawn, edges: np.ndarray) -> None:
+def _bars(ax: "Axes", drawn: _Drawn, edges: np.ndarray) -> None:
     """Draws the density of the values that are not 0, and the spikes below it."""
     counts, _ = np.histogram(drawn.values[drawn.present], edges)
     density = counts / (drawn.values.size * np.diff(edges))
@@ -75,22 +117,19 @@ def esd(
         default about $2 p^{1/3}$ bars cover the bulk.
       log: Makes both axes logarithmic, for distant spikes and for tails.
 
-    Returns:
-      The axes.
-
     Raises:
       ValueError: `bins` is under 1, or `spectrum` or `fit` is that of a stack.
     """
-    drawn = to_draw(spectrum, fit)
+    drawn = _to_draw(spectrum, fit)
     ax = new_axes() if ax is None else ax
-    if not drawn.finite:
+    if not np.isfinite(drawn.values).all():
         return _not_finite(ax, title)
     if log:
         ax.set(xscale="log", yscale="log")
-    _bars(ax, drawn, bar_edges(drawn, bins, log))
+    _bars(ax, drawn, _bar_edges(drawn, bins, log))
     if fit.variance > 0:
-        law = law_curve(*law_of(spectrum, fit), points=400)
-        ax.plot(*law, color=BLACK, label="Marchenko-Pastur")
+        law = law_curve(*_law_of(spectrum, fit), points=400)
+        ax.plot(*law, color="black", label="Marchenko-Pastur")
         # The law is that of the bulk before the truncation, and higher than what is left.
         if drawn.zeros:
             ax.set_ylim(top=max(ax.get_ylim()[1], 1.05 * float(np.max(law[1]))))
@@ -119,20 +158,17 @@ def singular_values(
       rank: Number of singular values kept, in [0, p]; by default those above the threshold.
       log: Makes both axes logarithmic, without zeros.
 
-    Returns:
-      The axes.
-
     Raises:
       ValueError: `rank` is out of range, or `spectrum` or `fit` is that of a stack.
     """
-    drawn = to_draw(spectrum, fit)
+    drawn = _to_draw(spectrum, fit)
     size = drawn.values.size
     if rank is not None and not 0 <= rank <= size:
         raise ValueError(
             f"`rank` must be in [0, {size}], got {rank}: the number of singular values kept."
         )
     ax = new_axes() if ax is None else ax
-    if not drawn.finite:
+    if not np.isfinite(drawn.values).all():
         return _not_finite(ax, title)
     if log:
         ax.set(xscale="log", yscale="log")
@@ -144,8 +180,8 @@ def singular_values(
     ax.plot(ranks[kept], drawn.values[kept], "^", color=VERMILION, markersize=dot, label="kept")
     ax.plot(ranks[cut], drawn.values[cut], "o", color=BLUE, markersize=dot, label="cut")
     if drawn.threshold > 0:
-        ax.axhline(drawn.threshold, color=BLACK, linestyle="--", label="threshold")
-    ax.axvline(rank + 0.5, color=BLACK, linestyle=":", label=f"rank {rank} of {size}")
+        ax.axhline(drawn.threshold, color="black", linestyle="--", label="threshold")
+    ax.axvline(rank + 0.5, color="black", linestyle=":", label=f"rank {rank} of {size}")
     return finish(ax, "rank", _SCALED, title)
 
 
@@ -161,27 +197,24 @@ def quantiles(
     Args:
       spectrum, fit, ax, title: As in `esd`.
 
-    Returns:
-      The axes.
-
     Raises:
       ValueError: `spectrum` or `fit` is that of a stack.
     """
-    drawn = to_draw(spectrum, fit)
+    drawn = _to_draw(spectrum, fit)
     ax = new_axes() if ax is None else ax
-    if not drawn.finite:
+    if not np.isfinite(drawn.values).all():
         return _not_finite(ax, title)
     # The law was fitted to what these spikes leave.
     bulk = slice(int(fit.num_spikes), None)
     values, present = drawn.values[bulk][::-1], drawn.present[bulk][::-1]
     if fit.variance > 0:
-        ratio, variance, _ = law_left(*law_of(spectrum, fit))
+        ratio, variance, _ = law_left(*_law_of(spectrum, fit))
         positions = (np.arange(values.size) + 0.5) / values.size
         law = np.sqrt(marchenko_pastur.ppf(positions, ratio, variance))
         dot = dot_size(values.size)
         ax.plot(law[present], values[present], "o", color=BLUE, markersize=dot, label="noise")
         ends = law[[0, -1]]
-        ax.plot(ends, ends, color=BLACK, label="the law holds")
+        ax.plot(ends, ends, color="black", label="the law holds")
     if drawn.zeros:
         ax.plot([], [], " ", label=f"{drawn.zeros} zeros not drawn")
     return finish(ax, f"Marchenko-Pastur quantile of {_SCALED}", f"quantile of {_SCALED}", title)

@@ -23,22 +23,12 @@ from rmtjax.report._row import Row, to_cell
 
 BINS, POINTS, MOST_SPIKES = 80, 60, 50
 _VERDICTS = {"factorize": "factorized", "truncate": "truncated", "keep": "kept"}
-# Heads and fields. The style sheet counts the columns in this order on narrow screens.
-_COLUMNS = {
-    "kernel": "path",
-    "verdict": "action",
-    "reason": "reason",
-    "shape": "shape",
-    "spikes": "spikes",
-    "rank": "rank",
-    "distance": "distance",
-    "parameters": "parameters",
-    "multiply-adds": "multiply_adds",
-    "milliseconds": "milliseconds",
-}
-_ARROW = " \u2192\u00a0"  # a line may break before it, not after
+# The style sheet counts the columns in this order on narrow screens.
 _TEXTS = ("path", "action", "reason", "shape")
-_NUMBERS = [name for name in _COLUMNS.values() if name not in _TEXTS]
+_COSTS = ("parameters", "multiply_adds", "milliseconds")
+_NUMBERS = ("spikes", "rank", "distance", *_COSTS)
+_HEADS = {"path": "kernel", "action": "verdict", "multiply_adds": "multiply-adds"}
+_ARROW = " \u2192\u00a0"  # a line may break before it, not after
 
 
 class _Drawn(NamedTuple):
@@ -89,12 +79,11 @@ def _laws(drawn: Sequence[_Drawn]) -> list[dict[str, Any]]:
     grids, densities = map(np.asarray, _curve(np.float32(ratio), size, spikes, np.float32(edge)))
     peaks = densities.max(axis=1)
     # Integers of three digits: the page of a large model has 180,000 of them.
-    heights = np.rint(1000 * densities / peaks[:, None]).astype(int).tolist()
-    ends = np.column_stack([grids[:, 0], grids[:, -1], peaks]).tolist()
-    names = "lower", "upper", "peak"
+    heights = np.rint(1000 * densities / peaks[:, None]).astype(int)
+    columns = (array.tolist() for array in (grids[:, 0], grids[:, -1], peaks, heights))
     return [
-        dict(zip(names, map(_short, numbers), strict=True), heights=shape)
-        for numbers, shape in zip(ends, heights, strict=True)
+        {"lower": _short(low), "upper": _short(high), "peak": _short(peak), "heights": shape}
+        for low, high, peak, shape in zip(*columns, strict=True)
     ]
 
 
@@ -140,10 +129,10 @@ def to_script(data: Any) -> str:
     return re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
-def _line(row: Row, columns: dict[str, str]) -> str:
+def _line(row: Row, columns: Sequence[str]) -> str:
     """Returns a row of the table."""
     verdict = _VERDICTS[row.action]
-    texts = {name: to_cell(row, name, _ARROW) for name in columns.values()}
+    texts = {name: to_cell(row, name, _ARROW) for name in columns}
     texts["path"] = texts["path"] or "(no name)"
     texts["reason"] = texts["reason"].removeprefix(f"{verdict}: ")
     path, _, *rest = (html.escape(text) for text in texts.values())
@@ -153,23 +142,23 @@ def _line(row: Row, columns: dict[str, str]) -> str:
     return f'<tr><th scope="row">{path}</th>{cells}</tr>'
 
 
-def _head(columns: dict[str, str]) -> str:
-    """Returns the heads of the columns."""
+def _head(name: str) -> str:
+    """Returns the head of a column."""
     # The script sorts a column of numbers by the field in its key, and others by their text.
-    key = lambda name: "" if name in _TEXTS else f' data-key="{name}"'
-    return "".join(f'<th scope="col"{key(name)}>{head}</th>' for head, name in columns.items())
+    key = "" if name in _TEXTS else f' data-key="{name}"'
+    return f'<th scope="col"{key}>{_HEADS.get(name, name)}</th>'
 
 
 def _totals(actions: Counter[str], totals: Cost) -> str:
     """Returns the totals that are shown above the table."""
     words = ", ".join(f"{count:,} {_VERDICTS[name]}" for name, count in actions.items())
     entries = {"kernels": f"{actions.total():,} <small>{words}</small>"}
-    for head, name in list(_COLUMNS.items())[-3:]:
+    for name in _COSTS:
         before, after = getattr(totals, name), getattr(totals, f"{name}_after")
         if before is not None:
             percent = f"{after / before - 1:+.1%}".replace("-", "\u2212") if before else ""
             change = f" <small>{percent}</small>" if before != after else ""
-            entries[head] = to_cell(totals, name, _ARROW) + change
+            entries[_HEADS.get(name, name)] = to_cell(totals, name, _ARROW) + change
     return "".join(f"<div><dt>{head}</dt><dd>{text}</dd></div>" for head, text in entries.items())
 
 
@@ -185,8 +174,7 @@ def _digest(text: str) -> str:
 
 def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
     """Returns the page of a report; `plan` has the spectra of the rows, in the same order."""
-    timed = totals.milliseconds is not None
-    columns = {head: name for head, name in _COLUMNS.items() if timed or name != "milliseconds"}
+    columns = _TEXTS + (_NUMBERS if totals.milliseconds is not None else _NUMBERS[:-1])
     numbers = {name: [getattr(row, name) for row in rows] for name in _NUMBERS}
     actions = Counter(sorted(row.action for row in rows))
     option = lambda action: f'<option value="{action}">{_VERDICTS[action]}</option>'
@@ -199,7 +187,7 @@ def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
         "script_digest": _digest(script),
         "totals": _totals(actions, totals),
         "options": "".join(map(option, actions)),
-        "head": _head(columns),
+        "head": "".join(map(_head, columns)),
         "rows": "\n".join(_line(row, columns) for row in rows),
         "data": to_script({"numbers": numbers, "spectra": _spectra(plan)}),
     }

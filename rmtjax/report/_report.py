@@ -98,8 +98,7 @@ class Report:
         pad = lambda line: "  ".join(map(str.ljust, line, widths)).rstrip()
         return "\n".join(map(pad, lines))
 
-    def __str__(self) -> str:
-        return self.table()
+    __str__ = table
 
     def to_dict(self) -> dict[str, Any]:
         """Returns data that JSON can hold: "rows", a list of dictionaries, and "totals"."""
@@ -144,9 +143,7 @@ class Report:
         table = '<table class="tex2jax_ignore mathjax_ignore">'
         return f"{table}\n{head}\n<tbody>\n{body}\n</tbody>{tail}\n</table>"
 
-    def _repr_html_(self) -> str:
-        """Returns what a notebook shows."""
-        return self.to_html()
+    _repr_html_ = to_html  # what a notebook shows
 
     def __rich__(self) -> "Table":
         """Returns the table that `rich` shows."""
@@ -188,9 +185,6 @@ class Report:
         The page needs no network. Mouse or keyboard sort and filter the table and open kernels.
         Without JavaScript the table is still there. Spectra are drawn from histograms: a page of
         3,000 kernels has a few megabytes.
-
-        Args:
-          title: The heading.
         """
         return render(title, self.rows, self.totals, self.plan)
 
@@ -213,9 +207,8 @@ def analyze(
       rule, where, axes, fits, min_size, exact_below, batch: As in `rmtjax.plan`.
 
     Returns:
-      A `Report`: `.rows`, `.totals`, `.table()`, `.to_dict()`, `.to_json()`, `.to_csv()`,
-      `.to_markdown()`, `.to_html()`, `.to_pandas()`, `.to_page()`, and `.plan` with the spectra.
-      Ranks are not rounded up to a multiple, and kernels under `min_size` have rows without a fit.
+      A `Report`. Ranks are not rounded up to a multiple, and kernels under `min_size` have rows
+      without a fit.
 
     Raises:
       ValueError: An option is out of range, or `axes` or `batch` does not fit the tree.
@@ -227,14 +220,6 @@ def analyze(
       >>> report.rows[0].spikes, report.rows[0].reason
       (1, 'factorized: 1 of 200 are signal, rank 1')
     """
-    options = PlanOptions(
-        rule=rule,
-        where=where,
-        axes=axes,
-        fits=fits,
-        multiple=1,
-        min_size=min_size,
-        exact_below=exact_below,
-        batch=batch,
-    )
+    sizes: dict[str, Any] = {"multiple": 1, "min_size": min_size, "exact_below": exact_below}
+    options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
     return Report(make_plan(params, options))
