@@ -40,6 +40,8 @@ if jax.version.__version_info__ < (0, 11):
     others = os.environ.get("XLA_FLAGS", "")
     ours = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{ours} {others}"
+if jax.version.__version_info__ < (0, 7):  # programs read from the disk give NaN in jax 0.6
+    jax.config.update("jax_enable_compilation_cache", False)
 if not hasattr(jax, "enable_x64"):  # its name before jax 0.8
     jax.enable_x64 = jax.experimental.enable_x64
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -120,7 +120,7 @@ def test_each_matrix_of_a_stack_has_its_own_fit():
 
 def test_optimizer_of_nnx():
     model = nnx.Linear(60, 90, rngs=nnx.Rngs(0))
-    model.kernel[...] = spiked(0, 2)
+    model.kernel = nnx.Param(jnp.asarray(spiked(0, 2)))
     optimizer = nnx.Optimizer(model, PRUNE, wrt=nnx.Param)
     optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
     found = rmtjax.metrics(optimizer.opt_state)
