@@ -42,3 +42,11 @@ def close(actual, expected):
     """
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max() + 1e-6)
+
+
+def update(optimizer, model, grads):
+    """A step, as newer Flax has it, or older Flax, where the optimizer holds the model."""
+    if hasattr(optimizer, "model"):
+        optimizer.update(grads)
+    else:
+        optimizer.update(model, grads)

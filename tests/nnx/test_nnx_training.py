@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 from helpers.linen_checks import Fixed
+from helpers.nnx_checks import update
 from helpers.slow import slow_except
 
 import rmtjax
@@ -35,14 +36,6 @@ class Net(nnx.Module):
 
 
 PATHS = ("hidden/layers/0/kernel", "hidden/layers/1/kernel")
-
-
-def update(optimizer, model, grads):
-    """A step, as newer Flax has it, or older Flax, where the optimizer holds the model."""
-    if hasattr(optimizer, "model"):
-        optimizer.update(grads)
-    else:
-        optimizer.update(model, grads)
 
 
 def loss(model, x, y):

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.nnx_checks import update
 
 import rmtjax
 
@@ -122,7 +123,7 @@ def test_optimizer_of_nnx():
     model = nnx.Linear(60, 90, rngs=nnx.Rngs(0))
     model.kernel = nnx.Param(jnp.asarray(spiked(0, 2)))
     optimizer = nnx.Optimizer(model, PRUNE, wrt=nnx.Param)
-    optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+    update(optimizer, model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
     found = rmtjax.metrics(optimizer.opt_state)
     assert {name.partition("/")[0] for name in found} == KINDS
     assert float(found["rank/kernel"]) == 2.0
