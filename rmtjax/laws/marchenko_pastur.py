@@ -62,12 +62,6 @@ def _unit_support(ratio):
     return ((1 - ratio) / (1 + root)) ** 2, (1 + root) ** 2
 
 
-def _value(angle, ratio):
-    """Returns x at an angle, for unit variance."""
-    lower, _ = _unit_support(ratio)
-    return lower + 4 * jnp.sqrt(ratio) * jnp.sin(angle / 2) ** 2
-
-
 def _angle(x, ratio):
     """Returns the angle of x at unit variance, and a mask of x outside the open support."""
     lower, upper = _unit_support(ratio)
@@ -169,7 +163,8 @@ def _quantiles(q: ArrayLike, ratio: ArrayLike, variance: ArrayLike, lack: ArrayL
     angle = find(jnp.where(valid, q, 0.5), one(jnp.sqrt(ratio)), one(lack))
     # Newton's method can stop a rounding error before the ends.
     angle = jnp.where(q == 0, 0.0, jnp.where(q == 1, jnp.pi, angle))
-    return jnp.where(valid, variance * _value(angle, ratio), jnp.nan)
+    value = _unit_support(ratio)[0] + 4 * jnp.sqrt(ratio) * jnp.sin(angle / 2) ** 2
+    return jnp.where(valid, variance * value, jnp.nan)
 
 
 def noise_quantiles(

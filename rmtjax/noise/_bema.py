@@ -49,12 +49,6 @@ def _first_populated(size: int, rank) -> Int[ArrayLike, ""]:
     return 0 if rank is None else size - rank
 
 
-def _positions(spectrum: Spectrum, spikes: Int[Array, ""]) -> Float[Array, " p"]:
-    """Returns the midpoints (i + 1/2) / (p - K), ascending. Those of the spikes exceed 1."""
-    size = spectrum.eigenvalues.shape[0]
-    return (jnp.arange(size, dtype=spectrum.ratio.dtype) + 0.5) / (size - spikes)
-
-
 def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, ""], rank=None):
     r"""Returns the Kolmogorov-Smirnov distance between the noise ranks and the law.
 
@@ -67,7 +61,8 @@ def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, 
     law = marchenko_pastur.cdf(spectrum.eigenvalues[::-1], ratio, safe * unit)
     ranks = jnp.arange(size)
     noise = (ranks >= _first_populated(size, rank)) & (ranks < size - spikes)
-    gaps = jnp.where(noise, jnp.abs(law - _positions(spectrum, spikes)), 0)
+    positions = (ranks.astype(ratio.dtype) + 0.5) / (size - spikes)  # those of spikes exceed 1
+    gaps = jnp.where(noise, jnp.abs(law - positions), 0)
     distance = jnp.max(gaps) + 0.5 / (size - spikes)
     return jnp.where(scale > 0, distance, jnp.where(jnp.isnan(scale), jnp.nan, 1.0))
 
@@ -118,17 +113,6 @@ def _repulsion(spectrum: Spectrum, variance: Float[Array, ""], spikes: Int[Array
     return jnp.sum(taken) / (size - spikes)
 
 
-def _noise_level(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, ""]):
-    """Returns the variance of a noise entry, from the scale of the bulk below the spikes."""
-
-    def refine(_, variance):
-        # At most half of the ranks are spikes, and each takes less than the mean of one rank.
-        return scale / jnp.maximum(1 - _repulsion(spectrum, variance, spikes), 0.1)
-
-    # Each step shrinks the error by a factor of about K / p, so 20 steps reach the rounding.
-    return lax.fori_loop(0, 20, refine, scale)
-
-
 def _cut(spectrum: Spectrum, spikes: Int[Array, ""], rank, trim: float, level: float):
     """Returns the scale of the bulk below `spikes` spikes, and the threshold for one more."""
     size = spectrum.eigenvalues.shape[0]
@@ -177,7 +161,13 @@ def _settle_jvp(trim, level, primals, tangents):
 @partial(jax.jit, static_argnames=("trim", "level"))
 def _fit(spectrum: Spectrum, rank, *, trim: float, level: float) -> BulkFit:
     spikes, scale, threshold = _settle(spectrum, rank, trim, level)
-    variance = _noise_level(spectrum, scale, spikes)
+
+    def correct(_, variance):
+        # At most half of the ranks are spikes, and each takes less than the mean of one rank.
+        return scale / jnp.maximum(1 - _repulsion(spectrum, variance, spikes), 0.1)
+
+    # Each step shrinks the error by a factor of about K / p, so 20 steps reach the rounding.
+    variance = lax.fori_loop(0, 20, correct, scale)
     return bulk_fit(spectrum, variance, threshold, scale, spikes, rank)
 
 

@@ -44,12 +44,6 @@ class Measurement(NamedTuple):
     estimated: bool = False
 
 
-def _num_populated(spectrum: Spectrum) -> Int[Array, ""]:
-    """Returns how many directions of factors are not zero: what a truncation left."""
-    present = jax.vmap(above_rounding, (None, 0))(spectrum, spectrum.eigenvalues)
-    return jnp.sum(present, dtype=jnp.int32)
-
-
 @partial(jax.jit, static_argnames=("rule", "factored"))
 def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> dict[str, Any]:
     """Returns what a `Measurement` says besides the spectra, by the names of its fields."""
@@ -63,14 +57,14 @@ def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> 
         levels = each(rule.fit, spectra)
     # A supplied fit came from another spectrum. Recount its spikes on this one.
     levels = levels._replace(num_spikes=jax.vmap(count_above)(spectra, levels.threshold))
-    stack, size = spectra.eigenvalues.shape
-    full = jnp.full(stack, size, jnp.int32)
+    # The directions of factors that a truncation has left are not zero.
+    present = lambda s: jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored)
     return {
         "fits": levels,
         "noisy": jax.vmap(above_rounding)(spectra, levels.variance),
         "accepted": jax.vmap(rule.accepts)(spectra, levels),
         "signal": jax.vmap(rule)(spectra, levels),
-        "populated": jax.vmap(_num_populated)(spectra) if factored else full,
+        "populated": jnp.sum(jax.vmap(present)(spectra), axis=1, dtype=jnp.int32),
     }
 
 

@@ -156,9 +156,6 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
       >>> left, right = rmtjax.factorize_matrix(jax.numpy.ones((6, 4)), 1)
       >>> left.shape, right.shape
       ((6, 1), (1, 4))
-
-    References:
-      Eckart and Young, Psychometrika 1 (1936) 211-218.
     """
     matrix = jnp.asarray(matrix)
     check_matrix("factorize_matrix", matrix)

@@ -91,11 +91,6 @@ def _one_blas_thread_each() -> Iterator[ThreadPoolExecutor]:
             yield pool
 
 
-def _by_scipy(talls: list[np.ndarray], dtype: type) -> np.ndarray:
-    """Returns eigenvalues of Gram matrices one after another, in place, with all threads."""
-    return np.stack([eigenvalues(gram(tall, dtype)) for tall in talls])
-
-
 def _by_numpy(talls: list[np.ndarray], dtype: type) -> np.ndarray:
     """Returns eigenvalues of Gram matrices by functions that let other threads go on."""
     # SciPy's wrappers hold Python's lock. Overflow is seen in the results, as NaN.
@@ -152,7 +147,9 @@ def squared_singular_values(views: Views) -> dict[str, np.ndarray]:
     chunks = _chunks(views)
     large = [places for columns, places in chunks if columns >= _LARGE or len(chunks) == 1]
     small = [places for _, places in chunks[len(large) :]]
-    values = [decompose(places, _by_scipy) for places in large]
+    # One after another, in place and with all threads.
+    in_place = lambda talls, dtype: np.stack([eigenvalues(gram(tall, dtype)) for tall in talls])
+    values = [decompose(places, in_place) for places in large]
     if small:
         with _one_blas_thread_each() as pool:
             values += pool.map(lambda places: decompose(places, _by_numpy), small)

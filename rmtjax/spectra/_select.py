@@ -34,7 +34,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rmtjax._axes import Factors, KernelAxes, MatrixView
+from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack
 from rmtjax._sharding import by_compiler, fetch, mesh_of
 from rmtjax._types import Spectrum
 from rmtjax.spectra import _lapack, _sharded, _svd
@@ -108,8 +108,8 @@ def _cut_by_host(view: MatrixView) -> bool:
 
 @partial(jax.jit, static_argnames="axes")
 def _estimate(kernel, *, axes: KernelAxes):
-    matrices = lambda kernel: MatrixView("", kernel, axes).matrices()
-    return by_compiler(lambda kernel: lax.map(estimated_spectrum, matrices(kernel)), kernel)
+    find = lambda kernel: lax.map(estimated_spectrum, to_stack(kernel, axes))
+    return by_compiler(find, kernel)
 
 
 def estimated_spectra(views: Views, exact_below: int) -> dict[str, Values]:
