@@ -12,7 +12,7 @@ import numpy as np
 from rmtjax._axes import check_axes, KernelAxes
 from rmtjax._types import BulkFit
 from rmtjax._version import __version__
-from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, KEY, parse_object, Tensors
+from rmtjax.checkpoint._tensors import are_sizes, CODES, Entry, KEY, parse_object, Tensors
 from rmtjax.noise import ranks, shrinkage
 from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
@@ -28,7 +28,6 @@ class Manifest(NamedTuple):
 
     plan: Plan | None  # without spectra
     rule: str | None  # the rank rule of all rows in words; None if there are several
-    versions: dict[str, str]  # of rmtjax and jax when the checkpoint was written
     factors: tuple[str, ...] | None  # paths of the kernels that are stored as factors
     entries: dict[str, Entry] | None  # of every tensor
     # Dictionary keys of the paths that splitting at "/" would not give back: those with an integer
@@ -36,28 +35,25 @@ class Manifest(NamedTuple):
     keys: dict[str, tuple[str | int, ...] | None]
 
 
-def _dump_number(number: Any) -> Any:
+def _dump_numbers(fields: BulkFit | Cost) -> dict[str, Any]:
     # JSON has no NaN and no infinity, so these are written as strings.
-    return str(number) if isinstance(number, float) and not math.isfinite(number) else number
-
-
-def _dump_fit(fit: BulkFit) -> dict[str, Any]:
-    numbers = jax.tree.map(lambda value: np.asarray(value).tolist(), fit)
-    numbers = jax.tree.map(_dump_number, numbers)._asdict()
-    return {"dtype": str(np.asarray(fit.variance).dtype), **numbers}
+    number = lambda n: str(n) if isinstance(n, float) and not math.isfinite(n) else n
+    values = {name: np.asarray(value).tolist() for name, value in fields._asdict().items()}
+    return {name: jax.tree.map(number, value) for name, value in values.items()}
 
 
 def _dump_row(row: LayerPlan) -> dict[str, Any]:
     names = {function: name for name, function in _SHRINKERS.items()}
+    dtype = row.fit and str(np.asarray(row.fit.variance).dtype)
     return {
         "rank": row.rank,
         "action": row.action,
         "reason": row.reason,
         "shape": row.shape,
         "axes": row.axes and row.axes._asdict(),
-        "fit": row.fit and _dump_fit(row.fit),
+        "fit": row.fit and {"dtype": dtype, **_dump_numbers(row.fit)},
         "shrink": row.shrink and names.get(row.shrink, str(row.shrink)),
-        "cost": row.cost and jax.tree.map(_dump_number, row.cost)._asdict(),
+        "cost": row.cost and _dump_numbers(row.cost),
     }
 
 
@@ -92,16 +88,13 @@ def _check(value: Any, *kinds: type) -> Any:
 
 
 def _parse_sizes(value: Any) -> tuple[int, ...]:
-    sizes = tuple(_check(size, int) for size in _check(value, list))
-    if min(sizes, default=0) < 0:
-        raise ValueError(f"{value!r:.60} has a negative number")
-    return sizes
+    if not are_sizes(value):
+        raise ValueError(f"{value!r:.60} is not a list of sizes of at least 0")
+    return tuple(value)
 
 
 def _parse_float(value: Any) -> float:
-    if value in ("nan", "inf", "-inf"):
-        return float(value)
-    return float(_check(value, int, float))
+    return float(value if value in ("nan", "inf", "-inf") else _check(value, int, float))
 
 
 def _parse_fit(fields: Any) -> BulkFit:
@@ -149,14 +142,6 @@ def _parse_row(path: str, fields: Any) -> LayerPlan:
     return _ROWS[action](**row, shrink=_SHRINKERS.get(_check(fields["shrink"] or "", str)))
 
 
-def _parse_entry(fields: Any) -> Entry:
-    code, *shape = _check(fields, list)
-    entry = Entry(_parse_sizes(shape), DTYPES[code])
-    if not entry.possible:
-        raise ValueError(f"{shape} is larger than any memory")
-    return entry
-
-
 def _parse_keys(path: str, value: Any) -> tuple[str | int, ...] | None:
     keys = value if value is None else tuple(_check(key, str, int) for key in value)
     if keys is not None and "/".join(map(str, keys)) != path:
@@ -174,13 +159,15 @@ def _parse_fields(fields: Any) -> Manifest:
     if fields["plan"] is not None:
         plan = Plan({path: _parse_row(path, row) for path, row in rows("plan")})
     if fields["entries"] is not None:
-        entries = {name: _parse_entry(row) for name, row in rows("entries")}
+        entries = {}
+        for name, row in rows("entries"):
+            code, *shape = _check(row, list)
+            entries[name] = Entry.parse(name, code, shape)
     if fields["factors"] is not None:
         factors = tuple(_check(path, str) for path in _check(fields["factors"], list))
     rule = _check(fields["rule"], str, NoneType)
-    versions = {name: _check(text, str) for name, text in rows("versions")}
     keys = {path: _parse_keys(path, value) for path, value in rows("keys")}
-    return Manifest(plan, rule, versions, factors, entries, keys)
+    return Manifest(plan, rule, factors, entries, keys)
 
 
 def parse(text: str) -> Manifest:
@@ -198,4 +185,4 @@ def parse(text: str) -> Manifest:
 def read_manifest(tensors: Tensors) -> Manifest:
     """Returns the manifest of a checkpoint, which is empty if this package did not write it."""
     text = tensors.metadata.get(KEY)
-    return Manifest(None, None, {}, None, None, {}) if text is None else parse(text)
+    return Manifest(None, None, None, None, {}) if text is None else parse(text)

@@ -21,29 +21,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmtjax.checkpoint._tensors import CODES, DTYPES, Entry, parse_object, reading, Tensors
+from rmtjax.checkpoint._tensors import are_sizes, CODES, Entry, parse_object, reading, Tensors
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
 Places = dict[str, tuple[Entry, int]]  # of each tensor its entry, and its offset in the file
 
 
-def _parse_entry(name: str, fields: Any) -> tuple[Entry, int, int]:
+def _parse_place(name: str, fields: Any) -> tuple[Entry, int, int]:
     """Returns the entry of a tensor, and where in the data it begins and ends."""
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} needs a dtype, a shape and data_offsets alone")
-    code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    # `type` and not `isinstance`: a boolean is not a size.
-    sizes = lambda value: isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-    if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"tensor {name!r} has dtype {code!r}, not one of {list(DTYPES)}")
-    if not sizes(shape):
-        raise ValueError(f"tensor {name!r} has no shape of sizes of at least 0")
-    if not sizes(offsets) or len(offsets) != 2:
+    entry, offsets = Entry.parse(name, fields["dtype"], fields["shape"]), fields["data_offsets"]
+    if not are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has no two offsets of at least 0")
-    entry, (begin, end) = Entry(tuple(shape), DTYPES[code]), offsets
-    if not entry.possible:
-        raise ValueError(f"tensor {name!r} is larger than any memory")
+    begin, end = offsets
     if end - begin != entry.num_bytes:
         raise ValueError(f"tensor {name!r} has {end - begin} bytes and is {entry}")
     return entry, begin, end
@@ -65,7 +57,7 @@ def _parse_header(header: bytes, begin: int, size: int) -> tuple[Places, dict[st
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is not a JSON object")
     _check_text(*fields, *metadata, *metadata.values())
-    places = [(name, *_parse_entry(name, value)) for name, value in fields.items()]
+    places = [(name, *_parse_place(name, value)) for name, value in fields.items()]
     places.sort(key=lambda place: place[2:])
     # Without gaps and overlaps, no bytes are hidden and none belong to two tensors.
     position = 0
@@ -185,13 +177,10 @@ def check_regular(path: Path, name: str) -> None:
 def write_tensors(
     path: str | os.PathLike[str],
     entries: Mapping[str, Entry],
-    arrays: Iterable[tuple[str, np.ndarray]],
+    arrays: Iterable[tuple[str, Any]],  # in any order
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a .safetensors file, one tensor at a time. An error leaves the old file in place.
-
-    `arrays` are the names and data of all tensors, in any order.
-    """
+    """Writes a .safetensors file, one tensor at a time. An error leaves the old file in place."""
     header, offsets = _make_header(entries, metadata)
     check_regular(Path(path), "path")
     with replacing(Path(path)) as file:

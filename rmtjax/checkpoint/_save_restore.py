@@ -84,13 +84,13 @@ def save(
       TypeError: `plan` is not a plan, or `rule` is not a rank rule.
 
     Examples:
-      >>> import jax, pathlib, rmtjax, tempfile
+      >>> import jax, rmtjax, tempfile
       >>> params = {"Dense_0": {"kernel": jax.random.normal(jax.random.key(0), (200, 400))}}
       >>> plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(16))
+      >>> thin = rmtjax.factorize(params, plan)
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = pathlib.Path(folder, "thin.safetensors")
-      ...     rmtjax.checkpoint.save(path, rmtjax.factorize(params, plan), plan)
-      ...     print(rmtjax.checkpoint.load_plan(path))
+      ...     rmtjax.checkpoint.save(f"{folder}/thin.safetensors", thin, plan)
+      ...     print(rmtjax.checkpoint.load_plan(f"{folder}/thin.safetensors"))
       Dense_0/kernel  factorized: 16 of 200 are signal, rank 16
     """
     if rule is not None:
@@ -107,8 +107,7 @@ def save(
     factors = [path for path, leaf in leaves.items() if is_factors(leaf)]
     metadata = {KEY: to_json(plan, rule, factors=factors, entries=entries, keys=keys)}
     if Path(path).suffix == SUFFIX:
-        gathered = ((name, np.asarray(array)) for name, array in arrays.items())
-        write_tensors(path, entries, gathered, metadata)
+        write_tensors(path, entries, arrays.items(), metadata)
     else:
         # Orbax does not save empty arrays. The manifest has them, and `restore` makes them anew.
         full = {path: leaf for path, leaf in leaves.items() if is_factors(leaf) or leaf.size}
@@ -166,12 +165,11 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
       FileNotFoundError: There is nothing at `path`.
 
     Examples:
-      >>> import jax.numpy as jnp, pathlib, rmtjax, tempfile
+      >>> import jax.numpy as jnp, rmtjax, tempfile
       >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = pathlib.Path(folder, "dense.safetensors")
-      ...     rmtjax.checkpoint.save(path, params)
-      ...     restored = rmtjax.checkpoint.restore(path, like=params)
+      ...     rmtjax.checkpoint.save(f"{folder}/a.safetensors", params)
+      ...     restored = rmtjax.checkpoint.restore(f"{folder}/a.safetensors", like=params)
       >>> restored["Dense_0"]["kernel"].shape
       (3, 2)
     """
@@ -207,15 +205,13 @@ def load_plan(path: FilePath) -> Plan:
 
     Raises:
       ValueError: There is no plan, or it cannot be read.
-      FileNotFoundError: There is nothing at `path`.
 
     Examples:
-      >>> import jax, pathlib, rmtjax, tempfile
+      >>> import jax, rmtjax, tempfile
       >>> params = {"Dense_0": {"kernel": jax.random.normal(jax.random.key(0), (200, 400))}}
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = pathlib.Path(folder, "dense.safetensors")
-      ...     rmtjax.checkpoint.save(path, params, rmtjax.plan(params))
-      ...     plan = rmtjax.checkpoint.load_plan(path)
+      ...     rmtjax.checkpoint.save(f"{folder}/a.safetensors", params, rmtjax.plan(params))
+      ...     plan = rmtjax.checkpoint.load_plan(f"{folder}/a.safetensors")
       >>> plan["Dense_0/kernel"].reason
       'kept: no signal stands out of the noise'
     """

@@ -11,17 +11,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rmtjax._types import Axes, BulkFit, Where
-from rmtjax.checkpoint._manifest import Manifest, read_manifest
+from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
-from rmtjax.checkpoint._rewrite import find_outputs, output_manifest, with_dtype, write_outputs
+from rmtjax.checkpoint._rewrite import find_outputs, last_changes, with_dtype, write_outputs
 from rmtjax.checkpoint._safetensors import check_regular, write_tensors
-from rmtjax.checkpoint._tensor_names import check_paths, choose, find_leaves, tensor_axes
+from rmtjax.checkpoint._tensor_names import choose, find_leaves, tensor_axes
 from rmtjax.checkpoint._tensors import FilePath, KEY
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import make_clock, make_plan, Plan, PlanOptions, rows_by_path
 from rmtjax.report import Report
 
-Mode = Literal["factorize", "truncate"]
 # Called before each step with the number of steps done, the number of all steps, and a path.
 Progress = Callable[[int, int, str], None]
 
@@ -52,25 +51,20 @@ def _plan_kernels(
     later: int = 0,
 ) -> Plan:
     """Returns the plan of a file, of which each kernel is read alone; `later` steps follow."""
-    kernels = choose(leaves, options.where, options.axes)
+    kernels = choose(leaves, options)
     # A kernel that was cut has lost its noise. One that was only kept is fitted like any other.
     changes = manifest.plan.changes if manifest.plan else {}
     fits = {path: row.fit for path, row in changes.items()} | dict(options.fits or {})
-    check_paths("fits", options.fits or {}, leaves)
     rows = rows_by_path(options.batch, kernels)
     by_path = options.axes if isinstance(options.axes, Mapping) else {}
     guess = options.axes if callable(options.axes) else tensor_axes
     axes = lambda path, leaf: by_path[path] if path in by_path else guess(path, leaf)
+    options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes)
     plan, clock = Plan(), make_clock()  # one clock, so that equal products are timed once
     for place, (path, leaf) in enumerate(kernels.items()):
         progress(place, len(kernels) + later, path)
-        alone = dataclasses.replace(
-            options,
-            where=lambda path, leaf: True,
-            axes=axes,
-            fits={path: fits[path]} if path in fits else None,
-            batch=rows.get(path),
-        )
+        known = {path: fits[path]} if path in fits else None
+        alone = dataclasses.replace(options, fits=known, batch=rows.get(path))
         plan |= make_plan({path: with_dtype(leaf, dtype)}, alone, clock)
     return plan
 
@@ -126,11 +120,11 @@ def analyze_file(
       OSError: The file cannot be read.
 
     Examples:
-      >>> import jax, pathlib, tempfile
+      >>> import jax, tempfile
       >>> from rmtjax import checkpoint
       >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = pathlib.Path(folder, "model.safetensors")
+      ...     path = f"{folder}/model.safetensors"
       ...     checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
       ...     print(checkpoint.analyze_file(path).rows[0].reason)
       factorized: 1 of 200 are signal, rank 1
@@ -167,7 +161,7 @@ def compress_file(
     min_size: int = 50,
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
-    mode: Mode = "factorize",
+    mode: Literal["factorize", "truncate"] = "factorize",
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -200,11 +194,11 @@ def compress_file(
       OSError: The input cannot be read, or the output cannot be written.
 
     Examples:
-      >>> import jax, pathlib, tempfile
+      >>> import jax, tempfile
       >>> from rmtjax import checkpoint
       >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path, out = (pathlib.Path(folder, name) for name in ("dense", "thin.safetensors"))
+      ...     path, out = f"{folder}/dense.safetensors", f"{folder}/thin.safetensors"
       ...     checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
       ...     report = checkpoint.compress_file(path, out)
       ...     print(checkpoint.restore(out)["Dense_0"]["kernel"].left.shape)
@@ -224,9 +218,10 @@ def compress_file(
         plan = _plan_kernels(leaves, manifest, options, checked, progress, later=len(leaves))
         if mode == "truncate":
             plan = plan.in_place()
-        outputs = find_outputs(leaves, plan)
-        entries = {name: entry for part in outputs.values() for name, entry in part.items()}
-        text = output_manifest(manifest, plan, rule, outputs)
-        arrays = write_outputs(leaves, plan, outputs, checked, progress)
+        entries = find_outputs(leaves, plan)
+        factors = [path for path in leaves if path not in entries]
+        record = last_changes(manifest, plan, rule)
+        text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys)
+        arrays = write_outputs(leaves, plan, entries, checked, progress)
         write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
     return Report(plan)

@@ -7,10 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, KernelAxes
-from rmtjax._types import Axes, Where
 from rmtjax.checkpoint._manifest import Manifest
 from rmtjax.checkpoint._tensors import StoredTensor, Tensors
-from rmtjax.planning import guess_axes, is_kernel, to_predicate
+from rmtjax.planning import guess_axes, is_kernel, PlanOptions, to_predicate
 
 # Linear, convolution and embedding; fused attention; recurrent layers and cells.
 _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
@@ -60,19 +59,18 @@ def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
     return None if depthwise or stacked else KernelAxes((0,), tuple(range(1, len(shape))))
 
 
-def check_paths(name: str, option: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError if an option has a path that is not in the file."""
-    unknown = min(option.keys() - leaves.keys(), default=None)
-    if unknown is not None:
-        raise ValueError(f"`{name}` has {unknown!r}, which is not a path of the file.")
-
-
-def choose(leaves: Mapping[str, Any], where: Where | None, axes: Axes | None) -> dict[str, Any]:
-    """Returns the leaves that are kernels; raises ValueError if there are none."""
+def choose(leaves: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
+    """Returns the leaves that are kernels; raises ValueError for none, and for unknown paths."""
+    for name in ("where", "axes", "fits"):
+        option = getattr(options, name)
+        # A table of `rmtjax.linen` is also a function. It may know leaves that were stacked since.
+        for path in option if isinstance(option, Mapping) and not callable(option) else ():
+            if path not in leaves:
+                raise ValueError(f"`{name}` has {path!r}, which is not a path of the file.")
+    where = options.where
     if isinstance(where, Mapping):
-        check_paths("where", where, leaves)
         where = {path: where.get(path, False) for path in leaves}
-    by_path = axes if isinstance(axes, Mapping) else {}
+    by_path = options.axes if isinstance(options.axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel_tensor(path, leaf)
     is_chosen = to_predicate(where, dict(leaves)) or default
     chosen = {path: leaf for path, leaf in leaves.items() if is_chosen(path, leaf)}
@@ -114,8 +112,8 @@ def check_factors(path: str, factors: Factors) -> None:
 def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     """Returns the leaves of a checkpoint by path, in the order of the file.
 
-    Each is a `StoredTensor`, or `Factors` of two. Raises ValueError if a factor is missing, or two
-    tensors are not the factors of one kernel.
+    Each is a `StoredTensor`, or `Factors` of two. Raises ValueError if a factor is missing or does
+    not fit.
     """
     stored: dict[str, Any] = {
         name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()

@@ -32,6 +32,12 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_NDIM = 32  # the limit of NumPy 1, so that every NumPy can read the shape
 
 
+def are_sizes(value: Any) -> bool:
+    """Returns True for a list of integers of at least 0."""
+    # `type` and not `isinstance`: a boolean is not a size.
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
 class Entry(NamedTuple):
     """Holds the shape and dtype of one tensor of a checkpoint."""
 
@@ -43,6 +49,20 @@ class Entry(NamedTuple):
         """Returns the entry of any object with a shape and a dtype."""
         return cls(tuple(array.shape), np.dtype(array.dtype))
 
+    @classmethod
+    def parse(cls, name: str, code: Any, shape: Any) -> "Entry":
+        """Parses the entry of a tensor from JSON; raises ValueError if no array can have it."""
+        if not isinstance(code, str) or code not in DTYPES:
+            raise ValueError(f"tensor {name!r} has dtype {code!r}, not one of {list(DTYPES)}")
+        if not are_sizes(shape):
+            raise ValueError(f"tensor {name!r} has no shape of sizes of at least 0")
+        entry = cls(tuple(shape), DTYPES[code])
+        # NumPy refuses huge shapes even if one size is 0 and the array is empty.
+        largest = entry._replace(shape=tuple(max(size, 1) for size in shape))
+        if len(shape) > MAX_NDIM or largest.num_bytes >= 2**63:
+            raise ValueError(f"tensor {name!r} is larger than any memory")
+        return entry
+
     def __str__(self) -> str:
         return f"{self.dtype} of shape {self.shape}"
 
@@ -51,13 +71,6 @@ class Entry(NamedTuple):
         """The size of the data in bytes."""
         # In Python integers: a damaged file may claim a shape that overflows 64 bits.
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def possible(self) -> bool:
-        """Returns True if an array can have the shape."""
-        # NumPy refuses huge shapes even if one size is 0 and the array is empty.
-        largest = self._replace(shape=tuple(max(size, 1) for size in self.shape))
-        return len(self.shape) <= MAX_NDIM and largest.num_bytes < 2**63
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,7 @@ class Tensors:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor that is still in a file: `np.asarray` reads it, each time from the file.
-
-    It stands for an array until its numbers are needed, so that the kernels of a large file are in
-    memory one at a time.
-    """
+    """Stands for an array that is still in a file, and reads it anew for each `np.asarray`."""
 
     tensors: Tensors
     name: str

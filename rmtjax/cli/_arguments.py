@@ -71,16 +71,6 @@ def matcher(pattern: str) -> Callable[[str], Any]:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
 
 
-def pattern_hint(pattern: str) -> str:
-    """Returns a remedy for a pattern that matches nothing."""
-    if pattern.startswith("re:"):
-        return ""
-    return (
-        " A glob must match the complete name, and '*' stands for anything: "
-        f"'*{pattern.strip('*./')}*' finds it anywhere in a name."
-    )
-
-
 def is_stdout(path: str) -> bool:
     """Returns True if a path is stdout: "-", or a name such as /dev/stdout."""
     # The inode shows it for any name, also that of a file which stdout is redirected to.

@@ -23,7 +23,6 @@ from rmtjax.cli._arguments import (
     make_parser,
     matcher,
     parse_rule,
-    pattern_hint,
     reports,
     UsageError,
 )
@@ -44,7 +43,10 @@ def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str])
         if not any(map(matches, names)):
             some = ", ".join(map(repr, names[:5])) or "none"
             cause = f"{pattern!r} matches no tensor, of {len(names)} such as {some}."
-            raise ValueError(cause + pattern_hint(pattern))
+            if not pattern.startswith("re:"):
+                cause += " A glob must match the complete name, and '*' stands for anything: "
+                cause += f"'*{pattern.strip('*./')}*' finds it anywhere in a name."
+            raise ValueError(cause)
 
     def where(name: str, leaf: Any) -> bool:
         if any(matchers[pattern](name) for pattern in exclude):
@@ -79,26 +81,22 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
         yield lambda done, total, path: bar.update(task, completed=done, total=total)
 
 
-def _write_text(path: str, text: str) -> None:
-    """Writes a report. A file is replaced when the text is complete."""
-    if is_stdout(path):
-        print(text, end="", flush=True)
-        return
-    # A pipe or a device stays, and is written into.
-    with open(path, "wb") if is_special(path) else checkpoint.replacing(Path(path)) as file:
-        file.write(text.encode())
-
-
 def _show(report: Report, args: argparse.Namespace) -> None:
     """Writes the reports, and prints the table."""
     title = f"rmtjax {args.command} {printable(args.file)}"
-    text = {
+    make = {
         "json": lambda: report.to_json() + "\n",
         "csv": report.to_csv,
         "html": lambda: report.to_page(title),
     }
     for form, path in reports(args).items():
-        _write_text(path, text[form]())
+        text = make[form]()
+        if is_stdout(path):
+            print(text, end="", flush=True)
+            continue
+        # A pipe or a device stays, and is written into. A file is replaced.
+        with open(path, "wb") if is_special(path) else checkpoint.replacing(Path(path)) as file:
+            file.write(text.encode())
     if not args.quiet:
         timed = report.totals.milliseconds is not None
         print(report.table(*FITTED, *(COSTS if timed else ()), "reason"), flush=True)
@@ -186,25 +184,6 @@ def _ending() -> Iterator[None]:
         yield
 
 
-def _run(args: argparse.Namespace) -> int:
-    """Runs a command and returns the exit code. An error becomes a message."""
-    try:
-        with _ending(), _computing(args.device, args.dtype):
-            _work(args)
-    except BrokenPipeError:
-        # The interpreter flushes stdout when it ends, which would print the error once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt as interrupt:
-        cause, number = interrupt.args or ("interrupted", signal.SIGINT)
-        print(f"rmtjax: {cause}", file=sys.stderr)
-        return 128 + number
-    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"rmtjax: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line.
 
@@ -225,6 +204,19 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = make_parser().parse_args(argv)
     try:
-        return _run(args)
+        with _ending(), _computing(args.device, args.dtype):
+            _work(args)
     except UsageError as error:
-        return args.refuse(str(error))  # exits with code 2 after the usage of the command
+        args.refuse(str(error))  # exits with code 2 after the usage of the command
+    except BrokenPipeError:
+        # The interpreter flushes stdout when it ends, which would print the error once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as interrupt:
+        cause, number = interrupt.args or ("interrupted", signal.SIGINT)
+        print(f"rmtjax: {cause}", file=sys.stderr)
+        return 128 + number
+    except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"rmtjax: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
+        return 1
+    return 0

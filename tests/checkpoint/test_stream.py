@@ -15,6 +15,7 @@ from rmtjax.checkpoint._open import open_tensors
 from rmtjax.checkpoint._safetensors import write_tensors
 from rmtjax.checkpoint._tensors import Entry
 
+AXES = KernelAxes((0,), (1,))
 FIT = rmtjax.BulkFit(*np.float32([1, 2, 2, 0]), np.int32(0))
 INDEX = "model.safetensors.index.json"
 FIXED = rmtjax.ranks.fixed(16)
@@ -188,6 +189,7 @@ def test_torch_kernels_keep_their_order_and_the_rest_its_bits(tmp_path):
         ({"where": lambda path, leaf: False}, "no tensor is chosen as a kernel, of 7 .*'Conv_0"),
         ({"fits": {"none/kernel": FIT}}, "`fits` has 'none/kernel', which is not a path"),
         ({"batch": {"none/kernel": 1}}, "`batch` has 'none/kernel', which is none of the kernels"),
+        ({"axes": {"none/kernel": AXES}}, "`axes` has 'none/kernel', which is not a path"),
         ({"where": {"none/kernel": True}}, "`where` has 'none/kernel', which is not a path"),
         ({"dtype": "float16"}, "`dtype` must be float32 or float64, got float16"),
         ({"dtype": "float64"}, "jax_enable_x64"),
@@ -254,10 +256,11 @@ def test_no_shard_and_no_blob_is_written_over(tmp_path):
 
 
 def test_a_factor_takes_no_name_that_is_there(tmp_path):
-    tensors = {"a/kernel": spiked(0), "a/kernel/left": np.ones(3, np.float32)}
+    tensors = {"a/kernel": spiked(0), "a/kernel/left": spiked(1)}
     path, out = write(tmp_path / "a.safetensors", tensors), tmp_path / "out.safetensors"
-    with pytest.raises(ValueError, match="'a/kernel/left', as another tensor"):
-        checkpoint.compress_file(path, out, rule=FIXED)
+    for where in (None, "a"):  # the other tensor stays, or becomes factors with longer names
+        with pytest.raises(ValueError, match="'a/kernel/left', as another tensor"):
+            checkpoint.compress_file(path, out, rule=FIXED, where=where)
     checkpoint.compress_file(path, out, rule=FIXED, mode="truncate")
     assert np.linalg.matrix_rank(read(out)["a/kernel"]) == 16
 
