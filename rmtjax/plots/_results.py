@@ -8,16 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
 from rmtjax.planning import LayerPlan
-from rmtjax.plots._style import (
-    BLUE,
-    check_type,
-    dot_size,
-    finish,
-    LEGEND,
-    new_axes,
-    style,
-    VERMILION,
-)
+from rmtjax.plots._style import BLUE, check_type, dot_size, finish, new_axes, style, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,8 +33,7 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
     """
     check_type("plan", plan, Mapping, "For a report, give `report.plan`.")
     shown = {path: row for path, row in plan.items() if row.spectrum is not None}
-    if ax is None:
-        ax = new_axes(height=max(1.5 + 0.22 * len(shown), 2.5))
+    ax = new_axes(height=max(1.5 + 0.22 * len(shown), 2.5)) if ax is None else ax
     lines = np.arange(len(shown))
     full = [row.spectrum.eigenvalues.shape[-1] for row in shown.values() if row.spectrum]
     ranks = np.array([row.rank for row in shown.values()], int)
@@ -88,10 +78,7 @@ def training(
             '`records` must have keys that begin with "rank/", and a "step" each: dictionaries '
             '`{"step": step, **rmtjax.metrics(opt_state)}`.'
         )
-    if ax is None:
-        # A legend beside the axes needs room for its longest name.
-        beside = max(map(len, paths)) if len(paths) >= LEGEND else 0
-        ax = new_axes(width=6.4 + 0.075 * beside)
+    ax = new_axes(names=paths) if ax is None else ax
     dot = dot_size(len(records))
     for index, path in enumerate(paths):
         for name, line in (("rank", "-"), ("signal", "--")):

@@ -142,13 +142,6 @@ def _line(row: Row, columns: Sequence[str]) -> str:
     return f'<tr><th scope="row">{path}</th>{cells}</tr>'
 
 
-def _head(name: str) -> str:
-    """Returns the head of a column."""
-    # The script sorts a column of numbers by the field in its key, and others by their text.
-    key = "" if name in _TEXTS else f' data-key="{name}"'
-    return f'<th scope="col"{key}>{_HEADS.get(name, name)}</th>'
-
-
 def _totals(actions: Counter[str], totals: Cost) -> str:
     """Returns the totals that are shown above the table."""
     words = ", ".join(f"{count:,} {_VERDICTS[name]}" for name, count in actions.items())
@@ -178,6 +171,9 @@ def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
     numbers = {name: [getattr(row, name) for row in rows] for name in _NUMBERS}
     actions = Counter(sorted(row.action for row in rows))
     option = lambda action: f'<option value="{action}">{_VERDICTS[action]}</option>'
+    # The script sorts a column of numbers by the field in its key, and others by their text.
+    key = lambda name: "" if name in _TEXTS else f' data-key="{name}"'
+    head = lambda name: f'<th scope="col"{key(name)}>{_HEADS.get(name, name)}</th>'
     style, script = _asset("css"), _asset("js")
     fields = {
         "title": html.escape(printable(title)),
@@ -187,7 +183,7 @@ def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
         "script_digest": _digest(script),
         "totals": _totals(actions, totals),
         "options": "".join(map(option, actions)),
-        "head": "".join(map(_head, columns)),
+        "head": "".join(map(head, columns)),
         "rows": "\n".join(_line(row, columns) for row in rows),
         "data": to_script({"numbers": numbers, "spectra": _spectra(plan)}),
     }
