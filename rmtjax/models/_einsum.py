@@ -17,10 +17,8 @@ def _terms(equation: str) -> list[str]:
 def einsum_axes(equation: str) -> KernelAxes | None:
     """Returns the axes of the kernel in `inputs,kernel->outputs`.
 
-    Letters that the kernel shares with the inputs only are contracted: they are input axes.
-    Letters that it shares with the outputs only are output axes. Letters in all three are batch
-    axes. None if the kernel is not a matrix: a letter is repeated, is an ellipsis, or occurs in the
-    kernel only.
+    Letters that it shares with the inputs only are input axes, with the outputs only output axes,
+    with both batch axes. None if a letter is repeated, is an ellipsis, or is in the kernel only.
     """
     inputs, kernel, outputs = _terms(equation)
     letters = set(kernel)

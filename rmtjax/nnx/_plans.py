@@ -105,8 +105,7 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
       plan: From `rmtjax.nnx.plan`.
 
     Raises:
-      ValueError: The plan is for another model.
-      TypeError: `plan` is not a plan, or `model` is not a module.
+      ValueError, TypeError: The plan is for another model, or an argument has another type.
 
     Examples:
       >>> import jax, rmtjax

@@ -141,8 +141,7 @@ def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
       that holds no array, or a tree of arrays, is left out; `replace` keeps it unchanged.
 
     Raises:
-      TypeError: `model` is not a module.
-      ValueError: `gates` has another value.
+      TypeError, ValueError: `model` is not a module, or `gates` has another value.
 
     Examples:
       >>> import jax, rmtjax
