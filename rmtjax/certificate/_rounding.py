@@ -36,16 +36,13 @@ def norm(array: Array, axis: int | None = None) -> Array:
 
 
 def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
-    r"""Returns the largest singular value $\|W\|_2$, rounded up.
+    r"""Returns the largest singular value $\|W\|_2$, rounded up; NaN if the matrix is not finite.
 
     The value is multiplied by $1 + 2 \max(m, n)\, \epsilon$. The decomposition is assumed to be
     correct to $\max(m, n)\, \epsilon$, as in `jnp.linalg.matrix_rank`.
 
     Args:
       matrix: Real matrix of any floating dtype; lifted to float32 at least.
-
-    Returns:
-      A scalar; NaN for a matrix that is not finite.
 
     Raises:
       ValueError: `matrix` does not have two axes, or has no entries.

@@ -1,8 +1,8 @@
 """Runs factorized trees under unmodified linen modules, by intercepting their methods."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.errors
@@ -122,8 +122,7 @@ def _interceptor(next_fun, args, kwargs, context):
     return _run_merged(module, method, args, kwargs) if outputs is None else outputs
 
 
-@contextmanager
-def factorized() -> Iterator[None]:
+def factorized() -> AbstractContextManager[None]:
     """Lets `module.apply` run trees with `Factors` in place of kernels, within a `with` block.
 
     Examples:
@@ -134,8 +133,7 @@ def factorized() -> Iterator[None]:
       >>> outputs.shape
       (2, 60)
     """
-    with nn.intercept_methods(_interceptor):
-        yield
+    return nn.intercept_methods(_interceptor)
 
 
 def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> Any:

@@ -17,10 +17,8 @@ def _terms(equation: str) -> list[str]:
 def einsum_axes(equation: str) -> KernelAxes | None:
     """Returns the axes of the kernel in `inputs,kernel->outputs`.
 
-    Letters that the kernel shares with the inputs only are contracted: they are input axes.
-    Letters that it shares with the outputs only are output axes. Letters in all three are batch
-    axes. None if the kernel is not a matrix: a letter is repeated, is an ellipsis, or occurs in the
-    kernel only.
+    Letters that it shares with the inputs only are input axes, with the outputs only output axes,
+    with both batch axes. None if a letter is repeated, is an ellipsis, or is in the kernel only.
     """
     inputs, kernel, outputs = _terms(equation)
     letters = set(kernel)
@@ -28,20 +26,14 @@ def einsum_axes(equation: str) -> KernelAxes | None:
     # the outputs a product with the kernel as it is stored.
     if len(letters) < len(kernel) or "." in letters or letters - {*inputs, *outputs}:
         return None
-    choose = lambda fits: tuple(axis for axis, letter in enumerate(kernel) if fits(letter))
-    return KernelAxes(
-        choose(lambda letter: letter not in outputs),
-        choose(lambda letter: letter not in inputs),
-        choose(lambda letter: letter in inputs and letter in outputs),
-    )
+    groups = letters - {*outputs}, letters - {*inputs}, letters & {*inputs} & {*outputs}
+    return KernelAxes(*(tuple(sorted(map(kernel.index, group))) for group in groups))
 
 
 def split_einsum(equation: str, axes: KernelAxes) -> tuple[str, str]:
     """Returns the equations for the left and the right factor, with batch axes first in both."""
     inputs, kernel, outputs = _terms(equation)
-    batch, rows, columns = (
-        "".join(kernel[axis] for axis in group) for group in (axes.batch, axes.inputs, axes.outputs)
-    )
+    rows, columns, batch = ("".join(kernel[axis] for axis in group) for group in axes)
     rank = next(letter for letter in string.ascii_letters if letter not in equation)
     # The first einsum contracts the rows, so the second one sees every other letter of the inputs.
     hidden = "".join(letter for letter in inputs if letter not in rows) + rank

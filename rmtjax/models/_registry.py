@@ -36,11 +36,8 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
       ...         return jnp.tanh(x @ weight)
       >>> rmtjax.register_layer(Affine, {"weight": rmtjax.KernelAxes((0,), (1,))})
       >>> module, x = Affine(), jnp.ones((2, 80))
-      >>> variables = module.init(jax.random.key(0), x)
-      >>> axes = rmtjax.linen.kernel_axes(module, variables, x)
-      >>> plan = rmtjax.plan(variables["params"], rule=rmtjax.ranks.fixed(8), axes=axes)
-      >>> print(plan)
-      weight  factorized: 8 of 60 are signal, rank 8
+      >>> rmtjax.linen.kernel_axes(module, module.init(jax.random.key(0), x), x)
+      {'weight': KernelAxes(inputs=(0,), outputs=(1,), batch=())}
     """
     if not isinstance(layer, type):
         raise TypeError(f"`layer` must be a class, got {layer!r}. Give its type.")

@@ -82,8 +82,7 @@ def kernels(layer: nnx.Module) -> dict[str, nnx.Param]:
         # In some configurations a layer has None in place of a kernel. Its name is still right.
         may_be = lambda value: value is None or isinstance(value, nnx.Variable)
         check_names(kind, [name for name, value in values.items() if may_be(value)])
-    named = {name: values.get(name) for name in names or ()}
-    return {name: value for name, value in named.items() if is_parameter(value)}
+    return {name: values[name] for name in names or () if is_parameter(values.get(name))}
 
 
 def layer_axes(layer: nnx.Module, name: str, value: Any) -> KernelAxes | None:

@@ -33,8 +33,7 @@ def plan(
     """Decides the rank of each kernel of a model; changes nothing.
 
     Args:
-      model: Any nnx model, dense or thin.
-      gates: As in `rmtjax.nnx.params`.
+      model, gates: As in `rmtjax.nnx.params`.
       rule, keep, shrink, where, axes, min_rank, multiple, min_size, exact_below, batch: As in
         `rmtjax.plan`. By default `axes` are those of `rmtjax.nnx.kernel_axes`.
       fits: Noise levels as in `rmtjax.plan`. Those that `rmtjax.prune_spectrum` carries in an
@@ -82,11 +81,8 @@ def analyze(
     """Reports the spectrum, the noise fit and the rank of every kernel of a model.
 
     Args:
-      model: Any nnx model, dense or thin.
-      gates: As in `rmtjax.nnx.params`.
-      rule, where, axes, min_size, exact_below, batch: As in `rmtjax.analyze`. By default `axes`
-        are those of `rmtjax.nnx.kernel_axes`.
-      fits: As in `rmtjax.nnx.plan`.
+      model, gates, axes, fits: As in `rmtjax.nnx.plan`.
+      rule, where, min_size, exact_below, batch: As in `rmtjax.analyze`.
 
     Examples:
       >>> import rmtjax
@@ -109,8 +105,7 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
       plan: From `rmtjax.nnx.plan`.
 
     Raises:
-      ValueError: The plan is for another model.
-      TypeError: `plan` is not a plan, or `model` is not a module.
+      ValueError, TypeError: The plan is for another model, or an argument has another type.
 
     Examples:
       >>> import jax, rmtjax

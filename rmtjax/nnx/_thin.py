@@ -18,7 +18,7 @@ from flax import nnx
 from rmtjax._axes import factored_axes, Factors, kernel_shape
 from rmtjax.models import evaluate
 from rmtjax.nnx._layers import fold, gate_stages, is_unfolded, kernels, NAMES, stages
-from rmtjax.nnx._variables import ABSENT, FactorPair, Pair, Product, read
+from rmtjax.nnx._variables import ABSENT, FactorPair, Product, read
 from rmtjax.planning import register_factor_layers
 from rmtjax.spectra import multiply
 
@@ -27,19 +27,28 @@ HALVES = ("left_factor", "right_factor")
 register_factor_layers(*HALVES)
 
 
-class Thin(nnx.Module):
-    """A layer that runs as two thinner ones."""
+class TwoFactors(nnx.Module):
+    """A layer of Flax with two layers in place of its kernel."""
 
     left_factor: Any
     right_factor: Any
 
-    def __call__(self, inputs, **kwargs):
-        return self.right_factor(self.left_factor(inputs), **kwargs)
-
     @property
     def kernel(self) -> Product:
         """The dense kernel, multiplied out for code that reads it."""
-        return Product(_product(self))
+        factors = factors_of(self)
+        if not factors:
+            name = type(self).__name__
+            raise AttributeError(f"the factors of {name} are wrapped, so it has no kernel to read.")
+        dense = multiply(*factors.values())
+        return Product(fold(dense) if isinstance(self, ThinGates) else dense)
+
+
+class Thin(TwoFactors):
+    """A layer that runs as two thinner ones."""
+
+    def __call__(self, inputs, **kwargs):
+        return self.right_factor(self.left_factor(inputs), **kwargs)
 
     @property
     def bias(self) -> nnx.Param | None:
@@ -74,11 +83,9 @@ class ThinEmbed(Thin):
         return self.left_factor.attend(jnp.einsum("...n,rn->...r", query, kernel), **kwargs)
 
 
-class ThinGates(nnx.Module):
+class ThinGates(TwoFactors):
     """The fused gates of a recurrent cell, with separate factors for each gate."""
 
-    left_factor: Any
-    right_factor: Any
     bias: Any
     promote_dtype: Any
     dtype: Any
@@ -91,11 +98,6 @@ class ThinGates(nnx.Module):
             return outputs
         outputs, bias = self.promote_dtype((outputs, read(self.bias)), dtype=self.dtype)
         return outputs + bias.reshape((1,) * (outputs.ndim - 1) + bias.shape)
-
-    @property
-    def kernel(self) -> Product:
-        """The dense kernel, multiplied out for code that reads it."""
-        return Product(fold(_product(self)))
 
 
 class ThinRegistered(nnx.Module):
@@ -137,19 +139,16 @@ def _through_products(name: str, method):
     return run
 
 
-def _is_method(member: Any) -> bool:
-    """Returns True for what becomes a method of an object: a function, compiled or partial."""
-    is_function = callable(member) or isinstance(member, functools.partialmethod)
-    binds = hasattr(member, "__get__") and not isinstance(member, type | staticmethod | classmethod)
-    return is_function and binds
-
-
 def _methods(kind: type) -> dict[str, Any]:
     """Returns `__call__` and the public methods of a layer that `nnx.Module` does not have."""
     is_public = lambda name: not (name[0] == "_" or hasattr(nnx.Module, name))
     names = [name for name in dir(kind) if name == "__call__" or is_public(name)]
     members = {name: inspect.getattr_static(kind, name) for name in names}
-    return {name: member for name, member in members.items() if _is_method(member)}
+    # Functions become methods of an object, also if they are compiled or partial.
+    is_function = lambda member: callable(member) or isinstance(member, functools.partialmethod)
+    unbound = type | staticmethod | classmethod
+    is_bound = lambda member: hasattr(member, "__get__") and not isinstance(member, unbound)
+    return {name: m for name, m in members.items() if is_function(m) and is_bound(m)}
 
 
 def _empty(form: type, kind: type) -> nnx.Module:
@@ -176,16 +175,17 @@ def _set_class(layer: nnx.Module, kind: type) -> None:
     object.__setattr__(layer, "__class__", kind)
 
 
-def pairs_of(layer: nnx.Module) -> dict[str, Pair]:
+def pairs_of(layer: nnx.Module) -> dict[str, FactorPair]:
     """Returns the variables of the factors of a layer, by the name of the kernel."""
     if isinstance(layer, ThinRegistered):
         attributes = vars(layer).items()
-        return {name: Pair(f.left, f.right) for name, f in attributes if isinstance(f, FactorPair)}
-    if not isinstance(layer, Thin | ThinGates):
+        return {name: pair for name, pair in attributes if isinstance(pair, FactorPair)}
+    if not isinstance(layer, TwoFactors):
         return {}
     left, right = (list(kernels(vars(layer)[name]).values()) for name in HALVES)
     # Layers that the user has put in place of a factor, as quantized ones, have no known kernel.
-    return {NAMES[type(layer).__bases__[1]]: Pair(left[0], right[0])} if left and right else {}
+    name = NAMES[type(layer).__bases__[1]]
+    return {name: FactorPair(left[0], right[0])} if left and right else {}
 
 
 def factors_of(layer: nnx.Module) -> dict[str, Factors]:
@@ -199,21 +199,12 @@ def factors_of(layer: nnx.Module) -> dict[str, Factors]:
     return factors
 
 
-def _product(layer: nnx.Module):
-    """Returns the dense kernel of a thin layer of Flax."""
-    factors = factors_of(layer)
-    if not factors:
-        name = type(layer).__name__
-        raise AttributeError(f"the factors of {name} are wrapped, so it has no kernel to read.")
-    return multiply(*factors.values())
-
-
 def _axis_names(metadata: dict[str, Any]) -> str | None:
     """Returns the key under which metadata name the axes for sharding, in any Flax version."""
     return next((key for key in ("out_sharding", "sharding") if metadata.get(key)), None)
 
 
-def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> Pair:
+def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> FactorPair:
     """Returns the variables of two factors, with the metadata of the variable of the kernel."""
     left, right = factors
     batch, first = len(factored_axes(factors).batch), left.ndim - 1
@@ -227,10 +218,10 @@ def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> Pair:
         of_right = of_right | {key: None if unfolded else (*names[:batch], None, *names[first:])}
     left = jnp.moveaxis(left, 0, -2) if unfolded else left
     kind: Any = type(kernel)
-    return Pair(kind(left, **of_left), kind(right, **of_right))
+    return FactorPair(kind(left, **of_left), kind(right, **of_right))
 
 
-def make_kernel(pair: Pair, factors: Factors) -> nnx.Param:
+def make_kernel(pair: FactorPair, factors: Factors) -> nnx.Param:
     """Returns the variable of a kernel, with the metadata of the variables of its factors."""
     metadata = pair.left.get_metadata()
     key = _axis_names(metadata)
@@ -241,22 +232,22 @@ def make_kernel(pair: Pair, factors: Factors) -> nnx.Param:
     return kind(factors, **metadata)
 
 
-def make_thin(layer: Any, pairs: Mapping[str, Pair]) -> None:
+def make_thin(layer: Any, pairs: Mapping[str, FactorPair]) -> None:
     """Replaces kernels of a layer, by name, by their factors."""
     kind = type(layer)
     if kind not in NAMES:
         for name, pair in pairs.items():
-            setattr(layer, name, FactorPair(*pair))
+            setattr(layer, name, pair)
         _set_class(layer, _thin_type(ThinRegistered, kind))
         return
     ((name, pair),) = pairs.items()
     shape = kernel_shape(read(getattr(layer, name)))
     delattr(layer, name)
     if is_unfolded(layer, shape):
-        form, halves = ThinGates, gate_stages(layer, *pair)
+        form, halves = ThinGates, gate_stages(layer, pair.left, pair.right)
     else:
         form = {nnx.Embed: ThinEmbed, nnx.LoRALinear: ThinLoRA}.get(kind, Thin)
-        halves = stages(layer, *pair, vars(layer).get("bias"))
+        halves = stages(layer, pair.left, pair.right, vars(layer).get("bias"))
         # `Thin.bias` reads it from the right factor. `Embed` has none.
         if kind is not nnx.Embed:
             del layer.bias

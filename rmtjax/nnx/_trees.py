@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from rmtjax._axes import is_factors, kernel_shape, KernelAxes
 from rmtjax.nnx._layers import fold, folded_shape, is_unfolded, kernels, layer_axes, unfold
 from rmtjax.nnx._thin import factors_of, make_dense, make_kernel, make_pair, make_thin, pairs_of
-from rmtjax.nnx._variables import is_parameter, Pair, read, write
+from rmtjax.nnx._variables import FactorPair, is_parameter, read, write
 from rmtjax.planning import leaves_by_path, Plan, register_container
 
 Gates = Literal["fused", "each"]
@@ -70,7 +70,8 @@ def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
             kernel = make_kernel(pair, factors[name])
             # Layers that share their factors get one kernel. The pair is stored with it, so that
             # its identity cannot be that of another pair later.
-            opened[name], _ = shared.setdefault(tuple(map(id, pair)), (kernel, pair))
+            key = id(pair.left), id(pair.right)
+            opened[name], _ = shared.setdefault(key, (kernel, pair))
         if opened:
             make_dense(layer, opened)
     _unfold_gates(copy, gates)
@@ -130,7 +131,7 @@ def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
     """Returns the parameters of a model as a tree, with `Factors` for the kernel of a thin layer.
 
     Args:
-      model: Any nnx model. What it shares has one entry.
+      model: Any nnx model, dense or thin. What it shares has one entry.
       gates: The form of the kernels of `nnx.OptimizedLSTMCell` and `nnx.GRUCell`: "fused", side
         by side, (in, gates * h), or "each", stacks (gates, in, h) whose gates keep separate
         directions.
@@ -140,8 +141,7 @@ def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
       that holds no array, or a tree of arrays, is left out; `replace` keeps it unchanged.
 
     Raises:
-      TypeError: `model` is not a module.
-      ValueError: `gates` has another value.
+      TypeError, ValueError: `model` is not a module, or `gates` has another value.
 
     Examples:
       >>> import jax, rmtjax
@@ -157,8 +157,7 @@ def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, Kerne
     """Returns the axes of the kernels of a model by path, from the types of its layers.
 
     Args:
-      model: Any nnx model.
-      gates: As in `params`.
+      model, gates: As in `params`.
 
     Returns:
       The `axes` argument of `rmtjax.plan`. If `gates` is "fused", also that of
@@ -196,7 +195,7 @@ def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
 
 def _close_layers(opened: nnx.Module) -> None:
     """Makes layers thin where the value of a kernel is `Factors`, and fuses stacks of gates."""
-    pairs: dict[int, Pair] = {}
+    pairs: dict[int, FactorPair] = {}
     for layer in modules_of(opened):
         chosen = {}
         for name, kernel in kernels(layer).items():
@@ -243,14 +242,13 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
         that is not the kernel of a known layer.
 
     Examples:
-      >>> import jax.numpy as jnp, rmtjax
+      >>> import rmtjax
       >>> from flax import nnx
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> tree = rmtjax.nnx.params(model)
       >>> tree["kernel"] = rmtjax.factorize_matrix(tree["kernel"], 8)
-      >>> thin = rmtjax.nnx.replace(model, tree)
-      >>> thin.left_factor.kernel.shape, thin(jnp.ones((2, 80))).shape
-      ((80, 8), (2, 60))
+      >>> rmtjax.nnx.replace(model, tree).left_factor.kernel.shape
+      (80, 8)
     """
     # Layers are made dense first, so that they may become thin at other kernels, or other ranks.
     copy = open_layers(model)

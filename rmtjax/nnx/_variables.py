@@ -1,6 +1,6 @@
 """Variables of `flax.nnx` for kernels: their values in each Flax version, and pairs of factors."""
 
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 from flax import nnx
@@ -10,13 +10,6 @@ from rmtjax.spectra import multiply
 
 # Newer Flax must be told which attributes hold data, so that an absent one can be set later.
 ABSENT = nnx.data(None) if hasattr(nnx, "data") else None
-
-
-class Pair(NamedTuple):
-    """The variables of the two factors of one kernel."""
-
-    left: nnx.Param
-    right: nnx.Param
 
 
 class Product(nnx.Param):
@@ -38,7 +31,7 @@ class Product(nnx.Param):
 
 
 class FactorPair(nnx.Module):
-    """Two factors in place of a registered layer's kernel. Other code reads their product."""
+    """The variables of the two factors of one kernel. Other code reads their product."""
 
     def __init__(self, left: nnx.Param, right: nnx.Param):
         self.left, self.right = left, right

@@ -7,14 +7,11 @@ that a figure can be read without colours.
 Examples:
   >>> import jax, rmtjax
   >>> from matplotlib.figure import Figure
-  >>> from rmtjax import plots
-  >>> matrix = jax.random.normal(jax.random.key(0), (200, 400)).at[:, 0].add(5.0)
-  >>> spectrum = rmtjax.spectrum(matrix)
-  >>> left, right = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
-  >>> ax = plots.esd(spectrum, rmtjax.fit_bema(spectrum), ax=left)
-  >>> ax = plots.layers(rmtjax.plan({"Dense_0": {"kernel": matrix}}), ax=right)
-  >>> [label.get_text() for label in ax.get_yticklabels()]
-  ['Dense_0/kernel']
+  >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+  >>> spectrum = rmtjax.spectrum(noise.at[:, 0].add(5.0))
+  >>> ax = rmtjax.plots.esd(spectrum, rmtjax.fit_bema(spectrum), ax=Figure().subplots())
+  >>> [text.get_text() for text in ax.get_legend().get_texts()]
+  ['1 spike', 'Marchenko-Pastur', 'edge', 'threshold']
 """
 
 from rmtjax.plots._results import (

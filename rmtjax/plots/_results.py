@@ -8,16 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
 from rmtjax.planning import LayerPlan
-from rmtjax.plots._style import (
-    BLUE,
-    check_type,
-    dot_size,
-    finish,
-    LEGEND,
-    new_axes,
-    style,
-    VERMILION,
-)
+from rmtjax.plots._style import BLUE, check_type, dot_size, finish, new_axes, style, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,20 +21,14 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
     """Draws the number of spikes, the planned rank and the full rank of each kernel.
 
     Args:
-      plan: From `rmtjax.plan`, or `report.plan`. The legend counts kernels without a spectrum.
+      plan: From `rmtjax.plan`, or `report.plan`; anything else raises TypeError. The first kernel
+        is on top. The legend counts kernels without a spectrum.
       ax: Where to draw; by default on a new figure, as high as the kernels need.
       title: Above the axes.
-
-    Returns:
-      The axes, with a line for each kernel, the first one on top.
-
-    Raises:
-      TypeError: `plan` is not a plan.
     """
     check_type("plan", plan, Mapping, "For a report, give `report.plan`.")
     shown = {path: row for path, row in plan.items() if row.spectrum is not None}
-    if ax is None:
-        ax = new_axes(height=max(1.5 + 0.22 * len(shown), 2.5))
+    ax = new_axes(height=max(1.5 + 0.22 * len(shown), 2.5)) if ax is None else ax
     lines = np.arange(len(shown))
     full = [row.spectrum.eigenvalues.shape[-1] for row in shown.values() if row.spectrum]
     ranks = np.array([row.rank for row in shown.values()], int)
@@ -67,13 +52,12 @@ def training(
 ) -> "Axes":
     """Draws the rank and the number of spikes of each kernel over training.
 
+    The rank is a solid line. The number of signal directions is a dashed line that begins at the
+    first fit.
+
     Args:
       records: Lines of a log: the results of `rmtjax.metrics`, each with its "step".
       ax, title: As in `layers`.
-
-    Returns:
-      The axes. Each kernel has its rank as a solid line, and its number of signal directions as a
-      dashed line that begins at its first fit.
 
     Raises:
       ValueError: No record has a rank, or one has no "step".
@@ -88,10 +72,7 @@ def training(
             '`records` must have keys that begin with "rank/", and a "step" each: dictionaries '
             '`{"step": step, **rmtjax.metrics(opt_state)}`.'
         )
-    if ax is None:
-        # A legend beside the axes needs room for its longest name.
-        beside = max(map(len, paths)) if len(paths) >= LEGEND else 0
-        ax = new_axes(width=6.4 + 0.075 * beside)
+    ax = new_axes(names=paths) if ax is None else ax
     dot = dot_size(len(records))
     for index, path in enumerate(paths):
         for name, line in (("rank", "-"), ("signal", "--")):
@@ -152,18 +133,13 @@ def certificate(
     r"""Draws a bound on the decrease of each sample's margin against the margin.
 
     Below the line the bound is less than the margin, so the removal cannot change the prediction.
+    The legend has both counts.
 
     Args:
       margins: The largest logit minus the second largest one, of the dense network.
       bounds: By how much the removal can lower that margin: twice the bound on the change of a
-        logit.
+        logit. Another number of bounds raises ValueError.
       ax, title: As in `layers`.
-
-    Returns:
-      The axes, with both counts in the legend.
-
-    Raises:
-      ValueError: The arguments are not of one length.
     """
     x, y = np.asarray(margins, float), np.asarray(bounds, float)
     if x.ndim != 1 or x.shape != y.shape:

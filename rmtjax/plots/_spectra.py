@@ -195,10 +195,7 @@ def quantiles(
     holds, the points are on the line. Zeros are not drawn.
 
     Args:
-      spectrum, fit, ax, title: As in `esd`.
-
-    Raises:
-      ValueError: `spectrum` or `fit` is that of a stack.
+      spectrum, fit, ax, title: As in `esd`. Those of a stack raise ValueError.
     """
     drawn = _to_draw(spectrum, fit)
     ax = new_axes() if ax is None else ax

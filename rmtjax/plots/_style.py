@@ -1,5 +1,6 @@
 """The style of all figures: colours, markers, axes and legends."""
 
+from collections.abc import Collection
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -23,15 +24,17 @@ def style(index: int) -> dict:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def new_axes(height: float = 4.8, width: float = 6.4) -> "Axes":
-    """Returns the axes of a new figure of pyplot, of this height and width in inches."""
+def new_axes(height: float = 4.8, names: Collection[str] = ()) -> "Axes":
+    """Returns the axes of a new figure of pyplot, with room for a legend of these names."""
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "rmtjax.plots needs matplotlib: pip install 'rmtjax[plots]'"
         ) from error
-    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+    # A legend beside the axes needs room for its longest name.
+    beside = max(map(len, names)) if len(names) >= LEGEND else 0
+    return pyplot.subplots(figsize=(6.4 + 0.075 * beside, height), layout="constrained")[1]
 
 
 def dot_size(count: int) -> float:

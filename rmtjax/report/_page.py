@@ -17,7 +17,7 @@ import numpy as np
 
 from rmtjax._text import printable
 from rmtjax._types import BulkFit
-from rmtjax.noise import Histogram, histogram, law_curve, roots, rounding
+from rmtjax.noise import histogram, law_curve, roots, rounding
 from rmtjax.planning import Cost, LayerPlan, Plan
 from rmtjax.report._row import Row, to_cell
 
@@ -87,18 +87,15 @@ def _laws(drawn: Sequence[_Drawn]) -> list[dict[str, Any]]:
     ]
 
 
-def _bars(drawn: _Drawn) -> Histogram:
-    """Returns the histogram of a spectrum, with about 3 p^(1/3) bars in the bulk."""
-    # It stops at twice the threshold: spikes that are far away would flatten the bulk.
+def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the numbers from which the script draws a spectrum."""
+    # About 3 p^(1/3) bars in the bulk. They stop at twice the threshold: spikes that are far away
+    # would flatten the bulk.
     top, bins = float(drawn.values[0]), np.clip(3 * drawn.values.size ** (1 / 3), 8, BINS / 2)
     cut = float(drawn.fit.threshold) ** 0.5 if drawn.has_noise else top
     stop = float(np.clip(top, 1.1 * cut, 2 * cut)) or 1.0
-    return histogram(drawn.values, int(np.ceil(bins * stop / (cut or 1.0))), stop)
-
-
-def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns the numbers from which the script draws a spectrum."""
-    bars, spikes = _bars(drawn), int(drawn.fit.num_spikes) if law else 0
+    bars = histogram(drawn.values, int(np.ceil(bins * stop / (cut or 1.0))), stop)
+    spikes = int(drawn.fit.num_spikes) if law else 0
     numbers = {"ratio": drawn.ratio, **drawn.fit._asdict()}
     names = "ratio", "variance", "edge", "threshold", "distance"
     return {
@@ -142,13 +139,6 @@ def _line(row: Row, columns: Sequence[str]) -> str:
     return f'<tr><th scope="row">{path}</th>{cells}</tr>'
 
 
-def _head(name: str) -> str:
-    """Returns the head of a column."""
-    # The script sorts a column of numbers by the field in its key, and others by their text.
-    key = "" if name in _TEXTS else f' data-key="{name}"'
-    return f'<th scope="col"{key}>{_HEADS.get(name, name)}</th>'
-
-
 def _totals(actions: Counter[str], totals: Cost) -> str:
     """Returns the totals that are shown above the table."""
     words = ", ".join(f"{count:,} {_VERDICTS[name]}" for name, count in actions.items())
@@ -178,6 +168,9 @@ def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
     numbers = {name: [getattr(row, name) for row in rows] for name in _NUMBERS}
     actions = Counter(sorted(row.action for row in rows))
     option = lambda action: f'<option value="{action}">{_VERDICTS[action]}</option>'
+    # The script sorts a column of numbers by the field in its key, and others by their text.
+    key = lambda name: "" if name in _TEXTS else f' data-key="{name}"'
+    head = lambda name: f'<th scope="col"{key(name)}>{_HEADS.get(name, name)}</th>'
     style, script = _asset("css"), _asset("js")
     fields = {
         "title": html.escape(printable(title)),
@@ -187,7 +180,7 @@ def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
         "script_digest": _digest(script),
         "totals": _totals(actions, totals),
         "options": "".join(map(option, actions)),
-        "head": "".join(map(_head, columns)),
+        "head": "".join(map(head, columns)),
         "rows": "\n".join(_line(row, columns) for row in rows),
         "data": to_script({"numbers": numbers, "spectra": _spectra(plan)}),
     }

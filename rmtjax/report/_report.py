@@ -24,15 +24,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def _plain(value: Any) -> Any:
-    """Returns a value that a spreadsheet shows as one line, and does not run as a formula."""
-    if not isinstance(value, str):
-        return value
-    # Spreadsheets take a text that begins with one of these signs for a formula.
-    quote = "'" if value.lstrip().startswith(("=", "+", "-", "@")) else ""
-    return quote + printable(value)
-
-
 # The default columns of tables, without and with the costs that `batch` measures.
 _COLUMNS = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "reason")
 _TIMED = (*_COLUMNS[:-1], "parameters", "multiply_adds", "milliseconds", "reason")
@@ -115,12 +106,15 @@ class Report:
         A text that a spreadsheet would take for a formula begins with a quote.
         """
         _check_columns(columns)
+        # Spreadsheets take a text that begins with one of these signs for a formula.
+        quote = lambda text: "'" if text.lstrip().startswith(("=", "+", "-", "@")) else ""
+        plain = lambda value: quote(value) + printable(value) if isinstance(value, str) else value
         columns, file = columns or Row._fields, io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in self.rows:
             values = row._replace(shape=to_text(row.shape))._asdict()
-            writer.writerow([_plain(values[name]) for name in columns])
+            writer.writerow([plain(values[name]) for name in columns])
         return file.getvalue()
 
     def to_markdown(self, *columns: str) -> str:

@@ -62,15 +62,6 @@ def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _removed(layer: LayerPlan) -> float:
-    """Returns the share of the eigenvalues beyond the rank, over all matrices of a stack."""
-    if layer.action == "keep" or layer.spectrum is None:
-        return 0.0
-    # In float64: for a large kernel float32 would lose digits in the sum.
-    eigenvalues = np.asarray(layer.spectrum.eigenvalues, np.float64)
-    return float(eigenvalues[..., layer.rank :].sum() / eigenvalues.sum())
-
-
 def make_row(path: str, layer: LayerPlan) -> Row:
     """Returns the row of a kernel from its row of the plan."""
     fit, spectrum = layer.fit, layer.spectrum
@@ -78,7 +69,11 @@ def make_row(path: str, layer: LayerPlan) -> Row:
     row = Row(path, layer.shape, layer.action, layer.reason, **costs)
     if fit is None or spectrum is None:
         return row
-    distance = _number(np.max(fit.distance))
+    distance, removed = _number(np.max(fit.distance)), 0.0
+    if layer.action != "keep":
+        # In float64: for a large kernel float32 would lose digits in the sum.
+        eigenvalues = np.asarray(spectrum.eigenvalues, np.float64)
+        removed = _number(eigenvalues[..., layer.rank :].sum() / eigenvalues.sum())
     return row._replace(
         ratio=_number(spectrum.ratio),
         variance=_number(np.mean(fit.variance)),
@@ -87,7 +82,7 @@ def make_row(path: str, layer: LayerPlan) -> Row:
         spikes=None if distance is None else int(np.max(fit.num_spikes)),
         distance=distance,
         rank=layer.rank,
-        removed=_number(_removed(layer)),
+        removed=removed,
     )
 
 
