@@ -28,7 +28,7 @@ def bulk_law(ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""]):
     return jnp.minimum(ratio * (1 - share) / left, 1), left
 
 
-def noise_threshold(ratio: Float[Array, ""], size: ArrayLike, level: float) -> Float[Array, ""]:
+def noise_threshold(ratio: Float[Array, ""], size: ArrayLike, level: ArrayLike):
     r"""Returns the value that the largest eigenvalue of unit noise exceeds with `level`.
 
     $(\sqrt n + \sqrt p)^2 / n + t\, (\sqrt n + \sqrt p)(1/\sqrt n + 1/\sqrt p)^{1/3} / n$, where

@@ -11,6 +11,7 @@ from rmtjax.spectra._factors import (
     split as split,
     truncate_matrix as truncate_matrix,
 )
+from rmtjax.spectra._lanczos import largest_eigenvalue as largest_eigenvalue
 from rmtjax.spectra._select import (
     Directions as Directions,
     estimated_spectra as estimated_spectra,

@@ -47,10 +47,10 @@ class _State(NamedTuple):
     beyond: Float[Array, "s s"]  # what couples the basis to the next block
 
 
-def _lanczos(long: Float[Array, "n p"], start: Float[Array, "p s"]) -> _State:
+def _lanczos(long: Float[Array, "n p"], start: Float[Array, "p s"], steps: int) -> _State:
     """Projects the Gram matrix over n on the Krylov space of a block, with an orthonormal basis."""
     (rows, size), width = long.shape, start.shape[1]
-    total = _STEPS * width
+    total = steps * width
     # On CPU, XLA transposes anew for each product, which takes longer than the product.
     stored = lambda long: lax.optimization_barrier(long.T)
     transpose = lax.platform_dependent(long, cpu=stored, default=lambda long: long.T)
@@ -78,7 +78,7 @@ def _lanczos(long: Float[Array, "n p"], start: Float[Array, "p s"]) -> _State:
         jnp.linalg.qr(start)[0],
         jnp.zeros((width, width), long.dtype),
     )
-    state = lax.fori_loop(0, _STEPS, step, state)
+    state = lax.fori_loop(0, steps, step, state)
     upper = jnp.triu(state.projected)  # each column was projected on what came before it
     return state._replace(projected=upper + jnp.triu(upper, 1).T)
 
@@ -121,7 +121,7 @@ def _iterate(matrix: Float[Array, "m n"], drawn: int) -> tuple[Float[Array, " p"
     size = long.shape[1]
     width = _num_probes(size, drawn)
     # A fixed key: the same matrix gives the same numbers each time.
-    state = _lanczos(long, jax.random.normal(jax.random.key(0), (size, width), long.dtype))
+    state = _lanczos(long, jax.random.normal(jax.random.key(0), (size, width), long.dtype), _STEPS)
     values, vectors = jnp.linalg.eigh(state.projected)
     values, vectors = values[::-1], vectors[:, ::-1]
     residuals = jnp.linalg.norm(matmul(state.beyond, vectors[-width:]), axis=0)
@@ -130,6 +130,13 @@ def _iterate(matrix: Float[Array, "m n"], drawn: int) -> tuple[Float[Array, " p"
     weights = jnp.sum(vectors[:width] ** 2, axis=0)
     trace = jnp.sum(jnp.square(long)) / len(long)
     return _fill(values, weights, exact, trace, size, width), jnp.sum(exact, dtype=jnp.int32)
+
+
+def largest_eigenvalue(matrix: Float[Array, "m n"], steps: int = 48) -> Float[Array, ""]:
+    """Returns $s_1^2 / n$ by Lanczos iteration: of noise it is too small by 0.2 % at most."""
+    long = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    start = jax.random.normal(jax.random.key(0), (long.shape[1], 1), long.dtype)
+    return jnp.linalg.eigvalsh(_lanczos(long, start, min(steps, len(start))).projected)[-1]
 
 
 def estimated_spectrum(

@@ -178,6 +178,7 @@ def prune_spectrum(
         del extra_args
         views, chosen = moving_kernels(updates, params, find, state.ranks)
         step = jnp.asarray(optax.safe_increment(state.step))
+        look = (step - jnp.where(jnp.asarray(start) > 0, start, every)) // every + 1
         share = keep(state.step) if callable(keep) else keep
         fields = state.fits, state.ranks, state.signal, state.removed
         new, states = prune_if(
@@ -185,7 +186,7 @@ def prune_spectrum(
             [view.leaf for view in views.values()],
             list(chosen.values()),
             [KernelState(*(field[path] for field in fields)) for path in views],
-            StepNumbers(share, min_rank, 0.0 if settled is None else settled),
+            StepNumbers(look, share, min_rank, 0.0 if settled is None else settled),
             axes=tuple(view.axes for view in views.values()),
             options=options,
         )

@@ -15,6 +15,7 @@ from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import kept_rank, ranks
 from rmtjax.spectra import from_singular_values, truncate_by
+from rmtjax.training._stands_out import stands_out
 
 # How a rule is mapped over a stack: its matrices have one aspect ratio.
 _EACH = Spectrum(eigenvalues=0, ratio=None)  # pyright: ignore[reportArgumentType]
@@ -43,6 +44,7 @@ class StepOptions(NamedTuple):
 class StepNumbers(NamedTuple):
     """Options that may be traced: schedules and `optax.inject_hyperparams` change them."""
 
+    look: ArrayLike  # the number of this pruning step, from 1 on
     keep: ArrayLike
     min_rank: ArrayLike
     settled: ArrayLike
@@ -88,10 +90,14 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
     if options.waits:
         ready &= _has_settled(signal, state, size, numbers.settled)
-        # An unsettled kernel carries no noise level: it is judged by the noise it settles with.
-        unsettled = ~ready & (state.rank == size)
-        fit = jax.tree.map(lambda new, old: jnp.where(unsettled, old, new), fit, state.fit)
     rank = kept_rank(signal, size, numbers.keep, numbers.min_rank)
+    was_cut = jnp.isfinite(state.fit.threshold).all()
+    if complete and options.rule.needs_noise:
+        test = lambda: stands_out(matrices, spectra, fit, jnp.asarray(numbers.look), options.rule)
+        ready = lax.cond(ready & (rank < size) & ~was_cut, test, lambda: ready)
+    # The noise is that of the first cut. Until then nothing is remembered.
+    carry = (ready & (rank < size)) | was_cut
+    fit = jax.tree.map(lambda new, old: jnp.where(carry, new, old), fit, state.fit)
     return rank, (fit, signal, rank, ready)
 
 

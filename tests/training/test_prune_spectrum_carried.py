@@ -97,7 +97,7 @@ def test_a_stack_with_a_refused_matrix_is_left_alone():
     landed, state = prune_once(params, updates, axes=axes)
     assert_same_bits(landed, optax.apply_updates(params, updates))
     assert int(state.ranks["kernel"]) == 64
-    assert np.isnan(state.fits["kernel"].threshold).tolist() == [False, True]
+    assert np.isnan(state.fits["kernel"].threshold).all()  # until it is cut, nothing is carried
 
 
 @pytest.mark.parametrize("rule", [ranks.bema(), ranks.gavish_donoho(), ranks.fixed(3)], ids=str)

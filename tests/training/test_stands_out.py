@@ -1,0 +1,140 @@
+"""`prune_spectrum` never takes drifting noise for signal, and takes the noise of the first cut."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rmtjax
+from rmtjax import prune_spectrum, ranks
+
+SHAPE, LOOKS, LEVEL = (60, 90), 40, 0.01
+noise = lambda seed, shape=SHAPE: jax.random.normal(jax.random.key(seed), shape)
+
+
+def grows(look, kernel, new):
+    return kernel + 0.15 * new
+
+
+def rotates(look, kernel, new):
+    return jnp.cos(0.3) * kernel + jnp.sin(0.3) * new
+
+
+def decays(look, kernel, new):
+    return 0.9 * kernel + 0.1 * new
+
+
+def grows_rows_first(look, kernel, new):
+    started = jnp.arange(SHAPE[0]) < SHAPE[0] * (look + 1) / LOOKS
+    return kernel + 0.15 * started[:, None] * new
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def is_cut(seeds, drift, looks):
+    """For each seed, whether a kernel of pure noise is cut while it drifts."""
+    optimizer = prune_spectrum(1, rule=ranks.bema(level=LEVEL))
+
+    def of_seed(seed):
+        def step(carry, look):
+            params, state = carry
+            new = jax.random.normal(jax.random.fold_in(jax.random.key(seed), look), SHAPE)
+            update = {"kernel": drift(look, params["kernel"], new) - params["kernel"]}
+            update, state = optimizer.update(update, state, params)
+            return (jax.tree.map(jnp.add, params, update), state), None
+
+        params = {"kernel": noise(seed)}
+        (_, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(looks))
+        return state.ranks["kernel"] < min(SHAPE)
+
+    return jax.lax.map(of_seed, seeds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drift", [grows, rotates, decays, grows_rows_first])
+def test_noise_that_drifts_is_cut_no_more_often_than_the_level_says(drift):
+    kernels = 100
+    cut = is_cut(jnp.arange(kernels), drift, LOOKS)
+    assert cut.mean() <= LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / kernels)
+
+
+def land_on(optimizer, kernels):
+    """States after steps that would take a kernel to each of these, were it not cut."""
+    params = {"kernel": jnp.zeros(kernels[0].shape)}
+    state, states = optimizer.init(params), []
+    for kernel in kernels:
+        updates, state = optimizer.update({"kernel": kernel - params["kernel"]}, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        states.append(state)
+    return states
+
+
+def spiked(seed, scale=1.0, strength=3.0):
+    """Noise of a scale, with one direction spread over all entries."""
+    left, right = (noise(seed + i, (size,)) for i, size in enumerate(SHAPE, 1))
+    return scale * (noise(seed) + strength * jnp.outer(left, right) / 60**0.5)
+
+
+def test_the_noise_is_that_of_the_first_cut():
+    kernels = [noise(0), 2 * noise(1), spiked(2, scale=3.0), 5 * noise(3)]
+    states = land_on(prune_spectrum(1), kernels)
+    fits = [state.fits["kernel"] for state in states]
+    assert np.isnan([fit.threshold for fit in fits]).tolist() == [True, True, False, False]
+    fresh = rmtjax.fit_bema(rmtjax.spectrum(kernels[2]))
+    for carried in fits[2:]:
+        np.testing.assert_allclose(carried.threshold, fresh.threshold, rtol=1e-4)
+        np.testing.assert_allclose(carried.variance, 9, rtol=0.1)  # 60 x 90 draws of one level
+
+
+WEAK = 1.1  # between the thresholds of the first look and the fortieth
+LOCAL = {
+    "spread": spiked(0),
+    "mean": noise(0) + 1.0,
+    "column": noise(0).at[:, 0].add(5.0),
+    "row": noise(0).at[3].add(5.0),
+    "block": noise(0).at[:8, :9].add(4.0),
+    "entry": noise(0).at[2, 3].add(40.0),
+}
+
+
+@pytest.mark.parametrize("kernel", LOCAL.values(), ids=LOCAL)
+@pytest.mark.parametrize("turned", [False, True])
+def test_signal_is_found_at_the_first_look_wherever_it_lies(kernel, turned):
+    (state,) = land_on(prune_spectrum(1), [kernel.T if turned else kernel])
+    assert int(state.ranks["kernel"]) == int(state.signal["kernel"]) == 1
+
+
+@pytest.mark.parametrize("rule", [ranks.bema(), ranks.gavish_donoho()])
+def test_noise_whose_rows_differ_in_scale_has_no_signal(rule):
+    scales = jnp.linspace(0.75, 1.25, 240)[:, None]
+    kernel = scales * noise(0, (240, 360))
+    # The law alone finds some, and accepts the fit.
+    assert int(ranks.bema()(rmtjax.spectrum(kernel))) > 0
+    (state,) = land_on(prune_spectrum(1, rule=rule), [kernel])
+    assert int(state.ranks["kernel"]) == 240
+
+
+def test_the_level_is_spread_over_the_looks():
+    """What stands out by little at the first look does not stand out at the fortieth."""
+    weak = spiked(0, strength=WEAK)
+    first = land_on(prune_spectrum(1), [weak])[-1]
+    last = land_on(prune_spectrum(1), [noise(seed) for seed in range(1, 40)] + [weak])[-1]
+    assert int(first.signal["kernel"]) == int(last.signal["kernel"]) == 1
+    assert (int(first.ranks["kernel"]), int(last.ranks["kernel"])) == (1, 60)
+
+
+def test_looks_are_counted_from_the_start():
+    weak = spiked(0, strength=WEAK)
+    late = prune_spectrum(1, start=40)
+    state = land_on(late, [noise(seed) for seed in range(1, 40)] + [weak])[-1]
+    assert int(state.ranks["kernel"]) == 1
+
+
+def test_the_level_is_that_of_the_whole_stack():
+    weak = spiked(0, strength=WEAK)
+    stack = jnp.stack([weak, *(noise(seed) for seed in range(1, 20))])
+    axes = lambda path, leaf: rmtjax.KernelAxes((1,), (2,), (0,))
+    (state,) = land_on(prune_spectrum(1, axes=axes), [stack])
+    assert int(state.signal["kernel"]) == 1
+    assert int(state.ranks["kernel"]) == 60
