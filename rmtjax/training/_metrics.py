@@ -47,9 +47,10 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `signal/PATH`: directions that stood out of the noise at the last pruning step, whether the
       kernel was pruned then or not; 0 before;
     - `threshold/PATH`: the cut for a spike, on the scale of the eigenvalues $s^2 / n$, of the fit
-      that is carried; NaN before one was accepted;
+      that is carried; NaN before the first cut;
     - `distance/PATH`: Kolmogorov distance between the bulk and the law of that fit;
-    - `removed/PATH`: the share of the sum of squares that the last pruning step has removed.
+    - `removed/PATH`: the share of the sum of squares that the last pruning step has removed;
+    - `refused/PATH`: the share that it would have removed, if `max_removed` did not allow it.
 
     A stack of matrices has one rank. Each of its matrices has a threshold and a distance, with its
     index at the end of the name.
@@ -77,6 +78,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       threshold/Dense_0/kernel 3.76
       distance/Dense_0/kernel 0.0409
       removed/Dense_0/kernel 0.493
+      refused/Dense_0/kernel 0
     """
     numbers, fits = {}, noise_levels(opt_state)
     for path, state in _state_of_each_kernel(opt_state).items():
@@ -85,6 +87,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
         numbers |= _numbers(f"threshold/{path}", fits[path].threshold)
         numbers |= _numbers(f"distance/{path}", fits[path].distance)
         numbers[f"removed/{path}"] = jnp.asarray(state.removed[path])
+        numbers[f"refused/{path}"] = jnp.asarray(state.refused[path])
     return numbers
 
 

@@ -25,13 +25,15 @@ class PruneState(NamedTuple):
 
     Attributes:
       step: Number of updates seen.
-      fits: Path to the noise level that is carried for that kernel; NaN before one is accepted. For
-        a stack of matrices an array with an entry each. See `rmtjax.noise_levels`.
+      fits: Path to the noise level that is carried for that kernel; NaN before the first cut.
+        For a stack of matrices an array with an entry each. See `rmtjax.noise_levels`.
       ranks: Path to the rank after the last pruning; full before.
       signal: Path to the number of signal directions at the last pruning step, whether the kernel
         was pruned then or not; 0 before.
       removed: Path to the share of the sum of squares that the last pruning step has removed, in
         [0, 1); 0 before, and for a kernel that was left alone.
+      refused: Path to the share that the last pruning step would have removed, if `max_removed` did
+        not allow it; 0 otherwise.
     """
 
     step: Int[Array, ""]
@@ -39,9 +41,10 @@ class PruneState(NamedTuple):
     ranks: dict[str, Int[Array, ""]]
     signal: dict[str, Int[Array, ""]]
     removed: dict[str, Float[Array, ""]]
+    refused: dict[str, Float[Array, ""]]
 
 
-def _check(every, start, keep, noise, settled, min_rank, min_size) -> None:
+def _check(every, start, keep, noise, settled, max_removed, min_rank, min_size) -> None:
     """Raises an error if an option is out of range. Arrays may be traced and are not checked."""
     check_count("every", every)
     check_count("start", start, 0)
@@ -57,6 +60,11 @@ def _check(every, start, keep, noise, settled, min_rank, min_size) -> None:
         raise ValueError(
             f"`keep` must be in [0, 1] or a schedule, got {keep}: the share of the directions "
             "that are not signal and stay."
+        )
+    if not isinstance(max_removed, jax.Array) and not 0 <= max_removed <= 1:
+        raise ValueError(
+            f"`max_removed` must be in [0, 1], got {max_removed}: the largest share of its sum of "
+            "squares that a kernel may lose in one cut."
         )
     if noise not in get_args(Noise):
         raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
@@ -91,6 +99,7 @@ def prune_spectrum(
     keep: Keep = 0.0,
     noise: Noise = "first",
     settled: Float[ArrayLike, ""] | None = None,
+    max_removed: Float[ArrayLike, ""] = 0.8,
     where: Where | None = None,
     axes: Axes | None = None,
     min_rank: Int[ArrayLike, ""] = 1,
@@ -103,9 +112,11 @@ def prune_spectrum(
     is $r = K + \lfloor keep \cdot (p - K) \rfloor$. Arrays keep their shapes, so that nothing is
     compiled again as ranks change; `rmtjax.factorize` makes them smaller after training.
 
-    A kernel carries the noise level of its first accepted fit. A truncated spectrum, fitted as if
-    it were complete, would seem to have little noise and many spikes. A kernel is left alone, and
-    tried again later, if its fit is refused or if nothing stands out of the noise.
+    A kernel carries the noise level of its first cut. A truncated spectrum, fitted as if it were
+    complete, would seem to have little noise and many spikes. A kernel is left alone, and tried
+    again later, if its fit is refused, if nothing stands out of the noise, or if the cut would take
+    most of it. The level of the rule holds over all looks together: at look j it is
+    $level / (j (j + 1))$. Noise whose rows or columns differ in scale is no signal.
 
     Choose a late `start`, or let `settled` find it. Training must first lift the directions that a
     network needs above its initial noise. An earlier cut removes what it would have learnt with.
@@ -118,12 +129,15 @@ def prune_spectrum(
       keep: Share of the directions that are not signal and stay, in [0, 1]; or an optax schedule of
         it, called with the number of steps before this one. The papers have 0.45, or
         `optax.linear_schedule(1.0, 0.0, N * steps_per_epoch)` with N of 200, 300 and 1000.
-      noise: "first" carries the first accepted noise level. "refit" replaces it at each pruning
+      noise: "first" carries the noise level of the first cut. "refit" replaces it at each pruning
         step by an accepted fit of the ranks that the last pruning has left, if they are enough. It
         follows a scale that weight decay or normalization changes. It needs `keep` above 0.
       settled: In [0, 1). `settled=0.2` waits with the first pruning of a kernel until its number of
         signal directions changes by at most 20 % between two checks; `start` is the first. Set
         `every` to about one epoch: if checks are more frequent, it seems stable too soon.
+      max_removed: Largest share of its sum of squares that a kernel may lose in one cut, in [0, 1].
+        A cut that would take more is refused: the kernel is left alone, and tried again later. 1
+        allows every cut. `rmtjax.metrics` tells what was refused.
       where: Chooses the kernels, as in `rmtjax.plan`: a function `where(path, leaf)`, a regular
         expression for paths, or a mask with the structure of `params`.
       axes: Names the axes that make a kernel a matrix, as in `rmtjax.plan`. The matrices of a stack
@@ -158,9 +172,9 @@ def prune_spectrum(
 
     References:
       Shmalo, Jenkins and Krupchytskyi (2023), https://arxiv.org/abs/2303.08986. They refit a kernel
-      at each pruning; this function carries its first noise level.
+      at each pruning; this function carries the noise level of the first cut.
     """
-    _check(every, start, keep, noise, settled, min_rank, min_size)
+    _check(every, start, keep, noise, settled, max_removed, min_rank, min_size)
     # Not the default of the signature: `optax.inject_hyperparams` calls a callable as a schedule.
     rule = ranks.bema() if rule is None else rule
     check_rule(rule)
@@ -170,7 +184,7 @@ def prune_spectrum(
     def init_fn(params: PyTree) -> PruneState:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
-            return PruneState(step, *[step] * 4)  # pyright: ignore[reportArgumentType]
+            return PruneState(step, *[step] * 5)  # pyright: ignore[reportArgumentType]
         views = find(params)
         return PruneState(step, *_by_field(views, map(unpruned, views.values())))
 
@@ -180,13 +194,13 @@ def prune_spectrum(
         step = jnp.asarray(optax.safe_increment(state.step))
         look = (step - jnp.where(jnp.asarray(start) > 0, start, every)) // every + 1
         share = keep(state.step) if callable(keep) else keep
-        fields = state.fits, state.ranks, state.signal, state.removed
+        _, *fields = state
         new, states = prune_if(
             is_due(step, every, start),
             [view.leaf for view in views.values()],
             list(chosen.values()),
             [KernelState(*(field[path] for field in fields)) for path in views],
-            StepNumbers(look, share, min_rank, 0.0 if settled is None else settled),
+            StepNumbers(look, share, min_rank, 0.0 if settled is None else settled, max_removed),
             axes=tuple(view.axes for view in views.values()),
             options=options,
         )

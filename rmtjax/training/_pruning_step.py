@@ -31,6 +31,7 @@ class KernelState(NamedTuple):
     rank: Int[Array, ""]
     signal: Int[Array, ""]
     removed: Float[Array, ""]
+    refused: Float[Array, ""]
 
 
 class StepOptions(NamedTuple):
@@ -48,6 +49,7 @@ class StepNumbers(NamedTuple):
     keep: ArrayLike
     min_rank: ArrayLike
     settled: ArrayLike
+    max_removed: ArrayLike
 
 
 def unpruned(view: MatrixView) -> KernelState:
@@ -58,7 +60,7 @@ def unpruned(view: MatrixView) -> KernelState:
     nans = (jnp.full(shape, jnp.nan, dtype) for _ in range(4))
     fit = BulkFit(*nans, num_spikes=jnp.zeros(shape, jnp.int32))
     rank, signal = jnp.asarray(view.short, jnp.int32), jnp.zeros((), jnp.int32)
-    return KernelState(fit, rank, signal, jnp.zeros((), dtype))
+    return KernelState(fit, rank, signal, jnp.zeros((), dtype), jnp.zeros((), dtype))
 
 
 def _noise_levels(spectra: Spectrum, state: KernelState, options: StepOptions):
@@ -95,10 +97,21 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     if complete and options.rule.needs_noise:
         test = lambda: stands_out(matrices, spectra, fit, jnp.asarray(numbers.look), options.rule)
         ready = lax.cond(ready & (rank < size) & ~was_cut, test, lambda: ready)
+    share = jnp.where(ready & (rank < size), _removed(s, matrices, rank), 0)
+    excessive = share > numbers.max_removed
+    ready &= ~excessive
     # The noise is that of the first cut. Until then nothing is remembered.
     carry = (ready & (rank < size)) | was_cut
     fit = jax.tree.map(lambda new, old: jnp.where(carry, new, old), fit, state.fit)
-    return rank, (fit, signal, rank, ready)
+    return rank, (fit, signal, rank, ready, jnp.where(excessive, share, 0))
+
+
+def _removed(s, matrices, rank) -> Float[Array, ""]:
+    """Returns the share of the sum of squares that a stack loses with a rank."""
+    # Relative to the largest value no square overflows or underflows.
+    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
+    kept = jnp.where(jnp.arange(s.shape[-1]) < rank, s / scale, 0)
+    return 1 - jnp.sum(jnp.square(kept)) / jnp.sum(jnp.square(matrices / scale))
 
 
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
@@ -113,7 +126,7 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     counts = type(options.rule) in _COUNTING_RULES and options.noise == "first"
     search = kept <= state.signal if counts else False
     judge = partial(_judge, matrices=matrices, state=state, numbers=numbers, options=options)
-    lower, s, (fit, signal, rank, ready) = truncate_by(matrices, judge, floor, search)
+    lower, s, (fit, signal, rank, ready, refused) = truncate_by(matrices, judge, floor, search)
     changed = ready & (rank < size)
     # Relative to the largest value no square overflows or underflows.
     scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
@@ -122,7 +135,8 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     total = jnp.where(changed, squares(matrices), 1)
     removed = jnp.where(changed, squares(matrices - lower) / total, 0).astype(state.removed.dtype)
     # A kernel that is left alone still has the rank of an earlier pruning.
-    return lower, changed, KernelState(fit, jnp.where(ready, rank, state.rank), signal, removed)
+    rank = jnp.where(ready, rank, state.rank)
+    return lower, changed, KernelState(fit, rank, signal, removed, refused.astype(removed.dtype))
 
 
 def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes, options):
