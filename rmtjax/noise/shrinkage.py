@@ -81,10 +81,7 @@ def operator(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
     For others the optimum is smaller by $\sqrt{(\gamma + \ell^2) / (1 + \ell^2)}$ (Leeb).
 
     Args:
-      y, ratio: Singular values over $\sqrt n\, \sigma$, and aspect ratio in (0, 1].
-
-    Returns:
-      The shrunken values, in the same units, of the broadcast shape.
+      y, ratio: As in `frobenius`, and so is the result.
 
     Examples:
       >>> import rmtjax
@@ -105,10 +102,7 @@ def nuclear(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
     0 even for some values beyond the edge.
 
     Args:
-      y, ratio: Singular values over $\sqrt n\, \sigma$, and aspect ratio in (0, 1].
-
-    Returns:
-      The shrunken values, in the same units, of the broadcast shape.
+      y, ratio: As in `frobenius`, and so is the result.
 
     Examples:
       >>> import rmtjax
