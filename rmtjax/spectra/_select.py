@@ -208,6 +208,7 @@ def truncate_by(
     order in the values that are cut over those that stay.
 
     Args:
+      matrices: A stack.
       rank_of: `rank_of(s, complete)` returns the rank and anything else that it knows, from
         singular values (b, p), descending. If `complete` is False, only those above `floor` are
         meaningful, and zeros stand at the end.
