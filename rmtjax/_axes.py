@@ -102,9 +102,8 @@ def from_matrices(
     matrices: Float[Array, "b m n"], shape: tuple[int, ...], axes: KernelAxes
 ) -> Float[Array, "..."]:
     """Returns the kernel of the given shape that `to_matrices` turns into `matrices`."""
-    order = axes.order
-    moved = matrices.reshape([shape[axis] for axis in order])
-    return jnp.transpose(moved, sorted(range(len(order)), key=order.__getitem__))
+    moved = matrices.reshape([shape[axis] for axis in axes.order])
+    return jnp.transpose(moved, np.argsort(axes.order).tolist())
 
 
 def to_stack(kernel: Any, axes: KernelAxes):
@@ -148,6 +147,11 @@ class KernelLeaf:
         return is_factors(self.leaf)
 
     @property
+    def rank(self) -> int | None:
+        """The rank of factors; None for a dense kernel."""
+        return self.leaf.left.shape[-1] if is_factors(self.leaf) else None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense kernel."""
         return kernel_shape(self.leaf)
@@ -168,8 +172,6 @@ class KernelLeaf:
 @dataclass(frozen=True, eq=False)
 class MatrixView(KernelLeaf):
     """A kernel seen as a stack of matrices, each of shape (rows, columns).
-
-    `planning.find_kernels` makes one for each kernel, and every later step takes it from there.
 
     Attributes:
       axes: The axes of the dense kernel that make it a stack of matrices.
@@ -205,11 +207,6 @@ class MatrixView(KernelLeaf):
     def long(self) -> int:
         """The longer side."""
         return max(self.rows, self.columns)
-
-    @property
-    def rank(self) -> int | None:
-        """The rank of factors; None for a dense kernel."""
-        return self.leaf.left.shape[-1] if is_factors(self.leaf) else None
 
     @property
     def full_rank(self) -> int:

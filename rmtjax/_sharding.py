@@ -40,17 +40,12 @@ def _compiled(function: Callable, out: Any) -> Callable:
 
 
 def by_compiler(function: Callable, *arguments: PyTree, out: Any = None, anew: bool = False) -> Any:
-    """Calls a function under automatic axes: the compiler decides on the shardings inside.
+    """Calls a function of trees under automatic axes: the compiler decides on shardings inside.
 
     Meshes with axes of type Auto need nothing for that. On a mesh with explicit axes, a
-    decomposition would refuse a sharded matrix.
-
-    Args:
-      function: Takes and returns trees of arrays.
-      *arguments: Its arguments.
-      out: The shardings of the results on an explicit mesh: one, or a tuple that begins as the
-        results do. None replicates a result.
-      anew: Compile again for this call. A function of the user's may behave differently each time.
+    decomposition would refuse a sharded matrix. There, `out` has the shardings of the results: one,
+    or a tuple that begins as the results do. None replicates a result. With `anew`, each call
+    compiles: a function of the user's may behave differently each time.
     """
     leaves = jax.tree.leaves(arguments)
     shardings = (typed_sharding(leaf) for leaf in leaves)

@@ -198,13 +198,10 @@ def noise_quantiles(
 def support(
     ratio: ArrayLike, variance: ArrayLike = 1.0
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    r"""Returns both edges of the bulk, $\lambda_\pm = \sigma^2 (1 \pm \sqrt\gamma)^2$.
+    r"""Returns the lower and the upper edge of the bulk, $\sigma^2 (1 \pm \sqrt\gamma)^2$.
 
     Args:
       ratio, variance: Aspect ratio in (0, 1], and variance of a noise entry, positive.
-
-    Returns:
-      `(lower, upper)`.
 
     Examples:
       >>> import rmtjax
@@ -240,14 +237,10 @@ def pdf(x: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Arra
 
 
 def cdf(x: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Array, "..."]:
-    """Returns the share of the eigenvalues of noise that are at most x.
+    """Returns the share of the eigenvalues of noise that are at most x, in [0, 1].
 
     Args:
-      x: Eigenvalues, on the scale $s^2 / n$.
-      ratio, variance: Aspect ratio in (0, 1], and variance of a noise entry, positive.
-
-    Returns:
-      Values in [0, 1]: 0 below the support and 1 above it.
+      x, ratio, variance: As in `pdf`.
 
     Examples:
       >>> import rmtjax

@@ -74,13 +74,10 @@ def cdf(x: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
 
     Args:
       x: Any shape.
-      beta: 1 for real noise, 2 for complex noise.
+      beta: 1 for real noise, 2 for complex noise. Others raise ValueError.
 
     Returns:
       Values in [0, 1], at least float32.
-
-    Raises:
-      ValueError: `beta` is neither 1 nor 2.
 
     Examples:
       >>> import rmtjax
@@ -96,13 +93,10 @@ def ppf(q: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
 
     Args:
       q: Probabilities in [0, 1], any shape. 0 and 1 give infinite values, others NaN.
-      beta: 1 for real noise, 2 for complex noise.
+      beta: As in `cdf`.
 
     Returns:
       Values of any sign, at least float32.
-
-    Raises:
-      ValueError: `beta` is neither 1 nor 2.
 
     Examples:
       >>> import rmtjax

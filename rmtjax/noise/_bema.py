@@ -1,7 +1,4 @@
-"""BEMA: fits the Marchenko-Pastur law to the bulk of a spectrum by eigenvalue matching.
-
-The method is that of Ke, Ma and Lin (2023), corrected for spikes: see `fit_bema`.
-"""
+"""BEMA: fits the Marchenko-Pastur law to the bulk of a spectrum by eigenvalue matching."""
 
 import operator
 from functools import partial
@@ -190,12 +187,9 @@ def bulk_fit(
     )
 
 
-def _check_rank(rank, spectrum: Spectrum) -> None:
+def _check_rank(rank, size: int) -> None:
     """Raises ValueError if `rank` is out of range. Traced values are not checked."""
-    if rank is None or isinstance(rank, jax.Array):
-        return
-    size = spectrum.eigenvalues.shape[-1]
-    if not 0 <= operator.index(rank) <= size:
+    if not (rank is None or isinstance(rank, jax.Array) or 0 <= operator.index(rank) <= size):
         raise ValueError(
             f"`rank` must be an integer in [0, {size}] or None, got {rank}. It is the rank that "
             "the matrix was truncated to."
@@ -226,10 +220,10 @@ def fit_bema(
     spike $k$ without the noise.
 
     Args:
-      spectrum: From `rmtjax.spectrum`.
+      spectrum: The spectrum of one matrix, from `rmtjax.spectrum`.
       trim: Share of the noise eigenvalues left out at each end, in [0, 0.5).
-      level: Probability that noise alone gives a spike, from 1e-6 to 1 - 1e-6. A small level is
-        a high threshold. $t$ is the Tracy-Widom quantile at 1 - level.
+      level: Probability that noise alone gives a spike, from 1e-6 to 1 - 1e-6: $t$ is the
+        Tracy-Widom quantile at 1 - level.
       rank: Rank that the matrix was truncated to, in [0, p], or None for a complete spectrum.
         Only the ranks that were kept are then matched, at their old positions.
 
@@ -239,8 +233,7 @@ def fit_bema(
       than 10 ranks to match, the count is 0 and all other fields are NaN.
 
     Raises:
-      TypeError: `spectrum` is not a `Spectrum`.
-      ValueError: `trim`, `level` or `rank` is out of range.
+      TypeError, ValueError: `spectrum` is not a `Spectrum`; an option is out of range.
 
     Examples:
       >>> import jax, rmtjax
@@ -253,8 +246,7 @@ def fit_bema(
     This departs from the paper in two points. The paper matches all ranks, including the
     spikes: with a tenth of the ranks planted its variance is 7 to 13 % too high. Here the error
     is under 1 % if the signals are 1.5 times the detection limit. Signals that hide in the bulk
-    count as noise. The paper also places ranks at $i / p$. Some codes that follow it replace
-    the exponent 4/3 by $(\cdot)^4 / 3$.
+    count as noise. The paper also places ranks at $i / p$.
 
     References:
       Ke, Ma and Lin, J. Am. Stat. Assoc. 118 (2023) 374-392,
@@ -274,5 +266,5 @@ def fit_bema(
             "`spectrum` must belong to one matrix, got eigenvalues of shape "
             f"{spectrum.eigenvalues.shape}. Use `jax.vmap` for several."
         )
-    _check_rank(rank, spectrum)
+    _check_rank(rank, spectrum.eigenvalues.shape[0])
     return _fit(spectrum, rank, trim=trim, level=level)

@@ -41,10 +41,6 @@ class bema:  # noqa: N801 - rules are called like functions, `ranks.bema()`
       level: Probability that noise alone gives a spike, in (0, 1).
       significance: Probability that pure noise is rejected at a tolerance of 0, in [0.001, 0.5].
       tolerance: $d$, in [0, 1]. With 1, every finite spectrum with a minority of spikes passes.
-
-    References:
-      Ke, Ma and Lin, J. Am. Stat. Assoc. 118 (2023) 374-392,
-      https://arxiv.org/abs/2006.00436.
     """
 
     needs_noise = True

@@ -8,7 +8,7 @@ its singular vectors are turned away from $u$ and $v$. A weaker signal is lost i
 ends at $1 + \sqrt\gamma$. In all functions:
 
 - `y` is $s / (\sqrt n\, \sigma)$, at least 0, and `ratio` is $\gamma$ in (0, 1].
-- The result is 0 up to the edge of the bulk. Gradients are finite everywhere.
+- The result is in the units of `y`, and 0 up to the edge of the bulk. Gradients are finite.
 - Arguments broadcast, results are at least float32. All work under `jit`, `vmap` and `grad`.
 
 `rmtjax.plan(params, shrink=rmtjax.shrinkage.frobenius)` shrinks the directions that it keeps.
@@ -59,9 +59,6 @@ def frobenius(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
     Args:
       y, ratio: Singular values over $\sqrt n\, \sigma$, and aspect ratio in (0, 1].
 
-    Returns:
-      The shrunken values, in the same units, of the broadcast shape.
-
     Examples:
       >>> import rmtjax
       >>> print(f"{rmtjax.shrinkage.frobenius(2.5, 1.0):.4f}")
@@ -81,10 +78,7 @@ def operator(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
     For others the optimum is smaller by $\sqrt{(\gamma + \ell^2) / (1 + \ell^2)}$ (Leeb).
 
     Args:
-      y, ratio: Singular values over $\sqrt n\, \sigma$, and aspect ratio in (0, 1].
-
-    Returns:
-      The shrunken values, in the same units, of the broadcast shape.
+      y, ratio: As in `frobenius`.
 
     Examples:
       >>> import rmtjax
@@ -105,10 +99,7 @@ def nuclear(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
     0 even for some values beyond the edge.
 
     Args:
-      y, ratio: Singular values over $\sqrt n\, \sigma$, and aspect ratio in (0, 1].
-
-    Returns:
-      The shrunken values, in the same units, of the broadcast shape.
+      y, ratio: As in `frobenius`.
 
     Examples:
       >>> import rmtjax

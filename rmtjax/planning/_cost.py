@@ -177,18 +177,15 @@ def weigh(
     The matrices of a stack take turns, as under `nn.scan`. `rank` is that of `kernel` where its
     shape stays. Without `rows`, the time is not measured.
     """
-    is_matrix = isinstance(kernel, MatrixView)
-    old_rank = kernel.rank if is_matrix else None
-    before, after = (_count(kernel, rows or 1, r) for r in (old_rank, rank))
-    if rows is None or not is_matrix or obstacle(kernel, min_size=1):
+    before, after = (_count(kernel, rows or 1, r) for r in (kernel.rank, rank))
+    if rows is None or not isinstance(kernel, MatrixView) or obstacle(kernel, min_size=1):
         return Cost(*before, None, *after, None), None
     lookup = kernel.path.rpartition("/")[2] == "embedding"
-    ranks = (old_rank,) if rank == old_rank else (old_rank, rank)
+    ranks = (rank,) if rank == kernel.rank else (kernel.rank, rank)
     times = clock(Product(rows, (kernel.rows, kernel.columns), kernel.dtype, lookup, ranks))
-    milliseconds, *changed = (kernel.stack * np.median(times, axis=0)).tolist()
-    if not changed:
-        return Cost(*before, milliseconds, *after, milliseconds), None
-    if is_faster(times):
-        return Cost(*before, milliseconds, *after, changed[0]), None
-    cause = f"no clear gain in time, {changed[0]:.3g} ms against {milliseconds:.3g}"
-    return Cost(*before, milliseconds, *before, milliseconds), cause
+    medians = (kernel.stack * np.median(times, axis=0)).tolist()
+    old, new = medians[0], medians[-1]  # one and the same where the rank stays
+    if len(ranks) == 1 or is_faster(times):
+        return Cost(*before, old, *after, new), None
+    cause = f"no clear gain in time, {new:.3g} ms against {old:.3g}"
+    return Cost(*before, old, *before, old), cause

@@ -58,12 +58,10 @@ def guess_axes(path: str, leaf: Any) -> KernelAxes | None:
       (heads, head_dim, out): all axes but the last are inputs.
     - The `query`, `key` and `value` projections (in, heads, head_dim): all but the first
       are outputs.
+    - Other names with more axes than two, and leaves with fewer: None.
 
     A parameter tree does not tell a stack of kernels, as `nn.scan` makes it, from a
     convolution. `rmtjax.linen.kernel_axes` asks the module instead.
-
-    Returns:
-      None if the leaf has fewer than two axes, or more and none of these names.
     """
     ndim = len(kernel_shape(leaf))
     parent = path.split("/")[-2] if "/" in path else ""
@@ -138,11 +136,7 @@ def _from_mask(mask: PyTree, params: PyTree) -> Callable[[str, Any], bool]:
 
 
 def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bool] | None:
-    """Returns the function `where(path, leaf)` that any form of `where` stands for.
-
-    That is a function, a regular expression that is searched in paths, or a mask: a tree of
-    booleans with the structure of `params`, or a prefix of it.
-    """
+    """Returns the function `where(path, leaf)` that any form of `where` stands for."""
     if where is None:
         return None
     if callable(where):
@@ -159,10 +153,10 @@ def _view(path: str, leaf: Any, axes: Axes | None) -> KernelLeaf:
         return MatrixView(path, leaf, factored_axes(leaf))
     # The table of `rmtjax.linen.kernel_axes` is both a mapping and a function. As a function it
     # also knows leaves that have been stacked since.
-    if isinstance(axes, Mapping) and path in axes and not callable(axes):
-        named = axes[path]
+    if callable(axes):
+        named = axes(path, leaf)
     else:
-        named = axes(path, leaf) if callable(axes) else guess_axes(path, leaf)
+        named = axes[path] if axes and path in axes else guess_axes(path, leaf)
     if named is None:
         return KernelLeaf(path, leaf)
     view = MatrixView(path, leaf, KernelAxes(*map(tuple, named)))  # lists would not be hashable
@@ -180,9 +174,8 @@ def find_kernels(
     """
     check_container(params)
     by_path = axes if isinstance(axes, Mapping) else {}
-    chosen = to_predicate(where, params)
-    chosen = chosen or (lambda path, leaf: path in by_path or is_kernel(path, leaf))
-    leaves = leaves_by_path(params, chosen)
+    default = lambda path, leaf: path in by_path or is_kernel(path, leaf)
+    leaves = leaves_by_path(params, to_predicate(where, params) or default)
     return {path: _view(path, leaf, axes) for path, leaf in leaves.items()}
 
 

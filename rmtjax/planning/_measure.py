@@ -68,30 +68,24 @@ def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> 
     }
 
 
-def _same_programs(views: Views, values: Mapping[str, Values], fits: Fits) -> list[list[str]]:
-    """Returns the paths of kernels in groups, each of which one program judges."""
+def _measure_values(
+    views: Views, values: Mapping[str, Values], rule, fits: Fits
+) -> dict[str, Measurement]:
+    """Judges spectra, those with as many eigenvalues together: one program judges a group."""
     groups: dict[tuple, list[str]] = {}
     for path, found in values.items():
         eigenvalues = found.spectrum.eigenvalues
         given = fits[path].threshold.dtype if path in fits else None
         program = eigenvalues.shape[1], eigenvalues.dtype, given, views[path].is_factored
         groups.setdefault(program, []).append(path)
-    return list(groups.values())
-
-
-def _measure_values(
-    views: Views, values: Mapping[str, Values], rule, fits: Fits
-) -> dict[str, Measurement]:
-    """Judges spectra, those with as many eigenvalues together."""
     measured = {}
-    for paths in _same_programs(views, values, fits):
+    for paths in groups.values():
         spectra = join_stacks([values[path].spectrum for path in paths])
         given = [jax.tree.map(np.ravel, fits[path]) for path in paths if path in fits]
+        levels = join_stacks(given) if given else None
         factored = views[paths[0]].is_factored
         with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
-            judged = _judge(
-                spectra, join_stacks(given) if given else None, rule=rule, factored=factored
-            )
+            judged = _judge(spectra, levels, rule=rule, factored=factored)
         parts = split_stacks(jax.device_get(judged), [views[path].stack for path in paths])
         for path, part in zip(paths, parts, strict=True):
             spectrum, num_exact = values[path]

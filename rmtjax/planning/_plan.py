@@ -81,23 +81,25 @@ def _decide(view: MatrixView, measured: Measurement, options: PlanOptions) -> La
 
 def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -> LayerPlan:
     """Returns the row with its cost. Where factors would not win, the kernel keeps its shape."""
-    old_rank = kernel.rank if isinstance(kernel, MatrixView) else None
-    rank = row.rank if isinstance(row, Factorized) else old_rank
+    rank = row.rank if isinstance(row, Factorized) else kernel.rank
     cost, slow = weigh(kernel, rank, rows, clock)
     return replace(in_place(row, slow) if slow else row, cost=cost)
 
 
-def _given_fits(
-    params: PyTree, fits: Mapping[str, BulkFit] | None, kernels: Mapping[str, KernelLeaf]
-) -> dict[str, BulkFit]:
+def _check_paths(name: str, by_path: Any, params: PyTree) -> None:
+    """Raises ValueError if an option by path has one that is not in the tree."""
+    # A table of `rmtjax.linen`, also a function, may know leaves that were stacked since.
+    if isinstance(by_path, Mapping) and not callable(by_path):
+        unknown = min(by_path.keys() - leaves_by_path(params).keys(), default=None)
+        if unknown is not None:
+            raise ValueError(
+                f"`{name}` has {unknown!r}, which is no path of `params`. Give `plan` the tree "
+                f"that `{name}` was made for."
+            )
+
+
+def _given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkFit]:
     """Returns the noise levels that are known, as NumPy numbers."""
-    # What does not fit the tree is an error. It would be fitted anew without a word.
-    unknown = min((fits or {}).keys() - leaves_by_path(params).keys(), default=None)
-    if unknown is not None:
-        raise ValueError(
-            f"`fits` has {unknown!r}, which is no path of `params`. Give `plan` the tree that "
-            "the optimizer was given."
-        )
     levels = fetch(dict(fits or {}))
     given = {path: fit for path, fit in levels.items() if np.isfinite(fit.threshold).all()}
     for path in given.keys() & kernels.keys():
@@ -113,10 +115,14 @@ def _given_fits(
 def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) -> Plan:
     """Returns the plan of a tree; a clock that is shared times equal products once."""
     check_tree(params)
+    # Without a word, the kernel that is meant would be fitted anew, or seen along other axes.
+    _check_paths("axes", options.axes, params)
+    _check_paths("fits", options.fits, params)
     kernels = find_kernels(params, options.where, options.axes)
-    given = _given_fits(params, options.fits, kernels)
+    given = _given_fits(options.fits, kernels)
     rows, clock = rows_by_path(options.batch, kernels), clock or make_clock()
-    kept, views = {}, {}
+    decided: dict[str, LayerPlan] = {}
+    views = {}
     for path, kernel in kernels.items():
         cause = obstacle(kernel, options.min_size)
         # What a factorization has left out cannot be fitted any more.
@@ -124,12 +130,11 @@ def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) 
             cause = "factorized, and `fits` has no noise level for it"
         if cause or not isinstance(kernel, MatrixView):
             axes = kernel.axes if isinstance(kernel, MatrixView) else None
-            kept[path] = Kept(f"kept: {cause}", kernel.shape, axes)
+            decided[path] = Kept(f"kept: {cause}", kernel.shape, axes)
         else:
             views[path] = kernel
     measured = measure(views, options.rule, given, options.exact_below)
-    decided = {path: _decide(view, measured[path], options) for path, view in views.items()}
-    decided |= kept
+    decided |= {path: _decide(view, measured[path], options) for path, view in views.items()}
     return Plan(
         {path: _weigh(decided[path], kernels[path], rows.get(path), clock) for path in kernels}
     )
@@ -191,8 +196,7 @@ def plan(
       A `Plan`: path to `Kept`, `Truncated` or `Factorized`, with a reason for every kernel chosen.
 
     Raises:
-      ValueError: An option is out of range, or `axes`, `fits` or `batch` does not fit the tree.
-      TypeError: `rule` is not a rank rule, or `shrink` not a function.
+      ValueError, TypeError: An option is not as described, or does not fit the tree.
 
     Examples:
       >>> import jax, rmtjax

@@ -141,13 +141,10 @@ def check_plan_fits(
     *,
     applied: bool = False,
 ) -> None:
-    """Raises ValueError unless a plan was made for a tree with these leaves.
+    """Raises ValueError unless a plan was made for a tree with these leaves, given by path.
 
-    Args:
-      plan: The plan; anything else raises TypeError.
-      leaves: Path to array or `Factors`.
-      rows: Rows of the plan that must fit; by default those of the kernels that it changes.
-      applied: The leaves are those of the tree that the plan makes.
+    Only `rows` must fit, by default those of the kernels that the plan changes. If it is `applied`,
+    the leaves are those of the tree that it makes.
     """
     check_plan(plan)
     for path, row in (plan.changes if rows is None else rows).items():
@@ -162,9 +159,9 @@ def check_plan_fits(
 
 def planned_views(params: PyTree, plan: Plan) -> dict[str, MatrixView]:
     """Returns the kernels that a plan changes, in the order of the tree it was made for."""
-    check_plan(plan)
     check_tree(params)
-    leaves, changes = leaves_by_path(params), plan.changes
+    leaves = leaves_by_path(params)
     check_plan_fits(plan, leaves)
+    changes = plan.changes
     paths = [path for path in leaves if path in changes]
     return {path: MatrixView(path, leaves[path], changes[path].axes) for path in paths}

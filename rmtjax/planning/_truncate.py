@@ -12,7 +12,6 @@ from rmtjax._sharding import place_factors, place_like
 from rmtjax.planning._kernels import map_kernels
 from rmtjax.planning._rows import check_plan, Factorized, Plan, planned_views, Truncated
 from rmtjax.spectra import (
-    Directions,
     keeps_most,
     multiply,
     product,
@@ -23,16 +22,6 @@ from rmtjax.spectra import (
 )
 
 Rows = Mapping[str, Truncated | Factorized]
-
-
-def _factors(view: MatrixView, row: Truncated | Factorized, vectors: Directions) -> Factors:
-    """Returns the factors of a kernel, with its singular values shrunk as planned."""
-    u, s, vt = vectors
-    if row.shrink is not None:
-        # One variance for each matrix of a stack, in the shape of the batch axes.
-        variance = jnp.reshape(row.fit.variance, s.shape[:-1])
-        s = shrink_values(jnp.asarray(s), row.shrink, variance, (view.rows, view.columns))
-    return split(u, s, vt)
 
 
 def _cast(factors: Factors, view: MatrixView) -> Factors:
@@ -63,9 +52,13 @@ def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tupl
         row = rows[path]
         if isinstance(row, Truncated) and row.shrink is None and keeps_most(view, row.rank):
             yield path, place_like(without_last(rest.pop(path), row.rank), view.leaf)
-    for path, vectors in singular_vectors(rest, {path: rows[path].rank for path in rest}):
+    for path, (u, s, vt) in singular_vectors(rest, {path: rows[path].rank for path in rest}):
         view, row = views[path], rows[path]
-        factors = _factors(view, row, vectors)
+        if row.shrink is not None:
+            # One variance for each matrix of a stack, in the shape of the batch axes.
+            variance = jnp.reshape(row.fit.variance, s.shape[:-1])
+            s = shrink_values(jnp.asarray(s), row.shrink, variance, (view.rows, view.columns))
+        factors = split(u, s, vt)
         if isinstance(row, Factorized):
             yield path, _cast(factors, view)
         elif view.is_factored:
@@ -95,8 +88,7 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
       The tree; leaves that are kept are the same objects.
 
     Raises:
-      ValueError: The plan is for another tree.
-      TypeError: `plan` is not a plan.
+      ValueError, TypeError: The plan is for another tree, or is not a plan.
 
     Examples:
       >>> import jax, rmtjax
@@ -118,16 +110,11 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
     `rmtjax.linen.apply`.
 
     Args:
-      params: The tree that the plan was made from, or one of the same shapes.
-      plan: From `rmtjax.plan`.
+      params, plan: As in `truncate`, which also tells the errors.
 
     Returns:
       The smaller tree, with `Factors(left, right)` in the place of a kernel. They also replace
       the box of `nn.with_partitioning`, if the kernel had one.
-
-    Raises:
-      ValueError: The plan is for another tree.
-      TypeError: `plan` is not a plan.
 
     Examples:
       >>> import jax, rmtjax
@@ -136,7 +123,6 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
       >>> rmtjax.factorize(params, plan)["kernel"].left.shape
       (80, 16)
     """
-    check_plan(plan)
     # The box names the axes of the dense kernel, which factors do not have.
     boxed = lambda node: hasattr(node, "replace_boxed") and is_factors(node.value)
     unbox = lambda node: node.value if boxed(node) else node

@@ -16,18 +16,6 @@ from rmtjax._sharding import by_compiler, constrain, merged_sharding
 from rmtjax.spectra._spectrum import check_matrix, each, einsum, lift, matmul
 
 
-def _svd_of_product(left: Float[Array, "*batch m r"], right: Float[Array, "*batch r n"]):
-    """Decomposes `left @ right` by the decomposition of a matrix of at most r by r.
-
-    With left = Q R and right^T = P T the product is Q (R T^T) P^T, and costs O((m + n) r^2).
-    """
-    # QR of the factors, and not their product, which is as large as the dense kernel.
-    q, r = jnp.linalg.qr(left)
-    p, t = jnp.linalg.qr(right.mT)
-    u, s, vt = jnp.linalg.svd(matmul(r, t.mT), full_matrices=False)
-    return matmul(q, u), s, matmul(vt, p.mT)
-
-
 def svd(matrix: Float[Array, "*batch m n"] | Factors) -> tuple[Array, Array, Array]:
     """Returns the thin decomposition (u, s, vt) in float32 at least; s is NaN if not finite.
 
@@ -45,7 +33,11 @@ def _svd(matrix):
     finite = checks[0] & checks[-1]
     safe = jax.tree.map(lambda a: jnp.where(finite[..., None, None], a, 0), lifted)
     if is_factors(safe):
-        u, s, vt = _svd_of_product(*safe)
+        # With left = Q R and right^T = P T the product, which is not formed, is Q (R T^T) P^T.
+        q, r = jnp.linalg.qr(safe.left)
+        p, t = jnp.linalg.qr(safe.right.mT)
+        u, s, vt = jnp.linalg.svd(matmul(r, t.mT), full_matrices=False)
+        u, vt = matmul(q, u), matmul(vt, p.mT)
     else:
         u, s, vt = jnp.linalg.svd(safe, full_matrices=False)
     return u, jnp.where(finite[..., None], s, jnp.nan), vt
@@ -115,8 +107,7 @@ def truncate_matrix(
       rank: Number of singular values kept, at least 0; may be traced by `jit`.
 
     Raises:
-      ValueError: `matrix` does not have two axes, or `rank` is negative.
-      TypeError: `rank` is not an integer, or `matrix` is not floating.
+      ValueError, TypeError: `matrix` or `rank` is not as described.
 
     Examples:
       >>> import jax, jax.numpy as jnp, rmtjax
@@ -141,15 +132,11 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     They hold `r (m + n)` numbers: fewer than the matrix if `r < m n / (m + n)`.
 
     Args:
-      matrix: Real matrix of any floating dtype, shape (m, n).
+      matrix: Real matrix of any floating dtype, which is also that of the factors.
       rank: A Python integer in [1, min(m, n)]: it becomes a shape.
 
-    Returns:
-      `Factors(left, right)` in the dtype of the matrix.
-
     Raises:
-      ValueError: `matrix` does not have two axes, or `rank` is out of range.
-      TypeError: `rank` is a float or traced, or `matrix` is not floating.
+      ValueError, TypeError: `matrix` or `rank` is not as described, or `rank` is traced.
 
     Examples:
       >>> import jax, rmtjax

@@ -179,9 +179,8 @@ def _short_vectors(waiting: list[np.ndarray], first: int, last: int, block: int 
 
 def _map_talls(cut: Callable, view: MatrixView, first: int, last: int, block: int | None) -> Any:
     """Returns stacks of what `cut(matrix, vectors)` makes of each matrix, tall and in float32."""
-    waiting, vectors = [*_talls(view.leaf, view.axes)], []
-    for _ in range(view.stack):
-        vectors.append(_short_vectors(waiting, first, last, block))
+    waiting = [*_talls(view.leaf, view.axes)]
+    vectors = [_short_vectors(waiting, first, last, block) for _ in range(view.stack)]
     # Read again, if the kernel is in a file. It was not kept during the decompositions.
     talls = (tall.astype(np.float32, copy=False) for tall in _talls(view.leaf, view.axes))
     with np.errstate(invalid="ignore", over="ignore"):  # seen in the results

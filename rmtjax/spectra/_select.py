@@ -120,31 +120,19 @@ def estimated_spectra(views: Views, exact_below: int) -> dict[str, Values]:
     return {path: Values(*estimate(view)) for path, view in large.items()}
 
 
-def _to_spectrum(squared: np.ndarray, view: MatrixView) -> Spectrum:
-    """Returns the spectrum that belongs to squared singular values (stack, p)."""
-    dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
-    eigenvalues: Any = (np.maximum(squared, 0) / view.long).astype(dtype)
-    ratio: Any = np.full(view.stack, view.short / view.long, dtype)
-    return Spectrum(eigenvalues, ratio)
-
-
 def spectra(views: Views) -> dict[str, Values]:
     """Returns the exact spectra of kernels by path."""
     host = {path: view for path, view in views.items() if _on_host(view)}
     divided = {p: view for p, view in views.items() if p not in host and _is_divided(view)}
     rest = {p: view for p, view in views.items() if p not in host and p not in divided}
     squared = _lapack.squared_singular_values(host) | _sharded.squared_singular_values(divided)
-    spectra = {path: _to_spectrum(values, views[path]) for path, values in squared.items()}
-    spectra |= _svd.compiled_spectra(rest)
+    spectra = _svd.compiled_spectra(rest)
+    for path, view in (host | divided).items():
+        dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
+        eigenvalues: Any = (np.maximum(squared[path], 0) / view.long).astype(dtype)
+        ratio: Any = np.full(view.stack, view.short / view.long, dtype)
+        spectra[path] = Spectrum(eigenvalues, ratio)
     return {p: Values(spectra[p], np.full(v.stack, v.short, np.int32)) for p, v in views.items()}
-
-
-def _in_axes(vectors: tuple, view: MatrixView) -> Directions:
-    """Returns vectors of a stack of matrices in the axes of factors."""
-    u, s, vt = vectors
-    inputs, outputs, batch = ([view.shape[axis] for axis in group] for group in view.axes)
-    u, vt = u.reshape(*batch, *inputs, -1), vt.reshape(*batch, s.shape[-1], *outputs)
-    return Directions(u, s.reshape(*batch, -1), vt)
 
 
 def _vectors_of_one(view: MatrixView, rank: int) -> Directions:
@@ -152,10 +140,14 @@ def _vectors_of_one(view: MatrixView, rank: int) -> Directions:
     block = block_size(rank)
     iterate = not view.is_factored and iteration_pays(block, (view.rows, view.columns))
     if _cut_by_host(view):
-        return _in_axes(_lapack.directions(view, rank, block if iterate else None), view)
-    kernel = jax.tree.map(jnp.asarray, view.leaf)
-    u, s, vt = _svd.directions(kernel, rank, axes=view.axes, block=block, iterate=iterate)
-    return _in_axes((u[..., :rank], s[..., :rank], vt[..., :rank, :]), view)
+        u, s, vt = _lapack.directions(view, rank, block if iterate else None)
+    else:
+        kernel = jax.tree.map(jnp.asarray, view.leaf)
+        u, s, vt = _svd.directions(kernel, rank, axes=view.axes, block=block, iterate=iterate)
+        u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
+    inputs, outputs, batch = ([view.shape[axis] for axis in group] for group in view.axes)
+    u, vt = u.reshape(*batch, *inputs, -1), vt.reshape(*batch, s.shape[-1], *outputs)
+    return Directions(u, s.reshape(*batch, -1), vt)
 
 
 def singular_vectors(views: Views, ranks: Mapping[str, int]) -> Iterator[tuple[str, Directions]]:

@@ -144,17 +144,6 @@ def squared_singular_values(views: Views) -> dict[str, np.ndarray]:
     return {path: ascending[:, ::-1] for path, ascending in _in_turns(views, None)}
 
 
-def _with_axes(vectors: np.ndarray, view: MatrixView) -> np.ndarray:
-    """Returns vectors (b, p, r) of the shorter side with its axes, (*batch, *side, r)."""
-    order = _divided_first(view.leaf, view.axes, view.leaf.sharding)
-    side = 1 if view.rows >= view.columns else 0
-    stored, wanted = order[side], view.axes[side]
-    sizes = [view.shape[axis] for axis in (*view.axes.batch, *stored)]
-    first, last = len(view.axes.batch), len(sizes)
-    moved = [first + stored.index(axis) for axis in wanted]
-    return vectors.reshape(*sizes, -1).transpose(*range(first), *moved, last)
-
-
 def _normalize(long: Array, rows: tuple[int, ...]) -> tuple[Array, Array]:
     """Returns vectors over their norms, and the norms; a zero vector stays zero."""
     # Relative to the largest entry, so that no square overflows or underflows in float32.
@@ -186,14 +175,19 @@ def _longer(kernel: Kernel, short: Array, axes: KernelAxes, sharding: NamedShard
     return by_compiler(find, kernel, short, out=out)
 
 
-def _place(short: np.ndarray, view: MatrixView) -> Array:
-    """Places vectors of the shorter side on the devices of a kernel, divided as its axes are."""
-    side = view.axes.outputs if view.rows >= view.columns else view.axes.inputs
-    spec = specs(view.leaf.sharding, view.leaf.ndim)
-    places = PartitionSpec(*(spec[axis] for axis in (*view.axes.batch, *side)), None)
+def _place(vectors: np.ndarray, view: MatrixView) -> Array:
+    """Places vectors (b, p, r) of the shorter side as (*batch, *side, r), divided as the kernel."""
+    sharding, batch = view.leaf.sharding, view.axes.batch
+    side = 1 if view.rows >= view.columns else 0
+    stored, wanted = _divided_first(view.leaf, view.axes, sharding)[side], view.axes[side]
+    sizes = [view.shape[axis] for axis in (*batch, *stored)]
+    moved = [len(batch) + stored.index(axis) for axis in wanted]
+    short = vectors.reshape(*sizes, -1).transpose(*range(len(batch)), *moved, len(sizes))
+    spec = specs(sharding, view.leaf.ndim)
+    places = PartitionSpec(*(spec[axis] for axis in (*batch, *wanted)), None)
     # `device_put` compares what processes have, and finds that NaN is not NaN.
-    sharding = NamedSharding(view.leaf.sharding.mesh, places)
-    return jax.make_array_from_callback(short.shape, sharding, lambda index: short[index])
+    placed = NamedSharding(sharding.mesh, places)
+    return jax.make_array_from_callback(short.shape, placed, lambda index: short[index])
 
 
 def directions(views: Views, ranks: Ranks) -> Iterator[tuple[str, tuple]]:
@@ -204,7 +198,7 @@ def directions(views: Views, ranks: Ranks) -> Iterator[tuple[str, tuple]]:
     """
     for path, vectors in _in_turns(views, ranks):
         view = views[path]
-        short = _place(_with_axes(vectors, view), view)
+        short = _place(vectors, view)
         long, values = _longer(view.leaf, short, view.axes, view.leaf.sharding)
         u, v = (long, short) if view.rows >= view.columns else (short, long)
         yield path, (u, values, jnp.moveaxis(v, -1, len(view.axes.batch)))

@@ -88,20 +88,17 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     r"""Returns the empirical spectral density of a matrix.
 
     $\lambda_k = s_k^2 / n$ for the singular values $s_1 \ge \dots \ge s_p$ of the matrix,
-    $n$ the longer and $p$ the shorter of its sides. A matrix and its transpose have the
-    same spectrum.
+    $n$ the longer and $p$ the shorter of its sides.
 
     Args:
-      matrix: Real matrix of any floating dtype; bfloat16 and float16 are lifted to
-        float32, in which the spectrum is computed. Works under `jit` and `vmap`.
+      matrix: Real matrix of any floating dtype; below float32 it is lifted to float32. Works
+        under `jit` and `vmap`.
 
     Returns:
-      `Spectrum(eigenvalues, ratio)`. A matrix with a NaN or an infinity has a spectrum
-      of NaN.
+      `Spectrum(eigenvalues, ratio)`; NaN for a matrix that is not finite.
 
     Raises:
-      ValueError: `matrix` does not have two axes, or has no entries.
-      TypeError: The dtype of `matrix` is not real and floating.
+      ValueError, TypeError: `matrix` does not have two axes, entries, or a real floating dtype.
 
     Examples:
       >>> import jax, rmtjax

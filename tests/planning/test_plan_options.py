@@ -186,6 +186,18 @@ def test_noise_levels_of_another_tree_are_refused():
         row_of(GOOD, fits={"params/kernel": fit})
 
 
+def test_axes_of_another_tree_are_refused():
+    axes = {"kernel": rmtjax.KernelAxes((0,), (1,)), "params/kernel": None}
+    with pytest.raises(ValueError, match="`axes` has 'params/kernel', which is no path"):
+        row_of(GOOD, axes=axes)
+
+
+def test_axes_of_leaves_that_are_not_chosen_are_no_error():
+    params, axes = {"a": GOOD, "b": GOOD}, {"a": None, "b": rmtjax.KernelAxes((1,), (0,))}
+    (row,) = rmtjax.plan(params, axes=axes, where="b").values()
+    assert row.axes == axes["b"]
+
+
 def test_noise_levels_of_some_kernels_leave_the_others_alone():
     params = {name: {"kernel": GOOD} for name in "abc"}
     between = np.float32(row_of(GOOD).spectrum.eigenvalues[:2].mean())
