@@ -21,7 +21,8 @@ class Pruning:
         """The transform to end a chain with; one that settles finds its own time to start."""
         options = dict(self.options)
         start = every if "settled" in options else start
-        return rmtjax.prune_spectrum(every, start=start, rule=self.rule, **options)
+        # The committed results were made before cuts were guarded.
+        return rmtjax.prune_spectrum(every, start=start, rule=self.rule, max_removed=1.0, **options)
 
 
 def by(rule: ranks.RankRule, **options: Any) -> Pruning:

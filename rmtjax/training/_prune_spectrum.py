@@ -137,7 +137,7 @@ def prune_spectrum(
         `every` to about one epoch: if checks are more frequent, it seems stable too soon.
       max_removed: Largest share of its sum of squares that a kernel may lose in one cut, in [0, 1].
         A cut that would take more is refused: the kernel is left alone, and tried again later. 1
-        allows every cut. `rmtjax.metrics` tells what was refused.
+        allows every cut; so do rules without a noise level. `rmtjax.metrics` tells what was refused.
       where: Chooses the kernels, as in `rmtjax.plan`: a function `where(path, leaf)`, a regular
         expression for paths, or a mask with the structure of `params`.
       axes: Names the axes that make a kernel a matrix, as in `rmtjax.plan`. The matrices of a stack

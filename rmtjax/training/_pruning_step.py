@@ -98,7 +98,7 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
         test = lambda: stands_out(matrices, spectra, fit, jnp.asarray(numbers.look), options.rule)
         ready = lax.cond(ready & (rank < size) & ~was_cut, test, lambda: ready)
     share = jnp.where(ready & (rank < size), _removed(s, matrices, rank), 0)
-    excessive = share > numbers.max_removed
+    excessive = (share > numbers.max_removed) & options.rule.needs_noise
     ready &= ~excessive
     # The noise is that of the first cut. Until then nothing is remembered.
     carry = (ready & (rank < size)) | was_cut

@@ -19,7 +19,7 @@ import rmtjax
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training_live.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
-KINDS = {"rank", "signal", "threshold", "distance", "removed"}
+KINDS = {"rank", "signal", "threshold", "distance", "removed", "refused"}
 
 
 def noise(seed, shape=(60, 90)):
@@ -32,7 +32,7 @@ def spiked(seed, count):
 
 
 PARAMS = {"a": {"kernel": spiked(0, 2)}, "b": {"kernel": spiked(1, 5)}, "bias": jnp.zeros(3)}
-PRUNE = rmtjax.prune_spectrum(every=1)
+PRUNE = rmtjax.prune_spectrum(every=1, max_removed=1.0)
 
 
 def after_a_step(optimizer, params=PARAMS):
@@ -48,7 +48,7 @@ def assert_same(found, expected):
 
 def test_numbers_are_those_of_a_fit_of_the_kernel():
     found = rmtjax.metrics(after_a_step(PRUNE))
-    assert len(found) == 10
+    assert len(found) == 12
     for path, count in (("a/kernel", 2), ("b/kernel", 5)):
         assert found[f"rank/{path}"] == found[f"signal/{path}"] == count
         fit = rmtjax.fit_bema(rmtjax.spectrum(PARAMS[path[0]]["kernel"]))
@@ -103,9 +103,12 @@ def test_works_under_jit_and_scan():
 def test_each_matrix_of_a_stack_has_its_own_fit():
     stack = {"layers": {"kernel": jnp.stack([PARAMS[name]["kernel"] for name in "ab"])}}
     axes = lambda path, leaf: rmtjax.KernelAxes((1,), (2,), batch=(0,))
-    found = rmtjax.metrics(after_a_step(rmtjax.prune_spectrum(every=1, axes=axes), stack))
+    found = rmtjax.metrics(
+        after_a_step(rmtjax.prune_spectrum(every=1, max_removed=1.0, axes=axes), stack)
+    )
     assert found.pop("rank/layers/kernel") == 5  # one rank, that of the richest
     assert found.pop("signal/layers/kernel") == 5
+    assert found.pop("refused/layers/kernel") == 0
     # Of the sum of the squares of both, what lies beyond that rank.
     values = np.linalg.svd(np.asarray(stack["layers"]["kernel"]), compute_uv=False) ** 2
     lost = values[:, 5:].sum() / values.sum()
@@ -153,7 +156,7 @@ def test_what_is_no_state_or_two_of_one_path_is_refused():
 def test_a_model_of_linen_compiles_once():
     module = nn.Dense(60)
     params = module.init(jax.random.key(0), jnp.ones((1, 80)))["params"]
-    optimizer = optax.chain(optax.adam(0.1), rmtjax.prune_spectrum(every=2))
+    optimizer = optax.chain(optax.adam(0.1), rmtjax.prune_spectrum(every=2, max_removed=1.0))
     state = optimizer.init(params)
 
     @jax.jit
@@ -167,23 +170,15 @@ def test_a_model_of_linen_compiles_once():
     assert step._cache_size() == 1
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the examples write, the later ones reading what the first has written."""
-    return tmp_path_factory.mktemp("live")
-
-
-@pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=["json", "figure", "tensorboard"])
-def test_examples_print_what_stands_under_them(code, printed, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    with redirect_stdout(output := StringIO()):
-        exec(compile(code, "training_live.md", "exec"), {})
-    assert output.getvalue() == printed
-
-
-def test_lines_of_the_log_are_strict_json(folder):
+def test_examples_print_what_stands_under_them(tmp_path, monkeypatch):
+    """All in one folder: the later ones read the log that the first has written."""
+    monkeypatch.chdir(tmp_path)
+    for code, printed in EXAMPLES:
+        with redirect_stdout(output := StringIO()):
+            exec(compile(code, "training_live.md", "exec"), {})
+        assert output.getvalue() == printed
     refuse = lambda constant: pytest.fail(f"{constant} is no JSON")
-    lines = (folder / "log.jsonl").read_text().splitlines()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [record["step"] for record in records] == [25, 50, 75, 100, 125, 150]
     assert records[0]["rank/Dense_0/kernel"] == 60

@@ -99,7 +99,7 @@ def test_a_refit_carries_what_it_cannot_fit():
     ],
 )
 def test_a_kernel_is_pruned_when_its_count_has_settled(settled, counts, first, wrap):
-    optimizer = prune_spectrum(1, settled=settled, rule=ranks.bema(level=0.001))
+    optimizer = prune_spectrum(1, settled=settled, max_removed=1.0, rule=ranks.bema(level=0.001))
     states, landed = land_on(optimizer, [planted(count) for count in counts], wrap)
     assert [int(state.signal["kernel"]) for state in states] == counts
     pruned = [int(state.ranks["kernel"]) < 120 for state in states]
@@ -110,7 +110,7 @@ def test_a_kernel_is_pruned_when_its_count_has_settled(settled, counts, first, w
 
 
 def test_a_settled_kernel_is_judged_by_the_noise_of_its_own_time():
-    optimizer = prune_spectrum(1, settled=0.0)
+    optimizer = prune_spectrum(1, settled=0.0, max_removed=1.0)
     states, _ = land_on(optimizer, [planted(2, noise=0.2), planted(4), planted(4)])
     assert np.isnan(states[0].fits["kernel"].threshold)
     assert np.isnan(states[1].fits["kernel"].threshold)
@@ -118,7 +118,7 @@ def test_a_settled_kernel_is_judged_by_the_noise_of_its_own_time():
 
 
 def test_every_kernel_settles_in_its_own_time():
-    optimizer = prune_spectrum(1, settled=0.0, rule=ranks.bema(level=0.001))
+    optimizer = prune_spectrum(1, settled=0.0, max_removed=1.0, rule=ranks.bema(level=0.001))
     early, late = [3, 3, 3, 3], [1, 2, 4, 4]
     params = {"a": {"kernel": jnp.zeros(SHAPE)}, "b": {"kernel": jnp.zeros(SHAPE)}}
     state, seen = optimizer.init(params), []
@@ -167,4 +167,4 @@ def test_a_wrong_noise_is_an_error(noise):
 @pytest.mark.parametrize("settled", [-0.1, 1.0, 2.0, float("nan")])
 def test_a_wrong_share_of_change_is_an_error(settled):
     with pytest.raises(ValueError, match=r"`settled` must be None or in \[0, 1\)"):
-        prune_spectrum(1, settled=settled)
+        prune_spectrum(1, settled=settled, max_removed=1.0)

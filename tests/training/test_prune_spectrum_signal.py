@@ -20,7 +20,7 @@ SHAPE, SIZE, BLOCK = (1000, 1008), 1000, 96
 def regrown(num_spikes=3, **options):
     """Parameters a while after their first pruning, and the state of that."""
     params = {"kernel": planted(shape=SHAPE, num_spikes=num_spikes)}
-    optimizer = prune_spectrum(1, **options)
+    optimizer = prune_spectrum(1, max_removed=1.0, **options)
     still = optax.tree.zeros_like(params)
     updates, state = optimizer.update(still, optimizer.init(params), params)
     noise = jnp.asarray(0.01 * np.random.default_rng(2).normal(size=SHAPE), jnp.float32)

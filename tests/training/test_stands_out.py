@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import rmtjax
-from rmtjax import prune_spectrum, ranks
+from rmtjax import ranks
 
 SHAPE, LOOKS, LEVEL = (60, 90), 40, 0.01
+prune_spectrum = functools.partial(rmtjax.prune_spectrum, 1, max_removed=1.0)
 noise = lambda seed, shape=SHAPE: jax.random.normal(jax.random.key(seed), shape)
 
 
@@ -34,7 +35,7 @@ def grows_rows_first(look, kernel, new):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def is_cut(seeds, drift, looks):
     """For each seed, whether a kernel of pure noise is cut while it drifts."""
-    optimizer = prune_spectrum(1, rule=ranks.bema(level=LEVEL))
+    optimizer = prune_spectrum(rule=ranks.bema(level=LEVEL))
 
     def of_seed(seed):
         def step(carry, look):
@@ -78,7 +79,7 @@ def spiked(seed, scale=1.0, strength=3.0):
 
 def test_the_noise_is_that_of_the_first_cut():
     kernels = [noise(0), 2 * noise(1), spiked(2, scale=3.0), 5 * noise(3)]
-    states = land_on(prune_spectrum(1), kernels)
+    states = land_on(prune_spectrum(), kernels)
     fits = [state.fits["kernel"] for state in states]
     assert np.isnan([fit.threshold for fit in fits]).tolist() == [True, True, False, False]
     fresh = rmtjax.fit_bema(rmtjax.spectrum(kernels[2]))
@@ -101,7 +102,7 @@ LOCAL = {
 @pytest.mark.parametrize("kernel", LOCAL.values(), ids=LOCAL)
 @pytest.mark.parametrize("turned", [False, True])
 def test_signal_is_found_at_the_first_look_wherever_it_lies(kernel, turned):
-    (state,) = land_on(prune_spectrum(1), [kernel.T if turned else kernel])
+    (state,) = land_on(prune_spectrum(), [kernel.T if turned else kernel])
     assert int(state.ranks["kernel"]) == int(state.signal["kernel"]) == 1
 
 
@@ -111,22 +112,22 @@ def test_noise_whose_rows_differ_in_scale_has_no_signal(rule):
     kernel = scales * noise(0, (240, 360))
     # The law alone finds some, and accepts the fit.
     assert int(ranks.bema()(rmtjax.spectrum(kernel))) > 0
-    (state,) = land_on(prune_spectrum(1, rule=rule), [kernel])
+    (state,) = land_on(prune_spectrum(rule=rule), [kernel])
     assert int(state.ranks["kernel"]) == 240
 
 
 def test_the_level_is_spread_over_the_looks():
     """What stands out by little at the first look does not stand out at the fortieth."""
     weak = spiked(0, strength=WEAK)
-    first = land_on(prune_spectrum(1), [weak])[-1]
-    last = land_on(prune_spectrum(1), [noise(seed) for seed in range(1, 40)] + [weak])[-1]
+    first = land_on(prune_spectrum(), [weak])[-1]
+    last = land_on(prune_spectrum(), [noise(seed) for seed in range(1, 40)] + [weak])[-1]
     assert int(first.signal["kernel"]) == int(last.signal["kernel"]) == 1
     assert (int(first.ranks["kernel"]), int(last.ranks["kernel"])) == (1, 60)
 
 
 def test_looks_are_counted_from_the_start():
     weak = spiked(0, strength=WEAK)
-    late = prune_spectrum(1, start=40)
+    late = prune_spectrum(start=40)
     state = land_on(late, [noise(seed) for seed in range(1, 40)] + [weak])[-1]
     assert int(state.ranks["kernel"]) == 1
 
@@ -135,6 +136,34 @@ def test_the_level_is_that_of_the_whole_stack():
     weak = spiked(0, strength=WEAK)
     stack = jnp.stack([weak, *(noise(seed) for seed in range(1, 20))])
     axes = lambda path, leaf: rmtjax.KernelAxes((1,), (2,), (0,))
-    (state,) = land_on(prune_spectrum(1, axes=axes), [stack])
+    (state,) = land_on(prune_spectrum(axes=axes), [stack])
     assert int(state.signal["kernel"]) == 1
     assert int(state.ranks["kernel"]) == 60
+
+
+@pytest.mark.parametrize(("most", "rank"), [(0.4, 60), (0.6, 1)])
+def test_a_cut_that_would_take_too_much_is_refused_and_told(most, rank):
+    kernel = spiked(0, strength=7.0)
+    squares = np.linalg.svd(kernel, compute_uv=False) ** 2
+    share = 1 - squares[0] / squares.sum()
+    (state,) = land_on(prune_spectrum(max_removed=most), [kernel])
+    found = rmtjax.metrics(state)
+    assert int(found["rank/kernel"]) == rank
+    refused, made = (0.0, share) if rank == 1 else (share, 0.0)
+    np.testing.assert_allclose(found["refused/kernel"], refused, rtol=1e-4)
+    np.testing.assert_allclose(found["removed/kernel"], made, rtol=1e-4)
+    # A kernel that is left alone carries no noise level, and is tried again.
+    assert np.isnan(found["threshold/kernel"]) == (rank == 60)
+
+
+def test_a_kernel_that_was_cut_is_guarded_too():
+    kernels = [spiked(0, strength=7.0), spiked(0, strength=4.0)]
+    states = land_on(prune_spectrum(max_removed=0.6), kernels)
+    assert [int(state.ranks["kernel"]) for state in states] == [1, 1]
+    assert float(states[1].refused["kernel"]) > 0.6 > float(states[1].removed["kernel"])
+    np.testing.assert_array_equal(states[1].fits["kernel"], states[0].fits["kernel"])
+
+
+def test_a_wrong_share_is_refused():
+    with pytest.raises(ValueError, match=r"`max_removed` must be in \[0, 1\], got 1.5"):
+        prune_spectrum(max_removed=1.5)
