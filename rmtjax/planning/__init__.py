@@ -25,7 +25,11 @@ from rmtjax.planning._kernels import (
     register_factor_layers as register_factor_layers,
     to_predicate as to_predicate,
 )
-from rmtjax.planning._options import check_count as check_count, PlanOptions as PlanOptions
+from rmtjax.planning._options import (
+    check_count as check_count,
+    check_share as check_share,
+    PlanOptions as PlanOptions,
+)
 from rmtjax.planning._plan import make_plan as make_plan, plan as plan
 from rmtjax.planning._rows import (
     check_plan as check_plan,

@@ -19,6 +19,13 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
 
+def check_share(name: str, value: Any, meaning: str, *, below_one: bool = False) -> None:
+    """Raises ValueError unless a number is in [0, 1]. Arrays may be traced and are not checked."""
+    if not isinstance(value, jax.Array) and not (0 <= value < 1 or (value == 1 and not below_one)):
+        end = ")" if below_one else "]"
+        raise ValueError(f"`{name}` must be in [0, 1{end}, got {value}: the share of {meaning}.")
+
+
 def _check_fits(fits: Any) -> None:
     if not isinstance(fits, Mapping):
         raise TypeError(
@@ -55,11 +62,7 @@ class PlanOptions:
 
     def __post_init__(self):
         check_rule(self.rule)
-        if not 0 <= self.keep <= 1:
-            raise ValueError(
-                f"`keep` must be in [0, 1], got {self.keep}: the share of the directions that are "
-                "not signal and stay all the same."
-            )
+        check_share("keep", self.keep, "the directions that are not signal and stay all the same")
         if self.shrink is not None and not callable(self.shrink):
             raise TypeError(
                 "`shrink` must be a function such as `rmtjax.shrinkage.frobenius`, or None, got "

@@ -12,20 +12,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from rmtjax._types import Where
-from rmtjax.planning import find_kernels, path_name
+from rmtjax.planning import check_share, find_kernels, path_name
 
 LAST = np.uint32(2**32 - 1)  # a place behind that of every entry: there are less than 2**31
 
 Masks = dict[str, Bool[Array, "..."]]
 
 
-def check_share(sparsity: Any) -> None:
-    """Raises ValueError if a share is out of range. Arrays may be traced and are not checked."""
-    if not isinstance(sparsity, jax.Array) and not 0 <= sparsity < 1:
-        raise ValueError(
-            f"`sparsity` must be in [0, 1), got {sparsity}: it is the share of the entries of all "
-            "chosen kernels together that are set to zero."
-        )
+def check_sparsity(sparsity: Any) -> None:
+    """Raises ValueError if a share of entries is out of range."""
+    meaning = "the entries of all chosen kernels together that are set to zero"
+    check_share("sparsity", sparsity, meaning, below_one=True)
 
 
 def find_floating(params: PyTree, where: Where | None) -> dict[str, Array]:
@@ -94,8 +91,8 @@ def _keys(kernel, mask, weight, dtype) -> UInt[Array, "..."]:
 def _cut(keys: dict[str, UInt[Array, "..."]], count: Int[Array, ""]):
     """Returns the largest cut with at most `count` keys below it, and how many are missing.
 
-    A bisection by bits. It is exact and needs only sums. Entries are not sorted or copied into one
-    array, so that sharded kernels stay on their devices.
+    A bisection by bits needs only sums. Entries are not copied, so that sharded kernels stay on
+    their devices.
     """
     dtype = next(iter(keys.values())).dtype
     bits = 8 * dtype.itemsize

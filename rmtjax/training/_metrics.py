@@ -71,14 +71,9 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       >>> params = {"Dense_0": {"kernel": 1 + jax.random.normal(jax.random.key(1), (80, 60))}}
       >>> optimizer = optax.chain(optax.sgd(0.0), rmtjax.prune_spectrum(every=1))
       >>> _, state = optimizer.update(params, optimizer.init(params), params)
-      >>> for name, value in rmtjax.metrics(state).items():
-      ...     print(f"{name} {value:.3g}")
-      rank/Dense_0/kernel 1
-      signal/Dense_0/kernel 1
-      threshold/Dense_0/kernel 3.76
-      distance/Dense_0/kernel 0.0409
-      removed/Dense_0/kernel 0.493
-      refused/Dense_0/kernel 0
+      >>> numbers = rmtjax.metrics(state)
+      >>> print(numbers["rank/Dense_0/kernel"], f"{numbers['removed/Dense_0/kernel']:.2f}")
+      1 0.49
     """
     numbers, fits = {}, noise_levels(opt_state)
     for path, state in _state_of_each_kernel(opt_state).items():
@@ -98,14 +93,11 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
     truncated spectrum would seem to have little noise and many spikes.
 
     Args:
-      opt_state: As in `metrics`.
+      opt_state: As in `metrics`, with the same errors.
 
     Returns:
-      Path to `BulkFit`, NaN for a kernel without an accepted fit. The fields of a stack of matrices
+      Path to `BulkFit`, NaN for a kernel before its first cut. The fields of a stack of matrices
       are arrays with an entry for each matrix.
-
-    Raises:
-      ValueError: `opt_state` has no `PruneState`, or two with the same path.
 
     Examples:
       >>> import jax, optax, rmtjax

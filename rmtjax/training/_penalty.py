@@ -25,10 +25,9 @@ def penalty(
     `Factors` count as the kernel that they stand for: the loss does not jump when a kernel is
     factorized. Each call multiplies them out, with m r n multiplications.
 
-    For squares alone prefer `optax.add_decayed_weights(2 * l2, mask)` in the chain. Before
-    `optax.sgd` it gives the same updates, and the loss stays as it is. `optax.adamw` applies decay
-    apart from the gradients, whereas Adam rescales the gradient of this term with the rest. Neither
-    term makes entries exactly zero: `rmtjax.prune_entries` does.
+    For squares alone prefer `optax.add_decayed_weights(2 * l2, mask)` before `optax.sgd`, or
+    `optax.adamw`: Adam would rescale the gradient of this term with the rest. Neither term makes
+    entries exactly zero: `rmtjax.prune_entries` does.
 
     Args:
       params: A tree of arrays or `Factors`.
@@ -38,9 +37,6 @@ def penalty(
 
     Returns:
       A scalar in float32 at least, differentiable. At 0 the gradient of a magnitude is 0.
-
-    Raises:
-      ValueError: `l1` or `l2` is negative.
 
     Examples:
       >>> import jax.numpy as jnp, rmtjax

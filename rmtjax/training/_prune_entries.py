@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._types import Where
-from rmtjax.planning import check_count
-from rmtjax.training._masks import check_share, find_floating, pick, pick_masks, shrink
-from rmtjax.training._updates import is_due, is_placeholder, moving_kernels, replaced
+from rmtjax.planning import check_count, map_kernels
+from rmtjax.training._masks import check_sparsity, find_floating, pick, pick_masks, shrink
+from rmtjax.training._updates import is_due, is_placeholder, moving_kernels
 
 Sparsity = ArrayLike | Callable[[Any], ArrayLike]
 Weights = Mapping[str, ArrayLike] | Callable[[Any], Mapping[str, ArrayLike]]
@@ -69,8 +69,8 @@ def prune_entries(
       transition_steps=5000)`, and `every=100`.
     - A mask made beforehand: `prune_entries(mask=mask)`.
 
-    Put it after `rmtjax.prune_spectrum` if the chain has both. Kernels are then sparse, and only
-    nearly of low rank. To freeze complete leaves, use `optax.freeze`.
+    After `rmtjax.prune_spectrum` in a chain, kernels are sparse, and only nearly of low rank. To
+    freeze complete leaves, use `optax.freeze`.
 
     Args:
       sparsity: Share of the entries of all chosen kernels together that are zero, in [0, 1); or an
@@ -104,20 +104,17 @@ def prune_entries(
       >>> for _ in range(3):
       ...     updates, state = optimizer.update(params, state, params)
       ...     params = optax.apply_updates(params, updates)
-      ...     print(f"{(params['Dense_0']['kernel'] == 0).mean():.2f}")
-      0.00
-      0.90
+      >>> print(f"{(params['Dense_0']['kernel'] == 0).mean():.2f}")
       0.90
 
     References:
-      Zhu and Gupta (2017), https://arxiv.org/abs/1710.01878, for the schedule. Berlyand, Sandier,
-      Shmalo and Zhang (2023), https://arxiv.org/abs/2310.03165, keep no mask: there, removed
-      entries grow again.
+      Zhu and Gupta (2017), https://arxiv.org/abs/1710.01878, for the schedule. Without a mask
+      removed entries grow again, as in https://arxiv.org/abs/2310.03165.
     """
     check_count("every", every)
     check_count("start", start, 0)
     if not callable(sparsity):
-        check_share(sparsity)
+        check_sparsity(sparsity)
 
     def init_fn(params: PyTree) -> PruneEntriesState:
         step = jnp.zeros((), jnp.int32)
@@ -138,6 +135,7 @@ def prune_entries(
         masks = {path: state.masks[path] for path in kernels}
         due = is_due(step, every, start)
         chosen, masks = _prune_if(due, kernels, chosen, masks, divisors, share)
-        return replaced(updates, chosen), PruneEntriesState(step, {**state.masks, **masks})
+        updates = map_kernels(lambda path, _: chosen[path], updates, chosen)
+        return updates, PruneEntriesState(step, {**state.masks, **masks})
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import check_count, find_kernels, obstacle
+from rmtjax.planning import check_count, check_share, find_kernels, map_kernels, obstacle
 from rmtjax.training._pruning_step import KernelState, prune_if, StepNumbers, StepOptions, unpruned
-from rmtjax.training._updates import is_due, is_placeholder, moving_kernels, replaced
+from rmtjax.training._updates import is_due, is_placeholder, moving_kernels
 
 Noise = Literal["first", "refit"]
 Keep = ArrayLike | Callable[[Any], ArrayLike]
@@ -25,15 +25,12 @@ class PruneState(NamedTuple):
 
     Attributes:
       step: Number of updates seen.
-      fits: Path to the noise level that is carried for that kernel; NaN before the first cut.
-        For a stack of matrices an array with an entry each. See `rmtjax.noise_levels`.
+      fits: Path to the noise level that is carried; NaN before the first cut. For a stack of
+        matrices an array with an entry each. See `rmtjax.noise_levels`.
       ranks: Path to the rank after the last pruning; full before.
-      signal: Path to the number of signal directions at the last pruning step, whether the kernel
-        was pruned then or not; 0 before.
-      removed: Path to the share of the sum of squares that the last pruning step has removed, in
-        [0, 1); 0 before, and for a kernel that was left alone.
-      refused: Path to the share that the last pruning step would have removed, if `max_removed` did
-        not allow it; 0 otherwise.
+      signal: Path to the number of signal directions at the last pruning step; 0 before.
+      removed: Path to the share of the squares that it has removed, in [0, 1).
+      refused: Path to the share that it would have removed, if `max_removed` did not allow it.
     """
 
     step: Int[Array, ""]
@@ -56,32 +53,14 @@ def _check(every, start, keep, noise, settled, max_removed, min_rank, min_size) 
             'static_args=("rule", "min_size", "where", "axes")).'
         )
     check_count("min_size", min_size)
-    if not callable(keep) and not isinstance(keep, jax.Array) and not 0 <= keep <= 1:
-        raise ValueError(
-            f"`keep` must be in [0, 1] or a schedule, got {keep}: the share of the directions "
-            "that are not signal and stay."
-        )
-    if not isinstance(max_removed, jax.Array) and not 0 <= max_removed <= 1:
-        raise ValueError(
-            f"`max_removed` must be in [0, 1], got {max_removed}: the largest share of its sum of "
-            "squares that a kernel may lose in one cut."
-        )
+    if not callable(keep):
+        check_share("keep", keep, "the directions that are not signal and stay")
+    check_share("max_removed", max_removed, "its squares that a kernel may lose in one cut")
     if noise not in get_args(Noise):
         raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
-    if settled is not None and not isinstance(settled, jax.Array) and not 0 <= settled < 1:
-        raise ValueError(
-            f"`settled` must be None or in [0, 1), got {settled}: the relative change of the "
-            "number of signal directions up to which a kernel is ready to be pruned."
-        )
-
-
-def _matrices(params: PyTree, where, axes, min_size: int) -> dict[str, MatrixView]:
-    """Returns the kernels that can be pruned: factors and small ones cannot."""
-    return {
-        path: view
-        for path, view in find_kernels(params, where, axes).items()
-        if isinstance(view, MatrixView) and not view.is_factored and not obstacle(view, min_size)
-    }
+    if settled is not None:
+        meaning = "its signal directions by which a kernel that is ready for a cut may change"
+        check_share("settled", settled, meaning, below_one=True)
 
 
 def _by_field(paths: Iterable[str], states: Iterable[KernelState]) -> list[dict[str, Any]]:
@@ -112,14 +91,13 @@ def prune_spectrum(
     is $r = K + \lfloor keep \cdot (p - K) \rfloor$. Arrays keep their shapes, so that nothing is
     compiled again as ranks change; `rmtjax.factorize` makes them smaller after training.
 
-    A kernel carries the noise level of its first cut. A truncated spectrum, fitted as if it were
-    complete, would seem to have little noise and many spikes. A kernel is left alone, and tried
-    again later, if its fit is refused, if nothing stands out of the noise, or if the cut would take
-    most of it. The level of the rule holds over all looks together: at look j it is
-    $level / (j (j + 1))$. Noise whose rows or columns differ in scale is no signal.
+    A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
+    It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
+    noise, or if the cut would take most of it. The level of the rule holds over all looks together:
+    at look j it is $level / (j (j + 1))$. Noise whose rows or columns differ in scale is no signal.
 
-    Choose a late `start`, or let `settled` find it. Training must first lift the directions that a
-    network needs above its initial noise. An earlier cut removes what it would have learnt with.
+    Choose a late `start`, or let `settled` find it: training must first lift the directions that a
+    network needs above its initial noise.
 
     Args:
       every: Pruning period in steps, at least 1. Steps are counted from 1, as this transform sees
@@ -129,19 +107,15 @@ def prune_spectrum(
       keep: Share of the directions that are not signal and stay, in [0, 1]; or an optax schedule of
         it, called with the number of steps before this one. The papers have 0.45, or
         `optax.linear_schedule(1.0, 0.0, N * steps_per_epoch)` with N of 200, 300 and 1000.
-      noise: "first" carries the noise level of the first cut. "refit" replaces it at each pruning
-        step by an accepted fit of the ranks that the last pruning has left, if they are enough. It
-        follows a scale that weight decay or normalization changes. It needs `keep` above 0.
+      noise: "first" carries the noise level of the first cut. "refit" fits the ranks that the last
+        pruning has left, if `keep` leaves enough: it follows a scale that weight decay changes.
       settled: In [0, 1). `settled=0.2` waits with the first pruning of a kernel until its number of
         signal directions changes by at most 20 % between two checks; `start` is the first. Set
         `every` to about one epoch: if checks are more frequent, it seems stable too soon.
-      max_removed: Largest share of its sum of squares that a kernel may lose in one cut, in [0, 1].
-        A cut that would take more is refused: the kernel is left alone, and tried again later. 1
-        allows every cut; so do rules without a noise level. `rmtjax.metrics` tells what was refused.
-      where: Chooses the kernels, as in `rmtjax.plan`: a function `where(path, leaf)`, a regular
-        expression for paths, or a mask with the structure of `params`.
-      axes: Names the axes that make a kernel a matrix, as in `rmtjax.plan`. The matrices of a stack
-        get one rank, the largest that one of them needs.
+      max_removed: Largest share of its squares that a kernel may lose in one cut, in [0, 1]. A cut
+        that would take more is refused, as `rmtjax.metrics` tells, and tried again later. 1 allows
+        every cut, and so do rules without a noise level.
+      where, axes: As in `rmtjax.plan`. The matrices of a stack get one rank, the largest needed.
       min_rank: Smallest rank, at least 1.
       min_size: Kernels with a shorter short side are left alone.
 
@@ -159,10 +133,8 @@ def prune_spectrum(
     Examples:
       >>> import jax, optax, rmtjax
       >>> params = {"Dense_0": {"kernel": 1 + jax.random.normal(jax.random.key(0), (80, 60))}}
-      >>> optimizer = optax.chain(
-      ...     optax.sgd(0.1, momentum=0.9),
-      ...     rmtjax.prune_spectrum(every=2, keep=optax.linear_schedule(0.5, 0.0, 100)),
-      ... )
+      >>> keep = optax.linear_schedule(0.5, 0.0, 100)
+      >>> optimizer = optax.chain(optax.sgd(0.1, 0.9), rmtjax.prune_spectrum(every=2, keep=keep))
       >>> state = optimizer.init(params)
       >>> for _ in range(2):
       ...     updates, state = optimizer.update(params, state, params)
@@ -179,7 +151,12 @@ def prune_spectrum(
     rule = ranks.bema() if rule is None else rule
     check_rule(rule)
     options = StepOptions(rule, noise, waits=settled is not None)
-    find = lambda params: _matrices(params, where, axes, min_size)
+
+    def find(params: PyTree) -> dict[str, MatrixView]:
+        """Returns the kernels that can be pruned: factors and small ones cannot."""
+        views = find_kernels(params, where, axes)
+        fine = lambda view: not (view.is_factored or obstacle(view, min_size))
+        return {p: view for p, view in views.items() if isinstance(view, MatrixView) and fine(view)}
 
     def init_fn(params: PyTree) -> PruneState:
         step = jnp.zeros((), jnp.int32)
@@ -207,6 +184,7 @@ def prune_spectrum(
         # Kernels without an update, and those that were factorized since, keep their state.
         fields = (old | new for old, new in zip(fields, _by_field(views, states), strict=True))
         new = dict(zip(views, new, strict=True))
-        return replaced(updates, new), PruneState(step, *fields)
+        updates = map_kernels(lambda path, _: new[path], updates, new)
+        return updates, PruneState(step, *fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

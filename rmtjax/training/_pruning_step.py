@@ -98,12 +98,12 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
         test = lambda: stands_out(matrices, spectra, fit, jnp.asarray(numbers.look), options.rule)
         ready = lax.cond(ready & (rank < size) & ~was_cut, test, lambda: ready)
     share = jnp.where(ready & (rank < size), _removed(s, matrices, rank), 0)
-    excessive = (share > numbers.max_removed) & options.rule.needs_noise
-    ready &= ~excessive
+    if options.rule.needs_noise:
+        ready &= share <= numbers.max_removed
     # The noise is that of the first cut. Until then nothing is remembered.
     carry = (ready & (rank < size)) | was_cut
     fit = jax.tree.map(lambda new, old: jnp.where(carry, new, old), fit, state.fit)
-    return rank, (fit, signal, rank, ready, jnp.where(excessive, share, 0))
+    return rank, (fit, signal, rank, ready, share)
 
 
 def _removed(s, matrices, rank) -> Float[Array, ""]:
@@ -111,7 +111,9 @@ def _removed(s, matrices, rank) -> Float[Array, ""]:
     # Relative to the largest value no square overflows or underflows.
     scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
     kept = jnp.where(jnp.arange(s.shape[-1]) < rank, s / scale, 0)
-    return 1 - jnp.sum(jnp.square(kept)) / jnp.sum(jnp.square(matrices / scale))
+    total = jnp.sum(jnp.square(matrices / scale))
+    # A kernel of zeros has no share, and must not have a gradient of NaN.
+    return jnp.maximum(1 - jnp.sum(jnp.square(kept)) / jnp.where(total > 0, total, 1), 0)
 
 
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
@@ -126,17 +128,13 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     counts = type(options.rule) in _COUNTING_RULES and options.noise == "first"
     search = kept <= state.signal if counts else False
     judge = partial(_judge, matrices=matrices, state=state, numbers=numbers, options=options)
-    lower, s, (fit, signal, rank, ready, refused) = truncate_by(matrices, judge, floor, search)
+    lower, _, (fit, signal, rank, ready, share) = truncate_by(matrices, judge, floor, search)
     changed = ready & (rank < size)
-    # Relative to the largest value no square overflows or underflows.
-    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
-    squares = lambda stack: jnp.sum(jnp.square(stack / scale))
-    # Without a change the quotient may be 0 / 0, whose gradient would be NaN.
-    total = jnp.where(changed, squares(matrices), 1)
-    removed = jnp.where(changed, squares(matrices - lower) / total, 0).astype(state.removed.dtype)
+    share = share.astype(state.removed.dtype)
+    removed = jnp.where(changed, share, 0)
     # A kernel that is left alone still has the rank of an earlier pruning.
     rank = jnp.where(ready, rank, state.rank)
-    return lower, changed, KernelState(fit, rank, signal, removed, refused.astype(removed.dtype))
+    return lower, changed, KernelState(fit, rank, signal, removed, share - removed)
 
 
 def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes, options):

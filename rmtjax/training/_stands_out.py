@@ -1,9 +1,8 @@
 """Tests whether a kernel has signal, at a level that holds over all looks together.
 
-A transform looks at a kernel again and again until it cuts it. Noise that drifts gets a new chance
-at each look, so the level is spread over them. And the noise of a training run is seldom of one
-variance: rows that have trained for longer have more of it, and the largest eigenvalue is above the
-edge of the law. Draws of noise with the same row and column variances show by how much.
+Noise that drifts gets a new chance at each look, so the level is spread over them. And it is seldom
+of one variance: rows that have trained for longer have more of it, and the largest eigenvalue is
+above the edge of the law. Draws of noise with the same variances show by how much.
 """
 
 import math
@@ -56,14 +55,9 @@ def stands_out(
     r"""Returns True if a matrix of a stack has a direction that drifting noise would not have.
 
     The largest eigenvalue must exceed the threshold at $level / (b\, j (j + 1))$ for look j, which
-    sums to the level of the rule. Where noise with the variances of rows and columns reaches
-    beyond the edge of the law, the threshold is raised in proportion.
-
-    Args:
-      matrices: The stack; it is read only if the law alone finds signal.
-      spectra, fits: Of its matrices. `spectra.ratio` is that of each matrix.
-      look: Number of the look, from 1 on.
-      rule: The rank rule. The threshold of one without a level is not spread.
+    sums to the level of the rule. Without a level the threshold is not spread. Where noise with the
+    variances of rows and columns reaches beyond the edge of the law, it is raised in proportion.
+    The stack is read only if the law alone finds signal.
     """
     size, level = spectra.eigenvalues.shape[-1], getattr(rule, "level", None)
     spent = jnp.maximum((level or 1) / (len(matrices) * look * (look + 1)), _LEAST)

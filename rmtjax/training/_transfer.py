@@ -160,11 +160,10 @@ def transfer_opt_state(
       opt_state: State of an optimizer of `params`.
       params: The dense tree that `opt_state` belongs to.
       factorized: `rmtjax.factorize(params, plan)`.
-      moments: "project", as above, or "reset". The moments of a factorized kernel are then those of
+      moments: "project", as above, or "reset": those of a factorized kernel are then those of
         `optimizer.init`, and any field is allowed.
-      optimizer: The optimizer of `opt_state`. "reset" needs it, since a state does not show how it
-        started. "project" needs it if `optax.masked` or `partition` leave a factorized kernel out:
-        their mask may see one kernel or two factors.
+      optimizer: The optimizer of `opt_state`, for "reset", and for "project" if `optax.masked` or
+        `partition` leave a factorized kernel out: their mask may see one kernel or two factors.
 
     Returns:
       The state, with the structure, shapes and dtypes of `optimizer.init(factorized)`. The states
@@ -175,8 +174,8 @@ def transfer_opt_state(
         `optimizer` is missing or has another state.
 
     Note:
-      A step of size a moves the product by a multiple of a that grows with the singular values. A
-      learning rate that was high for the kernel may be too high for its factors.
+      A learning rate that was high for a kernel may be too high for its factors: a step moves their
+      product by a multiple of it that grows with the singular values.
       Reset a `trace` behind a transform that rescales, as in `optax.rmsprop(..., momentum=0.9)`,
       and the `nu` of Adamax and AdaBelief: they are not sums of gradients and of squares. A reset
       keeps Adam's count, so that its first steps are too long: prefer `optimizer.init`.

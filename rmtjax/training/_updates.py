@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
-from rmtjax.planning import leaves_by_path, map_kernels
+from rmtjax.planning import leaves_by_path
 
 
 def is_due(
@@ -41,8 +41,3 @@ def moving_kernels(updates: PyTree, params: PyTree, find, known: Mapping[str, An
             "`optimizer.init(params)` again, or choose the same kernels as before by `where`."
         )
     return kernels, {path: by_path[path] for path in kernels}
-
-
-def replaced(updates: PyTree, new: Mapping[str, Array]) -> PyTree:
-    """Returns the updates with new ones at some paths; all others are the same objects."""
-    return map_kernels(lambda path, _: new[path], updates, new)

@@ -7,6 +7,11 @@ the rest of the training.
 
 A threshold for entries keeps few large ones. It removes a direction of signal, which is spread over
 all entries; `rmtjax.truncate` keeps it.
+
+References:
+  Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608, for thresholds and
+  weights. Han, Pool, Tran and Dally (2015), https://arxiv.org/abs/1506.02626, for magnitudes; they
+  cut kernel by kernel.
 """
 
 import math
@@ -22,7 +27,14 @@ from rmtjax._axes import from_matrices, matrix_shape
 from rmtjax._types import Spectrum, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan, check_plan_fits, LayerPlan, Plan
-from rmtjax.training._masks import check_share, fill, find_floating, magnitudes, pick_masks, shrink
+from rmtjax.training._masks import (
+    check_sparsity,
+    fill,
+    find_floating,
+    magnitudes,
+    pick_masks,
+    shrink,
+)
 
 LEAST_WEIGHT = 0.1  # no kernel is spared more than tenfold
 
@@ -43,9 +55,7 @@ def entry_threshold(
     $\xi = \sqrt{2 \sigma^2 \log(2 m n / \delta)}$.
 
     For $W = S + R$ with independent Gaussian noise $R$, with probability at least $1 - \delta$ no
-    entry where $S_{ij} = 0$ passes $|W_{ij}| > \xi$, and all where $|S_{ij}| > 2 \xi$ do. The bound
-    is $P(|g| > x) \le 2 e^{-x^2/2}$ for each entry. Noise passes with probability near
-    $0.4\, \delta \sigma / \xi$.
+    entry where $S_{ij} = 0$ passes $|W_{ij}| > \xi$, and all where $|S_{ij}| > 2 \xi$ do.
 
     Args:
       variance: $\sigma^2$ of an entry of the noise, at least 0, as `BulkFit.variance`.
@@ -62,9 +72,6 @@ def entry_threshold(
       >>> import rmtjax
       >>> print(f"{rmtjax.sparsity.entry_threshold(1.0, (784, 1000)):.3f}")
       5.876
-
-    References:
-      Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608.
     """
     if not 0 < delta < 1:
         raise ValueError(
@@ -103,7 +110,7 @@ def threshold_mask(
     r"""Keeps the entries above `entry_threshold`, by the noise level of each kernel's plan.
 
     Args:
-      params: The tree that the plan was made from, or one of the same shapes.
+      params: The tree of the plan.
       plan: From `rmtjax.plan`. All entries of kernels without a fit are kept.
       delta: For each matrix, the bound on the probability that noise passes, in (0, 1).
       rule: The rule of the plan. All entries of a matrix whose fit it refuses are kept.
@@ -113,7 +120,6 @@ def threshold_mask(
 
     Raises:
       ValueError: `delta` is out of range, or the plan is for another tree or from a file.
-      TypeError: `plan` is not a plan, or `rule` not a rank rule.
 
     Examples:
       >>> import jax, rmtjax
@@ -122,10 +128,6 @@ def threshold_mask(
       >>> mask = rmtjax.sparsity.threshold_mask(params, rmtjax.plan(params))
       >>> int(mask["Dense_0"]["kernel"].sum())
       20
-
-    References:
-      Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608. The code of
-      their earlier papers sweeps one threshold for all kernels by hand.
     """
     check_plan(plan)
     check_rule(rule)
@@ -146,7 +148,7 @@ def _edges(plan: Plan) -> dict[str, np.ndarray]:
     known = np.concatenate([np.zeros(0), *edges.values()])
     known = known[np.isfinite(known)]
     mean, deviation = (known.mean(), known.std()) if known.size else (0.0, 0.0)
-    # If all edges are equal, the deviation is rounding, and dividing by it would make weights.
+    # If all edges are equal, the deviation is rounding, and would make weights.
     scale = deviation if deviation > 1e-6 * mean else np.inf
     score = lambda edge: np.where(np.isfinite(edge), edge - mean, 0) / scale
     return {path: score(edge) for path, edge in edges.items()}
@@ -178,10 +180,6 @@ def edge_weights(
     Returns:
       Path to weight for each kernel of the plan; for a stack an array that broadcasts.
 
-    Raises:
-      ValueError: A number is out of range.
-      TypeError: `plan` is not a plan.
-
     Examples:
       >>> import jax, rmtjax
       >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
@@ -190,13 +188,11 @@ def edge_weights(
       >>> {path: round(float(weight), 3) for path, weight in weights.items()}
       {'a/kernel': 1.5, 'b/kernel': 0.5}
 
-    References:
-      Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608. The defaults
-      are theirs for sparsities from 0.2 to 0.4, chosen on vision transformers; from 0.4 to 0.55
-      they use 1.25 and 0.7.
+    The defaults are those of the paper for sparsities from 0.2 to 0.4, chosen on vision
+    transformers; from 0.4 to 0.55 it has 1.25 and 0.7.
     """
     check_plan(plan)
-    check_share(sparsity)
+    check_sparsity(sparsity)
     if strength < 0 or until <= 0 or power <= 0:
         raise ValueError(
             "`strength` must be at least 0 and `until` and `power` above 0, got "
@@ -229,7 +225,7 @@ def magnitude_mask(
       where: Chooses the kernels, as in `rmtjax.plan`.
 
     Returns:
-      A tree of booleans, True where an entry stays.
+      A mask.
 
     Raises:
       ValueError: `sparsity` is out of range, or `weights` or `mask` is for another tree.
@@ -241,12 +237,8 @@ def magnitude_mask(
       >>> print(jax.tree.map(jnp.multiply, params, mask)["kernel"])
       [[3. 0.]
        [0. 2.]]
-
-    References:
-      Han, Pool, Tran and Dally (2015), https://arxiv.org/abs/1506.02626. They cut kernel by kernel;
-      this function has one cut for all kernels.
     """
-    check_share(sparsity)
+    check_sparsity(sparsity)
     kernels = find_floating(params, where)
     masks = shrink(kernels, pick_masks(mask, kernels), weights, sparsity)
     return fill(params, masks)
