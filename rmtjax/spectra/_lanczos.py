@@ -137,27 +137,31 @@ def _iterate(matrix: Float[Array, "m n"], drawn: int) -> tuple[Float[Array, " p"
 def largest_eigenvalue(matrix: Float[Array, "m n"], steps: int = 48) -> Float[Array, ""]:
     """Returns $s_1^2 / n$ by Lanczos iteration; of noise it is right to five digits."""
     # No call of LAPACK, which may wait for ever under `vmap`: see `each`.
-    long = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    scale = jnp.maximum(jnp.abs(matrix).max(), jnp.finfo(matrix.dtype).tiny)
+    long = (matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T) / scale
     rows, size = long.shape
     steps = min(steps, size)
+    norm = lambda vector: jnp.maximum(jnp.linalg.norm(vector), jnp.finfo(vector.dtype).tiny)
 
     def step(i, state):
         basis, diagonal, beside, vector = state
         basis = basis.at[:, i].set(vector)
         image = matmul(long.T, matmul(long, vector)) / rows
         diagonal = diagonal.at[i].set(jnp.dot(vector, image))
-        for _ in range(2):  # rounding would bring back directions that were removed
-            image -= matmul(basis, matmul(basis.T, image))
-        norm = jnp.linalg.norm(image)
-        return basis, diagonal, beside.at[i].set(norm), image / jnp.where(norm > 0, norm, 1)
+        without = lambda vector: vector - matmul(basis, matmul(basis.T, vector))
+        image = without(image)
+        beside = beside.at[i].set(jnp.linalg.norm(image))
+        # Again: if nothing is left but rounding, that must not repeat the basis.
+        for _ in range(3):
+            image = without(image / norm(image))
+        return basis, diagonal, beside, image / norm(image)
 
     start = jax.random.normal(jax.random.key(0), (size,), long.dtype)
     zeros = jnp.zeros((size, steps), long.dtype), *[jnp.zeros(steps, long.dtype)] * 2
-    start = (*zeros, start / jnp.linalg.norm(start))
-    _, diagonal, beside, _ = lax.fori_loop(0, steps, step, start)
+    state = lax.fori_loop(0, steps, step, (*zeros, start / norm(start)))
     last = (steps - 1, steps - 1)
     find = partial(eigh_tridiagonal, eigvals_only=True, select="i", select_range=last)
-    return find(diagonal, beside[:-1])[0]
+    return find(state[1], state[2][:-1])[0] * scale**2
 
 
 def estimated_spectrum(

@@ -1,10 +1,9 @@
 """Pruning while training, for optax.
 
 Two transforms go last in a chain: `prune_spectrum` truncates kernels to their signal, and
-`prune_entries` sets small entries to zero. They take updates and parameters, and return updates and
-a state of arrays. `metrics` and `noise_levels` read that state. `transfer_opt_state` carries the
-state of an optimizer over to factorized kernels. `penalty` is a term of a loss, and `sparsity`
-makes masks of entries.
+`prune_entries` sets small entries to zero. `metrics` and `noise_levels` read their state.
+`transfer_opt_state` carries the state of an optimizer over to factorized kernels. `penalty` is a
+term of a loss, and `sparsity` makes masks of entries.
 """
 
 from rmtjax.training import sparsity as sparsity

@@ -60,8 +60,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
         any depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.
 
     Returns:
-      Arrays without axes by name, on the device. `jax.device_get` fetches all at once. Works under
-      `jit`.
+      Arrays without axes by name, on the device. `jax.device_get` fetches all. Works under `jit`.
 
     Raises:
       ValueError: `opt_state` has no `PruneState`, or two with the same path.

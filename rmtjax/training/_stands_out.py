@@ -19,7 +19,7 @@ from rmtjax.spectra import largest_eigenvalue
 
 _DRAWS = 4
 _LEAST = 1e-6  # the smallest level that float32 tells from 0
-_CAP = 1.5  # a row or a column with entries so many times the usual ones is taken for signal
+_CAP = 1.5  # times the median: a row or a column of a larger scale is taken for signal
 _SAMPLING = math.pi / 2 - 1  # n times the variance of the logarithm of a mean of n magnitudes
 
 
