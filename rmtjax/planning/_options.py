@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks, Shrink
@@ -15,14 +16,17 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises ValueError unless a number is an integer of at least `least`."""
     if isinstance(value, jax.Array):
         return  # it may be traced, as those that `optax.inject_hyperparams` injects
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
 
 def check_share(name: str, value: Any, meaning: str, *, below_one: bool = False) -> None:
     """Raises ValueError unless a number is in [0, 1]. Arrays may be traced and are not checked."""
-    if not isinstance(value, jax.Array) and not (0 <= value < 1 or (value == 1 and not below_one)):
-        end = ")" if below_one else "]"
+    if isinstance(value, jax.Array):
+        return
+    end, is_number = ")" if below_one else "]", isinstance(value, int | float | np.number)
+    if not is_number or not (0 <= value < 1 or (value == 1 and not below_one)):
         raise ValueError(f"`{name}` must be in [0, 1{end}, got {value}: the share of {meaning}.")
 
 

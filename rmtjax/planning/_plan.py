@@ -100,7 +100,7 @@ def _check_paths(name: str, by_path: Any, params: PyTree) -> None:
 
 def _given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkFit]:
     """Returns the noise levels that are known, as NumPy numbers."""
-    levels = fetch(dict(fits or {}))
+    levels = jax.tree.map(np.asarray, fetch(dict(fits or {})))
     given = {path: fit for path, fit in levels.items() if np.isfinite(fit.threshold).all()}
     for path in given.keys() & kernels.keys():
         kernel, count = kernels[path], np.size(given[path].threshold)

@@ -39,9 +39,7 @@ def _numbers(name: str, array: Array) -> dict[str, Array]:
 
 
 def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
-    """Returns the numbers of `rmtjax.prune_spectrum` for a log, from the state of an optimizer.
-
-    For each kernel
+    """Returns numbers on each kernel under `rmtjax.prune_spectrum`, for a log.
 
     - `rank/PATH`: the rank after the last pruning, full before;
     - `signal/PATH`: directions that stood out of the noise at the last pruning step, whether the
@@ -95,8 +93,7 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       opt_state: As in `metrics`, with the same errors.
 
     Returns:
-      Path to `BulkFit`, NaN for a kernel before its first cut. The fields of a stack of matrices
-      are arrays with an entry for each matrix.
+      Path to `BulkFit`, NaN before the first cut; of a stack with an entry for each matrix.
 
     Examples:
       >>> import jax, optax, rmtjax

@@ -67,10 +67,8 @@ def prune_entries(
     - Once, at step 1,000: `prune_entries(0.9, start=1000)`.
     - Gradually: a schedule, as `optax.polynomial_schedule(0.0, 0.9, power=3,
       transition_steps=5000)`, and `every=100`.
-    - A mask made beforehand: `prune_entries(mask=mask)`.
 
-    After `rmtjax.prune_spectrum` in a chain, kernels are sparse, and only nearly of low rank. To
-    freeze complete leaves, use `optax.freeze`.
+    After `rmtjax.prune_spectrum`, kernels are sparse and only nearly of low rank.
 
     Args:
       sparsity: Share of the entries of all chosen kernels together that are zero, in [0, 1); or an

@@ -25,8 +25,7 @@ class PruneState(NamedTuple):
 
     Attributes:
       step: Number of updates seen.
-      fits: Path to the noise level that is carried; NaN before the first cut. For a stack of
-        matrices an array with an entry each. See `rmtjax.noise_levels`.
+      fits: Path to the noise level that is carried, as `rmtjax.noise_levels` returns it.
       ranks: Path to the rank after the last pruning; full before.
       signal: Path to the number of signal directions at the last pruning step; 0 before.
       removed: Path to the share of the squares that it has removed, in [0, 1).
@@ -94,7 +93,7 @@ def prune_spectrum(
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
     noise, or if the cut would take most of it. The level of the rule holds over all looks together:
-    at look j it is $level / (j (j + 1))$. Noise whose rows or columns differ in scale is no signal.
+    at look j it is $level / (j (j + 1))$.
 
     Choose a late `start`, or let `settled` find it: training must first lift the directions that a
     network needs above its initial noise.
@@ -122,13 +121,12 @@ def prune_spectrum(
     Returns:
       A transformation with a `PruneState`. It takes any tree that optax takes, needs `params` in
       `update` and ignores extra arguments. It works inside `masked`, `partition`, `MultiSteps` and
-      `inject_hyperparams` (with callables and `min_size` as `static_args`). Under
-      `vmap` with a batched state every step costs a decomposition.
+      `inject_hyperparams` (with callables and `min_size` as `static_args`). Under `vmap` with a
+      batched state every step costs a decomposition.
 
     Raises:
       ValueError: A number is out of range, or `update` was called without `params` or with a kernel
         that `init` did not get.
-      TypeError: `rule` is not a rank rule.
 
     Examples:
       >>> import jax, optax, rmtjax
@@ -169,7 +167,8 @@ def prune_spectrum(
         del extra_args
         views, chosen = moving_kernels(updates, params, find, state.ranks)
         step = jnp.asarray(optax.safe_increment(state.step))
-        look = (step - jnp.where(jnp.asarray(start) > 0, start, every)) // every + 1
+        first = jnp.where(jnp.asarray(start) > 0, start, every)
+        look = jnp.asarray((step - first) // every + 1, jnp.int32)
         share = keep(state.step) if callable(keep) else keep
         _, *fields = state
         new, states = prune_if(

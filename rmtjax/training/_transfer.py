@@ -174,8 +174,6 @@ def transfer_opt_state(
         `optimizer` is missing or has another state.
 
     Note:
-      A learning rate that was high for a kernel may be too high for its factors: a step moves their
-      product by a multiple of it that grows with the singular values.
       Reset a `trace` behind a transform that rescales, as in `optax.rmsprop(..., momentum=0.9)`,
       and the `nu` of Adamax and AdaBelief: they are not sums of gradients and of squares. A reset
       keeps Adam's count, so that its first steps are too long: prefer `optimizer.init`.

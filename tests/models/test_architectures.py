@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
 def make_optimizer(case, axes):
     """Cuts once, when there is something to see."""
-    prune = rmtjax.prune_spectrum(STEPS, axes=axes, where=case.where)
+    prune = rmtjax.prune_spectrum(STEPS, max_removed=1.0, axes=axes, where=case.where)
     return optax.chain(optax.adam(1e-2), prune)
 
 

@@ -178,6 +178,10 @@ def test_noise_levels_that_are_given_are_used():
     )
     unknown = jax.tree.map(lambda a: jnp.asarray(np.nan), loud)._replace(num_spikes=jnp.asarray(0))
     assert row_of(GOOD, fits={"kernel": unknown}).fit == fit
+    numbers = rmtjax.BulkFit(*(float(field) for field in loud[:4]), num_spikes=0)  # as from JSON
+    assert (
+        row_of(GOOD, fits={"kernel": numbers}).reason == row_of(GOOD, fits={"kernel": loud}).reason
+    )
 
 
 def test_noise_levels_of_another_tree_are_refused():

@@ -85,7 +85,8 @@ def test_a_refit_carries_what_it_cannot_fit():
     for first, refit in zip(*states.values(), strict=True):
         for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(refit), strict=True):
             # To rounding: what is fitted once more is decomposed in another way.
-            np.testing.assert_allclose(one, other, rtol=1e-5)
+            # The share that was removed is what is left of 1, in float32.
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -166,5 +167,5 @@ def test_a_wrong_noise_is_an_error(noise):
 
 @pytest.mark.parametrize("settled", [-0.1, 1.0, 2.0, float("nan")])
 def test_a_wrong_share_of_change_is_an_error(settled):
-    with pytest.raises(ValueError, match=r"`settled` must be None or in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"`settled` must be in \[0, 1\)"):
         prune_spectrum(1, settled=settled, max_removed=1.0)

@@ -167,3 +167,13 @@ def test_a_kernel_that_was_cut_is_guarded_too():
 def test_a_wrong_share_is_refused():
     with pytest.raises(ValueError, match=r"`max_removed` must be in \[0, 1\], got 1.5"):
         prune_spectrum(max_removed=1.5)
+
+
+@pytest.mark.parametrize("rule", [ranks.bema(), ranks.gavish_donoho()])
+@pytest.mark.parametrize("strength", [30.0, 60.0])
+def test_many_directions_of_one_strength_are_signal(rule, strength):
+    """They hold most of the squares, which must not be taken for the variance of the noise."""
+    left, right = (jnp.linalg.qr(noise(seed, (80, 80)))[0][:, :20] for seed in (1, 2))
+    kernel = noise(0, (80, 80)) + strength * left @ right.T
+    (state,) = land_on(prune_spectrum(rule=rule), [kernel])
+    assert int(state.ranks["kernel"]) == 20
