@@ -50,8 +50,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `removed/PATH`: the share of the sum of squares that the last pruning step has removed;
     - `refused/PATH`: the share that it would have removed, if `max_removed` did not allow it.
 
-    A stack of matrices has one rank. Each of its matrices has a threshold and a distance, with its
-    index at the end of the name.
+    Each matrix of a stack has a threshold and a distance; its index ends the name.
 
     Args:
       opt_state: From `optimizer.init` or `optimizer.update`, with one `PruneState` or several, at

@@ -70,6 +70,9 @@ def stands_out(
     threshold, margin = jax.vmap(compared)(fits)
     largest = spectra.eigenvalues[:, 0]
 
+    # Draws must wait for the decompositions also under `vmap`: both at once may wait for ever.
+    matrices = jnp.where((largest > threshold)[:, None, None], lax.stop_gradient(matrices), 1)
+
     def with_profile():
         unit = lax.map(lambda matrix: _reach(matrix, look), matrices)
 
@@ -81,6 +84,4 @@ def stands_out(
         reach = lax.fori_loop(0, 10, extend, margin * unit * fits.variance)
         return jnp.any(largest > jnp.maximum(threshold, reach))
 
-    matrices = lax.stop_gradient(matrices)
-    # The stack is read only if the law alone finds signal.
     return lax.cond(jnp.any(largest > threshold), with_profile, lambda: jnp.array(False))
