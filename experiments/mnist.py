@@ -130,6 +130,7 @@ def make_stages(config: Config, module: training.MLP, num_images: int) -> Stages
             # Called with the steps before: the last pruning sees `total - 1` of them.
             keep=optax.linear_schedule(config.keep, 0.0, max(total - first, 1), first - 1),
             rule=rmtjax.ranks.bema(config.trim, config.level),
+            max_removed=1.0,  # few images lift few directions, and then noise holds most squares
         ),
     )
     tuning = optax.sgd(config.fine_tune_rate, config.momentum)

@@ -16,7 +16,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises ValueError unless a number is an integer of at least `least`."""
     if isinstance(value, jax.Array):
         return  # it may be traced, as those that `optax.inject_hyperparams` injects
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    is_integer = np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iu"
     if not is_integer or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
@@ -25,7 +25,7 @@ def check_share(name: str, value: Any, meaning: str, *, below_one: bool = False)
     """Raises ValueError unless a number is in [0, 1]. Arrays may be traced and are not checked."""
     if isinstance(value, jax.Array):
         return
-    end, is_number = ")" if below_one else "]", isinstance(value, int | float | np.number)
+    end, is_number = ")" if below_one else "]", np.asarray(value).dtype.kind in "biuf"
     if not is_number or not (0 <= value < 1 or (value == 1 and not below_one)):
         raise ValueError(f"`{name}` must be in [0, 1{end}, got {value}: the share of {meaning}.")
 
