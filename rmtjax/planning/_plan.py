@@ -30,6 +30,8 @@ def _refusal(measured: Measurement) -> str | None:
         return "not finite"
     if not measured.spectra.eigenvalues.any():
         return "all zero"
+    if (measured.fits.threshold == 0).any():
+        return "a pruning step refused to cut it"
     if not measured.accepted.all():
         size = measured.spectra.eigenvalues.shape[-1]
         if not measured.noisy.all():

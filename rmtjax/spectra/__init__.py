@@ -5,6 +5,7 @@ factors. `_select` alone decides which algorithm computes them; its docstring is
 """
 
 from rmtjax.spectra._factors import (
+    compose as compose,
     factorize_matrix as factorize_matrix,
     multiply as multiply,
     shrink_values as shrink_values,
@@ -13,6 +14,7 @@ from rmtjax.spectra._factors import (
 )
 from rmtjax.spectra._lanczos import largest_eigenvalue as largest_eigenvalue
 from rmtjax.spectra._select import (
+    decompose as decompose,
     Directions as Directions,
     estimated_spectra as estimated_spectra,
     keeps_most as keeps_most,

@@ -15,7 +15,7 @@ Conditions are tried from top to bottom. p is the short side, n the long one, r 
 | | else | QR and SVD in XLA | `_svd` | n p^2 |
 | truncation | on the host, r over p / 2 | subtract the other directions | `_lapack` | n p^2 |
 | pruning step | one matrix, known noise, p >= 1000 | iteration above it | `_svd` | n p r |
-| | else | eigenvectors of the Gram matrix in XLA | `_svd` | n p^2 |
+| | else; all directions | eigenvectors of the Gram matrix in XLA | `_svd` | n p^2 |
 
 A kernel is on the host if it is a NumPy array or stored on CPU devices, complete in this process,
 in 32 bits or less. NumPy arrays, and singular vectors, also need a CPU as JAX's default device.
@@ -40,7 +40,7 @@ from rmtjax._types import Spectrum
 from rmtjax.spectra import _lapack, _sharded, _svd
 from rmtjax.spectra._factors import compose, contract, project
 from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
-from rmtjax.spectra._spectrum import lift
+from rmtjax.spectra._spectrum import each, lift
 from rmtjax.spectra._subspace_iteration import block_size, iteration_pays, Leading, leading_above
 
 Views = Mapping[str, MatrixView]
@@ -108,7 +108,7 @@ def _cut_by_host(view: MatrixView) -> bool:
 
 @partial(jax.jit, static_argnames="axes")
 def _estimate(kernel, *, axes: KernelAxes):
-    find = lambda kernel: lax.map(estimated_spectrum, to_stack(kernel, axes))
+    find = lambda kernel: each(estimated_spectrum, to_stack(kernel, axes))
     return by_compiler(find, kernel)
 
 
@@ -241,3 +241,8 @@ def truncate_by(
     # Directions that stay without being above the floor have not been searched.
     enough = leading.converged & (rank <= jnp.sum(leading.s > floor[0]))
     return lax.cond(enough, by_leading, by_all)
+
+
+def decompose(matrices: Float[Array, "b m n"]) -> tuple[Array, Array, Array]:
+    """Returns all directions (u, s, vt) of a stack, in a program; s is NaN if it is not finite."""
+    return _svd.gram_svd(matrices, jnp.full(len(matrices), jnp.nan, lift(matrices).dtype))

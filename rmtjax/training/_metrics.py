@@ -48,7 +48,10 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       that is carried; NaN before the first cut;
     - `distance/PATH`: Kolmogorov distance between the bulk and the law of that fit;
     - `removed/PATH`: the share of the sum of squares that the last pruning step has removed;
-    - `refused/PATH`: the share that it would have removed, if `max_removed` did not allow it.
+    - `refused/PATH`: the share that it would have removed, if it had been allowed to;
+    - `cost/PATH`: what its cut was predicted to add to the loss; NaN without `value_fn`;
+    - `landed/PATH`: False if the last cut is not in the parameters: the transform is not the last
+      of the chain, or a wrapper mixes its updates. The cut is then forgotten.
 
     Each matrix of a stack has a threshold and a distance; its index ends the name.
 
@@ -79,6 +82,8 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
         numbers |= _numbers(f"distance/{path}", fits[path].distance)
         numbers[f"removed/{path}"] = jnp.asarray(state.removed[path])
         numbers[f"refused/{path}"] = jnp.asarray(state.refused[path])
+        numbers[f"cost/{path}"] = jnp.asarray(state.costs[path])
+        numbers[f"landed/{path}"] = jnp.asarray(state.landed[path])
     return numbers
 
 
@@ -104,5 +109,11 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       kernel  factorized: 1 of 60 are signal, rank 1
     """
     states = _state_of_each_kernel(opt_state)
-    # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
-    return {path: BulkFit(*map(jnp.asarray, state.fits[path])) for path, state in states.items()}
+
+    def level(path: str, state: PruneState) -> BulkFit:
+        # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
+        fit, floor = BulkFit(*map(jnp.asarray, state.fits[path])), jnp.asarray(state.floors[path])
+        # What a refused cut has left must not be cut by a plan.
+        return fit._replace(threshold=jnp.fmin(fit.threshold, floor))
+
+    return {path: level(path, state) for path, state in states.items()}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from rmtjax._types import Where
 from rmtjax.planning import check_count, map_kernels
 from rmtjax.training._masks import check_sparsity, find_floating, pick, pick_masks, shrink
-from rmtjax.training._updates import is_due, is_placeholder, moving_kernels
+from rmtjax.training._pruning_step import is_due, is_placeholder, moving_kernels
 
 Sparsity = ArrayLike | Callable[[Any], ArrayLike]
 Weights = Mapping[str, ArrayLike] | Callable[[Any], Mapping[str, ArrayLike]]

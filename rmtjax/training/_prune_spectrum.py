@@ -7,14 +7,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_count, check_share, find_kernels, map_kernels, obstacle
-from rmtjax.training._pruning_step import KernelState, prune_if, StepNumbers, StepOptions, unpruned
-from rmtjax.training._updates import is_due, is_placeholder, moving_kernels
+from rmtjax.training._guard import guard_if
+from rmtjax.training._pruning_step import (
+    forget_lost,
+    is_due,
+    is_placeholder,
+    KernelState,
+    moving_kernels,
+    prune_if,
+    StepNumbers,
+    StepOptions,
+    unpruned,
+)
+
+_MAX_REMOVED = 0.8
 
 Noise = Literal["first", "refit"]
 Keep = ArrayLike | Callable[[Any], ArrayLike]
@@ -29,7 +41,12 @@ class PruneState(NamedTuple):
       ranks: Path to the rank after the last pruning; full before.
       signal: Path to the number of signal directions at the last pruning step; 0 before.
       removed: Path to the share of the squares that it has removed, in [0, 1).
-      refused: Path to the share that it would have removed, if `max_removed` did not allow it.
+      refused: Path to the share that it would have removed and was not allowed to.
+      floors: Path to the eigenvalue down to which directions must stay, since a cut was refused; 0
+        if all must, NaN if the threshold decides.
+      costs: Path to what the cut was predicted to add to the loss; NaN without `value_fn`.
+      norms: Path to the norm that the last step lands on; NaN if it did not cut.
+      landed: Path to whether the last cut was found in the parameters.
     """
 
     step: Int[Array, ""]
@@ -38,9 +55,13 @@ class PruneState(NamedTuple):
     signal: dict[str, Int[Array, ""]]
     removed: dict[str, Float[Array, ""]]
     refused: dict[str, Float[Array, ""]]
+    floors: dict[str, Float[Array, "..."]]
+    costs: dict[str, Float[Array, ""]]
+    norms: dict[str, Float[Array, ""]]
+    landed: dict[str, Bool[Array, ""]]
 
 
-def _check(every, start, keep, noise, settled, max_removed, min_rank, min_size) -> None:
+def _check(every, start, keep, noise, settled, max_removed, max_rise, min_rank, min_size) -> None:
     """Raises an error if an option is out of range. Arrays may be traced and are not checked."""
     check_count("every", every)
     check_count("start", start, 0)
@@ -54,7 +75,9 @@ def _check(every, start, keep, noise, settled, max_removed, min_rank, min_size) 
     check_count("min_size", min_size)
     if not callable(keep):
         check_share("keep", keep, "the directions that are not signal and stay")
-    check_share("max_removed", max_removed, "its squares that a kernel may lose in one cut")
+    if max_removed is not None:
+        check_share("max_removed", max_removed, "its squares that a kernel may lose in one cut")
+    check_share("max_rise", max_rise, "what the network gains over zeros that a step may undo")
     if noise not in get_args(Noise):
         raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
     if settled is not None:
@@ -77,7 +100,8 @@ def prune_spectrum(
     keep: Keep = 0.0,
     noise: Noise = "first",
     settled: Float[ArrayLike, ""] | None = None,
-    max_removed: Float[ArrayLike, ""] = 0.8,
+    max_removed: Float[ArrayLike, ""] | None = None,
+    max_rise: Float[ArrayLike, ""] = 0.01,
     where: Where | None = None,
     axes: Axes | None = None,
     min_rank: Int[ArrayLike, ""] = 1,
@@ -113,7 +137,9 @@ def prune_spectrum(
         `every` to about one epoch: if checks are more frequent, it seems stable too soon.
       max_removed: Largest share of its squares that a kernel may lose in one cut, in [0, 1]. A cut
         that would take more is refused, as `rmtjax.metrics` tells, and tried again later. 1 allows
-        every cut, and so do rules without a noise level.
+        every cut, and so do rules without a noise level. None is 1 with `value_fn`, else 0.8.
+      max_rise: With `value_fn`, the share of what the network gains over zeros that a pruning step
+        may undo, in [0, 1].
       where, axes: As in `rmtjax.plan`. The matrices of a stack get one rank, the largest needed.
       min_rank: Smallest rank, at least 1.
       min_size: Kernels with a shorter short side are left alone.
@@ -144,7 +170,7 @@ def prune_spectrum(
       Shmalo, Jenkins and Krupchytskyi (2023), https://arxiv.org/abs/2303.08986. They refit a kernel
       at each pruning; this function carries the noise level of the first cut.
     """
-    _check(every, start, keep, noise, settled, max_removed, min_rank, min_size)
+    _check(every, start, keep, noise, settled, max_removed, max_rise, min_rank, min_size)
     # Not the default of the signature: `optax.inject_hyperparams` calls a callable as a schedule.
     rule = ranks.bema() if rule is None else rule
     check_rule(rule)
@@ -159,31 +185,38 @@ def prune_spectrum(
     def init_fn(params: PyTree) -> PruneState:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
-            return PruneState(step, *[step] * 5)  # pyright: ignore[reportArgumentType]
+            return PruneState(step, *[step] * len(KernelState._fields))  # pyright: ignore[reportArgumentType]
         views = find(params)
         return PruneState(step, *_by_field(views, map(unpruned, views.values())))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def numbers_at(step: Array, guarded: bool) -> StepNumbers:
+        """Returns the options in force at a step, which is the number of those before it."""
+        first = jnp.where(jnp.asarray(start) > 0, start, every)
+        look = jnp.asarray((step + 1 - first) // every + 1, jnp.int32)
+        share = keep(step) if callable(keep) else keep
+        # The loss says more than the squares.
+        loses = (1.0 if guarded else _MAX_REMOVED) if max_removed is None else max_removed
+        return StepNumbers(look, share, min_rank, 0.0 if settled is None else settled, loses)
+
+    def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
         views, chosen = moving_kernels(updates, params, find, state.ranks)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        first = jnp.where(jnp.asarray(start) > 0, start, every)
-        look = jnp.asarray((step - first) // every + 1, jnp.int32)
-        share = keep(state.step) if callable(keep) else keep
+        kernels, shapes = [v.leaf for v in views.values()], tuple(v.axes for v in views.values())
         _, *fields = state
-        new, states = prune_if(
-            is_due(step, every, start),
-            [view.leaf for view in views.values()],
-            list(chosen.values()),
-            [KernelState(*(field[path] for field in fields)) for path in views],
-            StepNumbers(look, share, min_rank, 0.0 if settled is None else settled, max_removed),
-            axes=tuple(view.axes for view in views.values()),
-            options=options,
-        )
+        old = [KernelState(*(field[path] for field in fields)) for path in views]
+        old = forget_lost(is_due(state.step, every, start), kernels, old, axes=shapes)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        due, numbers = is_due(step, every, start), numbers_at(state.step, value_fn is not None)
+        moves = list(chosen.values())
+        new = prune_if(due, kernels, moves, old, numbers, axes=shapes, options=options)
+        if value_fn is not None and views:
+            kernels = list(views.values())
+            new = guard_if(due, value_fn, params, updates, kernels, max_rise, (moves, old), new)
+        moves, states = new
         # Kernels without an update, and those that were factorized since, keep their state.
         fields = (old | new for old, new in zip(fields, _by_field(views, states), strict=True))
-        new = dict(zip(views, new, strict=True))
-        updates = map_kernels(lambda path, _: new[path], updates, new)
+        rewritten = dict(zip(views, moves, strict=True))
+        updates = map_kernels(lambda path, _: rewritten[path], updates, rewritten)
         return updates, PruneState(step, *fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,6 +1,6 @@
-"""One pruning step of some kernels: updates that land on truncated kernels, and their states."""
+"""Steps that prune: when they are due, which updates they rewrite, and what becomes of kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import kept_rank, ranks
+from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import from_singular_values, truncate_by
 from rmtjax.training._stands_out import stands_out
 
@@ -24,6 +25,39 @@ _EACH = Spectrum(eigenvalues=0, ratio=None)  # pyright: ignore[reportArgumentTyp
 _COUNTING_RULES = (ranks.bema, ranks.gavish_donoho)
 
 
+def is_due(
+    step: Int[Array, ""], every: Int[ArrayLike, ""], start: Int[ArrayLike, ""]
+) -> Bool[Array, ""]:
+    """Returns True at the steps `start`, `start + every`, ...; 0 as `start` stands for `every`."""
+    return jnp.asarray((step > 0) & (step >= start) & ((step - start) % every == 0))
+
+
+def is_placeholder(params: PyTree) -> bool:
+    """Returns True for the tree with which `optax.tree.map_params` asks for a state."""
+    # It stands for any tree. optax maps a state by the structure that `init` returns for it, so
+    # that a dictionary without kernels would not fit. The type is private; `optax.masked` uses it.
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
+def moving_kernels(updates: PyTree, params: PyTree, find, known: Mapping[str, Any]):
+    """Returns what `find(params)` has for each kernel that has an update, and these updates."""
+    if params is None:
+        raise ValueError(
+            "`params` must be given to `update`: pruning depends on where the updates land. Call "
+            "`optimizer.update(updates, state, params)`."
+        )
+    kernels = find(params)
+    by_path = leaves_by_path(updates, lambda path, _: path in kernels)
+    kernels = {path: kernel for path, kernel in kernels.items() if path in by_path}
+    unknown = min(kernels.keys() - known.keys(), default=None)
+    if unknown is not None:
+        raise ValueError(
+            f"`params` has the kernel {unknown!r}, which is not in the state. Call "
+            "`optimizer.init(params)` again, or choose the same kernels as before by `where`."
+        )
+    return kernels, {path: by_path[path] for path in kernels}
+
+
 class KernelState(NamedTuple):
     """State of one kernel, in the order of the fields of `PruneState`."""
 
@@ -32,6 +66,10 @@ class KernelState(NamedTuple):
     signal: Int[Array, ""]
     removed: Float[Array, ""]
     refused: Float[Array, ""]
+    floor: Float[Array, "..."]  # an entry for each matrix of a stack
+    cost: Float[Array, ""]
+    norm: Float[Array, ""]
+    landed: Bool[Array, ""]
 
 
 class StepOptions(NamedTuple):
@@ -57,10 +95,19 @@ def unpruned(view: MatrixView) -> KernelState:
     shape = (view.stack,) if view.axes.batch else ()
     dtype = jnp.promote_types(view.dtype, jnp.float32)
     # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
-    nans = (jnp.full(shape, jnp.nan, dtype) for _ in range(4))
-    fit = BulkFit(*nans, num_spikes=jnp.zeros(shape, jnp.int32))
-    rank, signal = jnp.asarray(view.short, jnp.int32), jnp.zeros((), jnp.int32)
-    return KernelState(fit, rank, signal, jnp.zeros((), dtype), jnp.zeros((), dtype))
+    unknown = lambda shape=(): jnp.full(shape, jnp.nan, dtype)
+    fit = BulkFit(*(unknown(shape) for _ in range(4)), num_spikes=jnp.zeros(shape, jnp.int32))
+    return KernelState(
+        fit=fit,
+        rank=jnp.asarray(view.short, jnp.int32),
+        signal=jnp.zeros((), jnp.int32),
+        removed=jnp.zeros((), dtype),
+        refused=jnp.zeros((), dtype),
+        floor=unknown(shape),
+        cost=unknown(),
+        norm=unknown(),
+        landed=jnp.ones((), bool),
+    )
 
 
 def _noise_levels(spectra: Spectrum, state: KernelState, options: StepOptions):
@@ -116,6 +163,12 @@ def _removed(s, matrices, rank) -> Float[Array, ""]:
     return jnp.maximum(1 - jnp.sum(jnp.square(kept)) / jnp.where(total > 0, total, 1), 0)
 
 
+def frobenius_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the Frobenius norm, whose squares neither overflow nor underflow."""
+    scale = jnp.maximum(jnp.max(jnp.abs(array)), jnp.finfo(array.dtype).tiny)
+    return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
+
+
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
     """Returns a truncated stack, whether it differs from the given one, and the new state."""
     # A carried noise level is not fitted again. Only directions above it are then needed.
@@ -132,9 +185,19 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     changed = ready & (rank < size)
     share = share.astype(state.removed.dtype)
     removed = jnp.where(changed, share, 0)
-    # A kernel that is left alone still has the rank of an earlier pruning.
-    rank = jnp.where(ready, rank, state.rank)
-    return lower, changed, KernelState(fit, rank, signal, removed, share - removed)
+    refused = share - removed
+    new = state._replace(
+        fit=fit,
+        # A kernel that is left alone still has the rank of an earlier pruning.
+        rank=jnp.where(ready, rank, state.rank),
+        signal=signal,
+        removed=removed,
+        refused=refused,
+        floor=jnp.where(refused > 0, 0, jnp.where(ready, jnp.nan, state.floor)),
+        cost=jnp.full_like(state.cost, jnp.nan),
+        norm=jnp.where(changed, frobenius_norm(lower), jnp.nan).astype(state.norm.dtype),
+    )
+    return lower, changed, new
 
 
 def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes, options):
@@ -142,7 +205,7 @@ def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes,
     # In the dtype of the fit, whatever that of the update: the state must keep its dtypes.
     landed = (kernel + update).astype(state.fit.threshold.dtype)
     view = MatrixView("", landed, axes)
-    flat = state._replace(fit=jax.tree.map(jnp.ravel, state.fit))
+    flat = state._replace(fit=jax.tree.map(jnp.ravel, state.fit), floor=jnp.ravel(state.floor))
     lower, changed, new = _prune_stack(view.matrices(), flat, numbers, options)
     lower = view.from_matrices(lower)
     # A kernel that keeps its full rank keeps its update to the last bit.
@@ -153,10 +216,9 @@ def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes,
 def _same_programs(inputs: list[tuple], axes: tuple[KernelAxes, ...]) -> list[list[int]]:
     """Returns the indices of kernels in groups, each of which one program serves."""
     groups: dict[tuple, list[int]] = {}
-    for index, (kernel, update, state) in enumerate(inputs):
-        shardings = (typed_sharding(leaf) for leaf in jax.tree.leaves((kernel, update, state)))
-        program = (axes[index], kernel.shape, kernel.dtype, update.dtype, *shardings)
-        groups.setdefault(program, []).append(index)
+    for index, arrays in enumerate(inputs):
+        types = ((leaf.shape, leaf.dtype, typed_sharding(leaf)) for leaf in jax.tree.leaves(arrays))
+        groups.setdefault((axes[index], *types), []).append(index)
     return list(groups.values())
 
 
@@ -170,25 +232,51 @@ def _map_one_by_one(function: Callable, inputs: list[tuple]) -> list[Any]:
     return [at(index) for index in range(len(inputs))]
 
 
+def map_alike(function: Callable, inputs: list[tuple], axes: tuple[KernelAxes, ...]) -> list[Any]:
+    """Applies `function(arrays, axes)` to the arrays of each kernel; one program serves a shape."""
+    results: dict[int, Any] = {}
+    for indices in _same_programs(inputs, axes):
+        of_shape = partial(function, axes=axes[indices[0]])
+        outputs = _map_one_by_one(of_shape, [inputs[index] for index in indices])
+        results |= zip(indices, outputs, strict=True)
+    return [results[index] for index in range(len(inputs))]
+
+
 # Compiled also for users who call `update` outside `jit`. Without paths among the arguments one
 # program serves all trees whose kernels have these shapes.
 @partial(jax.jit, static_argnames=("axes", "options"))
 def prune_if(due, kernels, updates, states, numbers: StepNumbers, *, axes, options: StepOptions):
     """Returns updates and states of kernels, in one order: pruned if it is due, else the same."""
 
+    def prune_one(arrays, axes):
+        out = jax.tree.map(typed_sharding, arrays[1:])
+        prune_kernel = partial(_prune_kernel, axes=axes, options=options)
+        return by_compiler(prune_kernel, *arrays, numbers, out=out)
+
     def prune(updates, states):
-        inputs = list(zip(kernels, updates, states, strict=True))
-        pruned: dict[int, Any] = {}
-        for indices in _same_programs(inputs, axes):
-            prune_kernel = partial(_prune_kernel, axes=axes[indices[0]], options=options)
-
-            def prune_one(leaves, prune_kernel=prune_kernel):
-                out = jax.tree.map(typed_sharding, leaves[1:])
-                return by_compiler(prune_kernel, *leaves, numbers, out=out)
-
-            outputs = _map_one_by_one(prune_one, [inputs[index] for index in indices])
-            pruned |= zip(indices, outputs, strict=True)
-        new_updates, new_states = ([pruned[i][part] for i in range(len(axes))] for part in (0, 1))
-        return new_updates, new_states
+        pruned = map_alike(prune_one, list(zip(kernels, updates, states, strict=True)), axes)
+        return [update for update, _ in pruned], [state for _, state in pruned]
 
     return lax.cond(due, prune, lambda *same: same, updates, states)
+
+
+@partial(jax.jit, static_argnames="axes")
+def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[KernelState]:
+    """Returns states without the cuts that are not in the kernels, just after a pruning step.
+
+    A transform behind this one, or a wrapper that mixes updates again, moves kernels elsewhere. The
+    squares that a cut has removed show whether they are gone.
+    """
+
+    def check(kernel, state: KernelState, axes: KernelAxes) -> KernelState:
+        norm = frobenius_norm(kernel.astype(state.norm.dtype))
+        share = jnp.abs((norm / state.norm) ** 2 - 1)
+        # Half of what was removed, over what is left. Rounding to bfloat16 changes less than 1e-4.
+        landed = share <= jnp.maximum(0.5 * state.removed / (1 - state.removed), 1e-4)
+        landed = jnp.where(jnp.isnan(state.norm), state.landed, landed)
+        lost = unpruned(MatrixView("", kernel, axes))._replace(signal=state.signal, landed=landed)
+        kept = state._replace(landed=landed)
+        return jax.tree.map(lambda old, new: jnp.where(landed, old, new), kept, lost)
+
+    checked = lambda states: list(map(check, kernels, states, axes))
+    return lax.cond(after_cut, checked, lambda states: states, states)

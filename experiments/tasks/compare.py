@@ -1,0 +1,113 @@
+"""Trains a task with and without pruning, and measures what is left after it."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import rmtjax
+from experiments.tasks.problems import Data, Network, Task
+
+# The options of `prune_spectrum` for each arm, beside the recipe; None for no pruning.
+ARMS = {"never cut": None, "value_fn": {}, "max_removed": {}}
+OPTIMIZERS = ("SGD", "AdamW")
+
+
+class Outcome(NamedTuple):
+    """What one run has come to.
+
+    Attributes:
+      test: Accuracy in points, or the loss, of the network that training has made.
+      thin: The same of its factorized kernels.
+      stored: Parameters of the factorized network over those of the dense one.
+      worst: The worst test value of the last quarter of the epochs.
+      ranks: Path to the rank of each kernel that was cut.
+    """
+
+    test: float
+    thin: float
+    stored: float
+    worst: float
+    ranks: dict[str, int]
+
+
+def _chain(task: Task, network: Network, optimizer: str, arm: str, every: int):
+    """Returns the optimizer: the recipe has one look an epoch, and nothing is tuned."""
+    base = (
+        optax.sgd(task.sgd, momentum=0.9)
+        if optimizer == "SGD"
+        else optax.adamw(1e-3, weight_decay=1e-2)
+    )
+    options = ARMS[arm]
+    if options is None:
+        return base
+    recipe = {"settled": 0.2, "axes": network.axes, **options}
+    return optax.chain(base, rmtjax.prune_spectrum(every, **recipe))
+
+
+def _make_step(task: Task, network: Network, chain, guarded: bool):
+    """Returns a compiled step: `step(carry, x, y, key)` returns the carry after it."""
+
+    @jax.jit
+    def step(carry, x, y, key):
+        params, rest, opt_state = carry
+
+        def loss(params):
+            outputs, changed = network.apply((params, rest), x, True, key)
+            return task.loss(outputs, y), changed
+
+        gradient, changed = jax.grad(loss, has_aux=True)(params)
+        extra = {"value_fn": lambda params: loss(params)[0]} if guarded else {}
+        updates, opt_state = chain.update(gradient, opt_state, params, **extra)
+        return optax.apply_updates(params, updates), changed, opt_state
+
+    return step
+
+
+def _make_score(task: Task, network: Network):
+    """Returns what measures a network on the test set."""
+
+    @jax.jit
+    def score(params, rest, x, y):
+        outputs, _ = network.apply((params, rest), x, False, jax.random.key(0))
+        hits = 100 * (outputs.argmax(-1) == y).mean() if task.in_points else task.loss(outputs, y)
+        return hits
+
+    return lambda params, rest, data: float(np.mean([
+        score(params, rest, *part)
+        for part in zip(*(np.array_split(array, 4) for array in data.test), strict=True)
+    ]))  # fmt: skip
+
+
+def run(task: Task, data: Data, network: Network, optimizer: str, arm: str, seeds) -> list[Outcome]:
+    """Trains once for each seed."""
+    every = len(data.train[0]) // task.batch
+    chain = _chain(task, network, optimizer, arm, every)
+    step = _make_step(task, network, chain, guarded=arm.startswith("value_fn"))
+    score = _make_score(task, network)
+    return [_train(task, data, network, chain, step, score, arm, seed) for seed in seeds]
+
+
+def _train(task: Task, data: Data, network: Network, chain, step, score, arm, seed) -> Outcome:
+    """Trains one network. Steps are called one by one: in a loop XLA's convolutions are slow."""
+    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    params, rest = network.init(key)
+    carry, tests, (x, y) = (params, rest, chain.init(params)), [], data.train
+    for epoch in range(task.epochs):
+        order = rng.permutation(len(x))
+        for batch in order[: len(x) // task.batch * task.batch].reshape(-1, task.batch):
+            key, of_step = jax.random.split(key)
+            carry = step(carry, x[batch], y[batch], of_step)
+        if epoch >= task.epochs * 3 // 4:
+            tests.append(score(*carry[:2], data))
+    params, rest, opt_state = carry
+    # As a user would: all kernels, by the noise levels that training has carried.
+    fits = None if arm == "never cut" else rmtjax.noise_levels(opt_state)
+    plan = rmtjax.plan(params, fits=fits, axes=network.axes)
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    stored = size(rmtjax.factorize(params, plan)) / size(params)
+    thin = score(rmtjax.truncate(params, plan), rest, data)
+    worst = (min if task.in_points else max)(tests)
+    ranks = {path: row.rank for path, row in plan.items() if row.action != "keep"}
+    return Outcome(tests[-1], thin, stored, worst, ranks)

@@ -1,0 +1,213 @@
+"""Guards a network by its loss: cuts that would raise it too much are made smaller.
+
+All cuts of a step lie on one way. It cuts kernel after kernel, the one of the least cost first,
+each from its full rank down to the rank of its rule. A bisection finds how far the loss allows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._sharding import by_compiler, typed_sharding
+from rmtjax.planning import map_kernels
+from rmtjax.spectra import compose, decompose
+from rmtjax.training._pruning_step import frobenius_norm, KernelState, map_alike
+
+# Two losses with their gradients, of about three forward passes each, and the loss of zeros are
+# seven passes. With the steps of the bisection they are 15.
+_STEPS = 8
+_RANKS = 32  # the most ranks at which one kernel may end
+
+Loss = Callable[[Sequence[Array]], Array]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One kernel on the way of all cuts.
+
+    Attributes:
+      view: The kernel before the update.
+      before, after: Its update and its state, without the cut and with it.
+      whole: Where the update lands without the cut.
+      vectors: (u, s, vt) of the matrices of `whole`.
+      place: Number of kernels that are cut before it.
+      steps: Number of steps of the way on which it is cut.
+    """
+
+    view: MatrixView
+    before: tuple[Array, KernelState]
+    after: tuple[Array, KernelState]
+    whole: Array
+    vectors: tuple[Array, Array, Array]
+    place: Int[Array, ""]
+    steps: int
+
+    def rank(self, step: Int[Array, ""]) -> Int[Array, ""]:
+        """Returns the rank at a step of the way."""
+        size, state = self.view.short, self.after[1]
+        lost = jnp.where(is_cut(state), size - state.rank, 0)
+        return size - jnp.clip(step - self.place * self.steps, 0, self.steps) * lost // self.steps
+
+    def lower(self, step: Int[Array, ""]) -> Array:
+        """Returns the kernel at a step of the way."""
+
+        def multiply(vectors, rank, like):
+            return MatrixView("", like, self.view.axes).from_matrices(compose(*vectors, rank))
+
+        rank, out = self.rank(step), typed_sharding(self.whole)
+        kernel = by_compiler(multiply, self.vectors, rank, self.whole, out=out)
+        return jnp.where(rank < self.view.short, kernel.astype(self.whole.dtype), self.whole)
+
+    def state(self, step: Int[Array, ""]) -> KernelState:
+        """Returns the state at a step that is not the last of the kernel."""
+        old, new, s, rank = self.before[1], self.after[1], self.vectors[1], self.rank(step)
+        is_lower = rank < self.view.short
+        norm = frobenius_norm(jnp.where(jnp.arange(s.shape[1]) < rank, s, 0))
+        removed = jnp.where(is_lower, 1 - (norm / frobenius_norm(s)) ** 2, 0)
+        rank = jnp.where(is_lower, rank, old.rank)
+        floor = between(s, rank) ** 2 / self.view.long
+        # The noise is that of the first cut: a kernel that is not cut remembers nothing.
+        fit = jax.tree.map(lambda new, old: jnp.where(is_lower, new, old), new.fit, old.fit)
+        state = new._replace(
+            fit=fit,
+            rank=rank,
+            removed=removed,
+            refused=jnp.maximum(new.removed - removed, 0),
+            floor=floor.reshape(new.floor.shape),
+            norm=jnp.where(is_lower, norm, jnp.nan),
+        )
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
+
+    def chosen(self, step: Int[Array, ""]) -> tuple[Array, KernelState]:
+        """Returns the update and the state at a step, to the last bit those given at both ends."""
+        move = (self.lower(step) - self.view.leaf).astype(self.before[0].dtype)
+        move = jnp.where(self.rank(step) < self.view.short, move, self.before[0])
+        done = step >= (self.place + 1) * self.steps
+        pick = lambda end, part: jnp.where(done | ~is_cut(self.after[1]), end, part)
+        return jax.tree.map(pick, self.after, (move, self.state(step)))
+
+
+def is_cut(state: KernelState) -> Bool[Array, ""]:
+    """Returns True if a step has made a kernel smaller."""
+    return state.removed > 0
+
+
+def between(s: Float[Array, "b p"], rank: Int[Array, ""]) -> Float[Array, " b"]:
+    """Returns values between those of the first `rank` directions and the others; 0 for all."""
+    at = lambda index: jnp.take(s, jnp.clip(index, 0, s.shape[1] - 1), axis=1)
+    return jnp.where(rank < s.shape[1], jnp.sqrt(at(rank - 1) * at(rank)), 0)
+
+
+def _costs(loss: Loss, whole: list[Array], cut: list[Array]) -> tuple[Array, Array, list[Array]]:
+    r"""Returns the loss of both, and what the cut of each kernel adds to it.
+
+    $\Delta L \approx \frac12 \langle g_0 + g_1, W' - W \rangle$, with the gradients at both ends,
+    is exact for a loss that is quadratic in between. Its terms are those of the kernels.
+    """
+    start, first = jax.value_and_grad(loss)(whole)
+    end, last = jax.value_and_grad(loss)(cut)
+
+    def cost(before, after, g0, g1):
+        before, after, g0, g1 = (a.astype(jnp.float32) for a in (before, after, g0, g1))
+        return jnp.sum((g0 + g1) / 2 * (after - before))
+
+    return start, end, list(map(cost, whole, cut, first, last))
+
+
+def _allowed(value_fn, tree: PyTree, start: Array, max_rise: ArrayLike) -> Float[Array, ""]:
+    """Returns by how much the loss may rise: a share of what the network gains over zeros."""
+    empty = lambda leaf: jnp.zeros_like(leaf) if jnp.ndim(leaf) > 1 else leaf
+    nothing = value_fn(jax.tree.map(empty, tree))
+    # A network that divides by a norm of its kernels has no loss there.
+    gain = jnp.where(jnp.isfinite(nothing), nothing - start, jnp.abs(start))
+    return max_rise * jnp.maximum(gain, 0)
+
+
+def _places(costs: list[Array], states: list[KernelState]) -> list[Array]:
+    """Returns how many cuts come before that of each kernel: the cheapest is the first."""
+    keys = jnp.where(jnp.stack([*map(is_cut, states)]), jnp.stack(costs), jnp.inf)
+    return list(jnp.argsort(jnp.argsort(keys)))
+
+
+def _bisect(fine_at: Callable[[Array], Bool[Array, ""]], end: Int[Array, ""]) -> Int[Array, ""]:
+    """Returns the last step that is fine, between 0, which is, and `end`, which is not."""
+
+    def narrow(state):
+        low, high, count = state
+        middle = (low + high) // 2
+        fine = fine_at(middle)
+        return jnp.where(fine, middle, low), jnp.where(fine, high, middle), count + 1
+
+    unsure = lambda state: (state[1] - state[0] > 1) & (state[2] < _STEPS)
+    zero = jnp.zeros((), jnp.int32)
+    return lax.while_loop(unsure, narrow, (zero, end, zero))[0]
+
+
+def _find_vectors(arrays: tuple[Array], axes: KernelAxes) -> tuple[Array, Array, Array]:
+    find = lambda kernel: decompose(MatrixView("", kernel, axes).matrices())
+    return by_compiler(find, *arrays)
+
+
+def within_rise(value_fn, params: PyTree, updates: PyTree, views, max_rise, before, after):
+    """Returns updates and states of kernels whose cuts raise the loss by no more than allowed.
+
+    Args:
+      value_fn: The loss of a tree of parameters.
+      params, updates: The whole trees, without cuts.
+      views: The kernels in `params`.
+      max_rise: The share of what the network gains over zeros that it may lose.
+      before, after: Updates and states of the kernels, without the cuts and with them.
+    """
+    tree = optax.apply_updates(params, updates)
+    paths = [view.path for view in views]
+
+    def loss(kernels):
+        by_path = dict(zip(paths, kernels, strict=True))
+        return value_fn(map_kernels(lambda path, _: by_path[path], tree, by_path))
+
+    land = lambda view, move: (view.leaf + move).astype(view.leaf.dtype)
+    whole, cut = (list(map(land, views, moves)) for moves, _ in (before, after))
+    start, end, costs = _costs(loss, whole, cut)
+    limit = start + _allowed(value_fn, tree, start, max_rise)
+    is_fine = lambda value: (value <= limit) & jnp.isfinite(value)
+    moves, states = after
+    states = [s._replace(cost=c.astype(s.cost.dtype)) for s, c in zip(states, costs, strict=True)]
+    steps = max(1, min(_RANKS, 2**_STEPS // len(views)))
+
+    def lessen():
+        # The decompositions wait for those before: under `vmap` both are computed.
+        arrays = [(jnp.where(is_fine(end), 1, kernel),) for kernel in whole]
+        vectors = map_alike(_find_vectors, arrays, tuple(view.axes for view in views))
+        pairs = zip(*before, strict=True), zip(moves, states, strict=True)
+        of_each: Any = (views, *pairs, whole, vectors, _places(costs, states))
+        cuts = [_Cut(*kernel, steps=steps) for kernel in zip(*of_each, strict=True)]
+        last = steps * jnp.sum(jnp.stack([*map(is_cut, states)]), dtype=jnp.int32)
+        step = _bisect(lambda step: is_fine(loss([cut.lower(step) for cut in cuts])), last)
+        chosen = [cut.chosen(step) for cut in cuts]
+        return [move for move, _ in chosen], [state for _, state in chosen]
+
+    return lax.cond(is_fine(end), lambda: (moves, states), lessen)
+
+
+def guard_if(due, value_fn, params: PyTree, updates: PyTree, views, max_rise, before, after):
+    """Returns what `within_rise` does, if a pruning step is due; else what it was given."""
+    hidden = lambda node: isinstance(node, optax.MaskedNode)
+    if any(map(hidden, jax.tree.leaves(params, is_leaf=hidden))):
+        raise ValueError(
+            "`value_fn` needs all parameters, and `optax.masked` or `optax.partition` hide some of "
+            "them from `prune_spectrum`. Choose its kernels by `where` instead."
+        )
+    guard = lambda: within_rise(value_fn, params, updates, views, max_rise, before, after)
+    if isinstance(due, Tracer):
+        return lax.cond(due, guard, lambda: after)
+    # Outside `jit` each new function compiles: only where it is needed.
+    return guard() if due else after
