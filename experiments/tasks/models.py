@@ -12,7 +12,7 @@ class MLP(nn.Module):
     widths: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x, train: bool):  # noqa: D102
         del train
         x = x.reshape(len(x), -1)
         for width in self.widths[:-1]:
@@ -24,7 +24,7 @@ class CNN(nn.Module):
     """Two convolutions with pooling, and two dense layers."""
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x, train: bool):  # noqa: D102
         del train
         x = x[..., None]
         for features in (32, 64):
@@ -39,7 +39,7 @@ class ResNet(nn.Module):
     features: tuple[int, ...] = (64, 64)
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x, train: bool):  # noqa: D102
         norm = lambda: nn.BatchNorm(not train, momentum=0.9)
         conv = lambda width, strides=1: nn.Conv(width, (3, 3), strides, use_bias=False)
         x = nn.relu(norm()(conv(64, 2)(x[..., None])))
@@ -69,7 +69,7 @@ class ScannedTransformer(nn.Module):
     layers: int = 2
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x, train: bool):  # noqa: D102
         del train
         x = nn.Dense(self.width)(x)
         x = x + self.param("position", nn.initializers.normal(0.02), x.shape[1:])
@@ -90,7 +90,7 @@ class Recurrent(nn.Module):
     every: bool = False  # an output at each place
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x, train: bool):  # noqa: D102
         del train
         x = nn.Embed(self.vocabulary, self.width)(x) if self.vocabulary else x
         x = nn.RNN(self.cell(self.width))(x)
@@ -104,7 +104,7 @@ class VAE(nn.Module):
     latent: int = 16
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x, train: bool):  # noqa: D102
         x = x.reshape(len(x), -1)
         hidden = nn.relu(nn.Dense(self.width)(x))
         mean, log_variance = jnp.split(nn.Dense(2 * self.latent)(hidden), 2, axis=-1)
@@ -121,7 +121,7 @@ class Mixer(nn.Module):
     layers: int = 2
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x, train: bool):  # noqa: D102
         del train
         x = nn.Conv(self.width, (4, 4), (4, 4))(x[..., None])
         x = x.reshape(len(x), -1, self.width)
@@ -157,7 +157,7 @@ class NnxTransformer(nnx.Module):
         self.blocks = nnx.List([_NnxBlock(width, rngs) for _ in range(2)])
         self.head = nnx.Linear(width, 10, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x):  # noqa: D102
         x = self.embed(x) + self.position[...]
         for block in self.blocks:
             x = block(x)

@@ -31,7 +31,7 @@ def _refusal(measured: Measurement) -> str | None:
     if not measured.spectra.eigenvalues.any():
         return "all zero"
     if (measured.fits.threshold == 0).any():
-        return "a pruning step refused to cut it"
+        return "pruning left it alone while training"
     if not measured.accepted.all():
         size = measured.spectra.eigenvalues.shape[-1]
         if not measured.noisy.all():

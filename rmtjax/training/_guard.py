@@ -55,7 +55,8 @@ class _Cut:
         """Returns the rank at a step of the way."""
         size, state = self.view.short, self.after[1]
         lost = jnp.where(is_cut(state), size - state.rank, 0)
-        return size - jnp.clip(step - self.place * self.steps, 0, self.steps) * lost // self.steps
+        done = jnp.clip(step - self.place * self.steps, 0, self.steps)
+        return size - done * lost // self.steps
 
     def lower(self, step: Int[Array, ""]) -> Array:
         """Returns the kernel at a step of the way."""

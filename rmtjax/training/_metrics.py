@@ -74,12 +74,12 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       >>> print(numbers["rank/Dense_0/kernel"], f"{numbers['removed/Dense_0/kernel']:.2f}")
       1 0.49
     """
-    numbers, fits = {}, noise_levels(opt_state)
+    numbers = {}
     for path, state in _state_of_each_kernel(opt_state).items():
         numbers[f"rank/{path}"] = jnp.asarray(state.ranks[path])
         numbers[f"signal/{path}"] = jnp.asarray(state.signal[path])
-        numbers |= _numbers(f"threshold/{path}", fits[path].threshold)
-        numbers |= _numbers(f"distance/{path}", fits[path].distance)
+        numbers |= _numbers(f"threshold/{path}", jnp.asarray(state.fits[path].threshold))
+        numbers |= _numbers(f"distance/{path}", jnp.asarray(state.fits[path].distance))
         numbers[f"removed/{path}"] = jnp.asarray(state.removed[path])
         numbers[f"refused/{path}"] = jnp.asarray(state.refused[path])
         numbers[f"cost/{path}"] = jnp.asarray(state.costs[path])
@@ -97,7 +97,9 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       opt_state: As in `metrics`, with the same errors.
 
     Returns:
-      Path to `BulkFit`, NaN before the first cut; of a stack with an entry for each matrix.
+      Path to `BulkFit`, NaN before the first cut; of a stack with an entry for each matrix. If a
+      cut was held back or made smaller, the threshold is below the directions that had to stay,
+      and 0 if all had to: `plan` then keeps the kernel.
 
     Examples:
       >>> import jax, optax, rmtjax

@@ -42,8 +42,8 @@ class PruneState(NamedTuple):
       signal: Path to the number of signal directions at the last pruning step; 0 before.
       removed: Path to the share of the squares that it has removed, in [0, 1).
       refused: Path to the share that it would have removed and was not allowed to.
-      floors: Path to the eigenvalue down to which directions must stay, since a cut was refused; 0
-        if all must, NaN if the threshold decides.
+      floors: Path to the eigenvalue down to which directions must stay, since a cut was held back;
+        0 if all must, NaN if the threshold decides.
       costs: Path to what the cut was predicted to add to the loss; NaN without `value_fn`.
       norms: Path to the norm that the last step lands on; NaN if it did not cut.
       landed: Path to whether the last cut was found in the parameters.

@@ -129,14 +129,14 @@ def _has_settled(signal, state: KernelState, size: int, settled: ArrayLike) -> B
 
 
 def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers, options):
-    """Returns the rank by singular values; and fits, number of signals, rank and readiness."""
+    """Returns the rank by singular values; and what decides on the cut and the state."""
     size = min(matrices.shape[1:])
     spectra = from_singular_values(s, matrices)
     # The leading values alone cannot be fitted. They are only searched with a known noise level.
     fit, reliable = _noise_levels(spectra, state, options) if complete else (state.fit, True)
     signal = jax.vmap(options.rule, in_axes=(_EACH, 0))(spectra, fit).max()
     # If nothing stands out, as before training, a cut would destroy the network.
-    ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
+    asked = ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
     if options.waits:
         ready &= _has_settled(signal, state, size, numbers.settled)
     rank = kept_rank(signal, size, numbers.keep, numbers.min_rank)
@@ -150,7 +150,7 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     # The noise is that of the first cut. Until then nothing is remembered.
     carry = (ready & (rank < size)) | was_cut
     fit = jax.tree.map(lambda new, old: jnp.where(carry, new, old), fit, state.fit)
-    return rank, (fit, signal, rank, ready, share)
+    return rank, (fit, signal, rank, ready, asked & ~ready, share)
 
 
 def _removed(s, matrices, rank) -> Float[Array, ""]:
@@ -181,19 +181,19 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     counts = type(options.rule) in _COUNTING_RULES and options.noise == "first"
     search = kept <= state.signal if counts else False
     judge = partial(_judge, matrices=matrices, state=state, numbers=numbers, options=options)
-    lower, _, (fit, signal, rank, ready, share) = truncate_by(matrices, judge, floor, search)
+    lower, _, (fit, signal, rank, ready, held, share) = truncate_by(matrices, judge, floor, search)
     changed = ready & (rank < size)
     share = share.astype(state.removed.dtype)
     removed = jnp.where(changed, share, 0)
-    refused = share - removed
     new = state._replace(
         fit=fit,
         # A kernel that is left alone still has the rank of an earlier pruning.
         rank=jnp.where(ready, rank, state.rank),
         signal=signal,
         removed=removed,
-        refused=refused,
-        floor=jnp.where(refused > 0, 0, jnp.where(ready, jnp.nan, state.floor)),
+        refused=share - removed,
+        # A kernel that is held back must not be cut by a plan either.
+        floor=jnp.where(held, 0, jnp.where(ready, jnp.nan, state.floor)),
         cost=jnp.full_like(state.cost, jnp.nan),
         norm=jnp.where(changed, frobenius_norm(lower), jnp.nan).astype(state.norm.dtype),
     )

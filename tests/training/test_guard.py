@@ -73,7 +73,7 @@ def test_a_loss_that_allows_nothing_leaves_all_as_it_is():
         share = squares(path)[RANK:].sum() / squares(path).sum()
         np.testing.assert_allclose(found[f"refused/{path}"], share, rtol=1e-4)
     plan = rmtjax.plan(landed, fits=rmtjax.noise_levels(state))
-    assert {row.reason for row in plan.values()} == {"kept: a pruning step refused to cut it"}
+    assert {row.reason for row in plan.values()} == {"kept: pruning left it alone while training"}
 
 
 @pytest.mark.parametrize("weights", [EQUAL, CHEAP_B, {"a": 0.3, "b": 2.0}])
@@ -108,7 +108,7 @@ def test_a_plan_goes_no_further_than_the_loss_allowed(max_rise):
     rank = int(state.ranks["a/kernel"])
     # A rule that finds half of the directions above the noise keeps them all.
     expected = SIZE if rank >= SIZE // 2 else rank
-    assert {path: row.rank for path, row in plan.items()} == dict(zip(PATHS, (expected, RANK)))
+    assert {path: row.rank for path, row in plan.items()} == {PATHS[0]: expected, PATHS[1]: RANK}
     assert (rank < SIZE // 2) == (max_rise == 0.3)
 
 
