@@ -42,7 +42,8 @@ def _chain(task: Task, network: Network, optimizer: str, arm: str, every: int):
     options = ARMS[arm]
     if options is None:
         return base
-    recipe = {"settled": 0.2, "axes": network.axes, **options}
+    # Half an epoch follows the last look, in which training and BatchNorm adapt to the cut.
+    recipe = {"start": every // 2, "settled": 0.2, "axes": network.axes, **options}
     return optax.chain(base, rmtjax.prune_spectrum(every, **recipe))
 
 

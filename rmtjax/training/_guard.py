@@ -6,7 +6,7 @@ each from its full rank down to the rank of its rule. A bisection finds how far 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,30 @@ from rmtjax.planning import map_kernels
 from rmtjax.spectra import compose, decompose
 from rmtjax.training._pruning_step import frobenius_norm, KernelState, map_alike
 
-# Two losses with their gradients, of about three forward passes each, and the loss of zeros are
-# seven passes. With the steps of the bisection they are 15.
+# Two losses with their gradients, of about three forward passes each, and the loss of the last
+# pruning step are seven passes. With the steps of the bisection they are 15.
 _STEPS = 8
 _RANKS = 32  # the most ranks at which one kernel may end
 
 Loss = Callable[[Sequence[Array]], Array]
+Moves = tuple[list[Array], list[KernelState]]
+
+
+class Guard(NamedTuple):
+    """What decides how far the cuts of a step go.
+
+    Attributes:
+      value_fn: The loss of a tree of parameters.
+      params, updates: The whole trees, without cuts.
+      reference: The parameters after the last pruning step.
+      max_rise: Share of what training has gained since then that the cuts may undo.
+    """
+
+    value_fn: Callable[[PyTree], Array]
+    params: PyTree
+    updates: PyTree
+    reference: PyTree
+    max_rise: ArrayLike
 
 
 @dataclass(frozen=True)
@@ -124,15 +142,6 @@ def _costs(loss: Loss, whole: list[Array], cut: list[Array]) -> tuple[Array, Arr
     return start, end, list(map(cost, whole, cut, first, last))
 
 
-def _allowed(value_fn, tree: PyTree, start: Array, max_rise: ArrayLike) -> Float[Array, ""]:
-    """Returns by how much the loss may rise: a share of what the network gains over zeros."""
-    empty = lambda leaf: jnp.zeros_like(leaf) if jnp.ndim(leaf) > 1 else leaf
-    nothing = value_fn(jax.tree.map(empty, tree))
-    # A network that divides by a norm of its kernels has no loss there.
-    gain = jnp.where(jnp.isfinite(nothing), nothing - start, jnp.abs(start))
-    return max_rise * jnp.maximum(gain, 0)
-
-
 def _places(costs: list[Array], states: list[KernelState]) -> list[Array]:
     """Returns how many cuts come before that of each kernel: the cheapest is the first."""
     keys = jnp.where(jnp.stack([*map(is_cut, states)]), jnp.stack(costs), jnp.inf)
@@ -158,17 +167,9 @@ def _find_vectors(arrays: tuple[Array], axes: KernelAxes) -> tuple[Array, Array,
     return by_compiler(find, *arrays)
 
 
-def within_rise(value_fn, params: PyTree, updates: PyTree, views, max_rise, before, after):
-    """Returns updates and states of kernels whose cuts raise the loss by no more than allowed.
-
-    Args:
-      value_fn: The loss of a tree of parameters.
-      params, updates: The whole trees, without cuts.
-      views: The kernels in `params`.
-      max_rise: The share of what the network gains over zeros that it may lose.
-      before, after: Updates and states of the kernels, without the cuts and with them.
-    """
-    tree = optax.apply_updates(params, updates)
+def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Moves) -> Moves:
+    """Returns updates and states of kernels whose cuts raise the loss by no more than allowed."""
+    value_fn, tree = guard.value_fn, optax.apply_updates(guard.params, guard.updates)
     paths = [view.path for view in views]
 
     def loss(kernels):
@@ -178,7 +179,7 @@ def within_rise(value_fn, params: PyTree, updates: PyTree, views, max_rise, befo
     land = lambda view, move: (view.leaf + move).astype(view.leaf.dtype)
     whole, cut = (list(map(land, views, moves)) for moves, _ in (before, after))
     start, end, costs = _costs(loss, whole, cut)
-    limit = start + _allowed(value_fn, tree, start, max_rise)
+    limit = start + guard.max_rise * jnp.maximum(value_fn(guard.reference) - start, 0)
     is_fine = lambda value: (value <= limit) & jnp.isfinite(value)
     moves, states = after
     states = [s._replace(cost=c.astype(s.cost.dtype)) for s, c in zip(states, costs, strict=True)]
@@ -199,16 +200,23 @@ def within_rise(value_fn, params: PyTree, updates: PyTree, views, max_rise, befo
     return lax.cond(is_fine(end), lambda: (moves, states), lessen)
 
 
-def guard_if(due, value_fn, params: PyTree, updates: PyTree, views, max_rise, before, after):
-    """Returns what `within_rise` does, if a pruning step is due; else what it was given."""
+def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: Moves) -> Moves:
+    """Makes cuts smaller if a pruning step is due and the loss does not allow them.
+
+    Args:
+      due: Whether it is.
+      guard: What decides.
+      views: The kernels in the parameters.
+      before, after: Updates and states of the kernels, without the cuts and with them.
+    """
     hidden = lambda node: isinstance(node, optax.MaskedNode)
-    if any(map(hidden, jax.tree.leaves(params, is_leaf=hidden))):
+    if any(map(hidden, jax.tree.leaves(guard.params, is_leaf=hidden))):
         raise ValueError(
             "`value_fn` needs all parameters, and `optax.masked` or `optax.partition` hide some of "
             "them from `prune_spectrum`. Choose its kernels by `where` instead."
         )
-    guard = lambda: within_rise(value_fn, params, updates, views, max_rise, before, after)
+    lessen = lambda: _within_rise(guard, views, before, after)
     if isinstance(due, Tracer):
-        return lax.cond(due, guard, lambda: after)
+        return lax.cond(due, lessen, lambda: after)
     # Outside `jit` each new function compiles: only where it is needed.
-    return guard() if due else after
+    return lessen() if due else after

@@ -6,6 +6,7 @@ from typing import Any, get_args, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -13,7 +14,7 @@ from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_count, check_share, find_kernels, map_kernels, obstacle
-from rmtjax.training._guard import guard_if
+from rmtjax.training._guard import Guard, guard_if
 from rmtjax.training._pruning_step import (
     forget_lost,
     is_due,
@@ -47,6 +48,7 @@ class PruneState(NamedTuple):
       costs: Path to what the cut was predicted to add to the loss; NaN without `value_fn`.
       norms: Path to the norm that the last step lands on; NaN if it did not cut.
       landed: Path to whether the last cut was found in the parameters.
+      reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
     """
 
     step: Int[Array, ""]
@@ -59,6 +61,7 @@ class PruneState(NamedTuple):
     costs: dict[str, Float[Array, ""]]
     norms: dict[str, Float[Array, ""]]
     landed: dict[str, Bool[Array, ""]]
+    reference: PyTree = None
 
 
 def _check(every, start, keep, noise, settled, max_removed, max_rise, min_rank, min_size) -> None:
@@ -77,7 +80,8 @@ def _check(every, start, keep, noise, settled, max_removed, max_rise, min_rank, 
         check_share("keep", keep, "the directions that are not signal and stay")
     if max_removed is not None:
         check_share("max_removed", max_removed, "its squares that a kernel may lose in one cut")
-    check_share("max_rise", max_rise, "what the network gains over zeros that a step may undo")
+    if max_rise is not None:
+        check_share("max_rise", max_rise, "what a period of training has gained that may be undone")
     if noise not in get_args(Noise):
         raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
     if settled is not None:
@@ -101,7 +105,7 @@ def prune_spectrum(
     noise: Noise = "first",
     settled: Float[ArrayLike, ""] | None = None,
     max_removed: Float[ArrayLike, ""] | None = None,
-    max_rise: Float[ArrayLike, ""] = 0.01,
+    max_rise: Float[ArrayLike, ""] | None = 0.1,
     where: Where | None = None,
     axes: Axes | None = None,
     min_rank: Int[ArrayLike, ""] = 1,
@@ -138,8 +142,8 @@ def prune_spectrum(
       max_removed: Largest share of its squares that a kernel may lose in one cut, in [0, 1]. A cut
         that would take more is refused, as `rmtjax.metrics` tells, and tried again later. 1 allows
         every cut, and so do rules without a noise level. None is 1 with `value_fn`, else 0.8.
-      max_rise: With `value_fn`, the share of what the network gains over zeros that a pruning step
-        may undo, in [0, 1].
+      max_rise: With `value_fn`, the share of what training has gained in the last period that a
+        pruning step may undo, in [0, 1]. None ignores `value_fn`, and saves a copy of `params`.
       where, axes: As in `rmtjax.plan`. The matrices of a stack get one rank, the largest needed.
       min_rank: Smallest rank, at least 1.
       min_size: Kernels with a shorter short side are left alone.
@@ -185,9 +189,11 @@ def prune_spectrum(
     def init_fn(params: PyTree) -> PruneState:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
-            return PruneState(step, *[step] * len(KernelState._fields))  # pyright: ignore[reportArgumentType]
+            return PruneState(step, *[step] * len(KernelState._fields), step)  # pyright: ignore[reportArgumentType]
         views = find(params)
-        return PruneState(step, *_by_field(views, map(unpruned, views.values())))
+        # A copy, since the parameters may be donated.
+        reference = None if max_rise is None else jax.tree.map(jnp.copy, params)
+        return PruneState(step, *_by_field(views, map(unpruned, views.values())), reference)
 
     def numbers_at(step: Array, guarded: bool) -> StepNumbers:
         """Returns the options in force at a step, which is the number of those before it."""
@@ -201,22 +207,27 @@ def prune_spectrum(
     def update_fn(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
         views, chosen = moving_kernels(updates, params, find, state.ranks)
+        guarded = not (value_fn is None or max_rise is None) and len(views) > 0
         kernels, shapes = [v.leaf for v in views.values()], tuple(v.axes for v in views.values())
-        _, *fields = state
+        _, *fields, reference = state
         old = [KernelState(*(field[path] for field in fields)) for path in views]
         old = forget_lost(is_due(state.step, every, start), kernels, old, axes=shapes)
         step = jnp.asarray(optax.safe_increment(state.step))
-        due, numbers = is_due(step, every, start), numbers_at(state.step, value_fn is not None)
+        due, numbers = is_due(step, every, start), numbers_at(state.step, guarded)
         moves = list(chosen.values())
         new = prune_if(due, kernels, moves, old, numbers, axes=shapes, options=options)
-        if value_fn is not None and views:
-            kernels = list(views.values())
-            new = guard_if(due, value_fn, params, updates, kernels, max_rise, (moves, old), new)
+        if guarded:
+            guard = Guard(value_fn, params, updates, reference, max_rise)
+            new = guard_if(due, guard, list(views.values()), (moves, old), new)
         moves, states = new
         # Kernels without an update, and those that were factorized since, keep their state.
         fields = (old | new for old, new in zip(fields, _by_field(views, states), strict=True))
         rewritten = dict(zip(views, moves, strict=True))
         updates = map_kernels(lambda path, _: rewritten[path], updates, rewritten)
-        return updates, PruneState(step, *fields)
+        if guarded:
+            land = lambda: optax.apply_updates(params, updates)
+            # Also before the first pruning step, which compares with the period before it.
+            reference = lax.cond((step - start) % every == 0, land, lambda: reference)
+        return updates, PruneState(step, *fields, reference)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,4 +1,4 @@
-"""`prune_spectrum` with `value_fn`: no step raises the loss by more than it is allowed to."""
+"""`prune_spectrum` with `value_fn`: no step undoes more of the gains than it is allowed to."""
 
 import functools
 
@@ -34,14 +34,33 @@ def loss_with(weights):
     return loss
 
 
+def begin(optimizer, params=PARAMS):
+    """The state of a network that begins with zeros: all that there is, training has gained."""
+    return optimizer.init(jax.tree.map(jnp.zeros_like, params))
+
+
 def gain(weights):
     return sum(weight * squares(name).sum() for name, weight in weights.items())
 
 
-def step(weights, params=PARAMS, optimizer=None, **options):
+# One program for most tests: the options and the weights of the loss are traced.
+@functools.partial(jax.jit, static_argnames=("every", "start"))
+def update(updates, state, params, weights, max_rise, every=1, start=0, offset=0.0):
+    optimizer = prune_spectrum(every, start=start, max_rise=max_rise, max_removed=1.0)
+    value_fn = lambda params: loss_with(weights)(params) + offset
+    return optimizer.update(updates, state, params, value_fn=value_fn)
+
+
+def step(weights, max_rise):
     """What a pruning step lands on, and its state."""
-    optimizer = prune_spectrum(1, **options) if optimizer is None else optimizer
-    zeros, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), begin(prune_spectrum(1))
+    updates, state = update(zeros, state, PARAMS, weights, max_rise)
+    return optax.apply_updates(PARAMS, updates), state
+
+
+def step_of(optimizer, weights, params=PARAMS):
+    """The same of any optimizer, in a program of its own."""
+    zeros, state = jax.tree.map(jnp.zeros_like, params), begin(optimizer, params)
     update = functools.partial(optimizer.update, value_fn=loss_with(weights))
     updates, state = jax.jit(update)(zeros, state, params)
     return optax.apply_updates(params, updates), state
@@ -53,13 +72,14 @@ CHEAP_B = {"a": 1.0, "b": 1e-4}
 
 def test_a_loss_that_allows_all_changes_nothing():
     optimizer = prune_spectrum(1, max_removed=1.0)
-    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)
+    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), begin(optimizer)
     updates, without = jax.jit(optimizer.update)(zeros, state, PARAMS)
     landed, state = step(EQUAL, max_rise=1.0)
     assert_same_bits(landed, optax.apply_updates(PARAMS, updates))
-    unknown = without.costs
-    assert all(np.isnan(cost) for cost in unknown.values())
-    assert_same_bits(state._replace(costs=unknown), without)
+    assert all(np.isnan(cost) for cost in without.costs.values())
+    assert_same_bits(
+        state._replace(costs=without.costs, reference=None), without._replace(reference=None)
+    )
 
 
 def test_a_loss_that_allows_nothing_leaves_all_as_it_is():
@@ -113,12 +133,11 @@ def test_a_plan_goes_no_further_than_the_loss_allowed(max_rise):
 
 
 def test_the_next_step_goes_on_where_the_loss_allows_more():
-    optimizer = prune_spectrum(1, max_rise=0.1)
-    landed, first = step(CHEAP_B, optimizer=optimizer)
-    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    free = lambda params: loss_with(EQUAL)(params) * 0 - jnp.sum(params["b"]["kernel"] ** 2)
-    _, second = optimizer.update(zeros, first, landed, value_fn=free)
+    landed, first = step(CHEAP_B, max_rise=0.1)
     assert int(first.ranks["a/kernel"]) > RANK
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    free = {"a": 0.0, "b": 0.0}  # a loss that no cut changes
+    _, second = update(zeros, first, landed, free, 0.1)
     assert {path: int(rank) for path, rank in second.ranks.items()} == dict.fromkeys(PATHS, RANK)
     assert np.isnan(second.floors["a/kernel"])
     assert_same_bits(second.fits, first.fits)
@@ -126,25 +145,48 @@ def test_the_next_step_goes_on_where_the_loss_allows_more():
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_a_loss_that_is_not_finite_allows_nothing(value):
-    optimizer = prune_spectrum(1)
-    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)
-    lost = lambda params: loss_with(EQUAL)(params) + value
-    updates, state = optimizer.update(zeros, state, PARAMS, value_fn=lost)
+    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), begin(prune_spectrum(1))
+    updates, state = update(zeros, state, PARAMS, EQUAL, 1.0, offset=value)
     assert_same_bits(updates, zeros)
     assert set(map(int, state.ranks.values())) == {SIZE}
 
 
-def test_a_loss_without_a_value_at_zeros_is_compared_with_itself():
-    def normalized(params):  # 0 / 0 at zeros
-        kernel = params["a"]["kernel"]
-        return 2 - jnp.sum(kernel / jnp.linalg.norm(kernel) * PARAMS["a"]["kernel"]) / 11
+def test_what_counts_is_the_gain_of_the_last_period():
+    params, state = PARAMS, begin(prune_spectrum(1))
+    ranks = []
+    for _ in range(2):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, state = update(zeros, state, params, EQUAL, 0.1)
+        params = optax.apply_updates(params, updates)
+        ranks.append({path: int(rank) for path, rank in state.ranks.items()})
+    assert min(ranks[0].values()) < SIZE
+    # Since then the loss has not fallen, and nothing more may be undone.
+    assert ranks[1] == ranks[0]
+    assert_same_bits(state.reference, params)
 
-    optimizer = prune_spectrum(1, max_rise=0.2)
-    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)
-    updates, state = optimizer.update(zeros, state, PARAMS, value_fn=normalized)
-    landed = optax.apply_updates(PARAMS, updates)
-    assert RANK <= int(state.ranks["a/kernel"]) < SIZE
-    assert normalized(landed) <= normalized(PARAMS) * 1.2
+
+def test_a_late_start_compares_with_the_period_before_it():
+    zeros, ranks = jax.tree.map(jnp.zeros_like, PARAMS), {}
+    for learnt in (3, 5):  # the step at which all is learnt
+        params, state = zeros, begin(prune_spectrum(1))
+        for step in range(1, 7):
+            params = PARAMS if step == learnt else params
+            _, state = update(zeros, state, params, CHEAP_B, 0.1, every=2, start=6)
+        ranks[learnt] = set(map(int, state.ranks.values()))
+    assert ranks[3] == {SIZE}
+    assert max(ranks[5]) < SIZE
+
+
+def test_without_max_rise_the_loss_is_not_asked_and_no_copy_is_kept():
+    def asked(params):
+        raise AssertionError("the loss was asked")
+
+    optimizer = prune_spectrum(1, max_rise=None)
+    state = begin(optimizer)
+    assert state.reference is None
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    _, state = optimizer.update(zeros, state, PARAMS, value_fn=asked)
+    assert set(map(int, state.ranks.values())) == {RANK}
 
 
 def test_a_pruning_step_takes_at_most_fifteen_passes_and_others_none():
@@ -156,7 +198,7 @@ def test_a_pruning_step_takes_at_most_fifteen_passes_and_others_none():
 
     optimizer = prune_spectrum(2, max_rise=0.01)
     update = jax.jit(lambda *args: optimizer.update(*args, value_fn=counted))
-    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)
+    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), begin(optimizer)
     counts = []
     for _ in range(4):
         _, state = update(zeros, state, PARAMS)
@@ -171,10 +213,10 @@ def test_a_pruning_step_takes_at_most_fifteen_passes_and_others_none():
 
 
 def test_a_step_outside_jit_is_the_same():
-    optimizer = prune_spectrum(1, max_rise=0.1)
-    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)
+    optimizer = prune_spectrum(1, max_rise=0.1, max_removed=1.0)
+    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), begin(optimizer)
     updates, eager = optimizer.update(zeros, state, PARAMS, value_fn=loss_with(CHEAP_B))
-    landed, compiled = step(CHEAP_B, optimizer=optimizer)
+    landed, compiled = step(CHEAP_B, max_rise=0.1)
     assert_close(optax.apply_updates(PARAMS, updates), landed)
     assert_same_bits(eager.ranks, compiled.ranks)
 
@@ -183,7 +225,7 @@ def test_a_stack_gets_one_rank_and_its_matrices_their_levels():
     stack = {"layers": {"kernel": jnp.stack([planted(0), planted(1)])}}
     axes = {"layers/kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
     optimizer = prune_spectrum(1, axes=axes, max_rise=0.3)
-    zeros, state = jax.tree.map(jnp.zeros_like, stack), optimizer.init(stack)
+    zeros, state = jax.tree.map(jnp.zeros_like, stack), begin(optimizer, stack)
     loss = lambda params: jnp.sum((params["layers"]["kernel"] - stack["layers"]["kernel"]) ** 2)
     updates, state = optimizer.update(zeros, state, stack, value_fn=loss)
     rank = int(state.ranks["layers/kernel"])
@@ -194,10 +236,12 @@ def test_a_stack_gets_one_rank_and_its_matrices_their_levels():
     assert plan["layers/kernel"].rank == rank
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_guarded_one_by_one():
     optimizer = prune_spectrum(1, max_rise=0.1)
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PARAMS)
-    zeros, state = jax.tree.map(jnp.zeros_like, both), jax.vmap(optimizer.init)(both)
+    zeros = jax.tree.map(jnp.zeros_like, both)
+    state = jax.vmap(optimizer.init)(zeros)
     weights = jnp.array([1.0, 1e-4])
 
     def update(zeros, state, params, weight):
@@ -207,48 +251,47 @@ def test_an_ensemble_is_guarded_one_by_one():
     _, state = jax.jit(jax.vmap(update))(zeros, state, both, weights)
     first, second = state.ranks["a/kernel"].tolist()
     assert first > second > RANK
-    _, alone = step(CHEAP_B, optimizer=optimizer)
+    _, alone = step(CHEAP_B, max_rise=0.1)
     assert first == int(alone.ranks["a/kernel"])
 
 
-def test_it_works_in_wrappers_that_pass_extra_arguments_on():
-    schedule = optax.constant_schedule(0.1)
-    static = ("rule", "min_size", "where", "axes")
-    injected = optax.inject_hyperparams(prune_spectrum, static_args=static)(1, max_rise=schedule)
-    _, alone = step(CHEAP_B, max_rise=0.1)
-    for optimizer in (
-        injected,
+INJECTED = optax.inject_hyperparams(
+    prune_spectrum, static_args=("rule", "min_size", "where", "axes", "max_removed")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        INJECTED(1, max_rise=optax.constant_schedule(0.1)),
         optax.chain(optax.sgd(0.1), prune_spectrum(1, max_rise=0.1)),
         optax.MultiSteps(prune_spectrum(1, max_rise=0.1), 1),
-    ):
-        _, state = step(CHEAP_B, optimizer=optimizer)
-        assert_same_bits(optax.tree.get(state, "ranks"), alone.ranks)
+    ],
+    ids=["inject_hyperparams", "chain", "MultiSteps"],
+)
+def test_it_works_in_wrappers_that_pass_extra_arguments_on(optimizer):
+    _, alone = step(CHEAP_B, max_rise=0.1)
+    _, state = step_of(optimizer, CHEAP_B)
+    assert_same_bits(optax.tree.get(state, "ranks"), alone.ranks)
 
 
 def test_hidden_parameters_are_an_error_that_names_the_way():
     optimizer = optax.masked(prune_spectrum(1), {"a": True, "b": False, "bias": False})
     with pytest.raises(ValueError, match="Choose its kernels by `where` instead"):
-        step(EQUAL, optimizer=optimizer)
+        step_of(optimizer, EQUAL)
 
 
 def test_an_optimizer_of_nnx_passes_the_loss_on():
-    class Model(nnx.Module):
-        def __init__(self):
-            self.first = nnx.Linear(64, 96, rngs=nnx.Rngs(0))
-            self.first.kernel[...] = planted(0)
-
-        def __call__(self, x):
-            return self.first(x)
-
-    model = Model()
     x = jax.random.normal(jax.random.key(0), (256, 64))
-    target = model(x)
+    target = x @ planted(0)
     loss = lambda model: jnp.mean((model(x) - target) ** 2)
     ranks = {}
     for max_rise in (0.0, 0.05, 1.0):
-        model = Model()
+        model = nnx.Linear(64, 96, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
         chain = optax.chain(optax.sgd(0.0), prune_spectrum(1, max_rise=max_rise))
         optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+        model.kernel[...] = planted(0)
 
         @nnx.jit
         def train_step(model, optimizer):
@@ -257,8 +300,7 @@ def test_an_optimizer_of_nnx_passes_the_loss_on():
             optimizer.update(model, nnx.grad(loss)(model), value_fn=value_fn)
 
         train_step(model, optimizer)
-        found = rmtjax.metrics(optimizer.opt_state)
-        ranks[max_rise] = int(found["rank/first/kernel"])
+        ranks[max_rise] = int(rmtjax.metrics(optimizer.opt_state)["rank/kernel"])
         assert float(loss(model)) <= max(max_rise, 1e-6) * float(jnp.mean(target**2)) * 1.001
     assert ranks[0.0] == SIZE > ranks[0.05] > ranks[1.0] == RANK
 
