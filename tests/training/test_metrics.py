@@ -19,7 +19,7 @@ import rmtjax
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training_live.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
-KINDS = {"rank", "signal", "threshold", "distance", "removed", "refused"}
+KINDS = {"rank", "signal", "threshold", "distance", "removed", "refused", "cost", "landed"}
 
 
 def noise(seed, shape=(60, 90)):
@@ -48,7 +48,7 @@ def assert_same(found, expected):
 
 def test_numbers_are_those_of_a_fit_of_the_kernel():
     found = rmtjax.metrics(after_a_step(PRUNE))
-    assert len(found) == 12
+    assert len(found) == 16
     for path, count in (("a/kernel", 2), ("b/kernel", 5)):
         assert found[f"rank/{path}"] == found[f"signal/{path}"] == count
         fit = rmtjax.fit_bema(rmtjax.spectrum(PARAMS[path[0]]["kernel"]))
@@ -109,6 +109,8 @@ def test_each_matrix_of_a_stack_has_its_own_fit():
     assert found.pop("rank/layers/kernel") == 5  # one rank, that of the richest
     assert found.pop("signal/layers/kernel") == 5
     assert found.pop("refused/layers/kernel") == 0
+    assert np.isnan(found.pop("cost/layers/kernel"))
+    assert found.pop("landed/layers/kernel")
     # Of the sum of the squares of both, what lies beyond that rank.
     values = np.linalg.svd(np.asarray(stack["layers"]["kernel"]), compute_uv=False) ** 2
     lost = values[:, 5:].sum() / values.sum()
