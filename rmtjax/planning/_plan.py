@@ -30,8 +30,6 @@ def _refusal(measured: Measurement) -> str | None:
         return "not finite"
     if not measured.spectra.eigenvalues.any():
         return "all zero"
-    if (measured.fits.threshold == 0).any():
-        return "pruning left it alone while training"
     if not measured.accepted.all():
         size = measured.spectra.eigenvalues.shape[-1]
         if not measured.noisy.all():
@@ -114,6 +112,11 @@ def _given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkF
     return given
 
 
+def _is_held(fit: BulkFit) -> bool:
+    """Returns True for a threshold under which nothing lies, unless the kernel was zero."""
+    return bool(((fit.threshold == 0) & (fit.variance != 0)).any())
+
+
 def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) -> Plan:
     """Returns the plan of a tree; a clock that is shared times equal products once."""
     check_tree(params)
@@ -130,6 +133,8 @@ def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) 
         # What a factorization has left out cannot be fitted any more.
         if not cause and kernel.is_factored and options.rule.needs_noise and path not in given:
             cause = "factorized, and `fits` has no noise level for it"
+        if not cause and path in given and _is_held(given[path]):
+            cause = "pruning left it alone while training"
         if cause or not isinstance(kernel, MatrixView):
             axes = kernel.axes if isinstance(kernel, MatrixView) else None
             decided[path] = Kept(f"kept: {cause}", kernel.shape, axes)

@@ -14,13 +14,18 @@ import optax
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.planning import map_kernels
 from rmtjax.spectra import compose, decompose
-from rmtjax.training._pruning_step import frobenius_norm, KernelState, map_alike
+from rmtjax.training._pruning_step import (
+    frobenius_norm,
+    KernelState,
+    landing_norm,
+    map_alike,
+)
 
 # Two losses with their gradients, of about three forward passes each, and the loss of the last
 # pruning step are seven passes. With the steps of the bisection they are 15.
@@ -37,15 +42,15 @@ class Guard(NamedTuple):
     Attributes:
       value_fn: The loss of a tree of parameters.
       params, updates: The whole trees, without cuts.
-      reference: The parameters after the last pruning step.
-      max_rise: Share of what training has gained since then that the cuts may undo.
+      reference: The parameters one period ago.
+      max_rise: Share of the fall of the loss since then that the cuts may undo.
     """
 
-    value_fn: Callable[[PyTree], Array]
+    value_fn: Callable[[PyTree], Any]
     params: PyTree
     updates: PyTree
     reference: PyTree
-    max_rise: ArrayLike
+    max_rise: Any
 
 
 @dataclass(frozen=True)
@@ -70,39 +75,41 @@ class _Cut:
     steps: int
 
     def rank(self, step: Int[Array, ""]) -> Int[Array, ""]:
-        """Returns the rank at a step of the way."""
-        size, state = self.view.short, self.after[1]
-        lost = jnp.where(is_cut(state), size - state.rank, 0)
+        """Returns the rank at a step of the way. The first leads back to an earlier cut."""
+        size, old, end = self.view.short, self.before[1].rank, self.after[1].rank
+        again = jnp.asarray(old < size, jnp.int32)
         done = jnp.clip(step - self.place * self.steps, 0, self.steps)
-        return size - done * lost // self.steps
+        below = jnp.maximum(done - again, 0) * (old - end) // (self.steps - again)
+        return jnp.where(is_cut(self.after[1]) & (done > 0), old - below, size)
 
     def lower(self, step: Int[Array, ""]) -> Array:
         """Returns the kernel at a step of the way."""
 
         def multiply(vectors, rank, like):
-            return MatrixView("", like, self.view.axes).from_matrices(compose(*vectors, rank))
+            u, s, vt = vectors
+            return MatrixView("", like, self.view.axes).from_matrices(compose(u, s, vt, rank))
 
         rank, out = self.rank(step), typed_sharding(self.whole)
         kernel = by_compiler(multiply, self.vectors, rank, self.whole, out=out)
         return jnp.where(rank < self.view.short, kernel.astype(self.whole.dtype), self.whole)
 
-    def state(self, step: Int[Array, ""]) -> KernelState:
+    def state(self, step: Int[Array, ""], move: Array) -> KernelState:
         """Returns the state at a step that is not the last of the kernel."""
         old, new, s, rank = self.before[1], self.after[1], self.vectors[1], self.rank(step)
         is_lower = rank < self.view.short
-        norm = frobenius_norm(jnp.where(jnp.arange(s.shape[1]) < rank, s, 0))
-        removed = jnp.where(is_lower, 1 - (norm / frobenius_norm(s)) ** 2, 0)
-        rank = jnp.where(is_lower, rank, old.rank)
-        floor = between(s, rank) ** 2 / self.view.long
+        kept = frobenius_norm(jnp.where(jnp.arange(s.shape[1]) < rank, s, 0))
+        removed = jnp.where(is_lower, 1 - (kept / frobenius_norm(s)) ** 2, 0)
+        # Far from the directions that stay, and from those that training will add.
+        floor = jnp.square(jnp.take(s, rank - 1, axis=1) / 2) / self.view.long
         # The noise is that of the first cut: a kernel that is not cut remembers nothing.
         fit = jax.tree.map(lambda new, old: jnp.where(is_lower, new, old), new.fit, old.fit)
         state = new._replace(
             fit=fit,
-            rank=rank,
+            rank=jnp.where(is_lower, rank, old.rank),
             removed=removed,
             refused=jnp.maximum(new.removed - removed, 0),
-            floor=floor.reshape(new.floor.shape),
-            norm=jnp.where(is_lower, norm, jnp.nan),
+            floor=jnp.where(is_lower, floor, 0).reshape(new.floor.shape),
+            norm=jnp.where(is_lower, landing_norm(self.view.leaf, move), jnp.nan),
         )
         return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
 
@@ -112,18 +119,12 @@ class _Cut:
         move = jnp.where(self.rank(step) < self.view.short, move, self.before[0])
         done = step >= (self.place + 1) * self.steps
         pick = lambda end, part: jnp.where(done | ~is_cut(self.after[1]), end, part)
-        return jax.tree.map(pick, self.after, (move, self.state(step)))
+        return jax.tree.map(pick, self.after, (move, self.state(step, move)))
 
 
 def is_cut(state: KernelState) -> Bool[Array, ""]:
     """Returns True if a step has made a kernel smaller."""
     return state.removed > 0
-
-
-def between(s: Float[Array, "b p"], rank: Int[Array, ""]) -> Float[Array, " b"]:
-    """Returns values between those of the first `rank` directions and the others; 0 for all."""
-    at = lambda index: jnp.take(s, jnp.clip(index, 0, s.shape[1] - 1), axis=1)
-    return jnp.where(rank < s.shape[1], jnp.sqrt(at(rank - 1) * at(rank)), 0)
 
 
 def _costs(loss: Loss, whole: list[Array], cut: list[Array]) -> tuple[Array, Array, list[Array]]:
@@ -144,8 +145,11 @@ def _costs(loss: Loss, whole: list[Array], cut: list[Array]) -> tuple[Array, Arr
 
 def _places(costs: list[Array], states: list[KernelState]) -> list[Array]:
     """Returns how many cuts come before that of each kernel: the cheapest is the first."""
-    keys = jnp.where(jnp.stack([*map(is_cut, states)]), jnp.stack(costs), jnp.inf)
-    return list(jnp.argsort(jnp.argsort(keys)))
+    largest = jnp.finfo(jnp.float32).max
+    known = jnp.nan_to_num(jnp.stack(costs), nan=largest, posinf=largest)
+    # Those that are not cut come last.
+    order = jnp.argsort(jnp.where(jnp.stack([*map(is_cut, states)]), known, jnp.inf))
+    return list(jnp.argsort(order))
 
 
 def _bisect(fine_at: Callable[[Array], Bool[Array, ""]], end: Int[Array, ""]) -> Int[Array, ""]:
@@ -167,9 +171,26 @@ def _find_vectors(arrays: tuple[Array], axes: KernelAxes) -> tuple[Array, Array,
     return by_compiler(find, *arrays)
 
 
+def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
+    """Returns a loss in float32 at least, which says what is wrong with its value."""
+
+    def loss(params: PyTree) -> Array:
+        value = value_fn(params)
+        is_array = isinstance(value, jax.Array)
+        if not is_array or value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                "`value_fn` must return one floating number for a tree of parameters, got "
+                f"{value}. Of (loss, aux) return the loss alone."
+            )
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+    return loss
+
+
 def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Moves) -> Moves:
     """Returns updates and states of kernels whose cuts raise the loss by no more than allowed."""
-    value_fn, tree = guard.value_fn, optax.apply_updates(guard.params, guard.updates)
+    value_fn = _scalar(guard.value_fn)
+    tree = optax.apply_updates(guard.params, guard.updates)
     paths = [view.path for view in views]
 
     def loss(kernels):
@@ -179,7 +200,8 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
     land = lambda view, move: (view.leaf + move).astype(view.leaf.dtype)
     whole, cut = (list(map(land, views, moves)) for moves, _ in (before, after))
     start, end, costs = _costs(loss, whole, cut)
-    limit = start + guard.max_rise * jnp.maximum(value_fn(guard.reference) - start, 0)
+    gain = value_fn(guard.reference) - start
+    limit = start + guard.max_rise * jnp.where(jnp.isfinite(gain), jnp.maximum(gain, 0), 0)
     is_fine = lambda value: (value <= limit) & jnp.isfinite(value)
     moves, states = after
     states = [s._replace(cost=c.astype(s.cost.dtype)) for s, c in zip(states, costs, strict=True)]
@@ -213,10 +235,20 @@ def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: M
     if any(map(hidden, jax.tree.leaves(guard.params, is_leaf=hidden))):
         raise ValueError(
             "`value_fn` needs all parameters, and `optax.masked` or `optax.partition` hide some of "
-            "them from `prune_spectrum`. Choose its kernels by `where` instead."
+            "them from `prune_spectrum`. Choose its kernels by `where` instead, or pass "
+            "`max_rise=None`."
         )
-    lessen = lambda: _within_rise(guard, views, before, after)
-    if isinstance(due, Tracer):
-        return lax.cond(due, lessen, lambda: after)
-    # Outside `jit` each new function compiles: only where it is needed.
-    return lessen() if due else after
+    if jax.tree.structure(guard.reference) != jax.tree.structure(guard.params):
+        raise ValueError(
+            "the state of `prune_spectrum` has a copy of other parameters than `params`. After "
+            "`rmtjax.factorize` carry it over by `rmtjax.transfer_opt_state`."
+        )
+    return call_if(due, lambda: _within_rise(guard, views, before, after), after)
+
+
+def call_if(condition, function: Callable[[], PyTree], otherwise: PyTree) -> PyTree:
+    """Returns what a function returns if a condition holds, else a value of the same form."""
+    if isinstance(condition, Tracer):
+        return lax.cond(condition, function, lambda: otherwise)
+    # Outside `jit`, `lax.cond` would compile each new function, needed or not.
+    return function() if condition else otherwise

@@ -69,6 +69,7 @@ class KernelState(NamedTuple):
     floor: Float[Array, "..."]  # an entry for each matrix of a stack
     cost: Float[Array, ""]
     norm: Float[Array, ""]
+    previous: Int[Array, ""]
     landed: Bool[Array, ""]
 
 
@@ -106,6 +107,7 @@ def unpruned(view: MatrixView) -> KernelState:
         floor=unknown(shape),
         cost=unknown(),
         norm=unknown(),
+        previous=jnp.asarray(view.short, jnp.int32),
         landed=jnp.ones((), bool),
     )
 
@@ -169,6 +171,14 @@ def frobenius_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
     return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
 
 
+def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the norm of what an update lands on, as it is rounded there."""
+    bits = jnp.finfo(kernel.dtype)
+    # A cast alone may be left out by the compiler, which then keeps more bits than land.
+    landed = lax.reduce_precision(kernel + update, bits.nexp, bits.nmant)
+    return frobenius_norm(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+
+
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
     """Returns a truncated stack, whether it differs from the given one, and the new state."""
     # A carried noise level is not fitted again. Only directions above it are then needed.
@@ -195,7 +205,7 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
         # A kernel that is held back must not be cut by a plan either.
         floor=jnp.where(held, 0, jnp.where(ready, jnp.nan, state.floor)),
         cost=jnp.full_like(state.cost, jnp.nan),
-        norm=jnp.where(changed, frobenius_norm(lower), jnp.nan).astype(state.norm.dtype),
+        previous=state.rank,
     )
     return lower, changed, new
 
@@ -210,7 +220,9 @@ def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes,
     lower = view.from_matrices(lower)
     # A kernel that keeps its full rank keeps its update to the last bit.
     update = jnp.where(changed, (lower - kernel).astype(update.dtype), update)
-    return update, jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), new, state)
+    new = new._replace(norm=jnp.where(changed, landing_norm(kernel, update), jnp.nan))
+    restore = lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype)
+    return update, jax.tree.map(restore, new, state)
 
 
 def _same_programs(inputs: list[tuple], axes: tuple[KernelAxes, ...]) -> list[list[int]]:
@@ -269,14 +281,22 @@ def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[
     """
 
     def check(kernel, state: KernelState, axes: KernelAxes) -> KernelState:
+        known = jnp.isfinite(state.norm)
         norm = frobenius_norm(kernel.astype(state.norm.dtype))
         share = jnp.abs((norm / state.norm) ** 2 - 1)
-        # Half of what was removed, over what is left. Rounding to bfloat16 changes less than 1e-4.
-        landed = share <= jnp.maximum(0.5 * state.removed / (1 - state.removed), 1e-4)
-        landed = jnp.where(jnp.isnan(state.norm), state.landed, landed)
-        lost = unpruned(MatrixView("", kernel, axes))._replace(signal=state.signal, landed=landed)
-        kept = state._replace(landed=landed)
-        return jax.tree.map(lambda old, new: jnp.where(landed, old, new), kept, lost)
+        # A fiftieth of what was removed, over what is left; sums are rounded to some 1e-6.
+        most = jnp.maximum(0.02 * state.removed / (1 - state.removed), 1e-5)
+        lost = known & ~(share <= most)
+        fresh = unpruned(MatrixView("", kernel, axes))
+        # An earlier cut has landed: its noise level still holds.
+        first = state.previous >= fresh.rank
+        forget = lambda old, new: jnp.where(lost & first, new, old)
+        return state._replace(
+            fit=jax.tree.map(forget, state.fit, fresh.fit),
+            rank=jnp.where(lost, state.previous, state.rank),
+            floor=jnp.where(lost, fresh.floor, state.floor),
+            landed=jnp.where(known, ~lost, state.landed),
+        )
 
     checked = lambda states: list(map(check, kernels, states, axes))
     return lax.cond(after_cut, checked, lambda states: states, states)

@@ -198,5 +198,12 @@ def transfer_opt_state(
     is_node = lambda node: isinstance(node, (*BY_PATH, optax.MaskedNode))
     places, treedef = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_node)
     nodes, fresh = dict(places), _fresh_nodes(treedef, optimizer, factorized)
-    carry = lambda key, new: _carry(key, nodes, new, replaced, reset=moments == "reset")
+
+    def carry(key: Key, new: Any) -> Any:
+        node = _carry(key, nodes, new, replaced, reset=moments == "reset")
+        whole = isinstance(node, PruneState) and jax.tree.structure(node.reference) == of_params
+        # A copy, since both may be donated.
+        return node._replace(reference=jax.tree.map(jnp.copy, factorized)) if whole else node
+
+    of_params = jax.tree.structure(params)
     return treedef.unflatten(map(carry, nodes, fresh))

@@ -35,6 +35,7 @@ def test_the_last_of_a_chain_lands(every, dtype):
     optimizer = optax.chain(optax.sgd(0.01, momentum=0.9), prune_spectrum(every))
     _, state = train(optimizer, dtype=dtype)
     assert landed(state) == [True, True]
+    assert all(map(np.isfinite, optax.tree.get(state, "norms").values()))
     assert set(ranks_of(state).values()) == {3}
 
 
@@ -62,15 +63,63 @@ def test_what_changes_updates_again_is_noticed_at_the_next_step(name):
     }
 
 
+KERNEL = {"kernel": planted(0)}
+ZEROS = {"kernel": jnp.zeros((64, 96))}
+REGROWN = {"kernel": 0.05 * jax.random.normal(jax.random.key(3), (64, 96))}
+
+
+def walk(optimizer, steps, params=KERNEL):
+    """Parameters and state after steps, each with its update and whether it is applied."""
+    state = optimizer.init(params)
+    for update, applied in steps:
+        updates, state = optimizer.update(update, state, params)
+        params = optax.apply_updates(params, updates) if applied else params
+    return params, state
+
+
 def test_a_later_cut_that_lands_is_believed_again():
-    params = {"kernel": planted(0)}
-    optimizer = prune_spectrum(2)
-    zeros, state = {"kernel": jnp.zeros((64, 96))}, optimizer.init(params)
-    for apply in (True, False, True, True, True):
-        updates, state = optimizer.update(zeros, state, params)
-        params = optax.apply_updates(params, updates) if apply else params
+    steps = [(ZEROS, True), (ZEROS, False), (ZEROS, True), (ZEROS, True), (ZEROS, True)]
+    _, state = walk(prune_spectrum(2), steps)
     assert bool(rmtjax.metrics(state)["landed/kernel"])
     assert ranks_of(state) == {"kernel": 3}
+
+
+def test_a_lost_second_cut_leaves_the_first():
+    steps = [(ZEROS, True), (ZEROS, True), (REGROWN, True), (ZEROS, False), (ZEROS, True)]
+    params, state = walk(prune_spectrum(2), steps)
+    assert not bool(rmtjax.metrics(state)["landed/kernel"])
+    # The kernel is truncated, and what has grown again: it must not be fitted as if it were whole.
+    assert ranks_of(state) == {"kernel": 3}
+    plan = rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1)
+    assert plan["kernel"].rank == 3
+
+
+def test_what_a_step_held_back_stays_held_back_after_a_lost_cut():
+    optimizer = prune_spectrum(2, max_removed=0.9)
+    params, state = walk(optimizer, [(ZEROS, True), (ZEROS, False), (ZEROS, True)])
+    assert not bool(rmtjax.metrics(state)["landed/kernel"])
+    refusing = prune_spectrum(2, max_removed=0.1)
+    for _ in range(2):
+        _, state = refusing.update(ZEROS, state, params)
+    plan = rmtjax.plan(params, fits=rmtjax.noise_levels(state))
+    assert plan["kernel"].reason == "kept: pruning left it alone while training"
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_small_cut_of_entries_with_a_mean_lands(dtype):
+    entries = 1.0 + 0.02 * jax.random.normal(jax.random.key(0), (80, 60))
+    params = {"kernel": entries.astype(dtype)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    _, state = walk(prune_spectrum(2), [(zeros, True)] * 3, params)
+    assert np.isfinite(state.norms["kernel"])
+    assert bool(rmtjax.metrics(state)["landed/kernel"])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_part_of_a_cut_has_not_landed(share):
+    optimizer = optax.chain(prune_spectrum(2), optax.scale(share))
+    _, state = walk(optimizer, [(ZEROS, True)] * 3)
+    assert not bool(rmtjax.metrics(state)["landed/kernel"])
 
 
 def test_a_cut_at_any_scale_is_found():
@@ -85,7 +134,19 @@ def test_a_cut_at_any_scale_is_found():
         assert ranks_of(state) == {"kernel": 3}
 
 
-def test_an_ensemble_and_a_scan_land():
+def test_an_ensemble_finds_out_one_by_one():
+    optimizer = prune_spectrum(2)
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), KERNEL)
+    zeros, state = jax.tree.map(jnp.zeros_like, both), jax.vmap(optimizer.init)(both)
+    update = jax.jit(jax.vmap(optimizer.update))
+    for _ in range(2):
+        updates, state = update(zeros, state, both)
+    half = jax.tree.map(lambda leaf: leaf.at[1].set(0), updates)
+    _, state = update(zeros, state, optax.apply_updates(both, half))
+    assert state.landed["kernel"].tolist() == [True, False]
+
+
+def test_a_scan_lands():
     optimizer = optax.chain(optax.sgd(0.01), prune_spectrum(2))
     params = make_params()
 
