@@ -38,8 +38,8 @@ def _as_array(name: str, leaf: Any) -> Any:
     dtype = getattr(leaf, "dtype", type(leaf).__name__)
     if dtype not in CODES:
         raise ValueError(
-            f"the tree has a leaf of dtype {dtype} at {name!r}, which no checkpoint holds: leave "
-            "it out, or cast it. Of a random key, take `jax.random.key_data`."
+            f"the tree has a leaf of dtype {dtype} at {name!r}, which no checkpoint holds: cast "
+            "it. Of a random key, take `jax.random.key_data`."
         )
     return leaf
 
@@ -80,7 +80,7 @@ def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str
         names = keys.get(path, ())
         if names is None:
             raise ValueError(
-                f"not only dictionaries lead to {path!r}: give a tree of that form as `like`"
+                f"lists or other nodes lead to {path!r}: give a tree of that form as `like`"
             )
         *parents, last = names or path.split("/")
         node = tree

@@ -39,7 +39,7 @@ def _dump_numbers(fields: BulkFit | Cost) -> dict[str, Any]:
     # JSON has no NaN and no infinity, so these are written as strings.
     number = lambda n: str(n) if isinstance(n, float) and not math.isfinite(n) else n
     values = {name: np.asarray(value).tolist() for name, value in fields._asdict().items()}
-    return {name: jax.tree.map(number, value) for name, value in values.items()}
+    return jax.tree.map(number, values)
 
 
 def _dump_row(row: LayerPlan) -> dict[str, Any]:
@@ -101,20 +101,18 @@ def _parse_fit(fields: Any) -> BulkFit:
     fields = _check(fields, dict)
     dtype = np.dtype({"float32": "float32", "float64": "float64"}[fields["dtype"]])
     several = isinstance(fields["variance"], list)  # one fit for each matrix of a stack
-    numbers: dict[str, Any] = {}
-    for name in BulkFit._fields:
-        row = _check(fields[name], list) if several else [fields[name]]
-        parse = (lambda n: _check(n, int)) if name == "num_spikes" else _parse_float
-        array = np.asarray([*map(parse, row)], np.int32 if name == "num_spikes" else dtype)
-        numbers[name] = array if several else array[0]
-    if len({np.size(array) for array in numbers.values()}) > 1:
+    rows = [_check(fields[n], list) if several else [fields[n]] for n in BulkFit._fields]
+    if len({*map(len, rows)}) > 1:
         raise ValueError("a fit has rows of different lengths")
-    return BulkFit(**numbers)
+    *floats, spikes = rows
+    arrays: list[Any] = [np.asarray([*map(_parse_float, row)], dtype) for row in floats]
+    arrays.append(np.asarray([_check(count, int) for count in spikes], np.int32))
+    return BulkFit(*(array if several else array[0] for array in arrays))
 
 
 def _parse_axes(path: str, fields: Any, ndim: int) -> KernelAxes:
     fields = _check(fields, dict)
-    axes = KernelAxes(**{name: _parse_sizes(fields[name]) for name in KernelAxes._fields})
+    axes = KernelAxes(*(_parse_sizes(fields[name]) for name in KernelAxes._fields))
     check_axes(path, axes, ndim)
     return axes
 
@@ -124,15 +122,15 @@ def _parse_row(path: str, fields: Any) -> LayerPlan:
     action, shape = fields["action"], _parse_sizes(fields["shape"])
     if action not in [*_ROWS]:  # a list, because the action may be of an unhashable type
         raise ValueError(f"{action!r:.60} is none of {(*_ROWS,)}")
-    present = {name for name in ("axes", "fit", "cost") if fields[name] is not None}
-    number = lambda name: _check(_check(fields["cost"], dict)[name], int, float, NoneType)
+    axes, fit, cost = fields["axes"], fields["fit"], fields["cost"]
+    number = lambda name: _check(_check(cost, dict)[name], int, float, NoneType)
     row: dict[str, Any] = {
         "reason": _check(fields["reason"], str),
         "shape": shape,
-        "axes": _parse_axes(path, fields["axes"], len(shape)) if "axes" in present else None,
+        "axes": None if axes is None else _parse_axes(path, axes, len(shape)),
         "rank": _check(fields["rank"], int, NoneType),
-        "fit": _parse_fit(fields["fit"]) if "fit" in present else None,
-        "cost": Cost(*map(number, Cost._fields)) if "cost" in present else None,
+        "fit": None if fit is None else _parse_fit(fit),
+        "cost": None if cost is None else Cost(*map(number, Cost._fields)),
     }
     if action == Kept.action:
         return Kept(**row)
@@ -155,16 +153,13 @@ def _parse_fields(fields: Any) -> Manifest:
     if _check(fields["format"], int) > FORMAT:
         raise ValueError(f"format {fields['format']}, and this rmtjax knows {FORMAT}: upgrade it")
     rows = lambda name: _check(fields[name], dict).items()
-    plan = entries = factors = None
-    if fields["plan"] is not None:
+    plan, entries, factors = fields["plan"], fields["entries"], fields["factors"]
+    if plan is not None:
         plan = Plan({path: _parse_row(path, row) for path, row in rows("plan")})
-    if fields["entries"] is not None:
-        entries = {}
-        for name, row in rows("entries"):
-            code, *shape = _check(row, list)
-            entries[name] = Entry.parse(name, code, shape)
-    if fields["factors"] is not None:
-        factors = tuple(_check(path, str) for path in _check(fields["factors"], list))
+    if entries is not None:
+        entries = {n: Entry.parse(n, code, shape) for n, (code, *shape) in rows("entries")}
+    if factors is not None:
+        factors = tuple(_check(path, str) for path in _check(factors, list))
     rule = _check(fields["rule"], str, NoneType)
     keys = {path: _parse_keys(path, value) for path, value in rows("keys")}
     return Manifest(plan, rule, factors, entries, keys)

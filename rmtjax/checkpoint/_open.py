@@ -43,21 +43,17 @@ def _check_shard(folder: Path, name: str) -> Path:
     # An index comes with a download. It must not make us read files outside of the folder.
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(SUFFIX):
         raise ValueError(
-            f"the index in {str(folder)!r} names the shard {name!r}, and may only name "
-            f"{SUFFIX} files of its folder: do not trust it."
+            f"the index in {str(folder)!r} names the shard {name!r}, and may only name {SUFFIX} "
+            "files of its folder: do not trust it."
         )
-    # The listing comes first: `exists` raises an error for a name that is too long.
-    if name not in os.listdir(folder) or not path.exists():
+    if not os.path.exists(path):  # unlike `Path.exists`, also for a name that is too long
         raise ValueError(f"{str(folder)!r} lacks its shard {name!r}: copy or download it again.")
     root = folder.resolve()
     # In the cache of Hugging Face, a file in snapshots/REVISION/ is a link to ../../blobs/.
     if root.parent.name == "snapshots":
         root = root.parents[1]
     if not path.resolve().is_relative_to(root):
-        raise ValueError(
-            f"the shard {name!r} links out of {str(folder)!r}: copy the file in its place, if you "
-            "trust the link."
-        )
+        raise ValueError(f"the shard {name!r} links out of {str(folder)!r}: copy it, if trusted.")
     return path
 
 
@@ -116,8 +112,7 @@ def open_tensors(path: FilePath) -> AbstractContextManager[Tensors]:
 def check_target(tensors: Tensors, path: FilePath, name: str) -> None:
     """Raises ValueError if an output would replace the input, or be in its folder."""
     folder, last = os.path.split(abspath(path))
-    # The path as written, without links, and without the links of its folder: a shard may be a
-    # link, and so may the folder of the output.
+    # A shard may be a link, and so may the folder of the output.
     places = {Path(folder, last), Path(realpath(path)), Path(realpath(folder), last)}
     sources = {Path(abspath(tensors.path)), Path(realpath(tensors.path))}
     inside = any(sources & {place, *place.parents} for place in places)

@@ -30,15 +30,13 @@ def _check_addressable(arrays: Mapping[str, Any]) -> None:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(
                 f"{path!r} is on devices of several processes: gather the tree first, by "
-                "`jax.experimental.multihost_utils.process_allgather(params, tiled=True)`, and "
-                "save it in one process."
+                "`jax.experimental.multihost_utils.process_allgather(params, tiled=True)`."
             )
 
 
 def _check_no_halves(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Raises ValueError for the state of a thin nnx model, in which factors are single leaves."""
-    # Restored, each half would be a kernel. The moments of an optimizer may be halves: they are
-    # restored into its state.
+    # Restored, each half would be a kernel. The moments of an optimizer may be halves.
     layers = [path for path in leaves if not is_moment(path) and in_factor_layer(path)]
     single = layers + [half for path in plan for half in halves(path) if half in leaves]
     if single:
@@ -52,11 +50,8 @@ def _check_entries(entries: Mapping[str, Entry], wanted: Mapping[str, Entry], so
     """Raises ValueError unless the entries of a file are exactly those that a source names."""
     faults = [f"{name!r} is missing" for name in wanted if name not in entries]
     faults += [f"{name!r} is not in {source}" for name in entries if name not in wanted]
-    faults += [
-        f"{name!r} is {entries[name]}, and {entry} in {source}"
-        for name, entry in wanted.items()
-        if entries.get(name, entry) != entry
-    ]
+    other = [name for name, entry in wanted.items() if entries.get(name, entry) != entry]
+    faults += [f"{name!r} is {entries[name]}, and {wanted[name]} in {source}" for name in other]
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ValueError("; ".join(faults[:10]) + more)
@@ -98,9 +93,7 @@ def save(
     leaves, arrays, keys = flatten(params)
     _check_addressable(arrays)
     _check_no_halves(leaves, plan or {})
-    for name, leaf in leaves.items():
-        if is_factors(leaf):
-            check_factors(name, leaf)
+    check_factors(leaves)
     if plan is not None:
         check_plan_fits(plan, leaves, plan, applied=True)
     entries = {name: Entry.of(array) for name, array in arrays.items()}

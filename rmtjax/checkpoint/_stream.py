@@ -30,15 +30,10 @@ def _check_dtype(dtype: Any) -> np.dtype | None:
         return None
     checked = np.dtype(dtype)
     if checked.name not in ("float32", "float64"):
-        raise ValueError(
-            f"`dtype` must be float32 or float64, got {checked}: it is that of the computation; "
-            "what is written keeps the dtype of the kernel."
-        )
+        raise ValueError(f"`dtype` must be float32 or float64, got {checked}: give one or None.")
     # JAX would silently compute in float32.
     if jax.dtypes.canonicalize_dtype(checked) != checked:
-        raise ValueError(
-            "`dtype` float64 needs `jax.config.update('jax_enable_x64', True)` before it."
-        )
+        raise ValueError("`dtype` float64 needs `jax.config.update('jax_enable_x64', True)`.")
     return checked
 
 
@@ -55,10 +50,11 @@ def _plan_kernels(
     # A kernel that was cut has lost its noise. One that was only kept is fitted like any other.
     changes = manifest.plan.changes if manifest.plan else {}
     fits = {path: row.fit for path, row in changes.items()} | dict(options.fits or {})
-    rows = rows_by_path(options.batch, kernels)
-    by_path = options.axes if isinstance(options.axes, Mapping) else {}
-    guess = options.axes if callable(options.axes) else tensor_axes
-    axes = lambda path, leaf: by_path[path] if path in by_path else guess(path, leaf)
+    rows, axes = rows_by_path(options.batch, kernels), options.axes
+    # A table of `rmtjax.linen` is a dictionary too. As a function it also knows stacked leaves.
+    if not callable(axes):
+        table = axes or {}
+        axes = lambda path, leaf: table[path] if path in table else tensor_axes(path, leaf)
     options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes)
     plan, clock = Plan(), make_clock()  # one clock, so that equal products are timed once
     for place, (path, leaf) in enumerate(kernels.items()):
@@ -73,9 +69,9 @@ def _check_output(out: FilePath) -> None:
     check_regular(Path(out), "out")
     # `checkpoint.restore` and `save` tell a file from a folder by this ending.
     if Path(out).suffix != SUFFIX:
+        name = os.fspath(out)
         raise ValueError(
-            f"`out` must end in {SUFFIX}, which is what is written, got {os.fspath(out)!r}: "
-            f"give {os.fspath(out) + SUFFIX!r}."
+            f"`out` must end in {SUFFIX}, its format, got {name!r}: give {name + SUFFIX!r}."
         )
 
 
@@ -101,10 +97,10 @@ def analyze_file(
         leaf has a shape and a dtype, or is `Factors` of two such leaves. By default Flax's `kernel`
         and `embedding`, and Torch's weights with two axes or more. The state of an optimizer is not
         chosen: the leaves below `opt_state`, or below `0/mu`, `0/nu` or `0/trace` with any number.
-      axes: The axes that make a kernel a matrix, as in `rmtjax.plan`. By default they are guessed
-        from Flax's names. Torch stores (outputs, inputs, *window): its first axis is taken
-        against the others. A stack of Torch kernels needs `axes`. Three axes count as a stack if
-        the last is longer than 16 and the layer's name does not contain "conv".
+      axes: As in `rmtjax.plan`. By default guessed from Flax's names. Torch stores
+        (outputs, inputs, *window): its first axis is taken against the others. A stack of Torch
+        kernels needs `axes`. Three axes count as a stack if the last is longer than 16 and the
+        layer's name does not contain "conv".
       fits: As in `rmtjax.plan`. By default the levels by which `compress_file` has cut kernels.
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
       rule, min_size, exact_below, batch: As in `rmtjax.plan`.
@@ -129,16 +125,8 @@ def analyze_file(
       ...     print(checkpoint.analyze_file(path).rows[0].reason)
       factorized: 1 of 200 are signal, rank 1
     """
-    options = PlanOptions(
-        rule=rule,
-        where=where,
-        axes=axes,
-        fits=fits,
-        multiple=multiple,
-        min_size=min_size,
-        exact_below=exact_below,
-        batch=batch,
-    )
+    sizes: dict[str, Any] = {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
+    options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
     checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
     with open_tensors(path) as tensors:
         manifest = read_manifest(tensors)
@@ -167,19 +155,17 @@ def compress_file(
 ) -> Report:
     """Writes a checkpoint whose kernels are cut to their signal, with one in memory at a time.
 
-    The file is read once to plan, and once to write. Tensors that are kept, or are not kernels,
-    are copied bit by bit. The output carries its plan, so it can be analyzed and compressed again,
-    and `rmtjax.checkpoint.restore` makes a tree of it.
+    Tensors that are kept, or are not kernels, are copied bit by bit. The output carries its plan,
+    so it can be analyzed and compressed again, and `rmtjax.checkpoint.restore` makes a tree of it.
 
     On CPU, the memory is a constant plus three times the largest tensor, counted in float32. It is
     four times if more than half of the directions of a kernel are kept and shrunk. It is up to
     seven times for a kernel in float64, or computed in float64.
 
     Args:
-      path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
+      path, rule, where, axes, fits, dtype: As in `analyze_file`. The output has the input's dtypes.
       out: The file to write, with a name in .safetensors. An existing file is replaced when the new
         one is complete; its mode is kept, and a link is followed.
-      rule, where, axes, fits, dtype: As in `analyze_file`. The output has the dtypes of the input.
       keep, shrink, min_rank, multiple, min_size, exact_below, batch: As in `rmtjax.plan`.
       mode: "factorize" writes PATH/left and PATH/right if they are smaller. "truncate" keeps names
         and shapes, for programs that do not know factors.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, KernelAxes
 from rmtjax.checkpoint._manifest import Manifest
-from rmtjax.checkpoint._tensors import StoredTensor, Tensors
+from rmtjax.checkpoint._tensors import Entry, StoredTensor, Tensors
 from rmtjax.planning import guess_axes, is_kernel, PlanOptions, to_predicate
 
 # Linear, convolution and embedding; fused attention; recurrent layers and cells.
@@ -17,8 +17,7 @@ _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_rev
 # An optax moment has the name of its parameter. It stands below `opt_state`, or below `0/mu` if
 # the state was saved alone.
 _MOMENT = re.compile(r"(.*/)?opt_state/.*|(.*/)?\d+/(mu|nu|trace)/.+/[^/]+")
-# Torch's one-dimensional convolutions end in the axis of their window. Windows are short, so a
-# longer last axis means a stack of matrices.
+# The longest window of Torch's one-dimensional convolutions. A longer last axis means a stack.
 _WINDOW = 16
 
 
@@ -93,27 +92,27 @@ def named_parts(path: str, leaf: Any) -> dict[str, Any]:
     return dict(zip(halves(path), leaf, strict=True)) if is_factors(leaf) else {path: leaf}
 
 
-def check_factors(path: str, factors: Factors) -> None:
-    """Raises ValueError if two tensors are not the factors of one kernel."""
-    left, right = factors
-    # `factored_axes` returns batch axes only if the ranks that follow them are equal.
-    fits = (
-        min(len(left.shape), len(right.shape)) >= 2
-        and left.shape[-1] > 0
-        and (factored_axes(factors).batch or left.shape[-1] == right.shape[0])
-    )
-    if not fits or left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating):
-        pair = " and ".join(f"{half.dtype} of shape {half.shape}" for half in factors)
-        raise ValueError(
-            f"the halves of {path!r} are {pair}, and must have one rank and one floating dtype."
-        )
+def check_factors(leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError if two tensors of a leaf are not the factors of one kernel."""
+    for path, leaf in leaves.items():
+        if not is_factors(leaf):
+            continue
+        left, right = leaf
+        floating = left.dtype == right.dtype and jnp.issubdtype(left.dtype, jnp.floating)
+        ranked = min(left.ndim, right.ndim) >= 2 and left.shape[-1] > 0
+        # `factored_axes` returns batch axes only if the ranks that follow them are equal.
+        one_rank = ranked and (factored_axes(leaf).batch or left.shape[-1] == right.shape[0])
+        if not (one_rank and floating):
+            pair = " and ".join(str(Entry.of(half)) for half in leaf)
+            raise ValueError(
+                f"the halves of {path!r} are {pair}, and must have one rank and one floating dtype."
+            )
 
 
 def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
-    """Returns the leaves of a checkpoint by path, in the order of the file.
+    """Returns each leaf of a checkpoint by path, a `StoredTensor` or `Factors` of two.
 
-    Each is a `StoredTensor`, or `Factors` of two. Raises ValueError if a factor is missing or does
-    not fit.
+    They have the order of the file. Raises ValueError if a factor is missing or does not fit.
     """
     stored: dict[str, Any] = {
         name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()
@@ -128,12 +127,11 @@ def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     missing = min(owners.keys() - stored.keys(), default=None)
     if missing is not None:
         raise ValueError(
-            f"{str(tensors.path)!r} lacks {missing!r}, which its plan names: it is damaged, or "
-            "its tensors were renamed. Write it again from its source."
+            f"{str(tensors.path)!r} lacks {missing!r}, which its plan names: write it again from "
+            "its source."
         )
     factors = {path: Factors(*(stored[half] for half in halves(path))) for path in paths}
-    for path, pair in factors.items():
-        check_factors(path, pair)
+    check_factors(factors)
     # The left half may come before or after the right one: the first of them places the kernel.
     places = {owners.get(name, name): leaf for name, leaf in stored.items()}
     return {path: factors.get(path, leaf) for path, leaf in places.items()}
