@@ -29,8 +29,8 @@ def _check_addressable(arrays: Mapping[str, Any]) -> None:
     for path, array in arrays.items():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(
-                f"{path!r} is on devices of several processes: gather the tree first, by "
-                "`jax.experimental.multihost_utils.process_allgather(params, tiled=True)`."
+                f"{path!r} is on devices of several processes: save it in one, after gathering by "
+                "`jax.experimental.multihost_utils.process_allgather(params, tiled=True)` in each."
             )
 
 

@@ -1,15 +1,15 @@
 """Layers of `flax.nnx` made thin in place, and dense again.
 
-A layer becomes thin by changing its class. The modules and lists that hold it still hold it, and
-its other attributes, such as `in_features`, stay. A thin layer of Flax has two layers of Flax in
-place of its kernel, `left_factor` and `right_factor`, which can be wrapped or quantized like any
-other.
+A layer becomes thin by changing its class, so what holds it still holds it, and its other
+attributes stay. A thin layer of Flax has two layers of Flax in place of its kernel, `left_factor`
+and `right_factor`, which can be wrapped or quantized like any other.
 """
 
 import functools
 import inspect
 import warnings
 from collections.abc import Mapping
+from functools import partialmethod
 from typing import Any
 
 import jax.numpy as jnp
@@ -104,15 +104,6 @@ class ThinRegistered(nnx.Module):
     """A registered layer that computes each product with its kernels as two thin products."""
 
 
-def _warn(kind: type, method: str) -> None:
-    warnings.warn(
-        f"`{kind.__name__}.{method}` runs with a kernel multiplied out, which is correct and saves "
-        "no time: it uses the kernel in other ways than products. Leave it out of the plan with "
-        "`where`.",
-        stacklevel=2,
-    )
-
-
 def _through_products(name: str, method):
     """Wraps a method of a registered layer for its thin form."""
 
@@ -121,18 +112,23 @@ def _through_products(name: str, method):
         call = layer, args, kwargs
 
         def run_dense(dense_kernels):
-            # The call may write to the layer and to its arguments, such as random number
-            # streams. Values of the trace must not remain in them, so it runs on copies.
+            # The call may write to the layer and its arguments, such as streams of random numbers.
+            # On copies, values of the trace do not remain in them.
             dense, copied_args, copied_kwargs = nnx.clone(call)
             make_dense(dense, {name: nnx.Param(value) for name, value in dense_kernels.items()})
             outputs = method.__get__(dense, type(dense))(*copied_args, **copied_kwargs)
-            # Such as statistics and counts. Parameters are left out: a call does not write them.
+            # Such as statistics and counts: a call does not write parameters.
             changed = nnx.All(nnx.Variable, nnx.Not(nnx.Param))
             return outputs, nnx.state((dense, copied_args, copied_kwargs), changed)
 
         (outputs, state), multiplied_out = evaluate(run_dense, factors_of(layer))
         if multiplied_out:
-            _warn(type(layer).__bases__[1], name)
+            warnings.warn(
+                f"`{type(layer).__bases__[1].__name__}.{name}` runs with a kernel multiplied out, "
+                "because it does more than products with it: this is correct and saves no time. "
+                "Leave it out of the plan with `where`.",
+                stacklevel=2,
+            )
         nnx.update(call, state)
         return outputs
 
@@ -145,10 +141,9 @@ def _methods(kind: type) -> dict[str, Any]:
     names = [name for name in dir(kind) if name == "__call__" or is_public(name)]
     members = {name: inspect.getattr_static(kind, name) for name in names}
     # Functions become methods of an object, also if they are compiled or partial.
-    is_function = lambda member: callable(member) or isinstance(member, functools.partialmethod)
+    is_function = lambda m: hasattr(m, "__get__") and (callable(m) or isinstance(m, partialmethod))
     unbound = type | staticmethod | classmethod
-    is_bound = lambda member: hasattr(member, "__get__") and not isinstance(member, unbound)
-    return {name: m for name, m in members.items() if is_function(m) and is_bound(m)}
+    return {n: m for n, m in members.items() if is_function(m) and not isinstance(m, unbound)}
 
 
 def _empty(form: type, kind: type) -> nnx.Module:

@@ -21,10 +21,7 @@ _CELLS = (nnx.OptimizedLSTMCell, nnx.GRUCell)
 # Modules that normalize the kernels of another one at each call. Older Flax lacks some of them.
 _REWRITERS = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
 # JAX takes a model for a tree of parameters, but its layers must change with their kernels.
-register_container(
-    nnx.Module,
-    "call the function of this name in `rmtjax.nnx`, or give `rmtjax.nnx.params(model)`.",
-)
+register_container(nnx.Module, "give `rmtjax.nnx.params(model)`, or use `rmtjax.nnx`.")
 
 
 def _name(path: tuple) -> str:
@@ -57,21 +54,17 @@ def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
     The value of a thin layer's kernel is `Factors`. That of fused gates may be a stack.
     """
     if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model` must be a `flax.nnx.Module`, got {type(model).__name__}. For a tree of "
-            "parameters, call the function of this name in `rmtjax`."
-        )
+        kind = type(model).__name__
+        raise TypeError(f"`model` must be a `flax.nnx.Module`, got {kind}. `rmtjax` takes trees.")
     if not isinstance(gates, Plan) and gates not in get_args(Gates):
         raise ValueError(f"`gates` must be one of {get_args(Gates)}, got {gates!r}.")
     copy, shared = nnx.clone(model), {}
-    for layer in modules_of(copy):
+    # All pairs are found first: while they live, no other object can have their identity.
+    for layer, pairs in [(layer, pairs_of(layer)) for layer in modules_of(copy)]:
         factors, opened = factors_of(layer), {}
-        for name, pair in pairs_of(layer).items():
-            kernel = make_kernel(pair, factors[name])
-            # Layers that share their factors get one kernel. The pair is stored with it, so that
-            # its identity cannot be that of another pair later.
-            key = id(pair.left), id(pair.right)
-            opened[name], _ = shared.setdefault(key, (kernel, pair))
+        for name, pair in pairs.items():
+            key = id(pair.left), id(pair.right)  # layers that share their factors get one kernel
+            opened[name] = shared.setdefault(key, make_kernel(pair, factors[name]))
         if opened:
             make_dense(layer, opened)
     _unfold_gates(copy, gates)
@@ -176,14 +169,14 @@ def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, Kerne
 def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
     """Returns how a tree differs from that of a model in paths or shapes, or None."""
     params = {_name(path): param for path, param in variables_of(opened).items()}
-    missing, extra = params.keys() - leaves.keys(), leaves.keys() - params.keys()
-    if missing:
-        return f"lacks {min(missing)!r} of the model"
-    if extra:
-        return f"has {min(extra)!r}, not in the model"
-    layers = {
-        id(kernel): layer for layer in modules_of(opened) for kernel in kernels(layer).values()
-    }
+    other = min(params.keys() ^ leaves.keys(), default=None)
+    if other is not None:
+        return (
+            f"lacks {other!r} of the model"
+            if other in params
+            else f"has {other!r}, not in the model"
+        )
+    layers = {id(k): layer for layer in modules_of(opened) for k in kernels(layer).values()}
     for path, param in params.items():
         # A parameter alone does not show whether it holds several gates.
         folded = functools.partial(folded_shape, layers.get(id(param)))
