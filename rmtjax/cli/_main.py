@@ -69,12 +69,11 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
         from rich.progress import Progress
     except ImportError:
         # Without rich, each step overwrites the line: \r goes to its start, \x1b[K clears it.
-        line = lambda done, total, path: f"\r\x1b[K[{done + 1}/{total}] {printable(path)[:60]}"
-        show = lambda text: print(text, end="", file=sys.stderr, flush=True)
+        show = lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
         try:
-            yield lambda *step: show(line(*step))
+            yield lambda done, total, path: show(f"[{done + 1}/{total}] {printable(path)[:60]}")
         finally:
-            show("\r\x1b[K")
+            show("")
         return
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("kernels")
@@ -84,11 +83,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
 def _show(report: Report, args: argparse.Namespace) -> None:
     """Writes the reports, and prints the table."""
     title = f"rmtjax {args.command} {printable(args.file)}"
-    make = {
-        "json": lambda: report.to_json() + "\n",
-        "csv": report.to_csv,
-        "html": lambda: report.to_page(title),
-    }
+    page = lambda: report.to_page(title)
+    make = {"json": lambda: report.to_json() + "\n", "csv": report.to_csv, "html": page}
     for form, path in reports(args).items():
         text = make[form]()
         if is_stdout(path):
@@ -173,8 +169,7 @@ def _ending() -> Iterator[None]:
         # Not an `Exception`: the code that the signal interrupts must not catch it as its error.
         raise KeyboardInterrupt(f"ended by {signal.Signals(number).name}", number)
 
-    # Python allows this in the main thread only. A signal that is ignored, as under nohup, or that
-    # the caller handles, stays as it is.
+    # In the main thread only, as Python requires. What nohup or the caller handles stays so.
     in_main_thread = threading.current_thread() is threading.main_thread()
     with contextlib.ExitStack() as stack:
         for number in signal.Signals if in_main_thread else ():
