@@ -10,25 +10,19 @@ from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors
 from rmtjax.checkpoint._tensor_names import named_parts
-from rmtjax.checkpoint._tensors import CODES, Entry
+from rmtjax.checkpoint._tensors import CODES
 from rmtjax.planning import path_name
 
 # A Python number, and the dtypes it may be saved as: an integer of any size.
-_NUMBERS = {bool: np.bool_, int: np.integer, float: jnp.floating, complex: np.complexfloating}
+NUMBERS = {bool: np.bool_, int: np.integer, float: jnp.floating, complex: np.complexfloating}
 Keys = tuple[str | int, ...]
 
 
 def number_type(leaf: Any) -> type | None:
     """Returns the type of a Python number; None for anything else."""
     # `bool` comes first: a boolean is an instance of `int`, too.
-    kinds = () if hasattr(leaf, "dtype") else _NUMBERS
+    kinds = () if hasattr(leaf, "dtype") else NUMBERS
     return next((kind for kind in kinds if isinstance(leaf, kind)), None)
-
-
-def fits_number(entry: Entry, leaf: Any) -> bool:
-    """Returns True if a leaf is a Python number, and a saved tensor is one number of its kind."""
-    kind = number_type(leaf)
-    return bool(kind and entry.shape == () and jnp.issubdtype(entry.dtype, _NUMBERS[kind]))
 
 
 def _as_array(name: str, leaf: Any) -> Any:
@@ -79,9 +73,7 @@ def nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str
     for path, leaf in leaves.items():
         names = keys.get(path, ())
         if names is None:
-            raise ValueError(
-                f"lists or other nodes lead to {path!r}: give a tree of that form as `like`"
-            )
+            raise ValueError(f"not keys alone lead to {path!r}: give a tree of that form as `like`")
         *parents, last = names or path.split("/")
         node = tree
         for key in parents:

@@ -16,8 +16,7 @@ from rmtjax.checkpoint._tensors import are_sizes, CODES, Entry, KEY, parse_objec
 from rmtjax.noise import ranks, shrinkage
 from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
-# Raise it when an older reader would misread the text. Readers ignore names that they do not know,
-# so a new field does not need a new format.
+# Raise it when an older reader would misread the text. New names do not need it: they are ignored.
 FORMAT = 1
 _ROWS: dict[str, Any] = {row.action: row for row in (Kept, Truncated, Factorized)}
 _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator", "nuclear")}
@@ -30,8 +29,7 @@ class Manifest(NamedTuple):
     rule: str | None  # the rank rule of all rows in words; None if there are several
     factors: tuple[str, ...] | None  # paths of the kernels that are stored as factors
     entries: dict[str, Entry] | None  # of every tensor
-    # Dictionary keys of the paths that splitting at "/" would not give back: those with an integer
-    # key, or a key with a slash. None for a path through other nodes than dictionaries.
+    # Keys of paths that splitting at "/" would not give back; None where not all nodes have keys.
     keys: dict[str, tuple[str | int, ...] | None]
 
 
@@ -172,8 +170,7 @@ def parse(text: str) -> Manifest:
     except (KeyError, TypeError, OverflowError, ValueError) as error:
         cause = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"the plan in the metadata cannot be read: {cause}. Where it is damaged, write the "
-            "checkpoint again."
+            f"the plan in the metadata cannot be read: {cause}. If damaged, save it again."
         ) from error
 
 

@@ -119,6 +119,5 @@ def check_target(tensors: Tensors, path: FilePath, name: str) -> None:
     same = os.path.exists(path) and any(os.path.samefile(path, file) for file in tensors.files)
     if inside or same:
         raise ValueError(
-            f"{name} must not be the input, nor be in it, got {os.fspath(path)!r} for "
-            f"{str(tensors.path)!r}: the input is read while the output is written."
+            f"{name} must not be the input, nor be in it, got {str(path)!r}: give another path."
         )

@@ -13,7 +13,7 @@ from rmtjax.checkpoint._manifest import Manifest
 from rmtjax.checkpoint._tensor_names import halves, named_parts
 from rmtjax.checkpoint._tensors import Entry
 from rmtjax.noise import ranks
-from rmtjax.planning import changed_leaves, Factorized, Kept, Plan
+from rmtjax.planning import changed_leaves, Factorized, Plan
 
 
 def with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
@@ -39,8 +39,7 @@ def find_outputs(leaves: Mapping[str, Any], plan: Plan) -> dict[str, Entry]:
         clash = next((name for name in parts if name != path and name in leaves), None)
         if clash is not None:
             raise ValueError(
-                f"a factor would be called {clash!r}, as another tensor of the file is. Leave its "
-                "kernel out by `where`, or choose `mode='truncate'`."
+                f"a factor would be {clash!r}, as another tensor: use `where` or `mode='truncate'`."
             )
         entries |= parts
     return entries
@@ -72,10 +71,6 @@ def last_changes(
     """Returns the last change that was ever made to each kernel, and the rule if all have one."""
     earlier = manifest.plan or Plan()
     # A kernel that is kept this time may have been cut before. The old row says how.
-    stay = {
-        path: row
-        for path, row in earlier.items()
-        if path not in plan or (isinstance(plan[path], Kept) and not isinstance(row, Kept))
-    }
+    stay = (earlier.keys() - plan.keys()) | (earlier.changes.keys() - plan.changes.keys())
     one_rule = not stay or manifest.rule == str(rule)
-    return Plan(earlier | plan | stay), rule if one_rule else None
+    return Plan(earlier | plan | {path: earlier[path] for path in stay}), rule if one_rule else None

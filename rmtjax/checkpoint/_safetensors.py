@@ -41,22 +41,18 @@ def _parse_place(name: str, fields: Any) -> tuple[Entry, int, int]:
     return entry, begin, end
 
 
-def _check_text(*texts: Any) -> None:
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{text!r:.50} of its metadata is not a text")
-        # JSON can escape half of a surrogate pair, which no file name or terminal can have.
-        if text != text.encode(errors="ignore").decode():
-            raise ValueError(f"the name {text!r:.50} is not Unicode")
-
-
 def _parse_header(header: bytes, begin: int, size: int) -> tuple[Places, dict[str, str]]:
     """Returns the places of the tensors, in their order, and the metadata."""
     fields = parse_object(header)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is not a JSON object")
-    _check_text(*fields, *metadata, *metadata.values())
+    for text in (*fields, *metadata, *metadata.values()):
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r:.50} of its metadata is not a text")
+        # JSON can escape half of a surrogate pair, which no file name or terminal can have.
+        if text != text.encode(errors="ignore").decode():
+            raise ValueError(f"the name {text!r:.50} is not Unicode")
     places = [(name, *_parse_place(name, value)) for name, value in fields.items()]
     places.sort(key=lambda place: place[2:])
     # Without gaps and overlaps, no bytes are hidden and none belong to two tensors.
@@ -79,7 +75,7 @@ def _read_header(file: BinaryIO) -> tuple[Places, dict[str, str]]:
     # Checked before the header is read: a damaged length would fill the memory.
     if length > min(size - 8, MAX_HEADER):
         raise ValueError(
-            f"its header claims {length} bytes, of {size - 8} that follow and {MAX_HEADER} allowed"
+            f"its header claims {length} bytes, of {size - 8} and at most {MAX_HEADER}"
         )
     return _parse_header(file.read(length), 8 + length, size - 8 - length)
 
@@ -140,8 +136,7 @@ def _make_header(
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"`entries` and `metadata` make a header of {len(text)} bytes, over the {MAX_HEADER} "
-            "of the format: write several files."
+            f"`entries` need {len(text)} bytes, over {MAX_HEADER}: write several files."
         )
     begin = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {name: begin + n for name, n in offsets.items()}

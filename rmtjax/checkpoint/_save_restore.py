@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors
-from rmtjax.checkpoint._flatten import fits_number, flatten, nest, number_type
+from rmtjax.checkpoint._flatten import flatten, nest, number_type, NUMBERS
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import open_tensors, SUFFIX
 from rmtjax.checkpoint._orbax import save_folder
@@ -41,8 +41,7 @@ def _check_no_halves(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None
     single = layers + [half for path in plan for half in halves(path) if half in leaves]
     if single:
         raise ValueError(
-            f"the tree has {single[0]!r}, a single factor: of a thin nnx model save "
-            "`rmtjax.nnx.params(model)`, and not its state."
+            f"got {single[0]!r}, a single factor: of a thin model save `rmtjax.nnx.params(model)`."
         )
 
 
@@ -134,8 +133,9 @@ def _check_like(like: PyTree, arrays: Mapping[str, Any], entries: Mapping[str, E
     wanted = {name: Entry.of(array) for name, array in arrays.items()}
     for name, leaf in zip(arrays, jax.tree.leaves(like), strict=True):
         # A Python number takes any size of its kind: orbax saves the step of Flax in 64 bits.
-        if name in entries and fits_number(entries[name], leaf):
-            wanted[name] = entries[name]
+        kind, entry = number_type(leaf), entries.get(name)
+        if kind and entry and entry.shape == () and jnp.issubdtype(entry.dtype, NUMBERS[kind]):
+            wanted[name] = entry
     _check_entries(entries, wanted, "`like`")
 
 
@@ -184,11 +184,8 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
         except ValueError as error:
             cause = str(error).rstrip(".")
             raise ValueError(f"cannot restore {os.fspath(path)!r}: {cause}.") from error
-        stored, structure = jax.tree.flatten(like)
-        restored = [
-            _like_leaf(tensors.read(n), leaf) for n, leaf in zip(arrays, stored, strict=True)
-        ]
-    return jax.tree.unflatten(structure, restored)
+        names = jax.tree.unflatten(jax.tree.structure(like), arrays)
+        return jax.tree.map(lambda name, leaf: _like_leaf(tensors.read(name), leaf), names, like)
 
 
 def load_plan(path: FilePath) -> Plan:
@@ -211,7 +208,5 @@ def load_plan(path: FilePath) -> Plan:
     with open_tensors(path) as tensors:
         manifest = read_manifest(tensors)
     if manifest.plan is None:
-        raise ValueError(
-            f"{os.fspath(path)!r} carries no plan: make one by `rmtjax.plan`, and save it with it."
-        )
+        raise ValueError(f"{str(path)!r} carries no plan: make one by `rmtjax.plan`, and save it.")
     return manifest.plan

@@ -70,9 +70,7 @@ def _check_output(out: FilePath) -> None:
     # `checkpoint.restore` and `save` tell a file from a folder by this ending.
     if Path(out).suffix != SUFFIX:
         name = os.fspath(out)
-        raise ValueError(
-            f"`out` must end in {SUFFIX}, its format, got {name!r}: give {name + SUFFIX!r}."
-        )
+        raise ValueError(f"`out` must end in {SUFFIX}, and got {name!r}: give {name + SUFFIX!r}.")
 
 
 def analyze_file(

@@ -14,8 +14,7 @@ from rmtjax.planning import guess_axes, is_kernel, PlanOptions, to_predicate
 # Linear, convolution and embedding; fused attention; recurrent layers and cells.
 _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
-# An optax moment has the name of its parameter. It stands below `opt_state`, or below `0/mu` if
-# the state was saved alone.
+# An optax moment has the name of its parameter, below `opt_state`, or `0/mu` of a state alone.
 _MOMENT = re.compile(r"(.*/)?opt_state/.*|(.*/)?\d+/(mu|nu|trace)/.+/[^/]+")
 # The longest window of Torch's one-dimensional convolutions. A longer last axis means a stack.
 _WINDOW = 16
@@ -76,8 +75,7 @@ def choose(leaves: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
     if not chosen:
         some = ", ".join(map(repr, list(leaves)[:5])) or "none"
         raise ValueError(
-            f"no tensor is chosen as a kernel, of {len(leaves)} with names such as {some}. "
-            "Choose others: matrices, by `where`, or in a shell by --include and --exclude."
+            f"no tensor is chosen as a kernel, of {len(leaves)} such as {some}: change `where`."
         )
     return chosen
 
@@ -126,10 +124,7 @@ def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     owners = {name: path for path in paths for name in halves(path)}
     missing = min(owners.keys() - stored.keys(), default=None)
     if missing is not None:
-        raise ValueError(
-            f"{str(tensors.path)!r} lacks {missing!r}, which its plan names: write it again from "
-            "its source."
-        )
+        raise ValueError(f"{str(tensors.path)!r} lacks {missing!r}, of its plan: write it again.")
     factors = {path: Factors(*(stored[half] for half in halves(path))) for path in paths}
     check_factors(factors)
     # The left half may come before or after the right one: the first of them places the kernel.

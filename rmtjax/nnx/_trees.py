@@ -171,11 +171,8 @@ def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
     params = {_name(path): param for path, param in variables_of(opened).items()}
     other = min(params.keys() ^ leaves.keys(), default=None)
     if other is not None:
-        return (
-            f"lacks {other!r} of the model"
-            if other in params
-            else f"has {other!r}, not in the model"
-        )
+        lacks = other in params
+        return f"lacks {other!r} of the model" if lacks else f"has {other!r}, not in the model"
     layers = {id(k): layer for layer in modules_of(opened) for k in kernels(layer).values()}
     for path, param in params.items():
         # A parameter alone does not show whether it holds several gates.
