@@ -145,8 +145,7 @@ def _parse_keys(path: str, value: Any) -> tuple[str | int, ...] | None:
     return keys
 
 
-def _parse_fields(fields: Any) -> Manifest:
-    fields = _check(fields, dict)
+def _parse_fields(fields: dict[str, Any]) -> Manifest:
     # Before anything else: a newer format may have other fields.
     if _check(fields["format"], int) > FORMAT:
         raise ValueError(f"format {fields['format']}, and this rmtjax knows {FORMAT}: upgrade it")

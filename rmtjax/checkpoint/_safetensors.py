@@ -1,12 +1,9 @@
 """Reads and writes one .safetensors file, one tensor at a time.
 
-The file begins with a length (8 bytes, little-endian) and a JSON object of that length. The object
-says which part of the data that follow belongs to which name. The library of the format's authors
-is not used: it maps the complete file into memory, does not read float8 into NumPy, and needs all
-tensors in memory before it writes the first.
-
-References:
-  https://github.com/huggingface/safetensors, "Format".
+The format (https://github.com/huggingface/safetensors) is a length of 8 bytes, little-endian, a
+JSON object of that length, which places each name in the data, and the data. The library of its
+authors is not used: it maps the complete file into memory, does not read float8 into NumPy, and
+needs all tensors in memory before it writes the first.
 """
 
 import contextlib

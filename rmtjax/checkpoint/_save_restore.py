@@ -73,8 +73,7 @@ def save(
 
     Raises:
       ValueError: A leaf is not an array of numbers, or is on devices of several processes. Two
-        leaves have one path. Factors do not fit, or are single leaves. The plan is for another
-        tree. The folder exists.
+        leaves have one path. Factors or the plan do not fit the tree. The folder exists.
       TypeError: `plan` is not a plan, or `rule` is not a rank rule.
 
     Examples:

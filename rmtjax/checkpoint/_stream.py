@@ -1,24 +1,32 @@
 """Analyzes and compresses checkpoint files larger than memory, a kernel at a time."""
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
-from rmtjax.checkpoint._rewrite import find_outputs, last_changes, with_dtype, write_outputs
 from rmtjax.checkpoint._safetensors import check_regular, write_tensors
-from rmtjax.checkpoint._tensor_names import choose, find_leaves, tensor_axes
-from rmtjax.checkpoint._tensors import FilePath, KEY
+from rmtjax.checkpoint._tensor_names import choose, find_leaves, halves, named_parts, tensor_axes
+from rmtjax.checkpoint._tensors import Entry, FilePath, KEY
 from rmtjax.noise import ranks, Shrink
-from rmtjax.planning import make_clock, make_plan, Plan, PlanOptions, rows_by_path
+from rmtjax.planning import (
+    changed_leaves,
+    Factorized,
+    make_clock,
+    make_plan,
+    Plan,
+    PlanOptions,
+    rows_by_path,
+)
 from rmtjax.report import Report
 
 # Called before each step with the number of steps done, the number of all steps, and a path.
@@ -35,6 +43,14 @@ def _check_dtype(dtype: Any) -> np.dtype | None:
     if jax.dtypes.canonicalize_dtype(checked) != checked:
         raise ValueError("`dtype` float64 needs `jax.config.update('jax_enable_x64', True)`.")
     return checked
+
+
+def _with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
+    """Returns a stored leaf that is read in another dtype, if it is floating."""
+    # float8 keeps its dtype, so that the plan reports that it has too few bits.
+    wide = lambda part: jnp.issubdtype(part.dtype, jnp.floating) and part.dtype.itemsize > 1
+    change = lambda part: dataclasses.replace(part, dtype=dtype) if wide(part) else part
+    return jax.tree.map(change, leaf) if dtype else leaf
 
 
 def _plan_kernels(
@@ -61,16 +77,60 @@ def _plan_kernels(
         progress(place, len(kernels) + later, path)
         known = {path: fits[path]} if path in fits else None
         alone = dataclasses.replace(options, fits=known, batch=rows.get(path))
-        plan |= make_plan({path: with_dtype(leaf, dtype)}, alone, clock)
+        plan |= make_plan({path: _with_dtype(leaf, dtype)}, alone, clock)
     return plan
 
 
-def _check_output(out: FilePath) -> None:
-    check_regular(Path(out), "out")
-    # `checkpoint.restore` and `save` tell a file from a folder by this ending.
-    if Path(out).suffix != SUFFIX:
-        name = os.fspath(out)
-        raise ValueError(f"`out` must end in {SUFFIX}, and got {name!r}: give {name + SUFFIX!r}.")
+def _find_outputs(leaves: Mapping[str, Any], plan: Plan) -> dict[str, Entry]:
+    """Returns the tensors that are written; raises ValueError if two would have one name."""
+    entries: dict[str, Entry] = {}
+    for path, leaf in leaves.items():
+        parts = {name: Entry.of(part) for name, part in named_parts(path, leaf).items()}
+        row = plan.get(path)
+        if isinstance(row, Factorized):
+            inputs, outputs, batch = ([row.shape[axis] for axis in group] for group in row.axes)
+            dtype = jax.tree.leaves(leaf)[0].dtype
+            left = Entry((*batch, *inputs, row.rank), dtype)
+            right = Entry((*batch, row.rank, *outputs), dtype)
+            parts = dict(zip(halves(path), (left, right), strict=True))
+        clash = next((name for name in parts if name != path and name in leaves), None)
+        if clash is not None:
+            raise ValueError(
+                f"a factor would be {clash!r}, as another tensor: use `where` or `mode='truncate'`."
+            )
+        entries |= parts
+    return entries
+
+
+def _write_outputs(
+    leaves: Mapping[str, Any],
+    plan: Plan,
+    entries: Mapping[str, Entry],
+    dtype: np.dtype | None,
+    progress: Progress,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the name and the data of each tensor that is written, leaf by leaf."""
+    changes = plan.changes
+    for place, (path, leaf) in enumerate(leaves.items(), len(plan)):
+        progress(place, len(plan) + len(leaves), path)
+        arrays = jax.tree.leaves(leaf)  # those that stay are still in the file
+        if path in changes:
+            view = MatrixView(path, _with_dtype(leaf, dtype), changes[path].axes)
+            arrays = jax.tree.leaves(dict(changed_leaves({path: view}, changes)))
+        for name in [path] if path in entries else halves(path):
+            # Each array is dropped before the next is read: a kernel may fill the memory.
+            yield name, np.asarray(arrays.pop(0)).astype(entries[name].dtype, copy=False)
+
+
+def _last_changes(
+    manifest: Manifest, plan: Plan, rule: ranks.RankRule
+) -> tuple[Plan, ranks.RankRule | None]:
+    """Returns the last change that was ever made to each kernel, and the rule if all have one."""
+    earlier = manifest.plan or Plan()
+    # A kernel that is kept this time may have been cut before. The old row says how.
+    stay = (earlier.keys() - plan.keys()) | (earlier.changes.keys() - plan.changes.keys())
+    one_rule = not stay or manifest.rule == str(rule)
+    return Plan(earlier | plan | {path: earlier[path] for path in stay}), rule if one_rule else None
 
 
 def analyze_file(
@@ -196,16 +256,19 @@ def compress_file(
     checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
     with open_tensors(path) as tensors:
         check_target(tensors, out, "`out`")
-        _check_output(out)
+        check_regular(Path(out), "out")
+        # `checkpoint.restore` and `save` tell a file from a folder by this ending.
+        if Path(out).suffix != SUFFIX:
+            raise ValueError(f"`out` must end in {SUFFIX}, and got '{out}': give '{out}{SUFFIX}'.")
         manifest = read_manifest(tensors)
         leaves = find_leaves(tensors, manifest)
         plan = _plan_kernels(leaves, manifest, options, checked, progress, later=len(leaves))
         if mode == "truncate":
             plan = plan.in_place()
-        entries = find_outputs(leaves, plan)
+        entries = _find_outputs(leaves, plan)
         factors = [path for path in leaves if path not in entries]
-        record = last_changes(manifest, plan, rule)
+        record = _last_changes(manifest, plan, rule)
         text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys)
-        arrays = write_outputs(leaves, plan, entries, checked, progress)
+        arrays = _write_outputs(leaves, plan, entries, checked, progress)
         write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
     return Report(plan)

@@ -91,10 +91,9 @@ def analyze(
       >>> report.rows[0].path, report.rows[0].shape
       ('embedding', (300, 60))
     """
-    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
     # A report shows the rank that was found, not one rounded up.
-    fixed = {"exact_below": exact_below, "batch": batch, "multiple": 1}
-    return Report(plan(model, gates=gates, **options, **fixed))
+    sizes = {"multiple": 1, "min_size": min_size, "exact_below": exact_below, "batch": batch}
+    return Report(plan(model, gates=gates, rule=rule, where=where, axes=axes, fits=fits, **sizes))
 
 
 def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:

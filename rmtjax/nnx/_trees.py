@@ -184,7 +184,7 @@ def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
 
 
 def _close_layers(opened: nnx.Module) -> None:
-    """Makes layers thin where the value of a kernel is `Factors`, and fuses stacks of gates."""
+    """Makes layers thin that have `Factors`, and fuses stacks of gates; refuses other `Factors`."""
     pairs: dict[int, FactorPair] = {}
     for layer in modules_of(opened):
         chosen = {}
@@ -199,18 +199,14 @@ def _close_layers(opened: nnx.Module) -> None:
                 chosen[name] = pairs.setdefault(id(kernel), pair)
         if chosen:
             make_thin(layer, chosen)
-
-
-def _check_closed(model: nnx.Module) -> None:
-    """Raises ValueError for factors that a layer, or a module that shares them, cannot use."""
-    # Every known layer that holds the kernel has taken its factors, so another module is left.
-    nodes = dict(nnx.iter_graph(model))
-    for path, variable in variables_of(model).items():
+    # Every known layer that holds a kernel has taken its factors, so another module is left.
+    nodes = dict(nnx.iter_graph(opened))
+    for path, variable in variables_of(opened).items():
         if is_factors(read(variable)):
+            holder = type(nodes[path[:-1]]).__name__
             raise ValueError(
-                f"`params` has `Factors` for {_name(path)!r}, and "
-                f"{type(nodes[path[:-1]]).__name__} cannot run with them. Leave it out of the plan "
-                "with `where`, or register the axes of its kernel with `rmtjax.register_layer`."
+                f"`params` has `Factors` for {_name(path)!r}, and {holder} cannot run with them: "
+                "leave it out by `where`, or register its axes by `rmtjax.register_layer`."
             )
 
 
@@ -248,5 +244,4 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
     for path, param in variables_of(copy).items():
         write(param, leaves[_name(path)])
     _close_layers(copy)
-    _check_closed(copy)
     return copy
