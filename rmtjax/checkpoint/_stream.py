@@ -174,13 +174,12 @@ def analyze_file(
       OSError: The file cannot be read.
 
     Examples:
-      >>> import jax, tempfile
-      >>> from rmtjax import checkpoint
+      >>> import jax, rmtjax, tempfile
       >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = f"{folder}/model.safetensors"
-      ...     checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
-      ...     print(checkpoint.analyze_file(path).rows[0].reason)
+      ...     rmtjax.checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
+      ...     print(rmtjax.checkpoint.analyze_file(path).rows[0].reason)
       factorized: 1 of 200 are signal, rank 1
     """
     sizes: dict[str, Any] = {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
@@ -238,14 +237,13 @@ def compress_file(
       OSError: The input cannot be read, or the output cannot be written.
 
     Examples:
-      >>> import jax, tempfile
-      >>> from rmtjax import checkpoint
+      >>> import jax, rmtjax, tempfile
       >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path, out = f"{folder}/dense.safetensors", f"{folder}/thin.safetensors"
-      ...     checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
-      ...     report = checkpoint.compress_file(path, out)
-      ...     print(checkpoint.restore(out)["Dense_0"]["kernel"].left.shape)
+      ...     rmtjax.checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
+      ...     report = rmtjax.checkpoint.compress_file(path, out)
+      ...     print(rmtjax.checkpoint.restore(out)["Dense_0"]["kernel"].left.shape)
       (200, 8)
     """
     options = PlanOptions(

@@ -44,8 +44,7 @@ def plan(
       holds or rewrites, such as `nnx.WeightNorm`, are truncated instead of factorized.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> model = nnx.Sequential(nnx.Linear(80, 60, rngs=nnx.Rngs(0)), nnx.relu)
       >>> print(rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       layers/0/kernel  factorized: 16 of 60 are signal, rank 16
@@ -85,8 +84,7 @@ def analyze(
       rule, where, min_size, exact_below, batch: As in `rmtjax.analyze`.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> report = rmtjax.nnx.analyze(nnx.Embed(300, 60, rngs=nnx.Rngs(0)))
       >>> report.rows[0].path, report.rows[0].shape
       ('embedding', (300, 60))
@@ -107,8 +105,7 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
       ValueError, TypeError: The plan is for another model, or an argument has another type.
 
     Examples:
-      >>> import jax, rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, jax, rmtjax
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> lower = rmtjax.nnx.truncate(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       >>> int(jax.numpy.linalg.matrix_rank(lower.kernel[...]))
@@ -127,8 +124,7 @@ def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
       model, plan: As in `truncate`, which raises the same errors.
 
     Examples:
-      >>> import jax.numpy as jnp, rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, jax.numpy as jnp, rmtjax
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       >>> thin(jnp.ones((2, 80))).shape
@@ -142,8 +138,7 @@ def merge(model: nnx.Module) -> nnx.Module:
     """Returns a model with all factors multiplied out, with the layers before `factorize`.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       >>> rmtjax.nnx.merge(thin).kernel.shape

@@ -137,8 +137,7 @@ def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
       TypeError, ValueError: `model` is not a module, or `gates` has another value.
 
     Examples:
-      >>> import jax, rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, jax, rmtjax
       >>> model = nnx.Sequential(nnx.Linear(80, 60, rngs=nnx.Rngs(0)), nnx.relu)
       >>> jax.tree.map(lambda array: array.shape, rmtjax.nnx.params(model))
       {'layers': {0: {'bias': (60,), 'kernel': (80, 60)}}}
@@ -158,8 +157,7 @@ def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, Kerne
       grouped and masked convolutions, transposed kernels, einsums that sum over the kernel alone.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> rmtjax.nnx.kernel_axes(nnx.LinearGeneral(8, (4, 5), rngs=nnx.Rngs(0)))
       {'kernel': KernelAxes(inputs=(0,), outputs=(1, 2), batch=())}
     """
@@ -228,8 +226,7 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
         that is not the kernel of a known layer.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> tree = rmtjax.nnx.params(model)
       >>> tree["kernel"] = rmtjax.factorize_matrix(tree["kernel"], 8)
