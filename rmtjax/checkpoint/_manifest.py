@@ -43,11 +43,8 @@ def _dump_numbers(fields: BulkFit | Cost) -> dict[str, Any]:
 def _dump_row(row: LayerPlan) -> dict[str, Any]:
     names = {function: name for name, function in _SHRINKERS.items()}
     dtype = row.fit and str(np.asarray(row.fit.variance).dtype)
-    return {
-        "rank": row.rank,
-        "action": row.action,
-        "reason": row.reason,
-        "shape": row.shape,
+    plain = {name: getattr(row, name) for name in ("rank", "action", "reason", "shape")}
+    return plain | {
         "axes": row.axes and row.axes._asdict(),
         "fit": row.fit and {"dtype": dtype, **_dump_numbers(row.fit)},
         "shrink": row.shrink and names.get(row.shrink, str(row.shrink)),
@@ -70,8 +67,7 @@ def to_json(
         "rule": None if rule is None else str(rule),
         "plan": None if plan is None else {path: _dump_row(row) for path, row in plan.items()},
         "factors": None if factors is None else sorted(factors),
-        "entries": entries
-        and {name: [CODES[entry.dtype], *entry.shape] for name, entry in entries.items()},
+        "entries": entries and {n: [CODES[e.dtype], *e.shape] for n, e in entries.items()},
         "keys": dict(keys or {}),
     }
     return json.dumps(fields, allow_nan=False)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from os.path import abspath, realpath
 from pathlib import Path
@@ -17,13 +17,13 @@ INDEX = ".safetensors.index.json"
 
 def _find_index(folder: Path) -> Path | None:
     """Returns the index of a folder of shards; None if it has none."""
-    indexes = sorted(folder.glob(f"*{INDEX}"))
     # Hugging Face gives this name to the index of a model, and others to those of its variants.
     usual = folder / f"model{INDEX}"
-    if len(indexes) > 1 and usual not in indexes:
+    indexes = [usual] if usual.exists() else sorted(folder.glob(f"*{INDEX}"))
+    if len(indexes) > 1:
         names = ", ".join(path.name for path in indexes)
         raise ValueError(f"{str(folder)!r} has several indexes: give the path of one of {names}.")
-    return usual if usual in indexes else next(iter(indexes), None)
+    return next(iter(indexes), None)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -57,16 +57,6 @@ def _check_shard(folder: Path, name: str) -> Path:
     return path
 
 
-def _check_index(folder: Path, index: Mapping[str, str], shards: Mapping[str, str]) -> None:
-    """Raises ValueError if an index does not name the tensors that the shards have."""
-    for name in [*index, *shards]:
-        if index.get(name) != shards.get(name):
-            raise ValueError(
-                f"the index of {str(folder)!r} places the tensor {name!r} in {index.get(name)!r}, "
-                f"and it is in {shards.get(name)!r}: download both again."
-            )
-
-
 @contextlib.contextmanager
 def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
     """Opens several files as one checkpoint. An index, if there is one, names every tensor."""
@@ -85,8 +75,13 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
                     )
                 shards[name], entries[name] = shard, entry
             metadata |= shard.metadata
-        if index:
-            _check_index(folder, named, {name: shard.path.name for name, shard in shards.items()})
+        placed = {name: shard.path.name for name, shard in shards.items()}
+        for name in [*named, *placed] if index else ():
+            if named.get(name) != placed.get(name):
+                raise ValueError(
+                    f"the index of {str(folder)!r} places the tensor {name!r} in "
+                    f"{named.get(name)!r}, and it is in {placed.get(name)!r}: download both again."
+                )
         read = lambda name: shards[name].read(name)
         files = (*paths, index) if index else (*paths,)
         yield Tensors(folder, "safetensors", entries, metadata, read, files)
@@ -95,8 +90,8 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
 def open_tensors(path: FilePath) -> AbstractContextManager[Tensors]:
     """Opens a checkpoint within a context, and reads the entries of its tensors, but no data.
 
-    The path is that of a .safetensors file, of an index of such files, or of their folder; or it is
-    a folder that orbax wrote: a tree, or a step with one tree among its items.
+    The path is that of a .safetensors file, of an index of such files, of their folder, or of a
+    folder that orbax wrote: a tree, or a step with one tree among its items.
     """
     path = Path(path)
     if path.name.endswith(INDEX):

@@ -30,7 +30,7 @@ def _find_tree(path: Path) -> Path:
     items = items or sorted({file.parents[1] for file in path.glob("*/*/_METADATA")})
     if items:
         names = ", ".join(item.name for item in items)
-        raise ValueError(f"{str(path)!r} has several: give the path of one of them, {names}.")
+        raise ValueError(f"{str(path)!r} has several trees: give the path of one of them, {names}.")
     raise ValueError(
         f"{str(path)!r} is not a checkpoint: it has neither a .safetensors file nor the "
         "`_METADATA` that orbax writes. Give the path of a file, or of the folder of one step."

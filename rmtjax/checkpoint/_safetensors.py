@@ -133,7 +133,7 @@ def _make_header(
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"`entries` need {len(text)} bytes, over {MAX_HEADER}: write several files."
+            f"`entries` make {len(text)} bytes, over {MAX_HEADER}: write several files."
         )
     begin = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {name: begin + n for name, n in offsets.items()}
@@ -141,11 +141,8 @@ def _make_header(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that replaces the one at `path` when the context ends without an error.
-
-    A link stays a link: the file that it leads to is replaced, and its mode is kept.
-    """
-    path = Path(os.path.realpath(path))
+    """Yields a file that replaces the one at `path` when the context ends without an error."""
+    path = Path(os.path.realpath(path))  # a link stays a link, and the mode of its file is kept
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:

@@ -90,7 +90,7 @@ def named_parts(path: str, leaf: Any) -> dict[str, Any]:
     return dict(zip(halves(path), leaf, strict=True)) if is_factors(leaf) else {path: leaf}
 
 
-def check_factors(leaves: Mapping[str, Any]) -> None:
+def check_pairs(leaves: Mapping[str, Any]) -> None:
     """Raises ValueError if two tensors of a leaf are not the factors of one kernel."""
     for path, leaf in leaves.items():
         if not is_factors(leaf):
@@ -108,13 +108,9 @@ def check_factors(leaves: Mapping[str, Any]) -> None:
 
 
 def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
-    """Returns each leaf of a checkpoint by path, a `StoredTensor` or `Factors` of two.
-
-    They have the order of the file. Raises ValueError if a factor is missing or does not fit.
-    """
-    stored: dict[str, Any] = {
-        name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()
-    }
+    """Returns the leaves in the order of the file, by path: `StoredTensor` or `Factors` of two."""
+    entries = tensors.entries.items()
+    stored: dict[str, Any] = {n: StoredTensor(tensors, n, entry.dtype) for n, entry in entries}
     paths = manifest.factors
     if paths is None:  # a manifest may leave the list out, and its plan names the candidates
         paths = [path for path in manifest.plan or () if stored.keys() >= {*halves(path)}]
@@ -126,7 +122,7 @@ def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     if missing is not None:
         raise ValueError(f"{str(tensors.path)!r} lacks {missing!r}, of its plan: write it again.")
     factors = {path: Factors(*(stored[half] for half in halves(path))) for path in paths}
-    check_factors(factors)
+    check_pairs(factors)
     # The left half may come before or after the right one: the first of them places the kernel.
     places = {owners.get(name, name): leaf for name, leaf in stored.items()}
     return {path: factors.get(path, leaf) for path, leaf in places.items()}

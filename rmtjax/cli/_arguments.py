@@ -34,7 +34,6 @@ _RULES = {
     "energy": (float, ranks.energy),
     "fixed": (int, ranks.fixed),
 }
-FORMS = ("json", "csv", "html")
 
 
 class UsageError(Exception):
@@ -84,14 +83,9 @@ def is_special(path: str) -> bool:
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def reports(args: argparse.Namespace) -> dict[str, str]:
-    """Returns the path of each report that is asked for, by its form."""
-    return {form: getattr(args, form) for form in FORMS if getattr(args, form)}
-
-
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises an error, before the work, for an output that cannot or must not be written."""
-    out, files = getattr(args, "out", None), reports(args).values()
+    out, files = getattr(args, "out", None), [path for _, path in args.reports]
     if out and os.path.lexists(out) and not args.force:
         raise FileExistsError(f"{out!r} is there already: give --force to replace it.")
     taken = set()
@@ -126,8 +120,10 @@ def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
-    for form in FORMS:
-        add(f"--{form}", metavar="FILE", help="writes the report; '-' is stdout, without the table")
+    files = {"dest": "reports", "action": "append", "default": [], "metavar": "FILE"}
+    for form in ("json", "csv", "html"):
+        named = lambda path, form=form: (form, path)
+        add(f"--{form}", **files, type=named, help="writes the report; '-' is stdout and no table")
     add("--quiet", action="store_true", help="no table and no progress")
 
 

@@ -23,7 +23,6 @@ from rmtjax.cli._arguments import (
     make_parser,
     matcher,
     parse_rule,
-    reports,
     UsageError,
 )
 from rmtjax.noise import shrinkage
@@ -85,7 +84,7 @@ def _show(report: Report, args: argparse.Namespace) -> None:
     title = f"rmtjax {args.command} {printable(args.file)}"
     page = lambda: report.to_page(title)
     make = {"json": lambda: report.to_json() + "\n", "csv": report.to_csv, "html": page}
-    for form, path in reports(args).items():
+    for form, path in args.reports:
         text = make[form]()
         if is_stdout(path):
             print(text, end="", flush=True)
@@ -124,7 +123,7 @@ def _work(args: argparse.Namespace) -> None:
     options = _plan_options(args)
     check_outputs(args)
     with checkpoint.open_tensors(args.file) as tensors:
-        for form, target in reports(args).items():
+        for form, target in args.reports:
             if not is_stdout(target):
                 checkpoint.check_target(tensors, target, f"--{form}")
         options["where"] = _select(tensors, args.include, args.exclude)
@@ -135,7 +134,7 @@ def _work(args: argparse.Namespace) -> None:
         else:
             report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
     # A report on stdout must be all that is there, so that a program can read it.
-    args.quiet |= any(map(is_stdout, reports(args).values()))
+    args.quiet |= any(is_stdout(path) for _, path in args.reports)
     _show(report, args)
     if args.command == "compress" and not args.quiet:
         before, after = (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))

@@ -51,10 +51,10 @@ def plan(
     """
     opened = open_layers(model, gates)
     known = axes_of(opened)
-    axes = known if axes is None else axes
     # `nnx.Optimizer` keeps its state in variables.
     is_box = lambda leaf: isinstance(leaf, nnx.Variable)
     fits = jax.tree.map(lambda leaf: read(leaf) if is_box(leaf) else leaf, fits, is_leaf=is_box)
+    axes = known if axes is None else axes
     options = PlanOptions(
         rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
     )

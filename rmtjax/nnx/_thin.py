@@ -38,8 +38,7 @@ class TwoFactors(nnx.Module):
         """The dense kernel, multiplied out for code that reads it."""
         factors = factors_of(self)
         if not factors:
-            name = type(self).__name__
-            raise AttributeError(f"the factors of {name} are wrapped, so it has no kernel to read.")
+            raise AttributeError(f"{type(self).__name__} has wrapped factors: no kernel to read.")
         dense = multiply(*factors.values())
         return Product(fold(dense) if isinstance(self, ThinGates) else dense)
 
@@ -112,8 +111,7 @@ def _through_products(name: str, method):
         call = layer, args, kwargs
 
         def run_dense(dense_kernels):
-            # The call may write to the layer and its arguments, such as streams of random numbers.
-            # On copies, values of the trace do not remain in them.
+            # On copies: the call may write to its arguments, and values of the trace must not stay.
             dense, copied_args, copied_kwargs = nnx.clone(call)
             make_dense(dense, {name: nnx.Param(value) for name, value in dense_kernels.items()})
             outputs = method.__get__(dense, type(dense))(*copied_args, **copied_kwargs)
@@ -125,8 +123,7 @@ def _through_products(name: str, method):
         if multiplied_out:
             warnings.warn(
                 f"`{type(layer).__bases__[1].__name__}.{name}` runs with a kernel multiplied out, "
-                "because it does more than products with it: this is correct and saves no time. "
-                "Leave it out of the plan with `where`.",
+                "which saves no time: it does more than products. Leave it out by `where`.",
                 stacklevel=2,
             )
         nnx.update(call, state)
@@ -138,12 +135,11 @@ def _through_products(name: str, method):
 def _methods(kind: type) -> dict[str, Any]:
     """Returns `__call__` and the public methods of a layer that `nnx.Module` does not have."""
     is_public = lambda name: not (name[0] == "_" or hasattr(nnx.Module, name))
-    names = [name for name in dir(kind) if name == "__call__" or is_public(name)]
-    members = {name: inspect.getattr_static(kind, name) for name in names}
     # Functions become methods of an object, also if they are compiled or partial.
     is_function = lambda m: hasattr(m, "__get__") and (callable(m) or isinstance(m, partialmethod))
-    unbound = type | staticmethod | classmethod
-    return {n: m for n, m in members.items() if is_function(m) and not isinstance(m, unbound)}
+    is_method = lambda m: is_function(m) and not isinstance(m, type | staticmethod | classmethod)
+    members = inspect.getmembers_static(kind, is_method)
+    return {name: m for name, m in members if name == "__call__" or is_public(name)}
 
 
 def _empty(form: type, kind: type) -> nnx.Module:
@@ -173,8 +169,7 @@ def _set_class(layer: nnx.Module, kind: type) -> None:
 def pairs_of(layer: nnx.Module) -> dict[str, FactorPair]:
     """Returns the variables of the factors of a layer, by the name of the kernel."""
     if isinstance(layer, ThinRegistered):
-        attributes = vars(layer).items()
-        return {name: pair for name, pair in attributes if isinstance(pair, FactorPair)}
+        return {name: it for name, it in vars(layer).items() if isinstance(it, FactorPair)}
     if not isinstance(layer, TwoFactors):
         return {}
     left, right = (list(kernels(vars(layer)[name]).values()) for name in HALVES)
@@ -206,8 +201,7 @@ def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> FactorP
     of_left = of_right = kernel.get_metadata()
     key, unfolded = _axis_names(of_left), is_unfolded(layer, kernel_shape(factors))
     if key is not None:
-        # The rank axis has no name: it is not an axis of the kernel, and it is never sharded. The
-        # names of fused gates do not fit the factors of separate gates.
+        # The rank axis is never sharded. Names of fused gates do not fit those of separate gates.
         names = tuple(of_left[key])
         of_left = of_left | {key: None if unfolded else (*names[:first], None)}
         of_right = of_right | {key: None if unfolded else (*names[:batch], None, *names[first:])}

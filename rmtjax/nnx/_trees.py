@@ -49,10 +49,7 @@ def paths_of(model: nnx.Module) -> dict[int, str]:
 
 
 def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
-    """Returns a copy with dense layers, where kernels have the values that they have in a tree.
-
-    The value of a thin layer's kernel is `Factors`. That of fused gates may be a stack.
-    """
+    """Returns a copy with dense layers, whose kernels have the values of a tree, also `Factors`."""
     if not isinstance(model, nnx.Module):
         kind = type(model).__name__
         raise TypeError(f"`model` must be a `flax.nnx.Module`, got {kind}. `rmtjax` takes trees.")
@@ -110,8 +107,7 @@ def obstacles(opened: nnx.Module) -> dict[str, str]:
     # A module that is not a known layer may do anything with a kernel that it holds as well.
     for module in modules:
         cause = f"`{type(module).__name__}` holds it too, and is not a known layer"
-        known = kernels(module)
-        others = [value for name, value in vars(module).items() if name not in known]
+        others = [v for name, v in vars(module).items() if name not in kernels(module)]
         held = map(id, jax.tree.leaves(others, is_leaf=is_node))
         causes |= {paths[key]: cause for key in held if key in owned}
         if isinstance(module, _REWRITERS):

@@ -38,9 +38,7 @@ class FactorPair(nnx.Module):
     def _product(self) -> Product:
         return Product(multiply(Factors(read(self.left), read(self.right))))
 
-    value = property(
-        lambda self: self._product().value, lambda self, value: self._product().set_value(value)
-    )
+    value = property(lambda self: read(self._product()), Product.set_value)
 
     def __getattr__(self, name: str):
         # Flax and `copy` probe private names while the two factors are not set yet.
