@@ -72,7 +72,7 @@ def _read_header(file: BinaryIO) -> tuple[Places, dict[str, str]]:
     # Checked before the header is read: a damaged length would fill the memory.
     if length > min(size - 8, MAX_HEADER):
         raise ValueError(
-            f"its header claims {length} bytes, of {size - 8} and at most {MAX_HEADER}"
+            f"its header claims {length} bytes, of {size - 8} that follow and {MAX_HEADER} allowed"
         )
     return _parse_header(file.read(length), 8 + length, size - 8 - length)
 
@@ -133,7 +133,7 @@ def _make_header(
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"`entries` make {len(text)} bytes, over {MAX_HEADER}: write several files."
+            f"`entries` make a header of {len(text)} bytes, over {MAX_HEADER}: write several files."
         )
     begin = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {name: begin + n for name, n in offsets.items()}

@@ -107,7 +107,8 @@ def obstacles(opened: nnx.Module) -> dict[str, str]:
     # A module that is not a known layer may do anything with a kernel that it holds as well.
     for module in modules:
         cause = f"`{type(module).__name__}` holds it too, and is not a known layer"
-        others = [v for name, v in vars(module).items() if name not in kernels(module)]
+        known = kernels(module)
+        others = [value for name, value in vars(module).items() if name not in known]
         held = map(id, jax.tree.leaves(others, is_leaf=is_node))
         causes |= {paths[key]: cause for key in held if key in owned}
         if isinstance(module, _REWRITERS):
