@@ -1,11 +1,8 @@
 """Checkpoints that carry their plan, in .safetensors files and orbax folders.
 
-`save` writes a parameter tree with its plan, `restore` fills a tree, and `load_plan` returns the
-plan alone. `restore` first compares every name, shape and dtype with the plan's manifest and with
-the tree that is to be filled. A difference raises an error that names it. `analyze_file` and
-`compress_file` work on files that are larger than memory.
-
-Other programs can read the results: factors are tensors with the names `PATH/left` and
+`save` writes a parameter tree with its plan, `restore` fills a tree or names what does not fit, and
+`load_plan` returns the plan alone. `analyze_file` and `compress_file` work on files that are larger
+than memory. Other programs can read the results: factors are tensors with the names `PATH/left` and
 `PATH/right`.
 """
 

@@ -16,8 +16,7 @@ from rmtjax.checkpoint._tensors import are_sizes, CODES, Entry, KEY, parse_objec
 from rmtjax.noise import ranks, shrinkage
 from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
-# Raise it when an older reader would misread the text. Readers ignore names that they do not know,
-# so a new field does not need a new format.
+# Raise it when an older reader would misread the text. New names do not need it: they are ignored.
 FORMAT = 1
 _ROWS: dict[str, Any] = {row.action: row for row in (Kept, Truncated, Factorized)}
 _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator", "nuclear")}
@@ -30,8 +29,7 @@ class Manifest(NamedTuple):
     rule: str | None  # the rank rule of all rows in words; None if there are several
     factors: tuple[str, ...] | None  # paths of the kernels that are stored as factors
     entries: dict[str, Entry] | None  # of every tensor
-    # Dictionary keys of the paths that splitting at "/" would not give back: those with an integer
-    # key, or a key with a slash. None for a path through other nodes than dictionaries.
+    # Keys of paths that splitting at "/" would not give back; None where not all nodes have keys.
     keys: dict[str, tuple[str | int, ...] | None]
 
 
@@ -39,17 +37,14 @@ def _dump_numbers(fields: BulkFit | Cost) -> dict[str, Any]:
     # JSON has no NaN and no infinity, so these are written as strings.
     number = lambda n: str(n) if isinstance(n, float) and not math.isfinite(n) else n
     values = {name: np.asarray(value).tolist() for name, value in fields._asdict().items()}
-    return {name: jax.tree.map(number, value) for name, value in values.items()}
+    return jax.tree.map(number, values)
 
 
 def _dump_row(row: LayerPlan) -> dict[str, Any]:
     names = {function: name for name, function in _SHRINKERS.items()}
     dtype = row.fit and str(np.asarray(row.fit.variance).dtype)
-    return {
-        "rank": row.rank,
-        "action": row.action,
-        "reason": row.reason,
-        "shape": row.shape,
+    plain = {name: getattr(row, name) for name in ("rank", "action", "reason", "shape")}
+    return plain | {
         "axes": row.axes and row.axes._asdict(),
         "fit": row.fit and {"dtype": dtype, **_dump_numbers(row.fit)},
         "shrink": row.shrink and names.get(row.shrink, str(row.shrink)),
@@ -72,8 +67,7 @@ def to_json(
         "rule": None if rule is None else str(rule),
         "plan": None if plan is None else {path: _dump_row(row) for path, row in plan.items()},
         "factors": None if factors is None else sorted(factors),
-        "entries": entries
-        and {name: [CODES[entry.dtype], *entry.shape] for name, entry in entries.items()},
+        "entries": entries and {n: [CODES[e.dtype], *e.shape] for n, e in entries.items()},
         "keys": dict(keys or {}),
     }
     return json.dumps(fields, allow_nan=False)
@@ -101,20 +95,18 @@ def _parse_fit(fields: Any) -> BulkFit:
     fields = _check(fields, dict)
     dtype = np.dtype({"float32": "float32", "float64": "float64"}[fields["dtype"]])
     several = isinstance(fields["variance"], list)  # one fit for each matrix of a stack
-    numbers: dict[str, Any] = {}
-    for name in BulkFit._fields:
-        row = _check(fields[name], list) if several else [fields[name]]
-        parse = (lambda n: _check(n, int)) if name == "num_spikes" else _parse_float
-        array = np.asarray([*map(parse, row)], np.int32 if name == "num_spikes" else dtype)
-        numbers[name] = array if several else array[0]
-    if len({np.size(array) for array in numbers.values()}) > 1:
+    rows = [_check(fields[n], list) if several else [fields[n]] for n in BulkFit._fields]
+    if len({*map(len, rows)}) > 1:
         raise ValueError("a fit has rows of different lengths")
-    return BulkFit(**numbers)
+    *floats, spikes = rows
+    arrays: list[Any] = [np.asarray([*map(_parse_float, row)], dtype) for row in floats]
+    arrays.append(np.asarray([_check(count, int) for count in spikes], np.int32))
+    return BulkFit(*(array if several else array[0] for array in arrays))
 
 
 def _parse_axes(path: str, fields: Any, ndim: int) -> KernelAxes:
     fields = _check(fields, dict)
-    axes = KernelAxes(**{name: _parse_sizes(fields[name]) for name in KernelAxes._fields})
+    axes = KernelAxes(*(_parse_sizes(fields[name]) for name in KernelAxes._fields))
     check_axes(path, axes, ndim)
     return axes
 
@@ -124,15 +116,15 @@ def _parse_row(path: str, fields: Any) -> LayerPlan:
     action, shape = fields["action"], _parse_sizes(fields["shape"])
     if action not in [*_ROWS]:  # a list, because the action may be of an unhashable type
         raise ValueError(f"{action!r:.60} is none of {(*_ROWS,)}")
-    present = {name for name in ("axes", "fit", "cost") if fields[name] is not None}
-    number = lambda name: _check(_check(fields["cost"], dict)[name], int, float, NoneType)
+    axes, fit, cost = fields["axes"], fields["fit"], fields["cost"]
+    number = lambda name: _check(_check(cost, dict)[name], int, float, NoneType)
     row: dict[str, Any] = {
         "reason": _check(fields["reason"], str),
         "shape": shape,
-        "axes": _parse_axes(path, fields["axes"], len(shape)) if "axes" in present else None,
+        "axes": None if axes is None else _parse_axes(path, axes, len(shape)),
         "rank": _check(fields["rank"], int, NoneType),
-        "fit": _parse_fit(fields["fit"]) if "fit" in present else None,
-        "cost": Cost(*map(number, Cost._fields)) if "cost" in present else None,
+        "fit": None if fit is None else _parse_fit(fit),
+        "cost": None if cost is None else Cost(*map(number, Cost._fields)),
     }
     if action == Kept.action:
         return Kept(**row)
@@ -149,22 +141,18 @@ def _parse_keys(path: str, value: Any) -> tuple[str | int, ...] | None:
     return keys
 
 
-def _parse_fields(fields: Any) -> Manifest:
-    fields = _check(fields, dict)
+def _parse_fields(fields: dict[str, Any]) -> Manifest:
     # Before anything else: a newer format may have other fields.
     if _check(fields["format"], int) > FORMAT:
         raise ValueError(f"format {fields['format']}, and this rmtjax knows {FORMAT}: upgrade it")
     rows = lambda name: _check(fields[name], dict).items()
-    plan = entries = factors = None
-    if fields["plan"] is not None:
+    plan, entries, factors = fields["plan"], fields["entries"], fields["factors"]
+    if plan is not None:
         plan = Plan({path: _parse_row(path, row) for path, row in rows("plan")})
-    if fields["entries"] is not None:
-        entries = {}
-        for name, row in rows("entries"):
-            code, *shape = _check(row, list)
-            entries[name] = Entry.parse(name, code, shape)
-    if fields["factors"] is not None:
-        factors = tuple(_check(path, str) for path in _check(fields["factors"], list))
+    if entries is not None:
+        entries = {n: Entry.parse(n, code, shape) for n, (code, *shape) in rows("entries")}
+    if factors is not None:
+        factors = tuple(_check(path, str) for path in _check(factors, list))
     rule = _check(fields["rule"], str, NoneType)
     keys = {path: _parse_keys(path, value) for path, value in rows("keys")}
     return Manifest(plan, rule, factors, entries, keys)
@@ -177,8 +165,7 @@ def parse(text: str) -> Manifest:
     except (KeyError, TypeError, OverflowError, ValueError) as error:
         cause = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"the plan in the metadata cannot be read: {cause}. Where it is damaged, write the "
-            "checkpoint again."
+            f"the plan in the metadata cannot be read: {cause}. If damaged, save it again."
         ) from error
 
 

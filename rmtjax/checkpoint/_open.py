@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from os.path import abspath, realpath
 from pathlib import Path
@@ -17,13 +17,13 @@ INDEX = ".safetensors.index.json"
 
 def _find_index(folder: Path) -> Path | None:
     """Returns the index of a folder of shards; None if it has none."""
-    indexes = sorted(folder.glob(f"*{INDEX}"))
     # Hugging Face gives this name to the index of a model, and others to those of its variants.
     usual = folder / f"model{INDEX}"
-    if len(indexes) > 1 and usual not in indexes:
+    indexes = [usual] if usual.exists() else sorted(folder.glob(f"*{INDEX}"))
+    if len(indexes) > 1:
         names = ", ".join(path.name for path in indexes)
         raise ValueError(f"{str(folder)!r} has several indexes: give the path of one of {names}.")
-    return usual if usual in indexes else next(iter(indexes), None)
+    return next(iter(indexes), None)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -43,32 +43,18 @@ def _check_shard(folder: Path, name: str) -> Path:
     # An index comes with a download. It must not make us read files outside of the folder.
     if not name.isprintable() or "/" in name or "\\" in name or not name.endswith(SUFFIX):
         raise ValueError(
-            f"the index in {str(folder)!r} names the shard {name!r}, and may only name "
-            f"{SUFFIX} files of its folder: do not trust it."
+            f"the index in {str(folder)!r} names the shard {name!r}, and may only name {SUFFIX} "
+            "files of its folder: do not trust it."
         )
-    # The listing comes first: `exists` raises an error for a name that is too long.
-    if name not in os.listdir(folder) or not path.exists():
+    if not os.path.exists(path):  # unlike `Path.exists`, also for a name that is too long
         raise ValueError(f"{str(folder)!r} lacks its shard {name!r}: copy or download it again.")
     root = folder.resolve()
     # In the cache of Hugging Face, a file in snapshots/REVISION/ is a link to ../../blobs/.
     if root.parent.name == "snapshots":
         root = root.parents[1]
     if not path.resolve().is_relative_to(root):
-        raise ValueError(
-            f"the shard {name!r} links out of {str(folder)!r}: copy the file in its place, if you "
-            "trust the link."
-        )
+        raise ValueError(f"the shard {name!r} links out of {str(folder)!r}: copy it, if trusted.")
     return path
-
-
-def _check_index(folder: Path, index: Mapping[str, str], shards: Mapping[str, str]) -> None:
-    """Raises ValueError if an index does not name the tensors that the shards have."""
-    for name in [*index, *shards]:
-        if index.get(name) != shards.get(name):
-            raise ValueError(
-                f"the index of {str(folder)!r} places the tensor {name!r} in {index.get(name)!r}, "
-                f"and it is in {shards.get(name)!r}: download both again."
-            )
 
 
 @contextlib.contextmanager
@@ -89,8 +75,13 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
                     )
                 shards[name], entries[name] = shard, entry
             metadata |= shard.metadata
-        if index:
-            _check_index(folder, named, {name: shard.path.name for name, shard in shards.items()})
+        placed = {name: shard.path.name for name, shard in shards.items()}
+        for name in [*named, *placed] if index else ():
+            if named.get(name) != placed.get(name):
+                raise ValueError(
+                    f"the index of {str(folder)!r} places the tensor {name!r} in "
+                    f"{named.get(name)!r}, and it is in {placed.get(name)!r}: download both again."
+                )
         read = lambda name: shards[name].read(name)
         files = (*paths, index) if index else (*paths,)
         yield Tensors(folder, "safetensors", entries, metadata, read, files)
@@ -99,8 +90,8 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
 def open_tensors(path: FilePath) -> AbstractContextManager[Tensors]:
     """Opens a checkpoint within a context, and reads the entries of its tensors, but no data.
 
-    The path is that of a .safetensors file, of an index of such files, or of their folder; or it is
-    a folder that orbax wrote: a tree, or a step with one tree among its items.
+    The path is that of a .safetensors file, of an index of such files, of their folder, or of a
+    folder that orbax wrote: a tree, or a step with one tree among its items.
     """
     path = Path(path)
     if path.name.endswith(INDEX):
@@ -116,14 +107,12 @@ def open_tensors(path: FilePath) -> AbstractContextManager[Tensors]:
 def check_target(tensors: Tensors, path: FilePath, name: str) -> None:
     """Raises ValueError if an output would replace the input, or be in its folder."""
     folder, last = os.path.split(abspath(path))
-    # The path as written, without links, and without the links of its folder: a shard may be a
-    # link, and so may the folder of the output.
+    # A shard may be a link, and so may the folder of the output.
     places = {Path(folder, last), Path(realpath(path)), Path(realpath(folder), last)}
     sources = {Path(abspath(tensors.path)), Path(realpath(tensors.path))}
     inside = any(sources & {place, *place.parents} for place in places)
     same = os.path.exists(path) and any(os.path.samefile(path, file) for file in tensors.files)
     if inside or same:
         raise ValueError(
-            f"{name} must not be the input, nor be in it, got {os.fspath(path)!r} for "
-            f"{str(tensors.path)!r}: the input is read while the output is written."
+            f"{name} must not be the input, nor be in it, got {str(path)!r}: give another path."
         )

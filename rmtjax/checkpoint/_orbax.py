@@ -30,9 +30,7 @@ def _find_tree(path: Path) -> Path:
     items = items or sorted({file.parents[1] for file in path.glob("*/*/_METADATA")})
     if items:
         names = ", ".join(item.name for item in items)
-        raise ValueError(
-            f"{str(path)!r} has several checkpoints: give the path of one of them, {names}."
-        )
+        raise ValueError(f"{str(path)!r} has several trees: give the path of one of them, {names}.")
     raise ValueError(
         f"{str(path)!r} is not a checkpoint: it has neither a .safetensors file nor the "
         "`_METADATA` that orbax writes. Give the path of a file, or of the folder of one step."
@@ -93,9 +91,8 @@ def open_folder(path: Path) -> Iterator[Tensors]:
         def read(name: str) -> np.ndarray:
             # Placeholders make orbax skip all other leaves.
             entry, wanted = leaves[name]
-            item = jax.tree_util.tree_map_with_path(
-                lambda key, leaf: leaf if key == wanted else ocp.PLACEHOLDER, tree
-            )
+            only = lambda key, leaf: leaf if key == wanted else ocp.PLACEHOLDER
+            item = jax.tree_util.tree_map_with_path(only, tree)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
             with damaged():
                 args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy)

@@ -1,12 +1,9 @@
 """Reads and writes one .safetensors file, one tensor at a time.
 
-The file begins with a length (8 bytes, little-endian) and a JSON object of that length. The object
-says which part of the data that follow belongs to which name. The library of the format's authors
-is not used: it maps the complete file into memory, does not read float8 into NumPy, and needs all
-tensors in memory before it writes the first.
-
-References:
-  https://github.com/huggingface/safetensors, "Format".
+The format (https://github.com/huggingface/safetensors) is a length of 8 bytes, little-endian, a
+JSON object of that length, which places each name in the data, and the data. The library of its
+authors is not used: it maps the complete file into memory, does not read float8 into NumPy, and
+needs all tensors in memory before it writes the first.
 """
 
 import contextlib
@@ -41,22 +38,18 @@ def _parse_place(name: str, fields: Any) -> tuple[Entry, int, int]:
     return entry, begin, end
 
 
-def _check_text(*texts: Any) -> None:
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{text!r:.50} of its metadata is not a text")
-        # JSON can escape half of a surrogate pair, which no file name or terminal can have.
-        if text != text.encode(errors="ignore").decode():
-            raise ValueError(f"the name {text!r:.50} is not Unicode")
-
-
 def _parse_header(header: bytes, begin: int, size: int) -> tuple[Places, dict[str, str]]:
     """Returns the places of the tensors, in their order, and the metadata."""
     fields = parse_object(header)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is not a JSON object")
-    _check_text(*fields, *metadata, *metadata.values())
+    for text in (*fields, *metadata, *metadata.values()):
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r:.50} of its metadata is not a text")
+        # JSON can escape half of a surrogate pair, which no file name or terminal can have.
+        if text != text.encode(errors="ignore").decode():
+            raise ValueError(f"the name {text!r:.50} is not Unicode")
     places = [(name, *_parse_place(name, value)) for name, value in fields.items()]
     places.sort(key=lambda place: place[2:])
     # Without gaps and overlaps, no bytes are hidden and none belong to two tensors.
@@ -140,8 +133,7 @@ def _make_header(
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"`entries` and `metadata` make a header of {len(text)} bytes, over the {MAX_HEADER} "
-            "of the format: write several files."
+            f"`entries` make a header of {len(text)} bytes, over {MAX_HEADER}: write several files."
         )
     begin = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {name: begin + n for name, n in offsets.items()}
@@ -149,11 +141,8 @@ def _make_header(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that replaces the one at `path` when the context ends without an error.
-
-    A link stays a link: the file that it leads to is replaced, and its mode is kept.
-    """
-    path = Path(os.path.realpath(path))
+    """Yields a file that replaces the one at `path` when the context ends without an error."""
+    path = Path(os.path.realpath(path))  # a link stays a link, and the mode of its file is kept
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:

@@ -12,15 +12,82 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors
-from rmtjax.checkpoint._flatten import fits_number, flatten, nest, number_type
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import open_tensors, SUFFIX
 from rmtjax.checkpoint._orbax import save_folder
 from rmtjax.checkpoint._safetensors import write_tensors
-from rmtjax.checkpoint._tensor_names import check_factors, find_leaves, halves, is_moment
-from rmtjax.checkpoint._tensors import Entry, FilePath, KEY, Tensors
+from rmtjax.checkpoint._tensor_names import check_pairs, find_leaves, halves, is_moment, named_parts
+from rmtjax.checkpoint._tensors import CODES, Entry, FilePath, KEY, Tensors
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import check_plan_fits, in_factor_layer, Plan
+from rmtjax.planning import check_plan_fits, in_factor_layer, path_name, Plan
+
+# A Python number, and the dtypes it may be saved as: an integer of any size.
+_NUMBERS = {bool: np.bool_, int: np.integer, float: jnp.floating, complex: np.complexfloating}
+Keys = tuple[str | int, ...]
+
+
+def _number_type(leaf: Any) -> type | None:
+    """Returns the type of a Python number; None for anything else."""
+    # `bool` comes first: a boolean is an instance of `int`, too.
+    kinds = () if hasattr(leaf, "dtype") else _NUMBERS
+    return next((kind for kind in kinds if isinstance(leaf, kind)), None)
+
+
+def _as_array(name: str, leaf: Any) -> Any:
+    """Returns a leaf as an array that a checkpoint can hold, a Python number as jax casts it."""
+    leaf = jnp.asarray(leaf) if _number_type(leaf) else leaf
+    dtype = getattr(leaf, "dtype", type(leaf).__name__)
+    if dtype not in CODES:
+        raise ValueError(
+            f"the tree has a leaf of dtype {dtype} at {name!r}, which no checkpoint holds: cast "
+            "it. Of a random key, take `jax.random.key_data`."
+        )
+    return leaf
+
+
+def _flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Keys | None]]:
+    """Returns leaves by path, arrays by name, and keys of the paths that "/" does not split."""
+    leaves, arrays, keys = {}, {}, {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors):
+        path = path_name(key_path)
+        if not path:
+            raise ValueError("a tree must have a name for each leaf: put the leaf in a dictionary.")
+        key_names = _dictionary_keys(path, key_path)
+        if key_names != tuple(path.split("/")):
+            keys[path] = key_names
+        for name, array in named_parts(path, leaf).items():
+            if name in arrays:
+                raise ValueError(f"two leaves have the path {name!r}: rename one of them.")
+            arrays[name] = _as_array(name, array)
+        leaves[path] = leaf if is_factors(leaf) else arrays[path]
+    return leaves, arrays, keys
+
+
+def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
+    """Returns the dictionary keys that lead to a leaf; None if other nodes lead there."""
+    # Other nodes have a name in the path and no key. A box has neither.
+    keys = tuple(key.key for key in key_path if hasattr(key, "key"))
+    plain = all(type(key) in (str, int) for key in keys) and "/".join(map(str, keys)) == path
+    return keys if plain else None
+
+
+def _nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str | int, Any]:
+    """Returns nested dictionaries of the leaves. A path without keys is split at "/"."""
+    tree: dict[str | int, Any] = {}
+    for path, leaf in leaves.items():
+        names = keys.get(path, ())
+        if names is None:
+            raise ValueError(f"not only keys lead to {path!r}: give a tree of that form as `like`")
+        *parents, last = names or path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path!r} is below another leaf: restore it by `like`")
+        if last in node:
+            raise ValueError(f"{path!r} is both a leaf and a dictionary: restore it by `like`")
+        node[last] = leaf
+    return tree
 
 
 def _check_addressable(arrays: Mapping[str, Any]) -> None:
@@ -29,22 +96,19 @@ def _check_addressable(arrays: Mapping[str, Any]) -> None:
     for path, array in arrays.items():
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(
-                f"{path!r} is on devices of several processes: gather the tree first, by "
-                "`jax.experimental.multihost_utils.process_allgather(params, tiled=True)`, and "
-                "save it in one process."
+                f"{path!r} is on devices of several processes: save it in one, after gathering by "
+                "`jax.experimental.multihost_utils.process_allgather(params, tiled=True)` in each."
             )
 
 
 def _check_no_halves(leaves: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Raises ValueError for the state of a thin nnx model, in which factors are single leaves."""
-    # Restored, each half would be a kernel. The moments of an optimizer may be halves: they are
-    # restored into its state.
+    # Restored, each half would be a kernel. The moments of an optimizer may be halves.
     layers = [path for path in leaves if not is_moment(path) and in_factor_layer(path)]
     single = layers + [half for path in plan for half in halves(path) if half in leaves]
     if single:
         raise ValueError(
-            f"the tree has {single[0]!r}, a single factor: of a thin nnx model save "
-            "`rmtjax.nnx.params(model)`, and not its state."
+            f"got {single[0]!r}, a single factor: of a thin model save `rmtjax.nnx.params(model)`."
         )
 
 
@@ -52,11 +116,8 @@ def _check_entries(entries: Mapping[str, Entry], wanted: Mapping[str, Entry], so
     """Raises ValueError unless the entries of a file are exactly those that a source names."""
     faults = [f"{name!r} is missing" for name in wanted if name not in entries]
     faults += [f"{name!r} is not in {source}" for name in entries if name not in wanted]
-    faults += [
-        f"{name!r} is {entries[name]}, and {entry} in {source}"
-        for name, entry in wanted.items()
-        if entries.get(name, entry) != entry
-    ]
+    other = [name for name, entry in wanted.items() if entries.get(name, entry) != entry]
+    faults += [f"{name!r} is {entries[name]}, and {wanted[name]} in {source}" for name in other]
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ValueError("; ".join(faults[:10]) + more)
@@ -71,16 +132,14 @@ def save(
       path: A name in .safetensors, which replaces an existing file. Any other name is a new folder
         for orbax.
       params: Nested dictionaries of arrays, dense or factorized. Boxes (`nn.Partitioned`,
-        `nnx.State`) are left out. Lists and other nodes are restored only into a tree that is
-        `like` it. Of a thin nnx model give `rmtjax.nnx.params(model)`, because its state has no
-        `Factors`. For a file, sharded arrays are gathered one by one.
+        `nnx.State`) are left out. Lists and other nodes are restored only into a `like`. Of a thin
+        nnx model give `rmtjax.nnx.params(model)`. For a file, sharded arrays are gathered in turn.
       plan: The plan of the tree: decisions, reasons and noise levels.
       rule: The rank rule by which the plan was made, for the record.
 
     Raises:
       ValueError: A leaf is not an array of numbers, or is on devices of several processes. Two
-        leaves have one path. Factors do not fit, or are single leaves. The plan is for another
-        tree. The folder exists.
+        leaves have one path. Factors or the plan do not fit the tree. The folder exists.
       TypeError: `plan` is not a plan, or `rule` is not a rank rule.
 
     Examples:
@@ -95,12 +154,10 @@ def save(
     """
     if rule is not None:
         check_rule(rule)
-    leaves, arrays, keys = flatten(params)
+    leaves, arrays, keys = _flatten(params)
     _check_addressable(arrays)
     _check_no_halves(leaves, plan or {})
-    for name, leaf in leaves.items():
-        if is_factors(leaf):
-            check_factors(name, leaf)
+    check_pairs(leaves)
     if plan is not None:
         check_plan_fits(plan, leaves, plan, applied=True)
     entries = {name: Entry.of(array) for name, array in arrays.items()}
@@ -112,7 +169,7 @@ def save(
         # Orbax does not save empty arrays. The manifest has them, and `restore` makes them anew.
         full = {path: leaf for path, leaf in leaves.items() if is_factors(leaf) or leaf.size}
         named = {path: names for path, names in keys.items() if names is not None}
-        save_folder(Path(path), nest(full, named), metadata)
+        save_folder(Path(path), _nest(full, named), metadata)
 
 
 def _with_empty(tensors: Tensors, manifest: Manifest) -> Tensors:
@@ -125,14 +182,12 @@ def _with_empty(tensors: Tensors, manifest: Manifest) -> Tensors:
 
 def _like_leaf(array: np.ndarray, leaf: Any) -> Any:
     """Returns a saved array as a Python number or an array of jax, placed as the leaf."""
-    if kind := number_type(leaf):
+    if kind := _number_type(leaf):
         return kind(array.item())
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array  # of 64 bits, which are switched off in jax
-    sharding = getattr(leaf, "sharding", None)
     # An array that was never placed by name may move with the computation, and so may this one.
-    if sharding is None or not getattr(leaf, "committed", True):
-        return jnp.asarray(array)
+    sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
     return jax.device_put(array, sharding)
 
 
@@ -141,8 +196,9 @@ def _check_like(like: PyTree, arrays: Mapping[str, Any], entries: Mapping[str, E
     wanted = {name: Entry.of(array) for name, array in arrays.items()}
     for name, leaf in zip(arrays, jax.tree.leaves(like), strict=True):
         # A Python number takes any size of its kind: orbax saves the step of Flax in 64 bits.
-        if name in entries and fits_number(entries[name], leaf):
-            wanted[name] = entries[name]
+        kind, entry = _number_type(leaf), entries.get(name)
+        if kind and entry and entry.shape == () and jnp.issubdtype(entry.dtype, _NUMBERS[kind]):
+            wanted[name] = entry
     _check_entries(entries, wanted, "`like`")
 
 
@@ -173,7 +229,7 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
       >>> restored["Dense_0"]["kernel"].shape
       (3, 2)
     """
-    arrays = flatten(like)[1]
+    arrays = _flatten(like)[1]
     with open_tensors(path) as tensors:
         try:
             manifest = read_manifest(tensors)
@@ -184,18 +240,15 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
             plan = manifest.plan or Plan()
             check_plan_fits(plan, leaves, plan, applied=True)
             if like is None:
-                like = nest(leaves, manifest.keys)
+                like = _nest(leaves, manifest.keys)
                 arrays = {leaf.name: leaf for leaf in jax.tree.leaves(like)}
             else:
                 _check_like(like, arrays, tensors.entries)
         except ValueError as error:
             cause = str(error).rstrip(".")
             raise ValueError(f"cannot restore {os.fspath(path)!r}: {cause}.") from error
-        stored, structure = jax.tree.flatten(like)
-        restored = [
-            _like_leaf(tensors.read(n), leaf) for n, leaf in zip(arrays, stored, strict=True)
-        ]
-    return jax.tree.unflatten(structure, restored)
+        names = jax.tree.unflatten(jax.tree.structure(like), arrays)
+        return jax.tree.map(lambda name, leaf: _like_leaf(tensors.read(name), leaf), names, like)
 
 
 def load_plan(path: FilePath) -> Plan:
@@ -218,7 +271,5 @@ def load_plan(path: FilePath) -> Plan:
     with open_tensors(path) as tensors:
         manifest = read_manifest(tensors)
     if manifest.plan is None:
-        raise ValueError(
-            f"{os.fspath(path)!r} carries no plan: make one by `rmtjax.plan`, and save it with it."
-        )
+        raise ValueError(f"{str(path)!r} carries no plan: make one by `rmtjax.plan`, and save it.")
     return manifest.plan

@@ -1,24 +1,32 @@
 """Analyzes and compresses checkpoint files larger than memory, a kernel at a time."""
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
-from rmtjax.checkpoint._rewrite import find_outputs, last_changes, with_dtype, write_outputs
 from rmtjax.checkpoint._safetensors import check_regular, write_tensors
-from rmtjax.checkpoint._tensor_names import choose, find_leaves, tensor_axes
-from rmtjax.checkpoint._tensors import FilePath, KEY
+from rmtjax.checkpoint._tensor_names import choose, find_leaves, halves, named_parts, tensor_axes
+from rmtjax.checkpoint._tensors import Entry, FilePath, KEY
 from rmtjax.noise import ranks, Shrink
-from rmtjax.planning import make_clock, make_plan, Plan, PlanOptions, rows_by_path
+from rmtjax.planning import (
+    changed_leaves,
+    Factorized,
+    make_clock,
+    make_plan,
+    Plan,
+    PlanOptions,
+    rows_by_path,
+)
 from rmtjax.report import Report
 
 # Called before each step with the number of steps done, the number of all steps, and a path.
@@ -30,16 +38,19 @@ def _check_dtype(dtype: Any) -> np.dtype | None:
         return None
     checked = np.dtype(dtype)
     if checked.name not in ("float32", "float64"):
-        raise ValueError(
-            f"`dtype` must be float32 or float64, got {checked}: it is that of the computation; "
-            "what is written keeps the dtype of the kernel."
-        )
+        raise ValueError(f"`dtype` must be float32 or float64, got {checked}: give one or None.")
     # JAX would silently compute in float32.
     if jax.dtypes.canonicalize_dtype(checked) != checked:
-        raise ValueError(
-            "`dtype` float64 needs `jax.config.update('jax_enable_x64', True)` before it."
-        )
+        raise ValueError("`dtype` float64 needs `jax.config.update('jax_enable_x64', True)`.")
     return checked
+
+
+def _with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
+    """Returns a stored leaf that is read in another dtype, if it is floating."""
+    # float8 keeps its dtype, so that the plan reports that it has too few bits.
+    wide = lambda part: jnp.issubdtype(part.dtype, jnp.floating) and part.dtype.itemsize > 1
+    change = lambda part: dataclasses.replace(part, dtype=dtype) if wide(part) else part
+    return jax.tree.map(change, leaf) if dtype else leaf
 
 
 def _plan_kernels(
@@ -55,28 +66,71 @@ def _plan_kernels(
     # A kernel that was cut has lost its noise. One that was only kept is fitted like any other.
     changes = manifest.plan.changes if manifest.plan else {}
     fits = {path: row.fit for path, row in changes.items()} | dict(options.fits or {})
-    rows = rows_by_path(options.batch, kernels)
-    by_path = options.axes if isinstance(options.axes, Mapping) else {}
-    guess = options.axes if callable(options.axes) else tensor_axes
-    axes = lambda path, leaf: by_path[path] if path in by_path else guess(path, leaf)
+    rows, axes = rows_by_path(options.batch, kernels), options.axes
+    # A table of `rmtjax.linen` is a dictionary too. As a function it also knows stacked leaves.
+    if not callable(axes):
+        table = axes or {}
+        axes = lambda path, leaf: table[path] if path in table else tensor_axes(path, leaf)
     options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes)
     plan, clock = Plan(), make_clock()  # one clock, so that equal products are timed once
     for place, (path, leaf) in enumerate(kernels.items()):
         progress(place, len(kernels) + later, path)
         known = {path: fits[path]} if path in fits else None
         alone = dataclasses.replace(options, fits=known, batch=rows.get(path))
-        plan |= make_plan({path: with_dtype(leaf, dtype)}, alone, clock)
+        plan |= make_plan({path: _with_dtype(leaf, dtype)}, alone, clock)
     return plan
 
 
-def _check_output(out: FilePath) -> None:
-    check_regular(Path(out), "out")
-    # `checkpoint.restore` and `save` tell a file from a folder by this ending.
-    if Path(out).suffix != SUFFIX:
-        raise ValueError(
-            f"`out` must end in {SUFFIX}, which is what is written, got {os.fspath(out)!r}: "
-            f"give {os.fspath(out) + SUFFIX!r}."
-        )
+def _find_outputs(leaves: Mapping[str, Any], plan: Plan) -> dict[str, Entry]:
+    """Returns the tensors that are written; raises ValueError if two would have one name."""
+    entries: dict[str, Entry] = {}
+    for path, leaf in leaves.items():
+        parts = {name: Entry.of(part) for name, part in named_parts(path, leaf).items()}
+        row = plan.get(path)
+        if isinstance(row, Factorized):
+            inputs, outputs, batch = ([row.shape[axis] for axis in group] for group in row.axes)
+            dtype = jax.tree.leaves(leaf)[0].dtype
+            left = Entry((*batch, *inputs, row.rank), dtype)
+            right = Entry((*batch, row.rank, *outputs), dtype)
+            parts = dict(zip(halves(path), (left, right), strict=True))
+        clash = next((name for name in parts if name != path and name in leaves), None)
+        if clash is not None:
+            raise ValueError(
+                f"a factor would be {clash!r}, as another tensor: use `where` or `mode='truncate'`."
+            )
+        entries |= parts
+    return entries
+
+
+def _write_outputs(
+    leaves: Mapping[str, Any],
+    plan: Plan,
+    entries: Mapping[str, Entry],
+    dtype: np.dtype | None,
+    progress: Progress,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the name and the data of each tensor that is written, leaf by leaf."""
+    changes = plan.changes
+    for place, (path, leaf) in enumerate(leaves.items(), len(plan)):
+        progress(place, len(plan) + len(leaves), path)
+        arrays = jax.tree.leaves(leaf)  # those that stay are still in the file
+        if path in changes:
+            view = MatrixView(path, _with_dtype(leaf, dtype), changes[path].axes)
+            arrays = jax.tree.leaves(dict(changed_leaves({path: view}, changes)))
+        for name in [path] if path in entries else halves(path):
+            # Each array is dropped before the next is read: a kernel may fill the memory.
+            yield name, np.asarray(arrays.pop(0)).astype(entries[name].dtype, copy=False)
+
+
+def _last_changes(
+    manifest: Manifest, plan: Plan, rule: ranks.RankRule
+) -> tuple[Plan, ranks.RankRule | None]:
+    """Returns the last change that was ever made to each kernel, and the rule if all have one."""
+    earlier = manifest.plan or Plan()
+    # A kernel that is kept this time may have been cut before. The old row says how.
+    stay = (earlier.keys() - plan.keys()) | (earlier.changes.keys() - plan.changes.keys())
+    one_rule = not stay or manifest.rule == str(rule)
+    return Plan(earlier | plan | {path: earlier[path] for path in stay}), rule if one_rule else None
 
 
 def analyze_file(
@@ -101,10 +155,10 @@ def analyze_file(
         leaf has a shape and a dtype, or is `Factors` of two such leaves. By default Flax's `kernel`
         and `embedding`, and Torch's weights with two axes or more. The state of an optimizer is not
         chosen: the leaves below `opt_state`, or below `0/mu`, `0/nu` or `0/trace` with any number.
-      axes: The axes that make a kernel a matrix, as in `rmtjax.plan`. By default they are guessed
-        from Flax's names. Torch stores (outputs, inputs, *window): its first axis is taken
-        against the others. A stack of Torch kernels needs `axes`. Three axes count as a stack if
-        the last is longer than 16 and the layer's name does not contain "conv".
+      axes: As in `rmtjax.plan`. By default guessed from Flax's names. Torch stores
+        (outputs, inputs, *window): its first axis is taken against the others. A stack of Torch
+        kernels needs `axes`. Three axes count as a stack if the last is longer than 16 and the
+        layer's name does not contain "conv".
       fits: As in `rmtjax.plan`. By default the levels by which `compress_file` has cut kernels.
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
       rule, min_size, exact_below, batch: As in `rmtjax.plan`.
@@ -120,25 +174,16 @@ def analyze_file(
       OSError: The file cannot be read.
 
     Examples:
-      >>> import jax, tempfile
-      >>> from rmtjax import checkpoint
+      >>> import jax, rmtjax, tempfile
       >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = f"{folder}/model.safetensors"
-      ...     checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
-      ...     print(checkpoint.analyze_file(path).rows[0].reason)
+      ...     rmtjax.checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
+      ...     print(rmtjax.checkpoint.analyze_file(path).rows[0].reason)
       factorized: 1 of 200 are signal, rank 1
     """
-    options = PlanOptions(
-        rule=rule,
-        where=where,
-        axes=axes,
-        fits=fits,
-        multiple=multiple,
-        min_size=min_size,
-        exact_below=exact_below,
-        batch=batch,
-    )
+    sizes: dict[str, Any] = {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
+    options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
     checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
     with open_tensors(path) as tensors:
         manifest = read_manifest(tensors)
@@ -167,19 +212,17 @@ def compress_file(
 ) -> Report:
     """Writes a checkpoint whose kernels are cut to their signal, with one in memory at a time.
 
-    The file is read once to plan, and once to write. Tensors that are kept, or are not kernels,
-    are copied bit by bit. The output carries its plan, so it can be analyzed and compressed again,
-    and `rmtjax.checkpoint.restore` makes a tree of it.
+    Tensors that are kept, or are not kernels, are copied bit by bit. The output carries its plan,
+    so it can be analyzed and compressed again, and `rmtjax.checkpoint.restore` makes a tree of it.
 
     On CPU, the memory is a constant plus three times the largest tensor, counted in float32. It is
     four times if more than half of the directions of a kernel are kept and shrunk. It is up to
     seven times for a kernel in float64, or computed in float64.
 
     Args:
-      path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
+      path, rule, where, axes, fits, dtype: As in `analyze_file`. The output has the input's dtypes.
       out: The file to write, with a name in .safetensors. An existing file is replaced when the new
         one is complete; its mode is kept, and a link is followed.
-      rule, where, axes, fits, dtype: As in `analyze_file`. The output has the dtypes of the input.
       keep, shrink, min_rank, multiple, min_size, exact_below, batch: As in `rmtjax.plan`.
       mode: "factorize" writes PATH/left and PATH/right if they are smaller. "truncate" keeps names
         and shapes, for programs that do not know factors.
@@ -194,14 +237,13 @@ def compress_file(
       OSError: The input cannot be read, or the output cannot be written.
 
     Examples:
-      >>> import jax, tempfile
-      >>> from rmtjax import checkpoint
+      >>> import jax, rmtjax, tempfile
       >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path, out = f"{folder}/dense.safetensors", f"{folder}/thin.safetensors"
-      ...     checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
-      ...     report = checkpoint.compress_file(path, out)
-      ...     print(checkpoint.restore(out)["Dense_0"]["kernel"].left.shape)
+      ...     rmtjax.checkpoint.save(path, {"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
+      ...     report = rmtjax.checkpoint.compress_file(path, out)
+      ...     print(rmtjax.checkpoint.restore(out)["Dense_0"]["kernel"].left.shape)
       (200, 8)
     """
     options = PlanOptions(
@@ -212,16 +254,19 @@ def compress_file(
     checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
     with open_tensors(path) as tensors:
         check_target(tensors, out, "`out`")
-        _check_output(out)
+        check_regular(Path(out), "out")
+        # `checkpoint.restore` and `save` tell a file from a folder by this ending.
+        if Path(out).suffix != SUFFIX:
+            raise ValueError(f"`out` must end in {SUFFIX}, and got '{out}': give '{out}{SUFFIX}'.")
         manifest = read_manifest(tensors)
         leaves = find_leaves(tensors, manifest)
         plan = _plan_kernels(leaves, manifest, options, checked, progress, later=len(leaves))
         if mode == "truncate":
             plan = plan.in_place()
-        entries = find_outputs(leaves, plan)
+        entries = _find_outputs(leaves, plan)
         factors = [path for path in leaves if path not in entries]
-        record = last_changes(manifest, plan, rule)
+        record = _last_changes(manifest, plan, rule)
         text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys)
-        arrays = write_outputs(leaves, plan, entries, checked, progress)
+        arrays = _write_outputs(leaves, plan, entries, checked, progress)
         write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
     return Report(plan)

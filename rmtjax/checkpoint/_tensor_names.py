@@ -8,17 +8,15 @@ import jax.numpy as jnp
 
 from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, KernelAxes
 from rmtjax.checkpoint._manifest import Manifest
-from rmtjax.checkpoint._tensors import StoredTensor, Tensors
+from rmtjax.checkpoint._tensors import Entry, StoredTensor, Tensors
 from rmtjax.planning import guess_axes, is_kernel, PlanOptions, to_predicate
 
 # Linear, convolution and embedding; fused attention; recurrent layers and cells.
 _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
-# An optax moment has the name of its parameter. It stands below `opt_state`, or below `0/mu` if
-# the state was saved alone.
+# An optax moment has the name of its parameter, below `opt_state`, or `0/mu` of a state alone.
 _MOMENT = re.compile(r"(.*/)?opt_state/.*|(.*/)?\d+/(mu|nu|trace)/.+/[^/]+")
-# Torch's one-dimensional convolutions end in the axis of their window. Windows are short, so a
-# longer last axis means a stack of matrices.
+# The longest window of Torch's one-dimensional convolutions. A longer last axis means a stack.
 _WINDOW = 16
 
 
@@ -77,8 +75,7 @@ def choose(leaves: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
     if not chosen:
         some = ", ".join(map(repr, list(leaves)[:5])) or "none"
         raise ValueError(
-            f"no tensor is chosen as a kernel, of {len(leaves)} with names such as {some}. "
-            "Choose others: matrices, by `where`, or in a shell by --include and --exclude."
+            f"no tensor is chosen as a kernel, of {len(leaves)} such as {some}: change `where`."
         )
     return chosen
 
@@ -93,31 +90,27 @@ def named_parts(path: str, leaf: Any) -> dict[str, Any]:
     return dict(zip(halves(path), leaf, strict=True)) if is_factors(leaf) else {path: leaf}
 
 
-def check_factors(path: str, factors: Factors) -> None:
-    """Raises ValueError if two tensors are not the factors of one kernel."""
-    left, right = factors
-    # `factored_axes` returns batch axes only if the ranks that follow them are equal.
-    fits = (
-        min(len(left.shape), len(right.shape)) >= 2
-        and left.shape[-1] > 0
-        and (factored_axes(factors).batch or left.shape[-1] == right.shape[0])
-    )
-    if not fits or left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating):
-        pair = " and ".join(f"{half.dtype} of shape {half.shape}" for half in factors)
-        raise ValueError(
-            f"the halves of {path!r} are {pair}, and must have one rank and one floating dtype."
-        )
+def check_pairs(leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError if two tensors of a leaf are not the factors of one kernel."""
+    for path, leaf in leaves.items():
+        if not is_factors(leaf):
+            continue
+        left, right = leaf
+        floating = left.dtype == right.dtype and jnp.issubdtype(left.dtype, jnp.floating)
+        ranked = min(left.ndim, right.ndim) >= 2 and left.shape[-1] > 0
+        # `factored_axes` returns batch axes only if the ranks that follow them are equal.
+        one_rank = ranked and (factored_axes(leaf).batch or left.shape[-1] == right.shape[0])
+        if not (one_rank and floating):
+            pair = " and ".join(str(Entry.of(half)) for half in leaf)
+            raise ValueError(
+                f"the halves of {path!r} are {pair}, and must have one rank and one floating dtype."
+            )
 
 
 def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
-    """Returns the leaves of a checkpoint by path, in the order of the file.
-
-    Each is a `StoredTensor`, or `Factors` of two. Raises ValueError if a factor is missing or does
-    not fit.
-    """
-    stored: dict[str, Any] = {
-        name: StoredTensor(tensors, name, entry.dtype) for name, entry in tensors.entries.items()
-    }
+    """Returns the leaves in the order of the file, by path: `StoredTensor` or `Factors` of two."""
+    entries = tensors.entries.items()
+    stored: dict[str, Any] = {n: StoredTensor(tensors, n, entry.dtype) for n, entry in entries}
     paths = manifest.factors
     if paths is None:  # a manifest may leave the list out, and its plan names the candidates
         paths = [path for path in manifest.plan or () if stored.keys() >= {*halves(path)}]
@@ -127,13 +120,9 @@ def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     owners = {name: path for path in paths for name in halves(path)}
     missing = min(owners.keys() - stored.keys(), default=None)
     if missing is not None:
-        raise ValueError(
-            f"{str(tensors.path)!r} lacks {missing!r}, which its plan names: it is damaged, or "
-            "its tensors were renamed. Write it again from its source."
-        )
+        raise ValueError(f"{str(tensors.path)!r} lacks {missing!r}, of its plan: write it again.")
     factors = {path: Factors(*(stored[half] for half in halves(path))) for path in paths}
-    for path, pair in factors.items():
-        check_factors(path, pair)
+    check_pairs(factors)
     # The left half may come before or after the right one: the first of them places the kernel.
     places = {owners.get(name, name): leaf for name, leaf in stored.items()}
     return {path: factors.get(path, leaf) for path, leaf in places.items()}

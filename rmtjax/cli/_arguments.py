@@ -34,7 +34,6 @@ _RULES = {
     "energy": (float, ranks.energy),
     "fixed": (int, ranks.fixed),
 }
-FORMS = ("json", "csv", "html")
 
 
 class UsageError(Exception):
@@ -50,8 +49,7 @@ def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.Rank
             f"--rule must be bema, gavish_donoho, energy:SHARE or fixed:RANK, got {text!r}."
         )
     # Only what was given is passed on, so that the defaults stand in one place.
-    options = {"level": level, "trim": trim}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {k: value for k, value in (("level", level), ("trim", trim)) if value is not None}
     if rule is not ranks.bema and options:
         raise UsageError(f"--level and --trim are options of the rule bema, not of {name}.")
     try:
@@ -85,14 +83,9 @@ def is_special(path: str) -> bool:
     return os.path.exists(path) and not os.path.isfile(path)
 
 
-def reports(args: argparse.Namespace) -> dict[str, str]:
-    """Returns the path of each report that is asked for, by its form."""
-    return {form: getattr(args, form) for form in FORMS if getattr(args, form)}
-
-
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises an error, before the work, for an output that cannot or must not be written."""
-    out, files = getattr(args, "out", None), reports(args).values()
+    out, files = getattr(args, "out", None), [path for _, path in args.reports]
     if out and os.path.lexists(out) and not args.force:
         raise FileExistsError(f"{out!r} is there already: give --force to replace it.")
     taken = set()
@@ -112,28 +105,25 @@ def check_outputs(args: argparse.Namespace) -> None:
 def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add, pattern = command.add_argument, {"action": "append", "default": [], "metavar": "PATTERN"}
     add("file", metavar="FILE", help=".safetensors file, sharded folder or orbax checkpoint")
-    rules = "bema (default), gavish_donoho, energy:SHARE such as energy:0.99, fixed:RANK"
-    add("--rule", default="bema", help=rules)
+    add("--rule", default="bema", help="bema (default), gavish_donoho, energy:SHARE or fixed:RANK")
     add("--level", type=float, help="of bema: P(noise alone gives a spike), default 0.01")
     add("--trim", type=float, help="of bema: share left out at each end, default 0.25")
     include = (
-        "only kernels with such a name: a glob of the complete name, as '*attention*', or a "
-        "regular expression after 're:'; can be repeated; a complete name makes a kernel of any "
-        "tensor"
+        "only kernels of this name: a glob as '*attention*', or a regular expression after 're:', "
+        "can be repeated; a complete name makes a kernel of any tensor"
     )
     add("--include", **pattern, help=include)
     add("--exclude", **pattern, help="not these kernels")
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
-    exact = "spectra are estimated from this short side on, default 4096"
-    add("--exact-below", type=int, default=4096, help=exact)
-    rounded = "ranks are rounded up to a multiple, so that few shapes compile, default %(default)s"
-    add("--multiple", type=int, default=multiple, help=rounded)
+    add("--exact-below", type=int, default=4096, help="short sides from it on are estimated (4096)")
+    add("--multiple", type=int, default=multiple, help="ranks are rounded up to it (%(default)s)")
     add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
-    for form in FORMS:
-        where = f"writes the report as {form.upper()}; '-' is stdout, without the table"
-        add(f"--{form}", metavar="FILE", help=where)
+    files = {"dest": "reports", "action": "append", "default": [], "metavar": "FILE"}
+    for form in ("json", "csv", "html"):
+        named = lambda path, form=form: (form, path)
+        add(f"--{form}", **files, type=named, help="writes the report; '-' is stdout and no table")
     add("--quiet", action="store_true", help="no table and no progress")
 
 
@@ -141,10 +131,7 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--out", required=True, metavar="OUT", help="file to write, NAME.safetensors")
     add("--force", action="store_true", help="replaces an existing OUT")
-    modes = (
-        "factorize (default): thin factors NAME/left and NAME/right where smaller; "
-        "truncate: lower rank, same names and shapes"
-    )
+    modes = "factorize (default): NAME/left and NAME/right where smaller; truncate: same shapes"
     add("--mode", choices=("factorize", "truncate"), default="factorize", help=modes)
     add("--keep", type=float, default=0.0, help="share of the noise directions that stay, 0 to 1")
     add("--shrink", choices=("frobenius", "operator", "nuclear"), help="shrinks what is kept")

@@ -23,7 +23,6 @@ from rmtjax.cli._arguments import (
     make_parser,
     matcher,
     parse_rule,
-    reports,
     UsageError,
 )
 from rmtjax.noise import shrinkage
@@ -69,12 +68,11 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
         from rich.progress import Progress
     except ImportError:
         # Without rich, each step overwrites the line: \r goes to its start, \x1b[K clears it.
-        line = lambda done, total, path: f"\r\x1b[K[{done + 1}/{total}] {printable(path)[:60]}"
-        show = lambda text: print(text, end="", file=sys.stderr, flush=True)
+        show = lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
         try:
-            yield lambda *step: show(line(*step))
+            yield lambda done, total, path: show(f"[{done + 1}/{total}] {printable(path)[:60]}")
         finally:
-            show("\r\x1b[K")
+            show("")
         return
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("kernels")
@@ -84,12 +82,9 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
 def _show(report: Report, args: argparse.Namespace) -> None:
     """Writes the reports, and prints the table."""
     title = f"rmtjax {args.command} {printable(args.file)}"
-    make = {
-        "json": lambda: report.to_json() + "\n",
-        "csv": report.to_csv,
-        "html": lambda: report.to_page(title),
-    }
-    for form, path in reports(args).items():
+    page = lambda: report.to_page(title)
+    make = {"json": lambda: report.to_json() + "\n", "csv": report.to_csv, "html": page}
+    for form, path in args.reports:
         text = make[form]()
         if is_stdout(path):
             print(text, end="", flush=True)
@@ -128,7 +123,7 @@ def _work(args: argparse.Namespace) -> None:
     options = _plan_options(args)
     check_outputs(args)
     with checkpoint.open_tensors(args.file) as tensors:
-        for form, target in reports(args).items():
+        for form, target in args.reports:
             if not is_stdout(target):
                 checkpoint.check_target(tensors, target, f"--{form}")
         options["where"] = _select(tensors, args.include, args.exclude)
@@ -139,7 +134,7 @@ def _work(args: argparse.Namespace) -> None:
         else:
             report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
     # A report on stdout must be all that is there, so that a program can read it.
-    args.quiet |= any(map(is_stdout, reports(args).values()))
+    args.quiet |= any(is_stdout(path) for _, path in args.reports)
     _show(report, args)
     if args.command == "compress" and not args.quiet:
         before, after = (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
@@ -173,8 +168,7 @@ def _ending() -> Iterator[None]:
         # Not an `Exception`: the code that the signal interrupts must not catch it as its error.
         raise KeyboardInterrupt(f"ended by {signal.Signals(number).name}", number)
 
-    # Python allows this in the main thread only. A signal that is ignored, as under nohup, or that
-    # the caller handles, stays as it is.
+    # In the main thread only, as Python requires. What nohup or the caller handles stays so.
     in_main_thread = threading.current_thread() is threading.main_thread()
     with contextlib.ExitStack() as stack:
         for number in signal.Signals if in_main_thread else ():

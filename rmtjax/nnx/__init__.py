@@ -1,12 +1,10 @@
 """Models of `flax.nnx`: their parameters as trees, and the functions of `rmtjax` for models.
 
 `params` returns the parameters of a model as a tree, with `rmtjax.Factors` for each thin layer.
-`replace` copies a model with the parameters of such a tree. A layer whose kernel is `Factors`
-becomes thin in the copy: it runs as two layers. The other functions apply those of the same names
-in `rmtjax` to this tree. No function changes the given model. A new model shares the arrays that do
-not change. A thin model splits, compiles and trains like any other. To save it with
-`rmtjax.checkpoint`, save `params(model)` instead of its state. Kernels are those of Flax's layers
-and of layers that `rmtjax.register_layer` has registered.
+`replace` copies a model with the parameters of such a tree. The other functions apply those of the
+same names in `rmtjax` to this tree. No function changes the given model. A new model shares the
+arrays that do not change. A thin model splits, compiles and trains like any other. Kernels are
+those of Flax's layers and of layers that `rmtjax.register_layer` has registered.
 """
 
 from rmtjax.nnx._plans import (

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,18 +47,21 @@ def _call_axes(layer: Any) -> tuple[KernelAxes | None, Shape]:
     return None if grouped or transposed or layer.mask is not None else axes, shape
 
 
-def unfold(kernel, gates: int):
+def _apply(change: Callable[[jax.Array], jax.Array], kernel: Any) -> Any:
+    """Applies a function to a kernel, or to its shape in a model of `nnx.eval_shape`."""
+    abstract = isinstance(kernel, jax.ShapeDtypeStruct)
+    return jax.eval_shape(change, kernel) if abstract else change(kernel)
+
+
+def unfold(kernel: Any, gates: int) -> Any:
     """Returns the kernel of fused gates (in, gates * h) as a stack (gates, in, h)."""
-    if isinstance(kernel, jax.ShapeDtypeStruct):  # in a model of `nnx.eval_shape`
-        return jax.eval_shape(functools.partial(unfold, gates=gates), kernel)
-    *stack, rows, columns = kernel.shape
-    return jnp.moveaxis(kernel.reshape(*stack, rows, gates, columns // gates), -2, -3)
+    split = (*kernel.shape[:-1], gates, kernel.shape[-1] // gates)
+    return _apply(lambda fused: jnp.moveaxis(fused.reshape(split), -2, -3), kernel)
 
 
-def fold(kernel):
+def fold(kernel: Any) -> Any:
     """Returns the kernel that `unfold` turns into `kernel`."""
-    moved = jnp.moveaxis(kernel, -3, -2)
-    return moved.reshape(*moved.shape[:-2], -1)
+    return _apply(lambda stack: jax.lax.collapse(jnp.moveaxis(stack, -3, -2), -2), kernel)
 
 
 def folded_shape(layer: nnx.Module | None, shape: Shape) -> Shape:
@@ -117,25 +121,19 @@ def _build(kind: type, like: nnx.Module, kernel: nnx.Param, bias=None, **changes
     return layer
 
 
-def _einsum_stages(layer: Any, left: nnx.Param, right: nnx.Param, bias) -> Stages:
-    """Returns the two einsums that replace one."""
-    # An einsum whose kernel is not a matrix is never factorized, so `axes` is not None.
-    axes: Any
-    axes, shape = _call_axes(layer)
-    one, other = split_einsum(layer.einsum_str, axes)
-    inputs, outputs, batch = (tuple(shape[axis] for axis in group) for group in axes)
-    rank, build = read(left).shape[-1], functools.partial(_build, nnx.Einsum, layer)
-    first = build(left, einsum_str=one, kernel_shape=(*batch, *inputs, rank), bias_shape=None)
-    return first, build(right, bias, einsum_str=other, kernel_shape=(*batch, rank, *outputs))
-
-
 def stages(layer: Any, left: nnx.Param, right: nnx.Param, bias) -> Stages:
     """Returns the two layers that replace one."""
     rank, columns = read(left).shape[-1], read(right).shape[-1]
     # The adapter of `LoRALinear` stays with the thin layer, so its first stage has none.
-    kind = nnx.Linear if type(layer) is nnx.LoRALinear else type(layer)
+    kind: Any = {nnx.LoRALinear: nnx.Linear}.get(type(layer), type(layer))
     if kind is nnx.Einsum:
-        return _einsum_stages(layer, left, right, bias)
+        axes: Any  # never None: an einsum whose kernel is not a matrix is not factorized
+        axes, shape = _call_axes(layer)
+        one, other = split_einsum(layer.einsum_str, axes)
+        inputs, outputs, batch = (tuple(shape[axis] for axis in group) for group in axes)
+        thin, wide = (*batch, *inputs, rank), (*batch, rank, *outputs)
+        first = _build(kind, layer, left, einsum_str=one, kernel_shape=thin, bias_shape=None)
+        return first, _build(kind, layer, right, bias, einsum_str=other, kernel_shape=wide)
     # `Embed` has `features` where other layers have `out_features`.
     first = _build(kind, layer, left, features=rank, out_features=rank)
     if kind is nnx.LinearGeneral:

@@ -44,18 +44,17 @@ def plan(
       holds or rewrites, such as `nnx.WeightNorm`, are truncated instead of factorized.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> model = nnx.Sequential(nnx.Linear(80, 60, rngs=nnx.Rngs(0)), nnx.relu)
       >>> print(rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       layers/0/kernel  factorized: 16 of 60 are signal, rank 16
     """
     opened = open_layers(model, gates)
     known = axes_of(opened)
-    axes = known if axes is None else axes
     # `nnx.Optimizer` keeps its state in variables.
     is_box = lambda leaf: isinstance(leaf, nnx.Variable)
     fits = jax.tree.map(lambda leaf: read(leaf) if is_box(leaf) else leaf, fits, is_leaf=is_box)
+    axes = known if axes is None else axes
     options = PlanOptions(
         rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
     )
@@ -85,16 +84,14 @@ def analyze(
       rule, where, min_size, exact_below, batch: As in `rmtjax.analyze`.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> report = rmtjax.nnx.analyze(nnx.Embed(300, 60, rngs=nnx.Rngs(0)))
       >>> report.rows[0].path, report.rows[0].shape
       ('embedding', (300, 60))
     """
-    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "min_size": min_size}
     # A report shows the rank that was found, not one rounded up.
-    fixed = {"exact_below": exact_below, "batch": batch, "multiple": 1}
-    return Report(plan(model, gates=gates, **options, **fixed))
+    sizes = {"multiple": 1, "min_size": min_size, "exact_below": exact_below, "batch": batch}
+    return Report(plan(model, gates=gates, rule=rule, where=where, axes=axes, fits=fits, **sizes))
 
 
 def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
@@ -108,8 +105,7 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
       ValueError, TypeError: The plan is for another model, or an argument has another type.
 
     Examples:
-      >>> import jax, rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, jax, rmtjax
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> lower = rmtjax.nnx.truncate(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       >>> int(jax.numpy.linalg.matrix_rank(lower.kernel[...]))
@@ -128,8 +124,7 @@ def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
       model, plan: As in `truncate`, which raises the same errors.
 
     Examples:
-      >>> import jax.numpy as jnp, rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, jax.numpy as jnp, rmtjax
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       >>> thin(jnp.ones((2, 80))).shape
@@ -143,8 +138,7 @@ def merge(model: nnx.Module) -> nnx.Module:
     """Returns a model with all factors multiplied out, with the layers before `factorize`.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> thin = rmtjax.nnx.factorize(model, rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
       >>> rmtjax.nnx.merge(thin).kernel.shape

@@ -1,15 +1,15 @@
 """Layers of `flax.nnx` made thin in place, and dense again.
 
-A layer becomes thin by changing its class. The modules and lists that hold it still hold it, and
-its other attributes, such as `in_features`, stay. A thin layer of Flax has two layers of Flax in
-place of its kernel, `left_factor` and `right_factor`, which can be wrapped or quantized like any
-other.
+A layer becomes thin by changing its class, so what holds it still holds it, and its other
+attributes stay. A thin layer of Flax has two layers of Flax in place of its kernel, `left_factor`
+and `right_factor`, which can be wrapped or quantized like any other.
 """
 
 import functools
 import inspect
 import warnings
 from collections.abc import Mapping
+from functools import partialmethod
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,8 +38,7 @@ class TwoFactors(nnx.Module):
         """The dense kernel, multiplied out for code that reads it."""
         factors = factors_of(self)
         if not factors:
-            name = type(self).__name__
-            raise AttributeError(f"the factors of {name} are wrapped, so it has no kernel to read.")
+            raise AttributeError(f"{type(self).__name__} has wrapped factors: no kernel to read.")
         dense = multiply(*factors.values())
         return Product(fold(dense) if isinstance(self, ThinGates) else dense)
 
@@ -104,15 +103,6 @@ class ThinRegistered(nnx.Module):
     """A registered layer that computes each product with its kernels as two thin products."""
 
 
-def _warn(kind: type, method: str) -> None:
-    warnings.warn(
-        f"`{kind.__name__}.{method}` runs with a kernel multiplied out, which is correct and saves "
-        "no time: it uses the kernel in other ways than products. Leave it out of the plan with "
-        "`where`.",
-        stacklevel=2,
-    )
-
-
 def _through_products(name: str, method):
     """Wraps a method of a registered layer for its thin form."""
 
@@ -121,18 +111,21 @@ def _through_products(name: str, method):
         call = layer, args, kwargs
 
         def run_dense(dense_kernels):
-            # The call may write to the layer and to its arguments, such as random number
-            # streams. Values of the trace must not remain in them, so it runs on copies.
+            # On copies: the call may write to its arguments, and values of the trace must not stay.
             dense, copied_args, copied_kwargs = nnx.clone(call)
             make_dense(dense, {name: nnx.Param(value) for name, value in dense_kernels.items()})
             outputs = method.__get__(dense, type(dense))(*copied_args, **copied_kwargs)
-            # Such as statistics and counts. Parameters are left out: a call does not write them.
+            # Such as statistics and counts: a call does not write parameters.
             changed = nnx.All(nnx.Variable, nnx.Not(nnx.Param))
             return outputs, nnx.state((dense, copied_args, copied_kwargs), changed)
 
         (outputs, state), multiplied_out = evaluate(run_dense, factors_of(layer))
         if multiplied_out:
-            _warn(type(layer).__bases__[1], name)
+            warnings.warn(
+                f"`{type(layer).__bases__[1].__name__}.{name}` runs with a kernel multiplied out, "
+                "which saves no time: it does more than products. Leave it out by `where`.",
+                stacklevel=2,
+            )
         nnx.update(call, state)
         return outputs
 
@@ -142,13 +135,11 @@ def _through_products(name: str, method):
 def _methods(kind: type) -> dict[str, Any]:
     """Returns `__call__` and the public methods of a layer that `nnx.Module` does not have."""
     is_public = lambda name: not (name[0] == "_" or hasattr(nnx.Module, name))
-    names = [name for name in dir(kind) if name == "__call__" or is_public(name)]
-    members = {name: inspect.getattr_static(kind, name) for name in names}
     # Functions become methods of an object, also if they are compiled or partial.
-    is_function = lambda member: callable(member) or isinstance(member, functools.partialmethod)
-    unbound = type | staticmethod | classmethod
-    is_bound = lambda member: hasattr(member, "__get__") and not isinstance(member, unbound)
-    return {name: m for name, m in members.items() if is_function(m) and is_bound(m)}
+    is_function = lambda m: hasattr(m, "__get__") and (callable(m) or isinstance(m, partialmethod))
+    is_method = lambda m: is_function(m) and not isinstance(m, type | staticmethod | classmethod)
+    members = inspect.getmembers_static(kind, is_method)
+    return {name: m for name, m in members if name == "__call__" or is_public(name)}
 
 
 def _empty(form: type, kind: type) -> nnx.Module:
@@ -178,8 +169,7 @@ def _set_class(layer: nnx.Module, kind: type) -> None:
 def pairs_of(layer: nnx.Module) -> dict[str, FactorPair]:
     """Returns the variables of the factors of a layer, by the name of the kernel."""
     if isinstance(layer, ThinRegistered):
-        attributes = vars(layer).items()
-        return {name: pair for name, pair in attributes if isinstance(pair, FactorPair)}
+        return {name: it for name, it in vars(layer).items() if isinstance(it, FactorPair)}
     if not isinstance(layer, TwoFactors):
         return {}
     left, right = (list(kernels(vars(layer)[name]).values()) for name in HALVES)
@@ -211,8 +201,7 @@ def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> FactorP
     of_left = of_right = kernel.get_metadata()
     key, unfolded = _axis_names(of_left), is_unfolded(layer, kernel_shape(factors))
     if key is not None:
-        # The rank axis has no name: it is not an axis of the kernel, and it is never sharded. The
-        # names of fused gates do not fit the factors of separate gates.
+        # The rank axis is never sharded. Names of fused gates do not fit those of separate gates.
         names = tuple(of_left[key])
         of_left = of_left | {key: None if unfolded else (*names[:first], None)}
         of_right = of_right | {key: None if unfolded else (*names[:batch], None, *names[first:])}

@@ -21,10 +21,7 @@ _CELLS = (nnx.OptimizedLSTMCell, nnx.GRUCell)
 # Modules that normalize the kernels of another one at each call. Older Flax lacks some of them.
 _REWRITERS = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if hasattr(nnx, n))
 # JAX takes a model for a tree of parameters, but its layers must change with their kernels.
-register_container(
-    nnx.Module,
-    "call the function of this name in `rmtjax.nnx`, or give `rmtjax.nnx.params(model)`.",
-)
+register_container(nnx.Module, "give `rmtjax.nnx.params(model)`, or use `rmtjax.nnx`.")
 
 
 def _name(path: tuple) -> str:
@@ -52,26 +49,19 @@ def paths_of(model: nnx.Module) -> dict[int, str]:
 
 
 def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
-    """Returns a copy with dense layers, where kernels have the values that they have in a tree.
-
-    The value of a thin layer's kernel is `Factors`. That of fused gates may be a stack.
-    """
+    """Returns a copy with dense layers, whose kernels have the values of a tree, also `Factors`."""
     if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model` must be a `flax.nnx.Module`, got {type(model).__name__}. For a tree of "
-            "parameters, call the function of this name in `rmtjax`."
-        )
+        kind = type(model).__name__
+        raise TypeError(f"`model` must be a `flax.nnx.Module`, got {kind}. `rmtjax` takes trees.")
     if not isinstance(gates, Plan) and gates not in get_args(Gates):
         raise ValueError(f"`gates` must be one of {get_args(Gates)}, got {gates!r}.")
     copy, shared = nnx.clone(model), {}
-    for layer in modules_of(copy):
+    # All pairs are found first: while they live, no other object can have their identity.
+    for layer, pairs in [(layer, pairs_of(layer)) for layer in modules_of(copy)]:
         factors, opened = factors_of(layer), {}
-        for name, pair in pairs_of(layer).items():
-            kernel = make_kernel(pair, factors[name])
-            # Layers that share their factors get one kernel. The pair is stored with it, so that
-            # its identity cannot be that of another pair later.
-            key = id(pair.left), id(pair.right)
-            opened[name], _ = shared.setdefault(key, (kernel, pair))
+        for name, pair in pairs.items():
+            key = id(pair.left), id(pair.right)  # layers that share their factors get one kernel
+            opened[name] = shared.setdefault(key, make_kernel(pair, factors[name]))
         if opened:
             make_dense(layer, opened)
     _unfold_gates(copy, gates)
@@ -144,8 +134,7 @@ def params(model: nnx.Module, *, gates: Gates = "fused") -> dict:
       TypeError, ValueError: `model` is not a module, or `gates` has another value.
 
     Examples:
-      >>> import jax, rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, jax, rmtjax
       >>> model = nnx.Sequential(nnx.Linear(80, 60, rngs=nnx.Rngs(0)), nnx.relu)
       >>> jax.tree.map(lambda array: array.shape, rmtjax.nnx.params(model))
       {'layers': {0: {'bias': (60,), 'kernel': (80, 60)}}}
@@ -165,8 +154,7 @@ def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, Kerne
       grouped and masked convolutions, transposed kernels, einsums that sum over the kernel alone.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> rmtjax.nnx.kernel_axes(nnx.LinearGeneral(8, (4, 5), rngs=nnx.Rngs(0)))
       {'kernel': KernelAxes(inputs=(0,), outputs=(1, 2), batch=())}
     """
@@ -176,14 +164,11 @@ def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, Kerne
 def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
     """Returns how a tree differs from that of a model in paths or shapes, or None."""
     params = {_name(path): param for path, param in variables_of(opened).items()}
-    missing, extra = params.keys() - leaves.keys(), leaves.keys() - params.keys()
-    if missing:
-        return f"lacks {min(missing)!r} of the model"
-    if extra:
-        return f"has {min(extra)!r}, not in the model"
-    layers = {
-        id(kernel): layer for layer in modules_of(opened) for kernel in kernels(layer).values()
-    }
+    other = min(params.keys() ^ leaves.keys(), default=None)
+    if other is not None:
+        lacks = other in params
+        return f"lacks {other!r} of the model" if lacks else f"has {other!r}, not in the model"
+    layers = {id(k): layer for layer in modules_of(opened) for k in kernels(layer).values()}
     for path, param in params.items():
         # A parameter alone does not show whether it holds several gates.
         folded = functools.partial(folded_shape, layers.get(id(param)))
@@ -194,7 +179,7 @@ def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
 
 
 def _close_layers(opened: nnx.Module) -> None:
-    """Makes layers thin where the value of a kernel is `Factors`, and fuses stacks of gates."""
+    """Makes layers thin that have `Factors`, and fuses stacks of gates; refuses other `Factors`."""
     pairs: dict[int, FactorPair] = {}
     for layer in modules_of(opened):
         chosen = {}
@@ -209,18 +194,14 @@ def _close_layers(opened: nnx.Module) -> None:
                 chosen[name] = pairs.setdefault(id(kernel), pair)
         if chosen:
             make_thin(layer, chosen)
-
-
-def _check_closed(model: nnx.Module) -> None:
-    """Raises ValueError for factors that a layer, or a module that shares them, cannot use."""
-    # Every known layer that holds the kernel has taken its factors, so another module is left.
-    nodes = dict(nnx.iter_graph(model))
-    for path, variable in variables_of(model).items():
+    # Every known layer that holds a kernel has taken its factors, so another module is left.
+    nodes = dict(nnx.iter_graph(opened))
+    for path, variable in variables_of(opened).items():
         if is_factors(read(variable)):
+            holder = type(nodes[path[:-1]]).__name__
             raise ValueError(
-                f"`params` has `Factors` for {_name(path)!r}, and "
-                f"{type(nodes[path[:-1]]).__name__} cannot run with them. Leave it out of the plan "
-                "with `where`, or register the axes of its kernel with `rmtjax.register_layer`."
+                f"`params` has `Factors` for {_name(path)!r}, and {holder} cannot run with them: "
+                "leave it out by `where`, or register its axes by `rmtjax.register_layer`."
             )
 
 
@@ -242,8 +223,7 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
         that is not the kernel of a known layer.
 
     Examples:
-      >>> import rmtjax
-      >>> from flax import nnx
+      >>> import flax.nnx as nnx, rmtjax
       >>> model = nnx.Linear(80, 60, rngs=nnx.Rngs(0))
       >>> tree = rmtjax.nnx.params(model)
       >>> tree["kernel"] = rmtjax.factorize_matrix(tree["kernel"], 8)
@@ -258,5 +238,4 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
     for path, param in variables_of(copy).items():
         write(param, leaves[_name(path)])
     _close_layers(copy)
-    _check_closed(copy)
     return copy

@@ -18,9 +18,8 @@ class Product(nnx.Param):
     def set_value(self, value, **options):
         """Raises TypeError: the layer stores its factors only, so the value would be lost."""
         raise TypeError(
-            "The kernel of a thin layer is a product and cannot be set. Write to its factors "
-            "(`left_factor` and `right_factor`, in a registered layer `left` and `right`), or give "
-            "the model another kernel with `rmtjax.nnx.replace`."
+            "The kernel of a thin layer is a product. Write to its factors (`left_factor` and "
+            "`right_factor`, in a registered layer `left` and `right`) or use `rmtjax.nnx.replace`."
         )
 
     # Flax before 0.12 writes to this property instead of calling `set_value`.
@@ -39,9 +38,7 @@ class FactorPair(nnx.Module):
     def _product(self) -> Product:
         return Product(multiply(Factors(read(self.left), read(self.right))))
 
-    value = property(
-        lambda self: self._product().value, lambda self, value: self._product().set_value(value)
-    )
+    value = property(lambda self: read(self._product()), Product.set_value)
 
     def __getattr__(self, name: str):
         # Flax and `copy` probe private names while the two factors are not set yet.

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,16 @@ def test_kernels_are_chosen_by_paths_patterns_and_functions(tmp_path):
     ):
         rows = checkpoint.analyze_file(path, rule=FIXED, where=where).rows
         assert [row.path for row in rows] == [*chosen]
+
+
+def test_a_table_of_linen_knows_leaves_that_were_stacked_since(tmp_path):
+    module, inputs = nn.Dense(60), jnp.ones((2, 80))
+    variables = module.init(jax.random.key(0), inputs)
+    axes = rmtjax.linen.kernel_axes(module, variables, inputs)
+    tree = {"kernel": np.stack([spiked(0), spiked(1)]), "bias": np.zeros((2, 60), np.float32)}
+    checkpoint.save(tmp_path / "a.safetensors", tree)
+    report = checkpoint.analyze_file(tmp_path / "a.safetensors", rule=FIXED, axes=axes)
+    assert report.plan["kernel"].axes == KernelAxes((1,), (2,), (0,))
 
 
 def test_analyze_rounds_ranks_as_compress_does_where_asked(tmp_path, tree):

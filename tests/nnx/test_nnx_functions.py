@@ -168,6 +168,14 @@ def test_gates_apart_have_directions_of_their_own():
     assert thinner.dense_h.right_factor.kernel.shape == (4, 2, 12)
 
 
+def test_gates_apart_of_a_model_that_was_never_filled_are_fused_again():
+    cell = nnx.eval_shape(lambda: nnx.GRUCell(10, 12, rngs=nnx.Rngs(0)))
+    tree = rmt_nnx.params(cell, gates="each")
+    assert tree["dense_i"]["kernel"].shape == (3, 10, 12)
+    again = rmt_nnx.replace(cell, tree)
+    assert rmt_nnx.params(again)["dense_i"]["kernel"] == rmt_nnx.params(cell)["dense_i"]["kernel"]
+
+
 def test_a_stack_of_cells_has_fused_gates():
     # The stack is one more axis, as separate gates would be.
     cells = nnx.split_rngs(splits=4)(
