@@ -1,8 +1,8 @@
 """Estimates the noise in a spectrum, and from it the rank.
 
 The input is a `Spectrum`. `fit_bema` returns its noise level, rank rules count its signal
-directions, and shrinkage corrects the singular values that remain. `histogram` and `law_curve`
-return the numbers that figures and report pages draw.
+directions, and shrinkage corrects the singular values that remain. `roots` and `law_curve` return
+the numbers that figures and report pages draw.
 """
 
 from rmtjax.noise import ranks as ranks, shrinkage as shrinkage
@@ -12,8 +12,6 @@ from rmtjax.noise._bema import (
     fit_bema as fit_bema,
 )
 from rmtjax.noise._density import (
-    Histogram as Histogram,
-    histogram as histogram,
     law_curve as law_curve,
     law_left as law_left,
     roots as roots,

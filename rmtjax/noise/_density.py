@@ -1,9 +1,7 @@
-r"""Histogram of a spectrum and density curve of the noise, for figures and report pages.
+r"""Roots of a spectrum and density curve of the noise, for figures and report pages.
 
 The horizontal axis is $\sqrt\lambda = s / \sqrt n$, which shows bulk and spikes on one scale.
 """
-
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,20 +9,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax.laws import bulk_law, marchenko_pastur
-
-
-class Histogram(NamedTuple):
-    """The bars of a histogram, all of one width.
-
-    Attributes:
-      counts: Values in each bar, from 0 on. A value on a border counts in the bar on the right.
-      stop: End of the last bar. Values beyond it are not counted.
-      zeros: Number of values that are 0 up to rounding. No bar counts them.
-    """
-
-    counts: Int[np.ndarray, " bins"]
-    stop: float
-    zeros: int
 
 
 def roots(eigenvalues: Float[Array | np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
@@ -36,14 +20,6 @@ def rounding(values: Float[np.ndarray, " p"]) -> float:
     """Returns the size up to which a value counts as 0."""
     # About 80 times the rounding unit of float32, since errors grow with the size of the matrix.
     return 1e-5 * float(values.max(initial=0))
-
-
-def histogram(values: Float[np.ndarray, " p"], bins: int, stop: float) -> Histogram:
-    """Counts the values from 0 to `stop` > 0."""
-    # The zeros of a truncated kernel would make one bar so high that no other could be seen.
-    present = values > rounding(values)
-    counts, _ = np.histogram(values[present], bins, (0, stop))
-    return Histogram(counts, stop, int((~present).sum()))
 
 
 def law_left(

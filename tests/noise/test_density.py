@@ -11,15 +11,6 @@ import rmtjax
 from rmtjax.noise import _density
 
 
-def test_bars_count_what_is_there():
-    values = np.array([5.0, 2.0, 1.0, 0.999, 0.5, 1e-9, 0.0])
-    bars = _density.histogram(values, 4, 2.0)
-    assert bars.counts.tolist() == [0, 2, 1, 1]  # borders belong to the right, but for the last
-    assert (bars.stop, bars.zeros) == (2.0, 2)
-    nothing = _density.histogram(np.zeros(3), 2, 1.0)
-    assert (nothing.counts.tolist(), nothing.zeros) == ([0, 0], 3)
-
-
 def test_roots_of_what_rounding_left_below_zero_are_zero():
     assert _density.roots(jnp.array([4.0, 1.0, -1e-9])).tolist() == [2.0, 1.0, 0.0]
 
