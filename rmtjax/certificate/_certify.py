@@ -217,4 +217,4 @@ def certify(
         # As one program. Processes that run single operations may do so in different orders, and
         # then they wait for each other forever.
         compute = jax.jit(compute)
-    return by_compiler(compute, values, pairs, labels, anew=True)
+    return by_compiler(compute, values, pairs, labels)
