@@ -1,5 +1,6 @@
 """Costs of kernels as they are and as thinner factors: numbers, multiply-adds, measured time."""
 
+import math
 import operator
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -159,14 +160,12 @@ def hindrance(view: MatrixView, rank: int) -> str | None:
     return None if saving else "no saving from factors"
 
 
-def _count(kernel: KernelLeaf, rows: int, rank: int | None) -> tuple[int, int]:
+def _count(kernel: KernelLeaf, rows: int, lookup: bool, rank: int | None) -> tuple[int, int]:
     """Returns parameters and multiply-adds with factors of a rank, or dense."""
-    lookup = kernel.path.rpartition("/")[2] == "embedding"
-    if rank is None or not isinstance(kernel, MatrixView):
-        return kernel.size, 0 if lookup else rows * kernel.size
-    numbers = kernel.stack * rank * (kernel.rows + kernel.columns)
-    right = kernel.stack * rank * kernel.columns
-    return numbers, rows * (right if lookup else numbers)
+    left, right = math.prod(kernel.shape), 0
+    if rank is not None and isinstance(kernel, MatrixView):
+        left, right = (kernel.stack * rank * side for side in (kernel.rows, kernel.columns))
+    return left + right, rows * (right if lookup else left + right)
 
 
 def weigh(
@@ -177,10 +176,10 @@ def weigh(
     The matrices of a stack take turns, as under `nn.scan`. `rank` is that of `kernel` where its
     shape stays. Without `rows`, the time is not measured.
     """
-    before, after = (_count(kernel, rows or 1, r) for r in (kernel.rank, rank))
+    lookup = kernel.path.rpartition("/")[2] == "embedding"
+    before, after = (_count(kernel, rows or 1, lookup, r) for r in (kernel.rank, rank))
     if rows is None or not isinstance(kernel, MatrixView) or obstacle(kernel, min_size=1):
         return Cost(*before, None, *after, None), None
-    lookup = kernel.path.rpartition("/")[2] == "embedding"
     ranks = (rank,) if rank == kernel.rank else (kernel.rank, rank)
     times = clock(Product(rows, (kernel.rows, kernel.columns), kernel.dtype, lookup, ranks))
     medians = (kernel.stack * np.median(times, axis=0)).tolist()

@@ -23,25 +23,15 @@ Fits = Mapping[str, BulkFit]
 
 
 class Measurement(NamedTuple):
-    """Holds what was measured on a kernel: NumPy arrays with an entry for each matrix of a stack.
+    """The measurements of a kernel: NumPy arrays with an entry for each matrix of a stack."""
 
-    Attributes:
-      spectra: Those of factors end in the zeros that the dense kernel would have.
-      fits: The noise in force; NaN for factors that were given none.
-      noisy: Whether there is noise above rounding.
-      accepted: Whether the rule may be believed.
-      signal: Number of signal directions.
-      populated: Number of directions that may be kept: of factors, those that are not zero.
-      estimated: Whether the bulk of the spectra is made of estimated quantiles.
-    """
-
-    spectra: Spectrum
-    fits: BulkFit
-    noisy: Bool[Array, " b"]
-    accepted: Bool[Array, " b"]
-    signal: Int[Array, " b"]
-    populated: Int[Array, " b"]
-    estimated: bool = False
+    spectra: Spectrum  # those of factors end in the zeros that the dense kernel would have
+    fits: BulkFit  # the noise in force; NaN for factors that were given none
+    noisy: Bool[Array, " b"]  # whether there is noise above rounding
+    accepted: Bool[Array, " b"]  # whether the rule may be believed
+    signal: Int[Array, " b"]  # number of signal directions
+    populated: Int[Array, " b"]  # number of directions that may be kept: of factors, not the zeros
+    estimated: bool = False  # whether the bulk of the spectra is made of estimated quantiles
 
 
 @partial(jax.jit, static_argnames=("rule", "factored"))

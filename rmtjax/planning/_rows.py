@@ -4,13 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import PyTree
-
-from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, MatrixView
+from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import Shrink
 from rmtjax.planning._cost import Cost
-from rmtjax.planning._kernels import check_tree, leaves_by_path
 
 
 @dataclass(frozen=True)
@@ -155,13 +152,3 @@ def check_plan_fits(
                 f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "
                 f"{difference} in this one. Make the plan from this tree with `rmtjax.plan`."
             )
-
-
-def planned_views(params: PyTree, plan: Plan) -> dict[str, MatrixView]:
-    """Returns the kernels that a plan changes, in the order of the tree it was made for."""
-    check_tree(params)
-    leaves = leaves_by_path(params)
-    check_plan_fits(plan, leaves)
-    changes = plan.changes
-    paths = [path for path in leaves if path in changes]
-    return {path: MatrixView(path, leaves[path], changes[path].axes) for path in paths}
