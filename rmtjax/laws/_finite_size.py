@@ -1,4 +1,8 @@
-"""Laws of a noise matrix of finite size: its bulk, largest eigenvalue and distance from the law."""
+r"""Laws of a noise matrix of finite size: its bulk, largest eigenvalue and distance from the law.
+
+Figures and report pages draw the law over $\sqrt\lambda = s / \sqrt n$, which shows bulk and spikes
+on one scale.
+"""
 
 import math
 
@@ -7,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from rmtjax.laws import tracy_widom
+from rmtjax.laws import marchenko_pastur, tracy_widom
 
 # Quantiles of p D - 0.4 log p for pure noise, where D is the distance of a fit. They come from
 # 2,000 to 6,000 draws of each of nine shapes from 10 x 20 to 400 x 667, which agree to 0.07.
@@ -26,6 +30,43 @@ def bulk_law(ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""]):
     left = 1 - share * ratio  # (n - K) / n
     # Compiled, the quotient of two equal numbers can round to above 1, where there is no law.
     return jnp.minimum(ratio * (1 - share) / left, 1), left
+
+
+def law_left(
+    ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""], edge: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Returns ratio and variance of the law below K spikes, and its mass (p - K) / p."""
+    ratio, _ = bulk_law(ratio, size, spikes)
+    return ratio, edge / marchenko_pastur.support(ratio)[1], 1 - spikes / size
+
+
+def law_curve(
+    ratio: Float[Array, ""],
+    size: ArrayLike,
+    spikes: Int[Array, ""],
+    edge: Float[Array, ""],
+    points: int,
+) -> tuple[Float[Array, " points"], Float[Array, " points"]]:
+    r"""Returns a grid and the density of $\sqrt\lambda$ on it, scaled to the mass of the noise.
+
+    `edge` is the upper edge of the bulk that was fitted below the spikes.
+    """
+    ratio, variance, share = law_left(ratio, size, spikes, edge)
+    lower, upper = (jnp.sqrt(end) for end in marchenko_pastur.support(ratio, variance))
+    # The points crowd at both ends, because the slope of the density can be infinite there.
+    grid = lower + (upper - lower) * jnp.sin(jnp.linspace(0, jnp.pi / 2, points)) ** 2
+    return grid, share * marchenko_pastur.pdf(grid**2, ratio, variance) * 2 * grid
+
+
+def roots(eigenvalues: Float[Array | np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
+    r"""Returns $\sqrt\lambda$ in float64. Values that rounding put below 0 become 0."""
+    return np.sqrt(np.maximum(np.asarray(eigenvalues, np.float64), 0))
+
+
+def rounding(values: Float[np.ndarray, " p"]) -> float:
+    """Returns the size up to which a value counts as 0."""
+    # About 80 times the rounding unit of float32, since errors grow with the size of the matrix.
+    return 1e-5 * float(values.max(initial=0))
 
 
 def noise_threshold(ratio: Float[Array, ""], size: ArrayLike, level: ArrayLike):
@@ -53,7 +94,7 @@ def check_level(level: float) -> None:
     if not 1e-6 <= level <= 1 - 1e-6:
         raise ValueError(
             f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}. It is the probability "
-            "that noise alone gives a spike, 0.01 by default. A small level is a high threshold."
+            "that noise alone gives a spike, 0.01 by default."
         )
 
 

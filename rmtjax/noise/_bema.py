@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from rmtjax._types import BulkFit, Spectrum
+from rmtjax._types import BulkFit, check_type, Spectrum
 from rmtjax.laws import bulk_law, check_level, marchenko_pastur, noise_threshold
 
 # If the law does not fit, the count of spikes can grow by one a step, up to half of the ranks.
@@ -23,8 +23,7 @@ def check_trim(trim: float) -> None:
     """Raises ValueError if no eigenvalues are left between the trimmed ends."""
     if not 0 <= trim < 0.5:
         raise ValueError(
-            f"`trim` must be in [0, 0.5), got {trim}. It is the share of the eigenvalues left out "
-            "at each end. The papers use 0.2 or 0.25."
+            f"`trim` must be in [0, 0.5), got {trim}: the share of eigenvalues left out on a side."
         )
 
 
@@ -41,11 +40,6 @@ def above_rounding(spectrum: Spectrum, variance: Float[Array, ""]):
     return variance > unit**2 * spectrum.eigenvalues[..., 0]
 
 
-def _first_populated(size: int, rank) -> Int[ArrayLike, ""]:
-    """Returns the first rank, ascending, that a truncation to `rank` kept."""
-    return 0 if rank is None else size - rank
-
-
 def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, ""], rank=None):
     r"""Returns the Kolmogorov-Smirnov distance between the noise ranks and the law.
 
@@ -53,11 +47,12 @@ def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, 
     $\max_i |F(\lambda_{(i)}) - (i + 1/2) / m| + 1 / (2 m)$, which covers both sides of each step.
     """
     size = spectrum.eigenvalues.shape[0]
+    kept = size if rank is None else rank
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     safe = jnp.where(scale > 0, scale, 1.0)  # The law needs a positive variance.
     law = marchenko_pastur.cdf(spectrum.eigenvalues[::-1], ratio, safe * unit)
     ranks = jnp.arange(size)
-    noise = (ranks >= _first_populated(size, rank)) & (ranks < size - spikes)
+    noise = (ranks >= size - kept) & (ranks < size - spikes)
     positions = (ranks.astype(ratio.dtype) + 0.5) / (size - spikes)  # those of spikes exceed 1
     gaps = jnp.where(noise, jnp.abs(law - positions), 0)
     distance = jnp.max(gaps) + 0.5 / (size - spikes)
@@ -70,6 +65,7 @@ def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) ->
     The result is NaN if a truncation to `rank` left fewer than `_MIN_RANKS` of them.
     """
     size = spectrum.eigenvalues.shape[0]
+    kept = size if rank is None else rank
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     # NumPy multiplies in float64. A float32 product can round to the other side of an integer.
     # Both ends are tables over the number of noise ranks, because that number is traced.
@@ -80,13 +76,13 @@ def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) ->
     begin, end = jnp.asarray(first)[noise], jnp.asarray(last)[noise]
     width = int((last - first).max())  # of the longest window: a window has a fixed shape
     ranks = begin + jnp.arange(width)
-    inside = (ranks < end) & (ranks >= _first_populated(size, rank))
+    inside = (ranks < end) & (ranks >= size - kept)
     positions = jnp.where(inside, (ranks.astype(ratio.dtype) + 0.5) / noise, 0.5)
     quantiles = marchenko_pastur.noise_quantiles(positions, ratio, unit, noise)
     quantiles = jnp.where(inside, quantiles, 0)
     window = lax.dynamic_slice_in_dim(spectrum.eigenvalues[::-1], begin, width)
     slope = jnp.sum(quantiles * window) / jnp.sum(quantiles**2)
-    needed = 1 if rank is None else jnp.where(jnp.asarray(rank) < size, _MIN_RANKS, 1)
+    needed = jnp.where(jnp.asarray(kept) < size, _MIN_RANKS, 1)
     return jnp.where(jnp.sum(inside) >= needed, slope, jnp.nan)
 
 
@@ -190,10 +186,7 @@ def bulk_fit(
 def _check_rank(rank, size: int) -> None:
     """Raises ValueError if `rank` is out of range. Traced values are not checked."""
     if not (rank is None or isinstance(rank, jax.Array) or 0 <= operator.index(rank) <= size):
-        raise ValueError(
-            f"`rank` must be an integer in [0, {size}] or None, got {rank}. It is the rank that "
-            "the matrix was truncated to."
-        )
+        raise ValueError(f"`rank` must be an integer in [0, {size}], or None, got {rank}.")
 
 
 def fit_bema(
@@ -256,15 +249,11 @@ def fit_bema(
     """
     check_trim(trim)
     check_level(level)
-    if not isinstance(spectrum, Spectrum):
-        raise TypeError(
-            f"`spectrum` must be a Spectrum, got {type(spectrum).__name__}. Compute it by "
-            "`rmtjax.spectrum(matrix)`."
-        )
-    if spectrum.eigenvalues.ndim != 1:
+    check_type("spectrum", spectrum, Spectrum, "Compute it by `rmtjax.spectrum(matrix)`.")
+    shape = spectrum.eigenvalues.shape
+    if len(shape) != 1:
         raise ValueError(
-            "`spectrum` must belong to one matrix, got eigenvalues of shape "
-            f"{spectrum.eigenvalues.shape}. Use `jax.vmap` for several."
+            f"`spectrum` must belong to one matrix, got shape {shape}. Use `jax.vmap` for several."
         )
-    _check_rank(rank, spectrum.eigenvalues.shape[0])
+    _check_rank(rank, shape[0])
     return _fit(spectrum, rank, trim=trim, level=level)

@@ -56,8 +56,7 @@ class bema:  # noqa: N801 - rules are called like functions, `ranks.bema()`
         check_significance(self.significance)
         if not 0 <= self.tolerance <= 1:
             raise ValueError(
-                f"`tolerance` must be in [0, 1], got {self.tolerance}. It is the distance from the "
-                "law allowed in addition to that of pure noise. With 1, every distance passes."
+                f"`tolerance` must be in [0, 1], got {self.tolerance}: with 1, any distance passes."
             )
 
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
@@ -155,8 +154,7 @@ class energy(_WithoutNoise):  # noqa: N801
     def __post_init__(self):
         if not 0 < self.share <= 1:
             raise ValueError(
-                f"`share` must be in (0, 1], got {self.share}. It is a share of the sum of "
-                "squares, such as 0.99."
+                f"`share` must be in (0, 1], got {self.share}: a share of the sum of squares."
             )
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:

@@ -12,16 +12,9 @@ from rmtjax.planning._cost import Cost
 
 @dataclass(frozen=True)
 class Kept:
-    """A kernel that stays as it is.
+    """A kernel that stays as it is; its fields are those of `Truncated`.
 
-    Attributes:
-      reason: Why it stays.
-      shape: Shape of the dense kernel.
-      axes: What makes it a matrix; None if nothing does.
-      rank: The rank that it may have; None without a spectrum.
-      fit: The noise level that was fitted or given; None without a spectrum.
-      spectrum: The spectrum as NumPy arrays; None if it was not computed, or not saved.
-      cost: Parameters, multiply-adds and milliseconds.
+    A leaf that is not a matrix has no `axes`. Without a spectrum there is no `rank` and no `fit`.
     """
 
     reason: str
@@ -53,12 +46,12 @@ class Truncated(_Lowered):
     """A kernel whose rank goes down in place: factors would not be smaller, or not faster.
 
     Attributes:
-      reason: Why it is truncated, and why not factorized.
+      reason: Why it is kept, truncated or factorized.
       shape: Shape of the dense kernel.
       axes: What makes it a matrix.
-      rank: Rank after the truncation.
+      rank: Rank after the plan.
       fit: The noise as NumPy numbers, for a stack an array with an entry for each matrix.
-      spectrum: The spectrum as NumPy arrays; None after loading from a file.
+      spectrum: The spectrum as NumPy arrays; None if not computed, and after loading from a file.
       shrink: Changes the singular values that stay; None leaves them.
       cost: Parameters, multiply-adds and milliseconds, before and after the plan.
     """

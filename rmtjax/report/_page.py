@@ -17,7 +17,7 @@ import numpy as np
 
 from rmtjax._text import printable
 from rmtjax._types import BulkFit
-from rmtjax.noise import law_curve, roots, rounding
+from rmtjax.laws import law_curve, roots, rounding
 from rmtjax.planning import Cost, LayerPlan, Plan
 from rmtjax.report._row import Row, to_cell
 

@@ -165,9 +165,7 @@ class Report:
         try:
             import pandas
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`Report.to_pandas` needs pandas: pip install 'rmtjax[pandas]'"
-            ) from error
+            raise ModuleNotFoundError("needs pandas: pip install 'rmtjax[pandas]'") from error
         # pandas would make floats of integers among which one is missing.
         dtypes = {int | None: "Int64", float | None: "float64"}
         kinds = {name: dtypes[kind] for name, kind in Row.__annotations__.items() if kind in dtypes}

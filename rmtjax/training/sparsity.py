@@ -74,9 +74,7 @@ def entry_threshold(
       5.876
     """
     if not 0 < delta < 1:
-        raise ValueError(
-            f"`delta` must be in (0, 1), got {delta}: it bounds the probability that noise passes."
-        )
+        raise ValueError(f"`delta` must be in (0, 1), got {delta}: the probability of noise above.")
     if not shape or min(shape) < 1:
         raise ValueError(f"`shape` must be that of a matrix with entries, got {shape}.")
     return jnp.sqrt(2 * math.log(2 * math.prod(shape) / delta) * jnp.asarray(variance))

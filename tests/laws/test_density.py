@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 import rmtjax
-from rmtjax.noise import _density
+from rmtjax.laws import law_curve, roots
 
 
 def test_roots_of_what_rounding_left_below_zero_are_zero():
-    assert _density.roots(jnp.array([4.0, 1.0, -1e-9])).tolist() == [2.0, 1.0, 0.0]
+    assert roots(jnp.array([4.0, 1.0, -1e-9])).tolist() == [2.0, 1.0, 0.0]
 
 
 def curve(ratio, size, spikes, edge, points=60):
     numbers = jnp.float32(ratio), jnp.int32(size), jnp.int32(spikes), jnp.float32(edge)
-    grid, density = jax.jit(partial(_density.law_curve, points=points))(*numbers)
+    grid, density = jax.jit(partial(law_curve, points=points))(*numbers)
     return np.asarray(grid, np.float64), np.asarray(density, np.float64)
 
 
