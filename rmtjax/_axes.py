@@ -8,7 +8,6 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -163,24 +162,23 @@ class MatrixView(KernelLeaf):
 
     axes: KernelAxes  # of the dense kernel
 
-    @cached_property
-    def _sides(self) -> tuple[int, int, int]:
-        return matrix_shape(self.shape, self.axes)
+    def __post_init__(self):
+        check_axes(self.path, self.axes, len(self.shape))
 
     @property
     def stack(self) -> int:
         """The number of matrices: 1 if the kernel is not a stack."""
-        return self._sides[0]
+        return matrix_shape(self.shape, self.axes)[0]
 
     @property
     def rows(self) -> int:
         """The number of inputs of each matrix."""
-        return self._sides[1]
+        return matrix_shape(self.shape, self.axes)[1]
 
     @property
     def columns(self) -> int:
         """The number of outputs of each matrix."""
-        return self._sides[2]
+        return matrix_shape(self.shape, self.axes)[2]
 
     @property
     def short(self) -> int:

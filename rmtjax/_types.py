@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes
 
+Scalar = Float[Array, ""]
+Count = Int[Array, ""]
+
 
 class Spectrum(NamedTuple):
     r"""The empirical spectral density (ESD) of a matrix $W$, each eigenvalue with mass $1/p$.

@@ -1,16 +1,13 @@
-r"""Laws of a noise matrix of finite size: its bulk, largest eigenvalue and distance from the law.
-
-Figures and report pages draw the law over $\sqrt\lambda = s / \sqrt n$, which shows bulk and spikes
-on one scale.
-"""
+"""Laws of a noise matrix of finite size: its bulk, largest eigenvalue and distance from the law."""
 
 import math
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from rmtjax._types import Count, Scalar
 from rmtjax.laws import marchenko_pastur, tracy_widom
 
 # Quantiles of p D - 0.4 log p for pure noise, where D is the distance of a fit. They come from
@@ -20,7 +17,7 @@ _SIGNIFICANCES = (0.001, 0.01, 0.05, 0.1, 0.5)
 _DISTANCES = (1.67, 1.32, 1.0, 0.84, 0.38)
 
 
-def bulk_law(ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""]):
+def bulk_law(ratio: Scalar, size: ArrayLike, spikes: Count):
     """Returns the aspect ratio and the variance, at unit noise, of the law of the bulk.
 
     Each of K spikes takes a row and a column from the noise. The rest is (p - K) x (n - K), and
@@ -32,24 +29,18 @@ def bulk_law(ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""]):
     return jnp.minimum(ratio * (1 - share) / left, 1), left
 
 
-def law_left(
-    ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""], edge: Float[Array, ""]
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+def law_left(ratio: Scalar, size: ArrayLike, spikes: Count, edge: Scalar) -> tuple[Scalar, ...]:
     """Returns ratio and variance of the law below K spikes, and its mass (p - K) / p."""
     ratio, _ = bulk_law(ratio, size, spikes)
     return ratio, edge / marchenko_pastur.support(ratio)[1], 1 - spikes / size
 
 
 def law_curve(
-    ratio: Float[Array, ""],
-    size: ArrayLike,
-    spikes: Int[Array, ""],
-    edge: Float[Array, ""],
-    points: int,
+    ratio: Scalar, size: ArrayLike, spikes: Count, edge: Scalar, points: int
 ) -> tuple[Float[Array, " points"], Float[Array, " points"]]:
     r"""Returns a grid and the density of $\sqrt\lambda$ on it, scaled to the mass of the noise.
 
-    `edge` is the upper edge of the bulk that was fitted below the spikes.
+    On this scale, figures show bulk and spikes. `edge` is that of the bulk fitted below the spikes.
     """
     ratio, variance, share = law_left(ratio, size, spikes, edge)
     lower, upper = (jnp.sqrt(end) for end in marchenko_pastur.support(ratio, variance))
@@ -69,7 +60,7 @@ def rounding(values: Float[np.ndarray, " p"]) -> float:
     return 1e-5 * float(values.max(initial=0))
 
 
-def noise_threshold(ratio: Float[Array, ""], size: ArrayLike, level: ArrayLike):
+def noise_threshold(ratio: Scalar, size: ArrayLike, level: ArrayLike):
     r"""Returns the value that the largest eigenvalue of unit noise exceeds with `level`.
 
     $(\sqrt n + \sqrt p)^2 / n + t\, (\sqrt n + \sqrt p)(1/\sqrt n + 1/\sqrt p)^{1/3} / n$, where
@@ -92,16 +83,11 @@ def critical_distance(size: int, significance: float) -> float:
 def check_level(level: float) -> None:
     """Raises ValueError if `level` is not a probability that float32 tells from 0 and 1."""
     if not 1e-6 <= level <= 1 - 1e-6:
-        raise ValueError(
-            f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}. It is the probability "
-            "that noise alone gives a spike, 0.01 by default."
-        )
+        raise ValueError(f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}.")
 
 
 def check_significance(significance: float) -> None:
     """Raises ValueError if `significance` is outside the simulated quantiles."""
-    if not _SIGNIFICANCES[0] <= significance <= _SIGNIFICANCES[-1]:
-        raise ValueError(
-            f"`significance` must be in [{_SIGNIFICANCES[0]}, {_SIGNIFICANCES[-1]}], got "
-            f"{significance}. It is the probability that pure noise is rejected, 0.01 by default."
-        )
+    low, *_, high = _SIGNIFICANCES
+    if not low <= significance <= high:
+        raise ValueError(f"`significance` must be in [{low}, {high}], got {significance}.")

@@ -10,5 +10,5 @@ from rmtjax.noise._bema import (
     count_above as count_above,
     fit_bema as fit_bema,
 )
-from rmtjax.noise._rule import check_rule as check_rule, kept_rank as kept_rank
+from rmtjax.noise.ranks import check_rule as check_rule, kept_rank as kept_rank
 from rmtjax.noise.shrinkage import Shrink as Shrink

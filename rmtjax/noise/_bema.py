@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from rmtjax._types import BulkFit, check_type, Spectrum
+from rmtjax._types import BulkFit, check_type, Count, Scalar, Spectrum
 from rmtjax.laws import bulk_law, check_level, marchenko_pastur, noise_threshold
 
 # If the law does not fit, the count of spikes can grow by one a step, up to half of the ranks.
@@ -22,17 +22,15 @@ _MIN_RANKS = 10
 def check_trim(trim: float) -> None:
     """Raises ValueError if no eigenvalues are left between the trimmed ends."""
     if not 0 <= trim < 0.5:
-        raise ValueError(
-            f"`trim` must be in [0, 0.5), got {trim}: the share of eigenvalues left out on a side."
-        )
+        raise ValueError(f"`trim` must be in [0, 0.5), got {trim}: the share cut off each end.")
 
 
-def count_above(spectrum: Spectrum, threshold: Float[Array, ""]):
+def count_above(spectrum: Spectrum, threshold: Scalar):
     """Counts the eigenvalues above a threshold. The count is 0 if either is NaN."""
     return jnp.sum(spectrum.eigenvalues > threshold, axis=-1, dtype=jnp.int32)
 
 
-def above_rounding(spectrum: Spectrum, variance: Float[Array, ""]):
+def above_rounding(spectrum: Spectrum, variance: Scalar):
     """Returns True if a noise level exceeds what rounding makes of exact zeros."""
     size = spectrum.eigenvalues.shape[-1]
     # A backward stable SVD is off by about p * eps * s_1. Eigenvalues are squares of that.
@@ -40,7 +38,7 @@ def above_rounding(spectrum: Spectrum, variance: Float[Array, ""]):
     return variance > unit**2 * spectrum.eigenvalues[..., 0]
 
 
-def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, ""], rank=None):
+def ks_distance(spectrum: Spectrum, scale: Scalar, spikes: Count, rank=None):
     r"""Returns the Kolmogorov-Smirnov distance between the noise ranks and the law.
 
     With m noise ranks, ascending, it is
@@ -59,7 +57,7 @@ def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, 
     return jnp.where(scale > 0, distance, jnp.where(jnp.isnan(scale), jnp.nan, 1.0))
 
 
-def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) -> Float[Array, ""]:
+def match(spectrum: Spectrum, spikes: Count, trim: float, rank=None) -> Scalar:
     """Returns the scale of the bulk: the slope of the middle noise ranks on unit quantiles.
 
     The result is NaN if a truncation to `rank` left fewer than `_MIN_RANKS` of them.
@@ -86,7 +84,7 @@ def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) ->
     return jnp.where(jnp.sum(inside) >= needed, slope, jnp.nan)
 
 
-def _repulsion(spectrum: Spectrum, variance: Float[Array, ""], spikes: Int[Array, ""]):
+def _repulsion(spectrum: Spectrum, variance: Scalar, spikes: Count):
     r"""Returns the share of its mean by which the spikes push the bulk down.
 
     A direction of strength $\ell$ (in units of $\sigma \sqrt n$) has its eigenvalue at
@@ -106,7 +104,7 @@ def _repulsion(spectrum: Spectrum, variance: Float[Array, ""], spikes: Int[Array
     return jnp.sum(taken) / (size - spikes)
 
 
-def _cut(spectrum: Spectrum, spikes: Int[Array, ""], rank, trim: float, level: float):
+def _cut(spectrum: Spectrum, spikes: Count, rank, trim: float, level: float):
     """Returns the scale of the bulk below `spikes` spikes, and the threshold for one more."""
     size = spectrum.eigenvalues.shape[0]
     scale = match(spectrum, spikes, trim, rank)
@@ -116,10 +114,7 @@ def _cut(spectrum: Spectrum, spikes: Int[Array, ""], rank, trim: float, level: f
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _settle(spectrum: Spectrum, rank, trim: float, level: float):
-    """Removes spikes until no more are above the threshold.
-
-    Returns the number of spikes, the scale of the bulk below them, and the threshold.
-    """
+    """Removes spikes until no more are above; returns their number, the scale and the threshold."""
     size = spectrum.eigenvalues.shape[0]
 
     def grows(state):
@@ -165,12 +160,7 @@ def _fit(spectrum: Spectrum, rank, *, trim: float, level: float) -> BulkFit:
 
 
 def bulk_fit(
-    spectrum: Spectrum,
-    variance: Float[Array, ""],
-    threshold: Float[Array, ""],
-    scale: Float[Array, ""],
-    spikes: Int[Array, ""],
-    rank=None,
+    spectrum: Spectrum, variance: Scalar, threshold: Scalar, scale: Scalar, spikes: Count, rank=None
 ) -> BulkFit:
     """Returns the `BulkFit` of a noise level and a threshold, by whichever rule."""
     ratio, unit = bulk_law(spectrum.ratio, spectrum.eigenvalues.shape[0], spikes)

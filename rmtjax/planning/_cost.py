@@ -60,8 +60,8 @@ class Product(NamedTuple):
     ranks: tuple[int | None, ...]  # the alternatives: ranks of factors, None for the dense kernel
 
 
-# Milliseconds of each alternative, round by round.
-Clock = Callable[[Product], Float[np.ndarray, "rounds alternatives"]]
+Times = Float[np.ndarray, "rounds alternatives"]  # milliseconds
+Clock = Callable[[Product], Times]
 
 
 def rows_by_path(batch: int | Mapping[str, int] | None, paths: Collection[str]) -> dict[str, int]:
@@ -106,14 +106,11 @@ def time_burst(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def time_products(
-    product: Product, burst: Callable = time_burst, most: int = MOST
-) -> Float[np.ndarray, "rounds alternatives"]:
+def time_products(product: Product, burst: Callable = time_burst, most: int = MOST) -> Times:
     """Returns milliseconds of one compiled call of each alternative, on the default device.
 
-    A round holds bursts of about two milliseconds, or one call if that takes longer. There are as
-    many rounds as half a second has room for, at least 3 and at most 11. Rows beyond what fits
-    into memory easily are not run: they would take as long, each.
+    A round holds bursts of `BURST` seconds, or one call if that takes longer, and `BUDGET` limits
+    the rounds. Rows beyond `most` entries are not run: each would take as long.
     """
     rows = min(product.rows, max(1, most // max(product.sides)))
     bound = product._replace(rows=rows)

@@ -92,12 +92,10 @@ def _decides(measured: Measurement, values: Values) -> bool:
 
 
 def measure(views: Views, rule, fits: Fits, exact_below: int) -> dict[str, Measurement]:
-    """Measures kernels, with the noise levels that are given for some of them.
-
-    Large kernels are estimated first. Where an estimate does not decide, the spectrum is computed.
-    """
+    """Measures kernels, with the noise levels that are given for some of them."""
     values = estimated_spectra(views, exact_below)
     measured = _measure_values(views, values, rule, fits)
+    # Where the estimate of a large kernel does not decide, the spectrum is computed.
     measured = {path: row for path, row in measured.items() if _decides(row, values[path])}
     rest = {path: view for path, view in views.items() if path not in measured}
     measured |= _measure_values(views, spectra(rest), rule, fits)

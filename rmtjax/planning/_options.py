@@ -59,22 +59,16 @@ class PlanOptions:
             )
         if self.shrink is not None and self.keep > 0:
             raise ValueError(
-                f"`keep` must be 0 with `shrink`, got {self.keep}: the directions that are not "
-                "signal would be kept and shrunk to 0. Leave one of the two out."
+                f"`keep` must be 0 with `shrink`, got {self.keep}: what it keeps, `shrink` removes."
             )
         if isinstance(self.where, str):
             try:
                 re.compile(self.where)
             except re.error as error:
-                raise ValueError(
-                    f"`where` must be a regular expression if it is a string, got {self.where!r}: "
-                    f"{error}."
-                ) from error
-        if not (self.axes is None or callable(self.axes) or isinstance(self.axes, Mapping)):
-            raise TypeError(
-                "`axes` must be a function `axes(path, leaf)` or a dictionary from paths to "
-                f"`rmtjax.KernelAxes`, got {type(self.axes).__name__}."
-            )
+                words = "`where` must be a regular expression if it is a string, got"
+                raise ValueError(f"{words} {self.where!r}: {error}.") from error
+        if not (self.axes is None or callable(self.axes)):
+            check_type("axes", self.axes, Mapping, "Or give a function `axes(path, leaf)`.")
         if self.fits is not None:
             of_state = "Those of an optimizer's state are `rmtjax.noise_levels(opt_state)`."
             check_type("fits", self.fits, Mapping, of_state)

@@ -43,10 +43,7 @@ def _pad(factors: Factors, view: MatrixView) -> Factors:
 
 
 def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tuple[str, Any]]:
-    """Yields path and new leaf of each kernel, computed one at a time.
-
-    A leaf may still be in a file: it is read when it is needed.
-    """
+    """Yields path and new leaf of each kernel, one at a time: a leaf may still be in a file."""
     rest = dict(views)
     for path, view in views.items():
         row = rows[path]

@@ -37,11 +37,9 @@ def _to_draw(spectrum: Spectrum, fit: BulkFit) -> _Drawn:
     check_type("fit", fit, BulkFit, f"Give `rmtjax.fit_bema(spectrum)`. {of_row}")
     if np.ndim(spectrum.eigenvalues) != 1 or np.ndim(fit.threshold) != 0:
         raise ValueError(
-            "`spectrum` and `fit` must be those of one matrix, got eigenvalues of shape "
-            f"{np.shape(spectrum.eigenvalues)} and a threshold of shape "
-            f"{np.shape(fit.threshold)}. For matrix `i` of a stack, give "
-            "`spectrum._replace(eigenvalues=spectrum.eigenvalues[i])` and "
-            "`jax.tree.map(lambda field: field[i], fit)`."
+            "`spectrum` and `fit` must be those of one matrix, got shapes "
+            f"{np.shape(spectrum.eigenvalues)} and {np.shape(fit.threshold)}. Of a stack, give "
+            "`Spectrum(eigenvalues[i], ratio)` and `jax.tree.map(lambda field: field[i], fit)`."
         )
     values = roots(spectrum.eigenvalues)
     edge, threshold = (float(np.sqrt(cut)) for cut in (fit.edge, fit.threshold))

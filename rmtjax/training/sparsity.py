@@ -91,8 +91,7 @@ def _above(path: str, kernel, row: LayerPlan, delta: float, rule) -> Bool[Array,
     fits = jax.tree.map(jnp.ravel, row.fit)
     accepts = lambda eigenvalues, fit: rule.accepts(Spectrum(eigenvalues, ratio), fit)
     accepted = jax.vmap(accepts)(eigenvalues.reshape(-1, eigenvalues.shape[-1]), fits)
-    _, rows, columns = matrix_shape(row.shape, row.axes)
-    threshold = entry_threshold(fits.variance, (rows, columns), delta)
+    threshold = entry_threshold(fits.variance, matrix_shape(row.shape, row.axes)[1:], delta)
     threshold = _spread(jnp.where(accepted, threshold, jnp.nan), row)
     # Not `>`: entries under a threshold of NaN, and entries that are NaN, are kept.
     return ~(magnitudes(kernel) <= threshold)
