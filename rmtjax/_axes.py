@@ -8,7 +8,6 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -86,11 +85,8 @@ def check_axes(path: str, axes: KernelAxes, ndim: int) -> None:
 
 def matrix_shape(shape: tuple[int, ...], axes: KernelAxes) -> tuple[int, int, int]:
     """Returns the shape (stack, rows, columns) of a kernel seen as a stack of matrices."""
-    stack, rows, columns = (
-        math.prod(shape[axis] for axis in group)
-        for group in (axes.batch, axes.inputs, axes.outputs)
-    )
-    return stack, rows, columns
+    side = lambda group: math.prod(shape[axis] for axis in group)
+    return side(axes.batch), side(axes.inputs), side(axes.outputs)
 
 
 def to_matrices(kernel: Kernel, axes: KernelAxes) -> Any:
@@ -130,15 +126,11 @@ def split_stacks(joined: PyTree, sizes: Sequence[int]) -> list[Any]:
 
 @dataclass(frozen=True, eq=False)
 class KernelLeaf:
-    """A leaf of a parameter tree that was chosen as a kernel.
+    """A leaf of a parameter tree that was chosen as a kernel."""
 
-    Attributes:
-      path: Its place in the tree, such as "Dense_0/kernel".
-      leaf: A JAX or NumPy array, `Factors`, a `jax.ShapeDtypeStruct`, or any object with `shape`,
-        `dtype` and `__array__`, such as a tensor that is still in a file.
-    """
-
-    path: str
+    path: str  # its place in the tree, such as "Dense_0/kernel"
+    # A JAX or NumPy array, `Factors`, a `jax.ShapeDtypeStruct`, or any object with `shape`, `dtype`
+    # and `__array__`, such as a tensor that is still in a file.
     leaf: Any
 
     @property
@@ -163,40 +155,30 @@ class KernelLeaf:
         dtypes = (getattr(leaf, "dtype", None) or jnp.result_type(leaf) for leaf in factors)
         return np.dtype(jnp.promote_types(*dtypes))
 
-    @property
-    def size(self) -> int:
-        """The number of entries of the dense kernel."""
-        return math.prod(self.shape)
-
 
 @dataclass(frozen=True, eq=False)
 class MatrixView(KernelLeaf):
-    """A kernel seen as a stack of matrices, each of shape (rows, columns).
+    """A kernel seen as a stack of matrices, each of shape (rows, columns)."""
 
-    Attributes:
-      axes: The axes of the dense kernel that make it a stack of matrices.
-    """
+    axes: KernelAxes  # of the dense kernel
 
-    axes: KernelAxes
-
-    @cached_property
-    def _sides(self) -> tuple[int, int, int]:
-        return matrix_shape(self.shape, self.axes)
+    def __post_init__(self):
+        check_axes(self.path, self.axes, len(self.shape))
 
     @property
     def stack(self) -> int:
         """The number of matrices: 1 if the kernel is not a stack."""
-        return self._sides[0]
+        return matrix_shape(self.shape, self.axes)[0]
 
     @property
     def rows(self) -> int:
         """The number of inputs of each matrix."""
-        return self._sides[1]
+        return matrix_shape(self.shape, self.axes)[1]
 
     @property
     def columns(self) -> int:
         """The number of outputs of each matrix."""
-        return self._sides[2]
+        return matrix_shape(self.shape, self.axes)[2]
 
     @property
     def short(self) -> int:

@@ -39,13 +39,12 @@ def _compiled(function: Callable, out: Any) -> Callable:
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))
 
 
-def by_compiler(function: Callable, *arguments: PyTree, out: Any = None, anew: bool = False) -> Any:
+def by_compiler(function: Callable, *arguments: PyTree, out: Any = None) -> Any:
     """Calls a function of trees under automatic axes: the compiler decides on shardings inside.
 
     Meshes with axes of type Auto need nothing for that. On a mesh with explicit axes, a
     decomposition would refuse a sharded matrix. There, `out` has the shardings of the results: one,
-    or a tuple that begins as the results do. None replicates a result. With `anew`, each call
-    compiles: a function of the user's may behave differently each time.
+    or a tuple that begins as the results do. None replicates a result.
     """
     leaves = jax.tree.leaves(arguments)
     shardings = (typed_sharding(leaf) for leaf in leaves)
@@ -55,7 +54,7 @@ def by_compiler(function: Callable, *arguments: PyTree, out: Any = None, anew: b
     replicated = NamedSharding(mesh, PartitionSpec())
     place = lambda sharding: replicated if sharding is None else sharding
     out = jax.tree.map(place, out, is_leaf=lambda sharding: sharding is None)
-    if not (anew or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)):
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return _compiled(function, out)(*arguments)
     # `auto_axes` needs a compiled program. Under `vmap` alone there is none yet.
     return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))(*arguments)

@@ -1,4 +1,4 @@
-"""Names for the types that several layers share."""
+"""Names for the types that several layers share, and a check of them."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes
+
+Scalar = Float[Array, ""]
+Count = Int[Array, ""]
 
 
 class Spectrum(NamedTuple):
@@ -43,6 +46,12 @@ class BulkFit(NamedTuple):
     threshold: Float[Array, "*batch"]
     distance: Float[Array, "*batch"]
     num_spikes: Int[Array, "*batch"]
+
+
+def check_type(name: str, value: Any, kind: type, remedy: str) -> None:
+    """Raises TypeError for an argument of another type, with a remedy."""
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value).__name__}. {remedy}")
 
 
 # Chooses leaves: a function of a path such as "Dense_0/kernel" and the leaf, a regular expression

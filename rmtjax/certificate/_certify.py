@@ -86,10 +86,7 @@ def _pick(array: Array, index: Array) -> Array:
 
 
 def _leads(logits: Array, doubt: Array, best: Array, apart: Array | float = 0.0) -> Array:
-    """Returns True if the class `best` must have the largest logit.
-
-    Each logit is known up to `doubt`, and its difference from the best up to another `apart`.
-    """
+    """Returns True if `best` must lead logits known up to `doubt`, and up to `apart` from it."""
     ahead = _pick(logits, best) - logits > doubt + _pick(doubt, best) + apart
     return jnp.all(ahead | (jnp.arange(logits.shape[1])[None, :] == best[:, None]), axis=1)
 
@@ -217,4 +214,4 @@ def certify(
         # As one program. Processes that run single operations may do so in different orders, and
         # then they wait for each other forever.
         compute = jax.jit(compute)
-    return by_compiler(compute, values, pairs, labels, anew=True)
+    return by_compiler(compute, values, pairs, labels)

@@ -48,8 +48,7 @@ def read_chain(before: PyTree, after: PyTree, layers: Sequence[str], width: int)
         rows, columns = shapes.kernel
         if rows != width:
             raise ValueError(
-                f"`layers[{number}]` must take {width} inputs, got {rows}. Name all dense layers, "
-                "in the order in which they are applied."
+                f"`layers[{number}]` must take {width} inputs, got {rows}: name all in their order."
             )
         width = columns
     return pairs
@@ -61,8 +60,7 @@ def check_inputs(inputs: Array, labels: Array | None) -> None:
         raise ValueError(f"`inputs` must have shape (samples, inputs), got {inputs.shape}.")
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise TypeError(
-            f"`inputs` must be floating, got {inputs.dtype}. They are what the first layer "
-            "receives: scale and flatten images as the module does."
+            f"`inputs` must be floating, got {inputs.dtype}: scale them as for the module."
         )
     if labels is None:
         return

@@ -5,9 +5,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from rmtjax.laws import tracy_widom
+from rmtjax._types import Count, Scalar
+from rmtjax.laws import marchenko_pastur, tracy_widom
 
 # Quantiles of p D - 0.4 log p for pure noise, where D is the distance of a fit. They come from
 # 2,000 to 6,000 draws of each of nine shapes from 10 x 20 to 400 x 667, which agree to 0.07.
@@ -16,7 +17,7 @@ _SIGNIFICANCES = (0.001, 0.01, 0.05, 0.1, 0.5)
 _DISTANCES = (1.67, 1.32, 1.0, 0.84, 0.38)
 
 
-def bulk_law(ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""]):
+def bulk_law(ratio: Scalar, size: ArrayLike, spikes: Count):
     """Returns the aspect ratio and the variance, at unit noise, of the law of the bulk.
 
     Each of K spikes takes a row and a column from the noise. The rest is (p - K) x (n - K), and
@@ -28,7 +29,38 @@ def bulk_law(ratio: Float[Array, ""], size: ArrayLike, spikes: Int[Array, ""]):
     return jnp.minimum(ratio * (1 - share) / left, 1), left
 
 
-def noise_threshold(ratio: Float[Array, ""], size: ArrayLike, level: ArrayLike):
+def law_left(ratio: Scalar, size: ArrayLike, spikes: Count, edge: Scalar) -> tuple[Scalar, ...]:
+    """Returns ratio and variance of the law below K spikes, and its mass (p - K) / p."""
+    ratio, _ = bulk_law(ratio, size, spikes)
+    return ratio, edge / marchenko_pastur.support(ratio)[1], 1 - spikes / size
+
+
+def law_curve(
+    ratio: Scalar, size: ArrayLike, spikes: Count, edge: Scalar, points: int
+) -> tuple[Float[Array, " points"], Float[Array, " points"]]:
+    r"""Returns a grid and the density of $\sqrt\lambda$ on it, scaled to the mass of the noise.
+
+    On this scale, figures show bulk and spikes. `edge` is that of the bulk fitted below the spikes.
+    """
+    ratio, variance, share = law_left(ratio, size, spikes, edge)
+    lower, upper = (jnp.sqrt(end) for end in marchenko_pastur.support(ratio, variance))
+    # The points crowd at both ends, because the slope of the density can be infinite there.
+    grid = lower + (upper - lower) * jnp.sin(jnp.linspace(0, jnp.pi / 2, points)) ** 2
+    return grid, share * marchenko_pastur.pdf(grid**2, ratio, variance) * 2 * grid
+
+
+def roots(eigenvalues: Float[Array | np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
+    r"""Returns $\sqrt\lambda$ in float64. Values that rounding put below 0 become 0."""
+    return np.sqrt(np.maximum(np.asarray(eigenvalues, np.float64), 0))
+
+
+def rounding(values: Float[np.ndarray, " p"]) -> float:
+    """Returns the size up to which a value counts as 0."""
+    # About 80 times the rounding unit of float32, since errors grow with the size of the matrix.
+    return 1e-5 * float(values.max(initial=0))
+
+
+def noise_threshold(ratio: Scalar, size: ArrayLike, level: ArrayLike):
     r"""Returns the value that the largest eigenvalue of unit noise exceeds with `level`.
 
     $(\sqrt n + \sqrt p)^2 / n + t\, (\sqrt n + \sqrt p)(1/\sqrt n + 1/\sqrt p)^{1/3} / n$, where
@@ -51,16 +83,11 @@ def critical_distance(size: int, significance: float) -> float:
 def check_level(level: float) -> None:
     """Raises ValueError if `level` is not a probability that float32 tells from 0 and 1."""
     if not 1e-6 <= level <= 1 - 1e-6:
-        raise ValueError(
-            f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}. It is the probability "
-            "that noise alone gives a spike, 0.01 by default. A small level is a high threshold."
-        )
+        raise ValueError(f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}.")
 
 
 def check_significance(significance: float) -> None:
     """Raises ValueError if `significance` is outside the simulated quantiles."""
-    if not _SIGNIFICANCES[0] <= significance <= _SIGNIFICANCES[-1]:
-        raise ValueError(
-            f"`significance` must be in [{_SIGNIFICANCES[0]}, {_SIGNIFICANCES[-1]}], got "
-            f"{significance}. It is the probability that pure noise is rejected, 0.01 by default."
-        )
+    low, *_, high = _SIGNIFICANCES
+    if not low <= significance <= high:
+        raise ValueError(f"`significance` must be in [{low}, {high}], got {significance}.")

@@ -42,8 +42,7 @@ def _prepare(ratio: ArrayLike, variance: ArrayLike, *others: ArrayLike):
     """Checks the parameters and returns all arguments as arrays of one shape and dtype."""
     if isinstance(ratio, int | float | np.number) and not 0 < ratio <= 1:
         raise ValueError(
-            f"`ratio` must be in (0, 1], got {ratio}. It is the shorter side of the matrix over "
-            "the longer. Divide the other way round; the spectrum is the same."
+            f"`ratio` must be in (0, 1], got {ratio}. Divide the shorter side by the longer."
         )
     if isinstance(variance, int | float | np.number) and not 0 < variance < math.inf:
         raise ValueError(f"`variance` must be positive and finite, got {variance}.")

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from rmtjax._axes import KernelAxes
+from rmtjax._types import check_type
 
 # By the exact type. A subclass may do anything with the kernel, so it does not inherit the entry.
 _KERNELS: dict[type, dict[str, KernelAxes]] = {}
@@ -39,8 +40,7 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
       >>> rmtjax.linen.kernel_axes(module, module.init(jax.random.key(0), x), x)
       {'weight': KernelAxes(inputs=(0,), outputs=(1,), batch=())}
     """
-    if not isinstance(layer, type):
-        raise TypeError(f"`layer` must be a class, got {layer!r}. Give its type.")
+    check_type("layer", layer, type, "Give the class itself.")
     if not isinstance(kernels, Mapping):
         raise TypeError(
             "`kernels` must map names of parameters to their `rmtjax.KernelAxes`, such as "

@@ -1,8 +1,7 @@
 """Estimates the noise in a spectrum, and from it the rank.
 
 The input is a `Spectrum`. `fit_bema` returns its noise level, rank rules count its signal
-directions, and shrinkage corrects the singular values that remain. `histogram` and `law_curve`
-return the numbers that figures and report pages draw.
+directions, and shrinkage corrects the singular values that remain.
 """
 
 from rmtjax.noise import ranks as ranks, shrinkage as shrinkage
@@ -11,13 +10,5 @@ from rmtjax.noise._bema import (
     count_above as count_above,
     fit_bema as fit_bema,
 )
-from rmtjax.noise._density import (
-    Histogram as Histogram,
-    histogram as histogram,
-    law_curve as law_curve,
-    law_left as law_left,
-    roots as roots,
-    rounding as rounding,
-)
-from rmtjax.noise._rule import check_rule as check_rule, kept_rank as kept_rank
+from rmtjax.noise.ranks import check_rule as check_rule, kept_rank as kept_rank
 from rmtjax.noise.shrinkage import Shrink as Shrink

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from rmtjax._types import BulkFit, Spectrum
+from rmtjax._types import BulkFit, check_type, Count, Scalar, Spectrum
 from rmtjax.laws import bulk_law, check_level, marchenko_pastur, noise_threshold
 
 # If the law does not fit, the count of spikes can grow by one a step, up to half of the ranks.
@@ -22,18 +22,15 @@ _MIN_RANKS = 10
 def check_trim(trim: float) -> None:
     """Raises ValueError if no eigenvalues are left between the trimmed ends."""
     if not 0 <= trim < 0.5:
-        raise ValueError(
-            f"`trim` must be in [0, 0.5), got {trim}. It is the share of the eigenvalues left out "
-            "at each end. The papers use 0.2 or 0.25."
-        )
+        raise ValueError(f"`trim` must be in [0, 0.5), got {trim}: the share cut off each end.")
 
 
-def count_above(spectrum: Spectrum, threshold: Float[Array, ""]):
+def count_above(spectrum: Spectrum, threshold: Scalar):
     """Counts the eigenvalues above a threshold. The count is 0 if either is NaN."""
     return jnp.sum(spectrum.eigenvalues > threshold, axis=-1, dtype=jnp.int32)
 
 
-def above_rounding(spectrum: Spectrum, variance: Float[Array, ""]):
+def above_rounding(spectrum: Spectrum, variance: Scalar):
     """Returns True if a noise level exceeds what rounding makes of exact zeros."""
     size = spectrum.eigenvalues.shape[-1]
     # A backward stable SVD is off by about p * eps * s_1. Eigenvalues are squares of that.
@@ -41,35 +38,32 @@ def above_rounding(spectrum: Spectrum, variance: Float[Array, ""]):
     return variance > unit**2 * spectrum.eigenvalues[..., 0]
 
 
-def _first_populated(size: int, rank) -> Int[ArrayLike, ""]:
-    """Returns the first rank, ascending, that a truncation to `rank` kept."""
-    return 0 if rank is None else size - rank
-
-
-def ks_distance(spectrum: Spectrum, scale: Float[Array, ""], spikes: Int[Array, ""], rank=None):
+def ks_distance(spectrum: Spectrum, scale: Scalar, spikes: Count, rank=None):
     r"""Returns the Kolmogorov-Smirnov distance between the noise ranks and the law.
 
     With m noise ranks, ascending, it is
     $\max_i |F(\lambda_{(i)}) - (i + 1/2) / m| + 1 / (2 m)$, which covers both sides of each step.
     """
     size = spectrum.eigenvalues.shape[0]
+    kept = size if rank is None else rank
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     safe = jnp.where(scale > 0, scale, 1.0)  # The law needs a positive variance.
     law = marchenko_pastur.cdf(spectrum.eigenvalues[::-1], ratio, safe * unit)
     ranks = jnp.arange(size)
-    noise = (ranks >= _first_populated(size, rank)) & (ranks < size - spikes)
+    noise = (ranks >= size - kept) & (ranks < size - spikes)
     positions = (ranks.astype(ratio.dtype) + 0.5) / (size - spikes)  # those of spikes exceed 1
     gaps = jnp.where(noise, jnp.abs(law - positions), 0)
     distance = jnp.max(gaps) + 0.5 / (size - spikes)
     return jnp.where(scale > 0, distance, jnp.where(jnp.isnan(scale), jnp.nan, 1.0))
 
 
-def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) -> Float[Array, ""]:
+def match(spectrum: Spectrum, spikes: Count, trim: float, rank=None) -> Scalar:
     """Returns the scale of the bulk: the slope of the middle noise ranks on unit quantiles.
 
     The result is NaN if a truncation to `rank` left fewer than `_MIN_RANKS` of them.
     """
     size = spectrum.eigenvalues.shape[0]
+    kept = size if rank is None else rank
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     # NumPy multiplies in float64. A float32 product can round to the other side of an integer.
     # Both ends are tables over the number of noise ranks, because that number is traced.
@@ -80,17 +74,17 @@ def match(spectrum: Spectrum, spikes: Int[Array, ""], trim: float, rank=None) ->
     begin, end = jnp.asarray(first)[noise], jnp.asarray(last)[noise]
     width = int((last - first).max())  # of the longest window: a window has a fixed shape
     ranks = begin + jnp.arange(width)
-    inside = (ranks < end) & (ranks >= _first_populated(size, rank))
+    inside = (ranks < end) & (ranks >= size - kept)
     positions = jnp.where(inside, (ranks.astype(ratio.dtype) + 0.5) / noise, 0.5)
     quantiles = marchenko_pastur.noise_quantiles(positions, ratio, unit, noise)
     quantiles = jnp.where(inside, quantiles, 0)
     window = lax.dynamic_slice_in_dim(spectrum.eigenvalues[::-1], begin, width)
     slope = jnp.sum(quantiles * window) / jnp.sum(quantiles**2)
-    needed = 1 if rank is None else jnp.where(jnp.asarray(rank) < size, _MIN_RANKS, 1)
+    needed = jnp.where(jnp.asarray(kept) < size, _MIN_RANKS, 1)
     return jnp.where(jnp.sum(inside) >= needed, slope, jnp.nan)
 
 
-def _repulsion(spectrum: Spectrum, variance: Float[Array, ""], spikes: Int[Array, ""]):
+def _repulsion(spectrum: Spectrum, variance: Scalar, spikes: Count):
     r"""Returns the share of its mean by which the spikes push the bulk down.
 
     A direction of strength $\ell$ (in units of $\sigma \sqrt n$) has its eigenvalue at
@@ -110,7 +104,7 @@ def _repulsion(spectrum: Spectrum, variance: Float[Array, ""], spikes: Int[Array
     return jnp.sum(taken) / (size - spikes)
 
 
-def _cut(spectrum: Spectrum, spikes: Int[Array, ""], rank, trim: float, level: float):
+def _cut(spectrum: Spectrum, spikes: Count, rank, trim: float, level: float):
     """Returns the scale of the bulk below `spikes` spikes, and the threshold for one more."""
     size = spectrum.eigenvalues.shape[0]
     scale = match(spectrum, spikes, trim, rank)
@@ -120,10 +114,7 @@ def _cut(spectrum: Spectrum, spikes: Int[Array, ""], rank, trim: float, level: f
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _settle(spectrum: Spectrum, rank, trim: float, level: float):
-    """Removes spikes until no more are above the threshold.
-
-    Returns the number of spikes, the scale of the bulk below them, and the threshold.
-    """
+    """Removes spikes until no more are above; returns their number, the scale and the threshold."""
     size = spectrum.eigenvalues.shape[0]
 
     def grows(state):
@@ -169,12 +160,7 @@ def _fit(spectrum: Spectrum, rank, *, trim: float, level: float) -> BulkFit:
 
 
 def bulk_fit(
-    spectrum: Spectrum,
-    variance: Float[Array, ""],
-    threshold: Float[Array, ""],
-    scale: Float[Array, ""],
-    spikes: Int[Array, ""],
-    rank=None,
+    spectrum: Spectrum, variance: Scalar, threshold: Scalar, scale: Scalar, spikes: Count, rank=None
 ) -> BulkFit:
     """Returns the `BulkFit` of a noise level and a threshold, by whichever rule."""
     ratio, unit = bulk_law(spectrum.ratio, spectrum.eigenvalues.shape[0], spikes)
@@ -190,10 +176,7 @@ def bulk_fit(
 def _check_rank(rank, size: int) -> None:
     """Raises ValueError if `rank` is out of range. Traced values are not checked."""
     if not (rank is None or isinstance(rank, jax.Array) or 0 <= operator.index(rank) <= size):
-        raise ValueError(
-            f"`rank` must be an integer in [0, {size}] or None, got {rank}. It is the rank that "
-            "the matrix was truncated to."
-        )
+        raise ValueError(f"`rank` must be an integer in [0, {size}], or None, got {rank}.")
 
 
 def fit_bema(
@@ -256,15 +239,11 @@ def fit_bema(
     """
     check_trim(trim)
     check_level(level)
-    if not isinstance(spectrum, Spectrum):
-        raise TypeError(
-            f"`spectrum` must be a Spectrum, got {type(spectrum).__name__}. Compute it by "
-            "`rmtjax.spectrum(matrix)`."
-        )
-    if spectrum.eigenvalues.ndim != 1:
+    check_type("spectrum", spectrum, Spectrum, "Compute it by `rmtjax.spectrum(matrix)`.")
+    shape = spectrum.eigenvalues.shape
+    if len(shape) != 1:
         raise ValueError(
-            "`spectrum` must belong to one matrix, got eigenvalues of shape "
-            f"{spectrum.eigenvalues.shape}. Use `jax.vmap` for several."
+            f"`spectrum` must belong to one matrix, got shape {shape}. Use `jax.vmap` for several."
         )
-    _check_rank(rank, spectrum.eigenvalues.shape[0])
+    _check_rank(rank, shape[0])
     return _fit(spectrum, rank, trim=trim, level=level)

@@ -13,16 +13,51 @@ All methods are pure functions of the `Spectrum` of one matrix. They work under 
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.laws import check_level, check_significance, critical_distance, marchenko_pastur
 from rmtjax.noise._bema import above_rounding, bulk_fit, check_trim, count_above, fit_bema
-from rmtjax.noise._rule import Rank, RankRule as RankRule
 
 __all__ = ["RankRule", "bema", "energy", "fixed", "gavish_donoho"]
+
+Rank = Int[ArrayLike, ""] | None
+
+
+@runtime_checkable
+class RankRule(Protocol):
+    """Describes a rank rule: a noise fit, a verdict on it, and a count of signal directions."""
+
+    @property
+    def needs_noise(self) -> bool:
+        """Returns True if the count depends on a noise level."""
+        ...
+
+    def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
+        """Estimates the noise."""
+        ...
+
+    def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
+        """Returns True if the count can be trusted."""
+        ...
+
+    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
+        """Counts the signal directions."""
+        ...
+
+
+def check_rule(rule: object) -> None:
+    """Raises TypeError if `rule` is not a rank rule."""
+    # A class has the same methods as its instances, so the protocol alone would accept it.
+    if isinstance(rule, type) or not isinstance(rule, RankRule):
+        raise TypeError(
+            "`rule` must be a rank rule such as `rmtjax.ranks.bema()` or "
+            f"`rmtjax.ranks.fixed(16)`, got {rule!r} ({type(rule).__name__})."
+        )
 
 
 @dataclass(frozen=True)
@@ -55,10 +90,7 @@ class bema:  # noqa: N801 - rules are called like functions, `ranks.bema()`
         check_level(self.level)
         check_significance(self.significance)
         if not 0 <= self.tolerance <= 1:
-            raise ValueError(
-                f"`tolerance` must be in [0, 1], got {self.tolerance}. It is the distance from the "
-                "law allowed in addition to that of pure noise. With 1, every distance passes."
-            )
+            raise ValueError(f"`tolerance` must be in [0, 1], got {self.tolerance}.")
 
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
         """Fits the bulk by eigenvalue matching."""
@@ -154,10 +186,7 @@ class energy(_WithoutNoise):  # noqa: N801
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
-            raise ValueError(
-                f"`share` must be in (0, 1], got {self.share}. It is a share of the sum of "
-                "squares, such as 0.99."
-            )
+            raise ValueError(f"`share` must be in (0, 1], such as 0.99, got {self.share}.")
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Counts the directions that hold the share."""
@@ -181,12 +210,22 @@ class fixed(_WithoutNoise):  # noqa: N801
 
     def __post_init__(self):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(
-                f"`rank` must be an integer of at least 1, got {self.rank!r}. For a share of the "
-                "energy use `rmtjax.ranks.energy`."
-            )
+            raise ValueError(f"`rank` must be an integer of at least 1, got {self.rank!r}.")
 
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
         return jnp.asarray(min(self.rank, spectrum.eigenvalues.shape[-1]), jnp.int32)
+
+
+def kept_rank(
+    num_signal: Int[ArrayLike, ""],
+    size: Int[ArrayLike, ""],
+    keep: ArrayLike = 0.0,
+    min_rank: Int[ArrayLike, ""] = 1,
+) -> Int[Array, ""]:
+    r"""Returns $K + \lfloor keep\, (p - K) \rfloor$ for $p$ = `size`, and at least `min_rank`."""
+    share = jnp.asarray(keep, jnp.float32)  # A bfloat16 has no integers between 256 and 1,000.
+    # In float32, 0.7 * 10 may round to just below 7. A thousandth of a rank forgives that.
+    rest = jnp.floor(share * jnp.subtract(size, num_signal) + 1e-3).astype(jnp.int32)
+    return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)

@@ -106,7 +106,6 @@ def nuclear(y: ArrayLike, ratio: ArrayLike) -> Float[Array, "..."]:
       >>> print(f"{rmtjax.shrinkage.nuclear(2.5, 1.0):.4f}")
       1.0000
     """
-    root = jnp.sqrt(jnp.asarray(ratio, jnp.promote_types(jnp.result_type(ratio), jnp.float32)))
     y, a, b, inside = _roots(y, ratio)
-    root = jnp.broadcast_to(root, y.shape)
+    root = jnp.broadcast_to(jnp.sqrt(jnp.asarray(ratio, a.dtype)), a.shape)
     return jnp.where(inside, 0.0, jnp.maximum(a / y * b - 2 * root / (a + b), 0.0))

@@ -39,7 +39,6 @@ from rmtjax.planning._rows import (
     Kept as Kept,
     LayerPlan as LayerPlan,
     Plan as Plan,
-    planned_views as planned_views,
     Truncated as Truncated,
 )
 from rmtjax.planning._truncate import (

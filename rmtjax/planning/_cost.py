@@ -1,5 +1,6 @@
 """Costs of kernels as they are and as thinner factors: numbers, multiply-adds, measured time."""
 
+import math
 import operator
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -59,8 +60,8 @@ class Product(NamedTuple):
     ranks: tuple[int | None, ...]  # the alternatives: ranks of factors, None for the dense kernel
 
 
-# Milliseconds of each alternative, round by round.
-Clock = Callable[[Product], Float[np.ndarray, "rounds alternatives"]]
+Times = Float[np.ndarray, "rounds alternatives"]  # milliseconds
+Clock = Callable[[Product], Times]
 
 
 def rows_by_path(batch: int | Mapping[str, int] | None, paths: Collection[str]) -> dict[str, int]:
@@ -105,14 +106,11 @@ def time_burst(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def time_products(
-    product: Product, burst: Callable = time_burst, most: int = MOST
-) -> Float[np.ndarray, "rounds alternatives"]:
+def time_products(product: Product, burst: Callable = time_burst, most: int = MOST) -> Times:
     """Returns milliseconds of one compiled call of each alternative, on the default device.
 
-    A round holds bursts of about two milliseconds, or one call if that takes longer. There are as
-    many rounds as half a second has room for, at least 3 and at most 11. Rows beyond what fits
-    into memory easily are not run: they would take as long, each.
+    A round holds bursts of `BURST` seconds, or one call if that takes longer, and `BUDGET` limits
+    the rounds. Rows beyond `most` entries are not run: each would take as long.
     """
     rows = min(product.rows, max(1, most // max(product.sides)))
     bound = product._replace(rows=rows)
@@ -159,14 +157,12 @@ def hindrance(view: MatrixView, rank: int) -> str | None:
     return None if saving else "no saving from factors"
 
 
-def _count(kernel: KernelLeaf, rows: int, rank: int | None) -> tuple[int, int]:
+def _count(kernel: KernelLeaf, rows: int, lookup: bool, rank: int | None) -> tuple[int, int]:
     """Returns parameters and multiply-adds with factors of a rank, or dense."""
-    lookup = kernel.path.rpartition("/")[2] == "embedding"
-    if rank is None or not isinstance(kernel, MatrixView):
-        return kernel.size, 0 if lookup else rows * kernel.size
-    numbers = kernel.stack * rank * (kernel.rows + kernel.columns)
-    right = kernel.stack * rank * kernel.columns
-    return numbers, rows * (right if lookup else numbers)
+    left, right = math.prod(kernel.shape), 0
+    if rank is not None and isinstance(kernel, MatrixView):
+        left, right = (kernel.stack * rank * side for side in (kernel.rows, kernel.columns))
+    return left + right, rows * (right if lookup else left + right)
 
 
 def weigh(
@@ -177,10 +173,10 @@ def weigh(
     The matrices of a stack take turns, as under `nn.scan`. `rank` is that of `kernel` where its
     shape stays. Without `rows`, the time is not measured.
     """
-    before, after = (_count(kernel, rows or 1, r) for r in (kernel.rank, rank))
+    lookup = kernel.path.rpartition("/")[2] == "embedding"
+    before, after = (_count(kernel, rows or 1, lookup, r) for r in (kernel.rank, rank))
     if rows is None or not isinstance(kernel, MatrixView) or obstacle(kernel, min_size=1):
         return Cost(*before, None, *after, None), None
-    lookup = kernel.path.rpartition("/")[2] == "embedding"
     ranks = (rank,) if rank == kernel.rank else (kernel.rank, rank)
     times = clock(Product(rows, (kernel.rows, kernel.columns), kernel.dtype, lookup, ranks))
     medians = (kernel.stack * np.median(times, axis=0)).tolist()

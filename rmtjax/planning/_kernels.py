@@ -9,15 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax._axes import (
-    check_axes,
-    factored_axes,
-    is_factors,
-    kernel_shape,
-    KernelAxes,
-    KernelLeaf,
-    MatrixView,
-)
+from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, KernelLeaf, MatrixView
 from rmtjax._types import Axes, Where
 
 NAMES = ("kernel", "embedding")
@@ -59,9 +51,6 @@ def guess_axes(path: str, leaf: Any) -> KernelAxes | None:
     - The `query`, `key` and `value` projections (in, heads, head_dim): all but the first
       are outputs.
     - Other names with more axes than two, and leaves with fewer: None.
-
-    A parameter tree does not tell a stack of kernels, as `nn.scan` makes it, from a
-    convolution. `rmtjax.linen.kernel_axes` asks the module instead.
     """
     ndim = len(kernel_shape(leaf))
     parent = path.split("/")[-2] if "/" in path else ""
@@ -111,8 +100,7 @@ def check_tree(params: PyTree) -> None:
     if isinstance(params, jax.Array | np.ndarray):
         raise TypeError(
             f"`params` must be a tree of parameters, got an array of shape {params.shape}: give "
-            '`{"kernel": array}`, or call `rmtjax.spectrum`, `fit_bema`, `truncate_matrix` and '
-            "`factorize_matrix`."
+            '`{"kernel": array}`, or call functions of arrays such as `rmtjax.spectrum`.'
         )
 
 
@@ -159,9 +147,7 @@ def _view(path: str, leaf: Any, axes: Axes | None) -> KernelLeaf:
         named = axes[path] if axes and path in axes else guess_axes(path, leaf)
     if named is None:
         return KernelLeaf(path, leaf)
-    view = MatrixView(path, leaf, KernelAxes(*map(tuple, named)))  # lists would not be hashable
-    check_axes(path, view.axes, len(view.shape))
-    return view
+    return MatrixView(path, leaf, KernelAxes(*map(tuple, named)))  # lists would not be hashable
 
 
 def find_kernels(

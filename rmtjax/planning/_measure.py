@@ -23,25 +23,15 @@ Fits = Mapping[str, BulkFit]
 
 
 class Measurement(NamedTuple):
-    """Holds what was measured on a kernel: NumPy arrays with an entry for each matrix of a stack.
+    """The measurements of a kernel: NumPy arrays with an entry for each matrix of a stack."""
 
-    Attributes:
-      spectra: Those of factors end in the zeros that the dense kernel would have.
-      fits: The noise in force; NaN for factors that were given none.
-      noisy: Whether there is noise above rounding.
-      accepted: Whether the rule may be believed.
-      signal: Number of signal directions.
-      populated: Number of directions that may be kept: of factors, those that are not zero.
-      estimated: Whether the bulk of the spectra is made of estimated quantiles.
-    """
-
-    spectra: Spectrum
-    fits: BulkFit
-    noisy: Bool[Array, " b"]
-    accepted: Bool[Array, " b"]
-    signal: Int[Array, " b"]
-    populated: Int[Array, " b"]
-    estimated: bool = False
+    spectra: Spectrum  # those of factors end in the zeros that the dense kernel would have
+    fits: BulkFit  # the noise in force; NaN for factors that were given none
+    noisy: Bool[Array, " b"]  # whether there is noise above rounding
+    accepted: Bool[Array, " b"]  # whether the rule may be believed
+    signal: Int[Array, " b"]  # number of signal directions
+    populated: Int[Array, " b"]  # number of directions that may be kept: of factors, not the zeros
+    estimated: bool = False  # whether the bulk of the spectra is made of estimated quantiles
 
 
 @partial(jax.jit, static_argnames=("rule", "factored"))
@@ -102,12 +92,10 @@ def _decides(measured: Measurement, values: Values) -> bool:
 
 
 def measure(views: Views, rule, fits: Fits, exact_below: int) -> dict[str, Measurement]:
-    """Measures kernels, with the noise levels that are given for some of them.
-
-    Large kernels are estimated first. Where an estimate does not decide, the spectrum is computed.
-    """
+    """Measures kernels, with the noise levels that are given for some of them."""
     values = estimated_spectra(views, exact_below)
     measured = _measure_values(views, values, rule, fits)
+    # Where the estimate of a large kernel does not decide, the spectrum is computed.
     measured = {path: row for path, row in measured.items() if _decides(row, values[path])}
     rest = {path: view for path, view in views.items() if path not in measured}
     measured |= _measure_values(views, spectra(rest), rule, fits)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rmtjax._types import Axes, BulkFit, Where
+from rmtjax._types import Axes, BulkFit, check_type, Where
 from rmtjax.noise import check_rule, ranks, Shrink
 
 
@@ -28,20 +28,6 @@ def check_share(name: str, value: Any, meaning: str, *, below_one: bool = False)
     end, is_number = ")" if below_one else "]", np.asarray(value).dtype.kind in "biuf"
     if not is_number or not (0 <= value < 1 or (value == 1 and not below_one)):
         raise ValueError(f"`{name}` must be in [0, 1{end}, got {value}: the share of {meaning}.")
-
-
-def _check_fits(fits: Any) -> None:
-    if not isinstance(fits, Mapping):
-        raise TypeError(
-            f"`fits` must be a dictionary from paths to fits, got {type(fits).__name__}. For the "
-            "state of an optimizer with `prune_spectrum` it is `rmtjax.noise_levels(state)`."
-        )
-    for path, fit in fits.items():
-        if not isinstance(fit, BulkFit):
-            raise TypeError(
-                f"`fits` must have a `rmtjax.BulkFit` for each path, got {type(fit).__name__} for "
-                f"{path!r}. Those of a plan are `plan.fits`."
-            )
 
 
 @dataclass(frozen=True)
@@ -69,28 +55,25 @@ class PlanOptions:
         check_share("keep", self.keep, "the directions that are not signal and stay all the same")
         if self.shrink is not None and not callable(self.shrink):
             raise TypeError(
-                "`shrink` must be a function such as `rmtjax.shrinkage.frobenius`, or None, got "
-                f"{self.shrink!r}."
+                f"`shrink` must be a function such as `shrinkage.frobenius`, got {self.shrink!r}."
             )
         if self.shrink is not None and self.keep > 0:
             raise ValueError(
-                f"`keep` must be 0 with `shrink`, got {self.keep}: the directions that are not "
-                "signal would be kept and shrunk to 0. Leave one of the two out."
+                f"`keep` must be 0 with `shrink`, got {self.keep}: what it keeps, `shrink` removes."
             )
         if isinstance(self.where, str):
             try:
                 re.compile(self.where)
             except re.error as error:
-                raise ValueError(
-                    f"`where` must be a regular expression if it is a string, got {self.where!r}: "
-                    f"{error}."
-                ) from error
-        if not (self.axes is None or callable(self.axes) or isinstance(self.axes, Mapping)):
-            raise TypeError(
-                "`axes` must be a function `axes(path, leaf)` or a dictionary from paths to "
-                f"`rmtjax.KernelAxes`, got {type(self.axes).__name__}."
-            )
-        _check_fits({} if self.fits is None else self.fits)
+                words = "`where` must be a regular expression if it is a string, got"
+                raise ValueError(f"{words} {self.where!r}: {error}.") from error
+        if not (self.axes is None or callable(self.axes)):
+            check_type("axes", self.axes, Mapping, "Or give a function `axes(path, leaf)`.")
+        if self.fits is not None:
+            of_state = "Those of an optimizer's state are `rmtjax.noise_levels(opt_state)`."
+            check_type("fits", self.fits, Mapping, of_state)
+            for path, fit in self.fits.items():
+                check_type(f"fits[{path!r}]", fit, BulkFit, "Those of a plan are `plan.fits`.")
         for name in ("min_rank", "multiple", "min_size", "exact_below"):
             check_count(name, getattr(self, name))
         for path, rows in self.batch.items() if isinstance(self.batch, Mapping) else ():

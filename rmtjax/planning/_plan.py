@@ -93,8 +93,7 @@ def _check_paths(name: str, by_path: Any, params: PyTree) -> None:
         unknown = min(by_path.keys() - leaves_by_path(params).keys(), default=None)
         if unknown is not None:
             raise ValueError(
-                f"`{name}` has {unknown!r}, which is no path of `params`. Give `plan` the tree "
-                f"that `{name}` was made for."
+                f"`{name}` has {unknown!r}, which is no path of `params`: give it for this tree."
             )
 
 
@@ -136,8 +135,7 @@ def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) 
         if not cause and path in given and _is_held(given[path]):
             cause = "pruning left it alone while training"
         if cause or not isinstance(kernel, MatrixView):
-            axes = kernel.axes if isinstance(kernel, MatrixView) else None
-            decided[path] = Kept(f"kept: {cause}", kernel.shape, axes)
+            decided[path] = Kept(f"kept: {cause}", kernel.shape, getattr(kernel, "axes", None))
         else:
             views[path] = kernel
     measured = measure(views, options.rule, given, options.exact_below)

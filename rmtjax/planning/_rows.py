@@ -4,27 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import PyTree
-
-from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, MatrixView
+from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import Shrink
 from rmtjax.planning._cost import Cost
-from rmtjax.planning._kernels import check_tree, leaves_by_path
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A kernel that stays as it is.
+    """A kernel that stays as it is; its fields are those of `Truncated`.
 
-    Attributes:
-      reason: Why it stays.
-      shape: Shape of the dense kernel.
-      axes: What makes it a matrix; None if nothing does.
-      rank: The rank that it may have; None without a spectrum.
-      fit: The noise level that was fitted or given; None without a spectrum.
-      spectrum: The spectrum as NumPy arrays; None if it was not computed, or not saved.
-      cost: Parameters, multiply-adds and milliseconds.
+    A leaf that is not a matrix has no `axes`. Without a spectrum there is no `rank` and no `fit`.
     """
 
     reason: str
@@ -56,12 +46,12 @@ class Truncated(_Lowered):
     """A kernel whose rank goes down in place: factors would not be smaller, or not faster.
 
     Attributes:
-      reason: Why it is truncated, and why not factorized.
+      reason: Why it is kept, truncated or factorized.
       shape: Shape of the dense kernel.
       axes: What makes it a matrix.
-      rank: Rank after the truncation.
+      rank: Rank after the plan.
       fit: The noise as NumPy numbers, for a stack an array with an entry for each matrix.
-      spectrum: The spectrum as NumPy arrays; None after loading from a file.
+      spectrum: The spectrum as NumPy arrays; None if not computed, and after loading from a file.
       shrink: Changes the singular values that stay; None leaves them.
       cost: Parameters, multiply-adds and milliseconds, before and after the plan.
     """
@@ -155,13 +145,3 @@ def check_plan_fits(
                 f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "
                 f"{difference} in this one. Make the plan from this tree with `rmtjax.plan`."
             )
-
-
-def planned_views(params: PyTree, plan: Plan) -> dict[str, MatrixView]:
-    """Returns the kernels that a plan changes, in the order of the tree it was made for."""
-    check_tree(params)
-    leaves = leaves_by_path(params)
-    check_plan_fits(plan, leaves)
-    changes = plan.changes
-    paths = [path for path in leaves if path in changes]
-    return {path: MatrixView(path, leaves[path], changes[path].axes) for path in paths}

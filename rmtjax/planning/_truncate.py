@@ -9,8 +9,8 @@ from jaxtyping import PyTree
 
 from rmtjax._axes import Factors, is_factors, MatrixView
 from rmtjax._sharding import place_factors, place_like
-from rmtjax.planning._kernels import map_kernels
-from rmtjax.planning._rows import check_plan, Factorized, Plan, planned_views, Truncated
+from rmtjax.planning._kernels import check_tree, leaves_by_path, map_kernels
+from rmtjax.planning._rows import check_plan, check_plan_fits, Factorized, Plan, Truncated
 from rmtjax.spectra import (
     keeps_most,
     multiply,
@@ -43,10 +43,7 @@ def _pad(factors: Factors, view: MatrixView) -> Factors:
 
 
 def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tuple[str, Any]]:
-    """Yields path and new leaf of each kernel, computed one at a time.
-
-    A leaf may still be in a file: it is read when it is needed.
-    """
+    """Yields path and new leaf of each kernel, one at a time: a leaf may still be in a file."""
     rest = dict(views)
     for path, view in views.items():
         row = rows[path]
@@ -69,7 +66,12 @@ def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tupl
 
 def _change(params: PyTree, plan: Plan) -> PyTree:
     """Returns the tree with the leaves that the plan changes."""
-    changed = dict(changed_leaves(planned_views(params, plan), plan.changes))
+    check_tree(params)
+    leaves = leaves_by_path(params)
+    check_plan_fits(plan, leaves)
+    rows = plan.changes
+    views = {path: MatrixView(path, leaves[path], row.axes) for path, row in rows.items()}
+    changed = dict(changed_leaves(views, rows))
     return map_kernels(lambda path, leaf: changed[path], params, changed)
 
 

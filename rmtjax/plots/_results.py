@@ -7,8 +7,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
+from rmtjax._types import check_type
 from rmtjax.planning import LayerPlan
-from rmtjax.plots._style import BLUE, check_type, dot_size, finish, new_axes, style, VERMILION
+from rmtjax.plots._style import BLUE, dot_size, finish, new_axes, style, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,8 +145,7 @@ def certificate(
     x, y = np.asarray(margins, float), np.asarray(bounds, float)
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(
-            "`margins` and `bounds` must have one number a sample, got shapes "
-            f"{x.shape} and {y.shape}."
+            f"`margins` and `bounds` must have one number a sample, got {x.shape} and {y.shape}."
         )
     ax = new_axes() if ax is None else ax
     # A bound that is not finite is not below the margin, so its prediction may change.

@@ -9,10 +9,9 @@ from typing import NamedTuple, TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from rmtjax._types import BulkFit, Spectrum
-from rmtjax.laws import marchenko_pastur
-from rmtjax.noise import law_curve, law_left, roots, rounding
-from rmtjax.plots._style import BLUE, check_type, dot_size, finish, new_axes, PALE, VERMILION
+from rmtjax._types import BulkFit, check_type, Spectrum
+from rmtjax.laws import law_curve, law_left, marchenko_pastur, roots, rounding
+from rmtjax.plots._style import BLUE, dot_size, finish, new_axes, PALE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,11 +37,9 @@ def _to_draw(spectrum: Spectrum, fit: BulkFit) -> _Drawn:
     check_type("fit", fit, BulkFit, f"Give `rmtjax.fit_bema(spectrum)`. {of_row}")
     if np.ndim(spectrum.eigenvalues) != 1 or np.ndim(fit.threshold) != 0:
         raise ValueError(
-            "`spectrum` and `fit` must be those of one matrix, got eigenvalues of shape "
-            f"{np.shape(spectrum.eigenvalues)} and a threshold of shape "
-            f"{np.shape(fit.threshold)}. For matrix `i` of a stack, give "
-            "`spectrum._replace(eigenvalues=spectrum.eigenvalues[i])` and "
-            "`jax.tree.map(lambda field: field[i], fit)`."
+            "`spectrum` and `fit` must be those of one matrix, got shapes "
+            f"{np.shape(spectrum.eigenvalues)} and {np.shape(fit.threshold)}. Of a stack, give "
+            "`Spectrum(eigenvalues[i], ratio)` and `jax.tree.map(lambda field: field[i], fit)`."
         )
     values = roots(spectrum.eigenvalues)
     edge, threshold = (float(np.sqrt(cut)) for cut in (fit.edge, fit.threshold))
@@ -51,7 +48,7 @@ def _to_draw(spectrum: Spectrum, fit: BulkFit) -> _Drawn:
 
 
 def _law_of(spectrum: Spectrum, fit: BulkFit) -> tuple:
-    """Returns the arguments of `noise.law_curve`: the law of the noise without the spikes."""
+    """Returns the arguments of `laws.law_curve`: the law of the noise without the spikes."""
     ratio, spikes, edge = map(jnp.asarray, (spectrum.ratio, fit.num_spikes, fit.edge))
     return ratio, spectrum.eigenvalues.shape[-1], spikes, edge
 
@@ -164,9 +161,7 @@ def singular_values(
     drawn = _to_draw(spectrum, fit)
     size = drawn.values.size
     if rank is not None and not 0 <= rank <= size:
-        raise ValueError(
-            f"`rank` must be in [0, {size}], got {rank}: the number of singular values kept."
-        )
+        raise ValueError(f"`rank` must be in [0, {size}], got {rank}: how many values are kept.")
     ax = new_axes() if ax is None else ax
     if not np.isfinite(drawn.values).all():
         return _not_finite(ax, title)

@@ -1,7 +1,7 @@
 """The style of all figures: colours, markers, axes and legends."""
 
 from collections.abc import Collection
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,9 +29,7 @@ def new_axes(height: float = 4.8, names: Collection[str] = ()) -> "Axes":
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "rmtjax.plots needs matplotlib: pip install 'rmtjax[plots]'"
-        ) from error
+        raise ModuleNotFoundError("needs matplotlib: pip install 'rmtjax[plots]'") from error
     # A legend beside the axes needs room for its longest name.
     beside = max(map(len, names)) if len(names) >= LEGEND else 0
     return pyplot.subplots(figsize=(6.4 + 0.075 * beside, height), layout="constrained")[1]
@@ -79,9 +77,3 @@ def finish(
             _label_logarithms(axis, form)
     _add_legend(ax, beside)
     return ax
-
-
-def check_type(name: str, value: Any, kind: type, remedy: str) -> None:
-    """Raises TypeError for an argument of another type, with a remedy."""
-    if not isinstance(value, kind):
-        raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value).__name__}. {remedy}")

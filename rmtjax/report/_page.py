@@ -17,7 +17,7 @@ import numpy as np
 
 from rmtjax._text import printable
 from rmtjax._types import BulkFit
-from rmtjax.noise import histogram, law_curve, roots, rounding
+from rmtjax.laws import law_curve, roots, rounding
 from rmtjax.planning import Cost, LayerPlan, Plan
 from rmtjax.report._row import Row, to_cell
 
@@ -87,6 +87,14 @@ def _laws(drawn: Sequence[_Drawn]) -> list[dict[str, Any]]:
     ]
 
 
+def count_values(values: np.ndarray, bins: int, stop: float) -> tuple[list[int], int]:
+    """Returns the counts of the values in bars from 0 to `stop`, and the number of zeros."""
+    # The zeros of a truncated kernel would make one bar so high that no other could be seen.
+    present = values > rounding(values)
+    counts, _ = np.histogram(values[present], bins, (0, stop))
+    return counts.tolist(), int((~present).sum())
+
+
 def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the numbers from which the script draws a spectrum."""
     # About 3 p^(1/3) bars in the bulk. They stop at twice the threshold: spikes that are far away
@@ -94,16 +102,16 @@ def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
     top, bins = float(drawn.values[0]), np.clip(3 * drawn.values.size ** (1 / 3), 8, BINS / 2)
     cut = float(drawn.fit.threshold) ** 0.5 if drawn.has_noise else top
     stop = float(np.clip(top, 1.1 * cut, 2 * cut)) or 1.0
-    bars = histogram(drawn.values, int(np.ceil(bins * stop / (cut or 1.0))), stop)
+    counts, zeros = count_values(drawn.values, int(np.ceil(bins * stop / (cut or 1.0))), stop)
     spikes = int(drawn.fit.num_spikes) if law else 0
     numbers = {"ratio": drawn.ratio, **drawn.fit._asdict()}
     names = "ratio", "variance", "edge", "threshold", "distance"
     return {
         **{name: _short(float(numbers[name])) for name in names},
         "size": drawn.values.size,
-        "counts": bars.counts.tolist(),
-        "stop": bars.stop,
-        "zeros": bars.zeros,
+        "counts": counts,
+        "stop": stop,
+        "zeros": zeros,
         "law": law,
         "spikes": spikes,
         "largest": [_short(float(v)) for v in drawn.values[: min(spikes, MOST_SPIKES)]],

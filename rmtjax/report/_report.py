@@ -34,8 +34,7 @@ _SIGNS = re.compile(r"[\\`*\[\]~|]|(?<![^\W_])_|_(?![^\W_])")
 def _check_columns(columns: tuple[str, ...]) -> None:
     unknown = sorted(set(columns) - set(Row._fields))
     if unknown:
-        known = ", ".join(Row._fields)
-        raise ValueError(f"`columns` must be fields of `Row` ({known}), got {unknown[0]!r}.")
+        raise ValueError(f"`columns` must be fields of `Row` {Row._fields}, got {unknown[0]!r}.")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,6 @@ class Report:
         A text that a spreadsheet would take for a formula begins with a quote.
         """
         _check_columns(columns)
-        # Spreadsheets take a text that begins with one of these signs for a formula.
         quote = lambda text: "'" if text.lstrip().startswith(("=", "+", "-", "@")) else ""
         plain = lambda value: quote(value) + printable(value) if isinstance(value, str) else value
         columns, file = columns or Row._fields, io.StringIO()
@@ -165,9 +163,7 @@ class Report:
         try:
             import pandas
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`Report.to_pandas` needs pandas: pip install 'rmtjax[pandas]'"
-            ) from error
+            raise ModuleNotFoundError("needs pandas: pip install 'rmtjax[pandas]'") from error
         # pandas would make floats of integers among which one is missing.
         dtypes = {int | None: "Int64", float | None: "float64"}
         kinds = {name: dtypes[kind] for name, kind in Row.__annotations__.items() if kind in dtypes}

@@ -145,8 +145,7 @@ def shrink(
     size = sum(kernel.size for kernel in kernels.values())
     if size >= 2**31:
         raise ValueError(
-            f"`params` must have less than 2**31 entries to choose among, got {size}: choose fewer "
-            "kernels by `where`, and treat them in groups."
+            f"`params` must have less than 2**31 entries to choose among, got {size}: use `where`."
         )
     weights = dict.fromkeys(kernels, 1.0) if weights is None else weights
     for path, weight in weights.items():

@@ -37,10 +37,8 @@ def _prune_if(due, kernels, updates, masks, weights, sparsity):
     """Returns updates that land on zero where a mask is False, and the masks, shrunk if due."""
 
     def shrink_landed(masks):
-        # The rounding of `optax.apply_updates`: the order of magnitudes must be that of what lands.
-        landed = {
-            path: (kernels[path] + updates[path]).astype(kernels[path].dtype) for path in masks
-        }
+        # The order of magnitudes must be that of what lands.
+        landed: Any = optax.apply_updates(kernels, updates)
         return shrink(landed, masks, weights, sparsity)
 
     masks = jax.lax.cond(due, shrink_landed, lambda masks: masks, masks)

@@ -74,9 +74,7 @@ def entry_threshold(
       5.876
     """
     if not 0 < delta < 1:
-        raise ValueError(
-            f"`delta` must be in (0, 1), got {delta}: it bounds the probability that noise passes."
-        )
+        raise ValueError(f"`delta` must be in (0, 1), got {delta}: the probability of noise above.")
     if not shape or min(shape) < 1:
         raise ValueError(f"`shape` must be that of a matrix with entries, got {shape}.")
     return jnp.sqrt(2 * math.log(2 * math.prod(shape) / delta) * jnp.asarray(variance))
@@ -93,8 +91,7 @@ def _above(path: str, kernel, row: LayerPlan, delta: float, rule) -> Bool[Array,
     fits = jax.tree.map(jnp.ravel, row.fit)
     accepts = lambda eigenvalues, fit: rule.accepts(Spectrum(eigenvalues, ratio), fit)
     accepted = jax.vmap(accepts)(eigenvalues.reshape(-1, eigenvalues.shape[-1]), fits)
-    _, rows, columns = matrix_shape(row.shape, row.axes)
-    threshold = entry_threshold(fits.variance, (rows, columns), delta)
+    threshold = entry_threshold(fits.variance, matrix_shape(row.shape, row.axes)[1:], delta)
     threshold = _spread(jnp.where(accepted, threshold, jnp.nan), row)
     # Not `>`: entries under a threshold of NaN, and entries that are NaN, are kept.
     return ~(magnitudes(kernel) <= threshold)

@@ -39,6 +39,14 @@ def test_no_text_can_end_a_script():
         _page.to_script(float("nan"))
 
 
+def test_bars_count_what_is_there():
+    values = np.array([5.0, 2.0, 1.0, 0.999, 0.5, 1e-9, 0.0])
+    counts, zeros = _page.count_values(values, 4, 2.0)
+    assert counts == [0, 2, 1, 1]  # borders belong to the right, but for the last
+    assert zeros == 2
+    assert _page.count_values(np.zeros(3), 2, 1.0) == ([0, 0], 3)
+
+
 def test_the_policy_names_the_script_and_the_style(report):
     page = report.to_page()
     (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', page)

@@ -8,25 +8,16 @@ import numpy as np
 import pytest
 
 import rmtjax
-from rmtjax.noise import _density
-
-
-def test_bars_count_what_is_there():
-    values = np.array([5.0, 2.0, 1.0, 0.999, 0.5, 1e-9, 0.0])
-    bars = _density.histogram(values, 4, 2.0)
-    assert bars.counts.tolist() == [0, 2, 1, 1]  # borders belong to the right, but for the last
-    assert (bars.stop, bars.zeros) == (2.0, 2)
-    nothing = _density.histogram(np.zeros(3), 2, 1.0)
-    assert (nothing.counts.tolist(), nothing.zeros) == ([0, 0], 3)
+from rmtjax.laws import law_curve, roots
 
 
 def test_roots_of_what_rounding_left_below_zero_are_zero():
-    assert _density.roots(jnp.array([4.0, 1.0, -1e-9])).tolist() == [2.0, 1.0, 0.0]
+    assert roots(jnp.array([4.0, 1.0, -1e-9])).tolist() == [2.0, 1.0, 0.0]
 
 
 def curve(ratio, size, spikes, edge, points=60):
     numbers = jnp.float32(ratio), jnp.int32(size), jnp.int32(spikes), jnp.float32(edge)
-    grid, density = jax.jit(partial(_density.law_curve, points=points))(*numbers)
+    grid, density = jax.jit(partial(law_curve, points=points))(*numbers)
     return np.asarray(grid, np.float64), np.asarray(density, np.float64)
 
 
