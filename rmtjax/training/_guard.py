@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.core import Tracer
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
@@ -46,7 +45,7 @@ class Guard(NamedTuple):
       max_rise: Share of the fall of the loss since then that the cuts may undo.
     """
 
-    value_fn: Callable[[PyTree], Any]
+    value_fn: Any
     params: PyTree
     updates: PyTree
     reference: PyTree

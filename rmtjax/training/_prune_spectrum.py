@@ -26,7 +26,7 @@ from rmtjax.training._pruning_step import (
     unpruned,
 )
 
-_MAX_REMOVED = 0.8
+_MAX_REMOVED = 0.5
 
 Noise = Literal["first", "refit"]
 Keep = ArrayLike | Callable[[Any], ArrayLike]
@@ -144,7 +144,7 @@ def prune_spectrum(
         `every` to about one epoch: if checks are more frequent, it seems stable too soon.
       max_removed: Largest share of its squares that a kernel may lose in one cut, in [0, 1]. A cut
         that would take more is refused, as `rmtjax.metrics` tells, and tried again later. 1 allows
-        every cut, and so do rules without a noise level. None is 1 with `value_fn`, else 0.8.
+        every cut, and so do rules without a noise level. None is 1 with `value_fn`, else 0.5.
       max_rise: Share of the fall of `value_fn` over the last period that a pruning step may undo,
         in [0, 1]. With 0.1 training goes on at nine tenths of its speed. Without `value_fn` pass
         None: the state then needs no copy of `params`.
