@@ -110,5 +110,5 @@ def _train(task: Task, data: Data, network: Network, chain, step, score, arm, se
     stored = size(rmtjax.factorize(params, plan)) / size(params)
     thin = score(rmtjax.truncate(params, plan), rest, data)
     worst = (min if task.in_points else max)(tests)
-    ranks = {path: row.rank for path, row in plan.items() if row.action != "keep"}
+    ranks = {path: int(row.rank or 0) for path, row in plan.items() if row.action != "keep"}
     return Outcome(tests[-1], thin, stored, worst, ranks)

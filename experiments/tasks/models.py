@@ -1,5 +1,8 @@
 """The networks of the tasks: small, with the layers and the normalization of their kind."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -83,7 +86,7 @@ class ScannedTransformer(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent cell over a sequence; its last output, or all of them."""
 
-    cell: type[nn.RNNCellBase]
+    cell: Callable[..., nn.RNNCellBase]
     width: int
     outputs: int
     vocabulary: int = 0  # of tokens; 0 for sequences of numbers
@@ -93,8 +96,8 @@ class Recurrent(nn.Module):
     def __call__(self, x, train: bool):  # noqa: D102
         del train
         x = nn.Embed(self.vocabulary, self.width)(x) if self.vocabulary else x
-        x = nn.RNN(self.cell(self.width))(x)
-        return nn.Dense(self.outputs)(x if self.every else x[:, -1])
+        outputs: Any = nn.RNN(self.cell(self.width))(x)
+        return nn.Dense(self.outputs)(outputs if self.every else outputs[:, -1])
 
 
 class VAE(nn.Module):

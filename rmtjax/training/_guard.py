@@ -4,7 +4,7 @@ All cuts of a step lie on one way. It cuts kernel after kernel, the one of the l
 each from its full rank down to the rank of its rule. A bisection finds how far the loss allows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,19 +19,13 @@ from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.planning import map_kernels
 from rmtjax.spectra import compose, decompose
-from rmtjax.training._pruning_step import (
-    frobenius_norm,
-    KernelState,
-    landing_norm,
-    map_alike,
-)
+from rmtjax.training._pruning_step import frobenius_norm, KernelState, landing_norm, map_alike
 
 # Two losses with their gradients, of about three forward passes each, and the loss of the last
 # pruning step are seven passes. With the steps of the bisection they are 15.
 _STEPS = 8
 _RANKS = 32  # the most ranks at which one kernel may end
 
-Loss = Callable[[Sequence[Array]], Array]
 Moves = tuple[list[Array], list[KernelState]]
 
 
@@ -76,9 +70,9 @@ class _Cut:
     def rank(self, step: Int[Array, ""]) -> Int[Array, ""]:
         """Returns the rank at a step of the way. The first leads back to an earlier cut."""
         size, old, end = self.view.short, self.before[1].rank, self.after[1].rank
-        again = jnp.asarray(old < size, jnp.int32)
+        first = jnp.asarray(old < size, jnp.int32)
         done = jnp.clip(step - self.place * self.steps, 0, self.steps)
-        below = jnp.maximum(done - again, 0) * (old - end) // (self.steps - again)
+        below = jnp.maximum(done - first, 0) * (old - end) // (self.steps - first)
         return jnp.where(is_cut(self.after[1]) & (done > 0), old - below, size)
 
     def lower(self, step: Int[Array, ""]) -> Array:
@@ -126,7 +120,7 @@ def is_cut(state: KernelState) -> Bool[Array, ""]:
     return state.removed > 0
 
 
-def _costs(loss: Loss, whole: list[Array], cut: list[Array]) -> tuple[Array, Array, list[Array]]:
+def _costs(loss: Callable, whole: list[Array], cut: list[Array]) -> tuple[Array, Array, list]:
     r"""Returns the loss of both, and what the cut of each kernel adds to it.
 
     $\Delta L \approx \frac12 \langle g_0 + g_1, W' - W \rangle$, with the gradients at both ends,
@@ -204,7 +198,7 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
     is_fine = lambda value: (value <= limit) & jnp.isfinite(value)
     moves, states = after
     states = [s._replace(cost=c.astype(s.cost.dtype)) for s, c in zip(states, costs, strict=True)]
-    steps = max(1, min(_RANKS, 2**_STEPS // len(views)))
+    steps = max(2, min(_RANKS, 2**_STEPS // len(views)))
 
     def lessen():
         # The decompositions wait for those before: under `vmap` both are computed.
@@ -222,20 +216,12 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
 
 
 def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: Moves) -> Moves:
-    """Makes cuts smaller if a pruning step is due and the loss does not allow them.
-
-    Args:
-      due: Whether it is.
-      guard: What decides.
-      views: The kernels in the parameters.
-      before, after: Updates and states of the kernels, without the cuts and with them.
-    """
+    """Makes the cuts of a step that is due smaller: between the states `before` and `after`."""
     hidden = lambda node: isinstance(node, optax.MaskedNode)
     if any(map(hidden, jax.tree.leaves(guard.params, is_leaf=hidden))):
         raise ValueError(
-            "`value_fn` needs all parameters, and `optax.masked` or `optax.partition` hide some of "
-            "them from `prune_spectrum`. Choose its kernels by `where` instead, or pass "
-            "`max_rise=None`."
+            "`value_fn` needs all parameters, and `optax.masked` or `optax.partition` hide some. "
+            "Choose the kernels of `prune_spectrum` by `where` instead, or pass `max_rise=None`."
         )
     if jax.tree.structure(guard.reference) != jax.tree.structure(guard.params):
         raise ValueError(

@@ -274,11 +274,7 @@ def prune_if(due, kernels, updates, states, numbers: StepNumbers, *, axes, optio
 
 @partial(jax.jit, static_argnames="axes")
 def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[KernelState]:
-    """Returns states without the cuts that are not in the kernels, just after a pruning step.
-
-    A transform behind this one, or a wrapper that mixes updates again, moves kernels elsewhere. The
-    squares that a cut has removed show whether they are gone.
-    """
+    """Returns states without cuts that another transform behind this one, or a wrapper, undid."""
 
     def check(kernel, state: KernelState, axes: KernelAxes) -> KernelState:
         known = jnp.isfinite(state.norm)
