@@ -111,11 +111,6 @@ def _given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkF
     return given
 
 
-def _is_held(fit: BulkFit) -> bool:
-    """Returns True for a threshold under which nothing lies, unless the kernel was zero."""
-    return bool(((fit.threshold == 0) & (fit.variance != 0)).any())
-
-
 def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) -> Plan:
     """Returns the plan of a tree; a clock that is shared times equal products once."""
     check_tree(params)
@@ -132,7 +127,7 @@ def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) 
         # What a factorization has left out cannot be fitted any more.
         if not cause and kernel.is_factored and options.rule.needs_noise and path not in given:
             cause = "factorized, and `fits` has no noise level for it"
-        if not cause and path in given and _is_held(given[path]):
+        if not cause and path in given and (given[path].threshold < 0).any():
             cause = "pruning left it alone while training"
         if cause or not isinstance(kernel, MatrixView):
             decided[path] = Kept(f"kept: {cause}", kernel.shape, getattr(kernel, "axes", None))

@@ -68,12 +68,13 @@ class _Cut:
     steps: int
 
     def rank(self, step: Int[Array, ""]) -> Int[Array, ""]:
-        """Returns the rank at a step of the way. The first leads back to an earlier cut."""
-        size, old, end = self.view.short, self.before[1].rank, self.after[1].rank
-        first = jnp.asarray(old < size, jnp.int32)
+        """Returns the rank at a step of the way: it falls by one factor in each."""
+        size, state = self.view.short, self.after[1]
         done = jnp.clip(step - self.place * self.steps, 0, self.steps)
-        below = jnp.maximum(done - first, 0) * (old - end) // (self.steps - first)
-        return jnp.where(is_cut(self.after[1]) & (done > 0), old - below, size)
+        rank = jnp.round(size * (state.rank / size) ** (done / self.steps)).astype(jnp.int32)
+        # In float32 the last power may be off by one rank.
+        rank = jnp.where(done == self.steps, state.rank, rank)
+        return jnp.where(is_cut(state), rank, size)
 
     def lower(self, step: Int[Array, ""]) -> Array:
         """Returns the kernel at a step of the way."""
@@ -101,7 +102,7 @@ class _Cut:
             rank=jnp.where(is_lower, rank, old.rank),
             removed=removed,
             refused=jnp.maximum(new.removed - removed, 0),
-            floor=jnp.where(is_lower, floor, 0).reshape(new.floor.shape),
+            floor=jnp.where(is_lower, floor, -1).reshape(new.floor.shape),
             norm=jnp.where(is_lower, landing_norm(self.view.leaf, move), jnp.nan),
         )
         return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)

@@ -99,7 +99,7 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
     Returns:
       Path to `BulkFit`, NaN before the first cut; of a stack with an entry for each matrix. If a
       cut was held back or made smaller, the threshold is below the directions that had to stay,
-      and 0 if all had to: `plan` then keeps the kernel.
+      and -1 if all had to: `plan` then keeps the kernel.
 
     Examples:
       >>> import jax, optax, rmtjax

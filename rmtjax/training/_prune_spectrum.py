@@ -43,7 +43,7 @@ class PruneState(NamedTuple):
       removed: Path to the share of the squares that it has removed, in [0, 1).
       refused: Path to the share that it would have removed and was not allowed to.
       floors: Path to the eigenvalue down to which directions must stay, since a cut was held back;
-        0 if all must, NaN if the threshold decides.
+        -1 if all must, NaN if the threshold decides.
       costs: Path to what the cut was predicted to add to the loss; NaN without `value_fn`.
       norms: Path to the norm that the last step lands on; NaN if it did not cut.
       previous: Path to the rank before the last step.
@@ -218,7 +218,7 @@ def prune_spectrum(
         old = [KernelState(*(field[path] for field in fields)) for path in views]
         old = forget_lost(is_due(jnp.asarray(state.step), every, start), kernels, old, axes=shapes)
         step = jnp.asarray(optax.safe_increment(state.step))
-        due, numbers = is_due(step, every, start), numbers_at(state.step, guarded)
+        due, numbers = is_due(step, every, start), numbers_at(jnp.asarray(state.step), guarded)
         moves = list(chosen.values())
         new = prune_if(due, kernels, moves, old, numbers, axes=shapes, options=options)
         if guarded:

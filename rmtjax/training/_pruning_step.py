@@ -202,8 +202,8 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
         signal=signal,
         removed=removed,
         refused=share - removed,
-        # A kernel that is held back must not be cut by a plan either.
-        floor=jnp.where(held, 0, jnp.where(ready, jnp.nan, state.floor)),
+        # A kernel that is held back must not be cut by a plan either: no level lies below -1.
+        floor=jnp.where(held, -1, jnp.where(ready, jnp.nan, state.floor)),
         cost=jnp.full_like(state.cost, jnp.nan),
         previous=state.rank,
     )

@@ -126,10 +126,9 @@ def test_it_prunes_inside_what_optax_wraps_around_it(name):
 
 def test_noise_levels_go_from_the_optimizer_to_the_plan():
     rule = rmtjax.ranks.bema(level=0.1)  # kernels of 20 steps have few clear spikes
-    transform = optax.chain(
-        optax.adam(3e-2), rmtjax.prune_spectrum(20, axes=rmt_nnx.kernel_axes(Net()), rule=rule)
-    )
-    model, optimizer = make(transform)
+    axes = rmt_nnx.kernel_axes(Net())
+    prune = rmtjax.prune_spectrum(20, axes=axes, rule=rule, max_removed=1.0)
+    model, optimizer = make(optax.chain(optax.adam(3e-2), prune))
     train(model, optimizer, 20)
     fits = rmtjax.noise_levels(optimizer.opt_state)
     assert fits.keys() == set(PATHS)

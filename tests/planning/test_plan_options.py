@@ -221,7 +221,7 @@ def test_noise_levels_of_a_stack_are_used_each():
 
 
 def test_the_noise_levels_of_training_are_taken_from_its_state():
-    optimizer = optax.chain(optax.sgd(0.0), rmtjax.prune_spectrum(every=1))
+    optimizer = optax.chain(optax.sgd(0.0), rmtjax.prune_spectrum(every=1, max_removed=1.0))
     params = {"kernel": jnp.asarray(GOOD)}
     state = optimizer.init(params)
     updates, state = optimizer.update(params, state, params)

@@ -114,8 +114,8 @@ def test_the_cheapest_is_cut_first_and_the_rest_of_the_rise_is_used(max_rise):
     left = allowed - 1e-4 * squares("b")[RANK:].sum()
     lost = np.cumsum(squares("a")[::-1]) <= left  # with this many of the smallest removed
     best = SIZE - lost.sum()
-    # Each kernel has 32 ranks to end at, 61 directions apart: at most one other lies between.
-    assert best <= int(state.ranks["a/kernel"]) <= best + 2
+    # Each kernel has 32 ranks to end at, a factor of (64 / 3)^(1 / 32) < 1.1 apart, and rounded.
+    assert best <= int(state.ranks["a/kernel"]) <= 1.1 * best + 1
     assert np.linalg.matrix_rank(landed["a"]["kernel"]) == int(state.ranks["a/kernel"])
     removed = squares("a")[int(state.ranks["a/kernel"]) :].sum() / squares("a").sum()
     np.testing.assert_allclose(state.removed["a/kernel"], removed, rtol=1e-3)
@@ -278,7 +278,7 @@ def test_it_works_in_wrappers_that_pass_extra_arguments_on(optimizer):
 
 def test_hidden_parameters_are_an_error_that_names_the_way():
     optimizer = optax.masked(prune_spectrum(1), {"a": True, "b": False, "bias": False})
-    with pytest.raises(ValueError, match="Choose its kernels by `where` instead"):
+    with pytest.raises(ValueError, match="by `where` instead, or pass `max_rise=None`"):
         step_of(optimizer, EQUAL)
 
 

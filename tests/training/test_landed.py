@@ -29,8 +29,9 @@ def landed(state):
     return [bool(found[f"landed/{path}"]) for path in PATHS]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    ("every", "dtype"), [(1, jnp.float32), (2, jnp.bfloat16), (2, jnp.float16)]
+)
 def test_the_last_of_a_chain_lands(every, dtype):
     optimizer = optax.chain(optax.sgd(0.01, momentum=0.9), prune_spectrum(every))
     _, state = train(optimizer, dtype=dtype)
@@ -122,6 +123,7 @@ def test_a_part_of_a_cut_has_not_landed(share):
     assert not bool(rmtjax.metrics(state)["landed/kernel"])
 
 
+@pytest.mark.slow
 def test_a_cut_at_any_scale_is_found():
     for scale in (1e-15, 1.0, 1e15):
         params = {"kernel": planted(0) * jnp.float32(scale)}
@@ -134,6 +136,7 @@ def test_a_cut_at_any_scale_is_found():
         assert ranks_of(state) == {"kernel": 3}
 
 
+@pytest.mark.slow
 def test_an_ensemble_finds_out_one_by_one():
     optimizer = prune_spectrum(2)
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), KERNEL)
@@ -146,6 +149,7 @@ def test_an_ensemble_finds_out_one_by_one():
     assert state.landed["kernel"].tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_a_scan_lands():
     optimizer = optax.chain(optax.sgd(0.01), prune_spectrum(2))
     params = make_params()

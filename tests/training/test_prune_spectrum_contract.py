@@ -182,7 +182,7 @@ def test_scan_over_steps_is_the_loop():
 
 
 def test_vmap_over_an_ensemble():
-    optimizer = prune_spectrum(1)
+    optimizer = prune_spectrum(1, max_removed=1.0)
     members = [{"kernel": planted(seed, num_spikes=seed + 1)} for seed in range(3)]
     ensemble = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     state = jax.vmap(optimizer.init)(ensemble)

@@ -52,7 +52,8 @@ def wiggle(step, kernel):
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.8])
 def test_a_truncated_spectrum_does_not_inflate_the_count(noise, keep):
     """The published code fits it as if it were whole (N9): the count jumps manyfold."""
-    optimizer = prune_spectrum(1, keep=keep, noise=noise, rule=ranks.bema(level=0.001))
+    rule = ranks.bema(level=0.001)
+    optimizer = prune_spectrum(1, keep=keep, noise=noise, rule=rule, max_removed=1.0)
     states, kernel = train(optimizer, planted(5), 8, wiggle)
     assert [int(state.signal["kernel"]) for state in states] == [5] * 8
     variances = [float(state.fits["kernel"].variance) for state in states]
@@ -153,7 +154,7 @@ def test_settled_may_be_injected():
     make = optax.inject_hyperparams(
         prune_spectrum, static_args=("noise", "min_size", "rule", "where", "axes")
     )
-    optimizer = make(1, settled=0.25, rule=ranks.bema(level=0.001))
+    optimizer = make(1, settled=0.25, rule=ranks.bema(level=0.001), max_removed=1.0)
     _, landed = land_on(optimizer, [planted(2), planted(4), planted(5)])
     assert [np.linalg.matrix_rank(kernel, tol=1e-3) for kernel in landed] == [120, 120, 5]
 

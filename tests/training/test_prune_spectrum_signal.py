@@ -20,11 +20,13 @@ SHAPE, SIZE, BLOCK = (1000, 1008), 1000, 96
 def regrown(num_spikes=3, **options):
     """Parameters a while after their first pruning, and the state of that."""
     params = {"kernel": planted(shape=SHAPE, num_spikes=num_spikes)}
-    optimizer = prune_spectrum(1, max_removed=1.0, **options)
-    still = optax.tree.zeros_like(params)
-    updates, state = optimizer.update(still, optimizer.init(params), params)
+    optimizer = prune_spectrum(2, max_removed=1.0, **options)
+    still, state = optax.tree.zeros_like(params), optimizer.init(params)
+    for _ in range(3):  # the last one sees that the cut has landed
+        updates, state = optimizer.update(still, state, params)
+        params = optax.apply_updates(params, updates)
     noise = jnp.asarray(0.01 * np.random.default_rng(2).normal(size=SHAPE), jnp.float32)
-    return optimizer, params["kernel"] + updates["kernel"] + noise, state
+    return optimizer, params["kernel"] + noise, state
 
 
 def step(optimizer, kernel, state):
