@@ -129,22 +129,27 @@ def test_nothing_is_fetched_and_nothing_else_is_run(show):
     page = show(few(*THREE))
     assert page.run("performance.getEntriesByType('resource')") == []
     page.driver.execute_script("""
-        window.refused = [];
+        window.refused = new Set();
         document.addEventListener("securitypolicyviolation", (event) => {
-          refused.push(event.effectiveDirective);
+          refused.add(event.effectiveDirective);
         });
-        fetch("http://127.0.0.1:9/").catch(() => {});
-        window.image = new Image();  // kept, so that no garbage collector ends its load
-        image.src = "http://127.0.0.1:9/x.png";
-        const script = document.createElement("script");
-        script.textContent = "window.hit = 1";
-        document.body.append(script);
-        document.body.setAttribute("onclick", "window.hit = 1");
+        window.attempt = () => {
+          fetch("http://127.0.0.1:9/").catch(() => {});
+          window.image = new Image();  // kept, so that no garbage collector ends its load
+          image.src = "http://127.0.0.1:9/x.png?" + performance.now();
+          const script = document.createElement("script");
+          script.textContent = "window.hit = 1";
+          document.body.append(script);
+          document.body.setAttribute("onclick", "window.hit = 1; " + performance.now());
+          return refused.size >= 4 && [...refused].sort();
+        };
     """)
-    refused = page.wait("refused.length >= 4 && refused.sort()")
+    # Again and again: on a busy machine the browser may put off or drop one of them.
+    refused = page.wait("attempt()")
     assert refused == ["connect-src", "img-src", "script-src-attr", "script-src-elem"]
     assert page.run("window.hit") is None
-    page.driver.get_log("browser")  # it has the four, and the fixture wants it empty
+    page.driver.get("about:blank")
+    page.driver.get_log("browser")  # it has what was refused, and the fixture wants it empty
 
 
 def test_a_printed_page_has_all_kernels(show):
