@@ -1,5 +1,5 @@
 """Ten small tasks, one recipe: what pruning while training does to networks of many kinds.
 
 `models` has the networks, `problems` the tasks, `compare` trains and measures them.
-`python -m experiments.tasks` runs all and prints the table of `docs/tasks.md`.
+`python -m experiments.tasks` runs all and prints a table.
 """

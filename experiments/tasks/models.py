@@ -75,7 +75,7 @@ class ScannedTransformer(nn.Module):
     def __call__(self, x, train: bool):  # noqa: D102
         del train
         x = nn.Dense(self.width)(x)
-        x = x + self.param("position", nn.initializers.normal(0.02), x.shape[1:])
+        x = x + self.param("position", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         scanned = nn.scan(
             _Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
         )
@@ -156,7 +156,7 @@ class NnxTransformer(nnx.Module):
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
         self.embed = nnx.Linear(rows, width, rngs=rngs)
-        self.position = nnx.Param(jax.random.normal(rngs.params(), (rows, width)) * 0.02)
+        self.position = nnx.Param(jax.random.normal(rngs.params(), (1, rows, width)) * 0.02)
         self.blocks = nnx.List([_NnxBlock(width, rngs) for _ in range(2)])
         self.head = nnx.Linear(width, 10, rngs=rngs)
 

@@ -21,10 +21,12 @@ from rmtjax.planning import map_kernels
 from rmtjax.spectra import compose, decompose
 from rmtjax.training._pruning_step import frobenius_norm, KernelState, landing_norm, map_alike
 
-# Two losses with their gradients, of about three forward passes each, and the loss of the last
-# pruning step are seven passes. With the steps of the bisection they are 15.
-_STEPS = 8
+# Two losses with their gradients, of about three forward passes each, and those of the last
+# pruning step and of zeros are eight passes. With the steps of the bisection they are 15.
+_STEPS = 7
 _RANKS = 32  # the most ranks at which one kernel may end
+# Of the gain over zeros: the least that a period counts for, as where training has converged.
+_LEAST_GAIN = 0.003
 
 Moves = tuple[list[Array], list[KernelState]]
 
@@ -137,6 +139,14 @@ def _costs(loss: Callable, whole: list[Array], cut: list[Array]) -> tuple[Array,
     return start, end, list(map(cost, whole, cut, first, last))
 
 
+def _gain(value_fn: Callable, reference: PyTree, tree: PyTree, start: Array) -> Array:
+    """Returns by how much the loss has fallen over the last period."""
+    empty = lambda leaf: jnp.zeros_like(leaf) if jnp.ndim(leaf) > 1 else leaf
+    gains = value_fn(reference) - start, value_fn(jax.tree.map(empty, tree)) - start
+    period, whole = (jnp.where(jnp.isfinite(gain), jnp.maximum(gain, 0), 0) for gain in gains)
+    return jnp.maximum(period, _LEAST_GAIN * whole)
+
+
 def _places(costs: list[Array], states: list[KernelState]) -> list[Array]:
     """Returns how many cuts come before that of each kernel: the cheapest is the first."""
     largest = jnp.finfo(jnp.float32).max
@@ -194,8 +204,7 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
     land = lambda view, move: (view.leaf + move).astype(view.leaf.dtype)
     whole, cut = (list(map(land, views, moves)) for moves, _ in (before, after))
     start, end, costs = _costs(loss, whole, cut)
-    gain = value_fn(guard.reference) - start
-    limit = start + guard.max_rise * jnp.where(jnp.isfinite(gain), jnp.maximum(gain, 0), 0)
+    limit = start + guard.max_rise * _gain(value_fn, guard.reference, tree, start)
     is_fine = lambda value: (value <= limit) & jnp.isfinite(value)
     moves, states = after
     states = [s._replace(cost=c.astype(s.cost.dtype)) for s, c in zip(states, costs, strict=True)]

@@ -160,9 +160,16 @@ def test_what_counts_is_the_gain_of_the_last_period():
         params = optax.apply_updates(params, updates)
         ranks.append({path: int(rank) for path, rank in state.ranks.items()})
     assert min(ranks[0].values()) < SIZE
-    # Since then the loss has not fallen, and nothing more may be undone.
-    assert ranks[1] == ranks[0]
+    # Since then the loss has not fallen, and next to nothing more may be undone.
+    assert all(ranks[0][path] - ranks[1][path] <= 2 for path in PATHS)
     assert_same_bits(state.reference, params)
+
+
+def test_a_network_that_has_converged_is_cut_where_it_costs_next_to_nothing():
+    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), prune_spectrum(1).init(PARAMS)
+    _, state = update(zeros, state, PARAMS, CHEAP_B, 0.1)  # the last period has gained nothing
+    assert int(state.ranks["b/kernel"]) == RANK
+    assert int(state.ranks["a/kernel"]) > SIZE // 2
 
 
 def test_a_late_start_compares_with_the_period_before_it():
@@ -171,10 +178,10 @@ def test_a_late_start_compares_with_the_period_before_it():
         params, state = zeros, begin(prune_spectrum(1))
         for step in range(1, 7):
             params = PARAMS if step == learnt else params
-            _, state = update(zeros, state, params, CHEAP_B, 0.1, every=2, start=6)
+            _, state = update(zeros, state, params, EQUAL, 0.1, every=2, start=6)
         ranks[learnt] = set(map(int, state.ranks.values()))
     assert ranks[3] == {SIZE}
-    assert max(ranks[5]) < SIZE
+    assert min(ranks[5]) < SIZE
 
 
 def test_without_max_rise_the_loss_is_not_asked_and_no_copy_is_kept():
