@@ -105,7 +105,9 @@ class _Cut:
             removed=removed,
             refused=jnp.maximum(new.removed - removed, 0),
             floor=jnp.where(is_lower, floor, -1).reshape(new.floor.shape),
-            norm=jnp.where(is_lower, landing_norm(self.view.leaf, move), jnp.nan),
+            norm=jnp.where(
+                is_lower, landing_norm(self.lower(step).astype(s.dtype), self.whole.dtype), jnp.nan
+            ),
         )
         return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
 

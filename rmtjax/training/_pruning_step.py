@@ -171,12 +171,11 @@ def frobenius_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
     return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
 
 
-def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
-    """Returns the norm of what an update lands on, as it is rounded there."""
-    bits = jnp.finfo(kernel.dtype)
+def landing_norm(lower: Float[Array, "..."], dtype) -> Float[Array, ""]:
+    """Returns the norm of a kernel as it is rounded where it lands."""
+    bits = jnp.finfo(dtype)
     # A cast alone may be left out by the compiler, which then keeps more bits than land.
-    landed = lax.reduce_precision(kernel + update, bits.nexp, bits.nmant)
-    return frobenius_norm(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+    return frobenius_norm(lax.reduce_precision(lower, bits.nexp, bits.nmant))
 
 
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
@@ -220,7 +219,7 @@ def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes,
     lower = view.from_matrices(lower)
     # A kernel that keeps its full rank keeps its update to the last bit.
     update = jnp.where(changed, (lower - kernel).astype(update.dtype), update)
-    new = new._replace(norm=jnp.where(changed, landing_norm(kernel, update), jnp.nan))
+    new = new._replace(norm=jnp.where(changed, landing_norm(lower, kernel.dtype), jnp.nan))
     restore = lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype)
     return update, jax.tree.map(restore, new, state)
 
@@ -294,5 +293,7 @@ def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[
             landed=jnp.where(known, ~lost, state.landed),
         )
 
+    if any(typed_sharding(kernel) for kernel in kernels):
+        return states  # sums over explicit axes of a mesh may wait for ever on CPU
     checked = lambda states: list(map(check, kernels, states, axes))
     return lax.cond(after_cut, checked, lambda states: states, states)
