@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num, PyTree
 
+from rmtjax._sharding import by_compiler
 from rmtjax._types import BulkFit
 from rmtjax.training._prune_spectrum import PruneState
 
@@ -116,6 +117,6 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
         # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
         fit, floor = BulkFit(*map(jnp.asarray, state.fits[path])), jnp.asarray(state.floors[path])
         # What a refused cut has left must not be cut by a plan.
-        return fit._replace(threshold=jnp.fmin(fit.threshold, floor))
+        return fit._replace(threshold=by_compiler(jnp.fmin, fit.threshold, floor))
 
     return {path: level(path, state) for path, state in states.items()}
