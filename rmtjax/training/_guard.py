@@ -19,7 +19,7 @@ from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.planning import map_kernels
 from rmtjax.spectra import compose, decompose
-from rmtjax.training._pruning_step import frobenius_norm, KernelState, landing_norm, map_alike
+from rmtjax.training._pruning_step import KernelState, landing_norm, map_alike, removed_share
 
 # Two losses with their gradients, of about three forward passes each, and those of the last
 # pruning step and of zeros are eight passes. With the steps of the bisection they are 15.
@@ -32,7 +32,7 @@ Moves = tuple[list[Array], list[KernelState]]
 
 
 class Guard(NamedTuple):
-    """What decides how far the cuts of a step go.
+    """Holds what decides how far the cuts of a step go.
 
     Attributes:
       value_fn: The loss of a tree of parameters.
@@ -93,8 +93,7 @@ class _Cut:
         """Returns the state at a step that is not the last of the kernel."""
         old, new, s, rank = self.before[1], self.after[1], self.vectors[1], self.rank(step)
         is_lower = rank < self.view.short
-        kept = frobenius_norm(jnp.where(jnp.arange(s.shape[1]) < rank, s, 0))
-        removed = jnp.where(is_lower, 1 - (kept / frobenius_norm(s)) ** 2, 0)
+        removed = jnp.where(is_lower, removed_share(s, s, rank), 0)
         # Far from the directions that stay, and from those that training will add.
         floor = jnp.square(jnp.take(s, rank - 1, axis=1) / 2) / self.view.long
         # The noise is that of the first cut: a kernel that is not cut remembers nothing.
@@ -105,9 +104,7 @@ class _Cut:
             removed=removed,
             refused=jnp.maximum(new.removed - removed, 0),
             floor=jnp.where(is_lower, floor, -1).reshape(new.floor.shape),
-            norm=jnp.where(
-                is_lower, landing_norm(self.lower(step).astype(s.dtype), self.whole.dtype), jnp.nan
-            ),
+            norm=jnp.where(is_lower, landing_norm(self.view.leaf, move), jnp.nan),
         )
         return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
 
@@ -197,10 +194,9 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
     """Returns updates and states of kernels whose cuts raise the loss by no more than allowed."""
     value_fn = _scalar(guard.value_fn)
     tree = optax.apply_updates(guard.params, guard.updates)
-    paths = [view.path for view in views]
 
     def loss(kernels):
-        by_path = dict(zip(paths, kernels, strict=True))
+        by_path = dict(zip((view.path for view in views), kernels, strict=True))
         return value_fn(map_kernels(lambda path, _: by_path[path], tree, by_path))
 
     land = lambda view, move: (view.leaf + move).astype(view.leaf.dtype)

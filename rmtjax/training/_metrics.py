@@ -51,8 +51,8 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `removed/PATH`: the share of the sum of squares that the last pruning step has removed;
     - `refused/PATH`: the share that it would have removed, if it had been allowed to;
     - `cost/PATH`: what its cut was predicted to add to the loss; NaN without `value_fn`;
-    - `landed/PATH`: False if the last cut is not in the parameters: the transform is not the last
-      of the chain, or a wrapper mixes its updates. The cut is then forgotten.
+    - `landed/PATH`: False if the last cut is not in the parameters, as after a wrapper that mixes
+      updates: it is then forgotten. Always True on a mesh with explicit axes.
 
     Each matrix of a stack has a threshold and a distance; its index ends the name.
 

@@ -117,10 +117,9 @@ def prune_spectrum(
     is $r = K + \lfloor keep \cdot (p - K) \rfloor$. Arrays keep their shapes, so that nothing is
     compiled again as ranks change; `rmtjax.factorize` makes them smaller after training.
 
-    Give `update` the loss of the batch as `value_fn`, a function of `params`, as optax's line
-    searches take it. The cuts of a step then undo at most `max_rise` of what training has gained
-    since the step before: the cheapest are made first, and the others are made smaller or left for
-    later. It takes at most 15 forward passes, at pruning steps only.
+    Give `update` the loss of the batch as `value_fn`, a function of `params` alone. The cuts of a
+    step then undo at most `max_rise` of what the last period has gained: the cheapest come first,
+    the others are made smaller or left. It takes 15 forward passes at most, at pruning steps only.
 
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
@@ -152,13 +151,13 @@ def prune_spectrum(
 
     Returns:
       A transformation with a `PruneState`. It takes any tree that optax takes, needs `params` in
-      `update` and ignores extra arguments. It works inside `masked`, `partition`, `MultiSteps` and
-      `inject_hyperparams` (with callables and `min_size` as `static_args`). Under `vmap` with a
-      batched state every step costs a decomposition.
+      `update`, and of extra arguments reads `value_fn` alone. It works inside `masked`,
+      `partition`, `MultiSteps` and `inject_hyperparams` (with callables and `min_size` as
+      `static_args`). Under `vmap` with a batched state every step costs a decomposition.
 
     Raises:
-      ValueError: A number is out of range, or `update` was called without `params` or with a kernel
-        that `init` did not get.
+      ValueError: A number is out of range, `update` was called without `params` or with a kernel
+        that `init` did not get, or `value_fn` returns no number or cannot see all parameters.
 
     Examples:
       >>> import jax, optax, rmtjax

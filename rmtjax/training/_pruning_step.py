@@ -146,7 +146,7 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     if complete and options.rule.needs_noise:
         test = lambda: stands_out(matrices, spectra, fit, jnp.asarray(numbers.look), options.rule)
         ready = lax.cond(ready & (rank < size) & ~was_cut, test, lambda: ready)
-    share = jnp.where(ready & (rank < size), _removed(s, matrices, rank), 0)
+    share = jnp.where(ready & (rank < size), removed_share(s, matrices, rank), 0)
     if options.rule.needs_noise:
         ready &= share <= numbers.max_removed
     # The noise is that of the first cut. Until then nothing is remembered.
@@ -155,8 +155,8 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     return rank, (fit, signal, rank, ready, asked & ~ready, share)
 
 
-def _removed(s, matrices, rank) -> Float[Array, ""]:
-    """Returns the share of the sum of squares that a stack loses with a rank."""
+def removed_share(s, matrices, rank) -> Float[Array, ""]:
+    """Returns the share of the squares of a stack, or of its values, that a rank removes."""
     # Relative to the largest value no square overflows or underflows.
     scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
     kept = jnp.where(jnp.arange(s.shape[-1]) < rank, s / scale, 0)
@@ -171,11 +171,12 @@ def frobenius_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
     return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
 
 
-def landing_norm(lower: Float[Array, "..."], dtype) -> Float[Array, ""]:
-    """Returns the norm of a kernel as it is rounded where it lands."""
-    bits = jnp.finfo(dtype)
+def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the norm of what an update lands on, as it is rounded there."""
+    bits = jnp.finfo(kernel.dtype)
     # A cast alone may be left out by the compiler, which then keeps more bits than land.
-    return frobenius_norm(lax.reduce_precision(lower, bits.nexp, bits.nmant))
+    landed = lax.reduce_precision(kernel + update, bits.nexp, bits.nmant)
+    return frobenius_norm(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
 
 
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
@@ -219,7 +220,7 @@ def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes,
     lower = view.from_matrices(lower)
     # A kernel that keeps its full rank keeps its update to the last bit.
     update = jnp.where(changed, (lower - kernel).astype(update.dtype), update)
-    new = new._replace(norm=jnp.where(changed, landing_norm(lower, kernel.dtype), jnp.nan))
+    new = new._replace(norm=jnp.where(changed, landing_norm(kernel, update), jnp.nan))
     restore = lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype)
     return update, jax.tree.map(restore, new, state)
 
