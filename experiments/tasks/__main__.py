@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments import measure
 from experiments.tasks import compare, problems
 
 RESULTS = Path(__file__).parents[1] / "results" / "tasks.json"
+LIMITS = {"value_fn": (1, 2), "max_removed": (3, 3)}  # points, and per cent of the loss
 Found = dict[str, list[dict]]  # outcomes of the seeds, by "task / optimizer / arm"
 
 
@@ -41,16 +44,25 @@ def key_of(task: str, optimizer: str, arm: str) -> str:
     return f"{task} / {optimizer} / {arm}"
 
 
-def save(found: Found, file: Path) -> None:
+def load(file: Path) -> dict:
+    """Reads results: how they were made, the seconds that it took, and the outcomes as `runs`."""
+    if file.exists():
+        return json.loads(file.read_text())
+    return {"command": "python -m experiments.tasks", "seconds": 0.0, "runs": {}}
+
+
+def save(content: dict, file: Path) -> None:
     """Writes all at once: a run that is stopped leaves a whole file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, file)
 
 
-def run(config: Config, found: Found, console: Console) -> None:
+def run(config: Config, content: dict, console: Console) -> None:
     """Runs what is missing."""
+    found: Found = content["runs"]
+    content["environment"] = measure.environment()
     for task in (task for task in problems.TASKS if task.name in config.tasks):
         data = task.load()
         network = task.build(data.train[0][: task.batch])
@@ -59,9 +71,11 @@ def run(config: Config, found: Found, console: Console) -> None:
                 key = key_of(task.name, optimizer, arm)
                 if len(found.get(key, [])) == len(config.seeds):
                     continue
+                begun = time.monotonic()
                 outcomes = compare.run(task, data, network, optimizer, arm, config.seeds)
                 found[key] = [outcome._asdict() for outcome in outcomes]
-                save(found, config.file)
+                content["seconds"] += time.monotonic() - begun
+                save(content, config.file)
                 console.print(f"{key}: {[round(outcome.thin, 3) for outcome in outcomes]}")
 
 
@@ -74,38 +88,30 @@ def changes(task: problems.Task, optimizer: str, arm: str, found: Found) -> np.n
 
 def table(config: Config, found: Found) -> tuple[Table, list[str]]:
     """A row for each task and optimizer, and a line for each arm over all of them."""
-    arms = [arm for arm, options in compare.ARMS.items() if options is not None]
-    columns = ("network", "learns", "optimizer", "never cut")
-    rows = Table(
-        *columns, *(f"{arm}: {name}" for arm in arms for name in ("mean", "worst", "stored"))
-    )
-    worst: dict[str, list[float]] = {arm: [] for arm in arms}
-    stored: dict[str, list[float]] = {arm: [] for arm in arms}
+    parts = [f"{arm}\n{name}" for arm in LIMITS for name in ("mean", "worst", "stored")]
+    rows = Table("network", "optimizer", "never cut", *parts, box=None, pad_edge=False)
+    over: dict[str, list[float]] = {arm: [] for arm in LIMITS}
+    stored: dict[str, list[float]] = {arm: [] for arm in LIMITS}
     for task in problems.TASKS:
         for optimizer in config.optimizers:
             if any(key_of(task.name, optimizer, arm) not in found for arm in compare.ARMS):
                 continue
-            plain = np.mean(
-                [one["test"] for one in found[key_of(task.name, optimizer, "never cut")]]
-            )
-            cells = [
-                task.name,
-                task.learns,
-                optimizer,
-                f"{plain:.1f}" if task.in_points else f"{plain:.4f}",
-            ]
-            for arm in arms:
+            plain = found[key_of(task.name, optimizer, "never cut")]
+            mean = np.mean([one["test"] for one in plain])
+            cells = [task.name, optimizer, f"{mean:.1f}" if task.in_points else f"{mean:.4f}"]
+            for arm, limits in LIMITS.items():
                 change = changes(task, optimizer, arm, found)
                 sizes = [one["stored"] for one in found[key_of(task.name, optimizer, arm)]]
-                worst[arm].append(change.min())
+                over[arm] += list(-change / limits[not task.in_points])
                 stored[arm] += sizes
                 cells += [f"{change.mean():+.2f}", f"{change.min():+.2f}", f"{np.mean(sizes):.2f}"]
             rows.add_row(*cells)
     lines = [
-        f"{arm}: the worst of {len(stored[arm])} runs changes by {min(worst[arm]):+.2f}; "
+        f"{arm}: {np.sum(np.array(over[arm]) <= 1)} of {len(over[arm])} runs lose at most "
+        f"{points} {'point' if points == 1 else 'points'} or {share} % of the loss; "
         f"the median of stored parameters is {np.median(stored[arm]):.2f}"
-        for arm in arms
-        if stored[arm]
+        for arm, (points, share) in LIMITS.items()
+        if over[arm]
     ]
     return rows, lines
 
@@ -113,15 +119,15 @@ def table(config: Config, found: Found) -> tuple[Table, list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     """Reads the options, runs what is missing, and shows it."""
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.tasks")
-    console = Console() if Console().is_terminal else Console(width=150)
-    found: Found = json.loads(config.file.read_text()) if config.file.exists() else {}
+    console = Console() if Console().is_terminal else Console(width=120)
+    content = load(config.file)
     try:
         if not config.show_only:
-            run(config, found, console)
+            run(config, content, console)
     except KeyboardInterrupt:
         console.print("Stopped. What was finished is in the file; the same command goes on.")
         return 130
-    rows, lines = table(config, found)
+    rows, lines = table(config, content["runs"])
     console.print(rows, *lines, sep="\n")
     return 0
 

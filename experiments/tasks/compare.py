@@ -34,10 +34,11 @@ class Outcome(NamedTuple):
 
 def _chain(task: Task, network: Network, optimizer: str, arm: str, every: int):
     """Returns the optimizer: the recipe has one look an epoch, and nothing is tuned."""
+    rate = lambda peak: optax.cosine_decay_schedule(peak, task.epochs * every)
     base = (
-        optax.sgd(task.sgd, momentum=0.9)
+        optax.sgd(rate(task.sgd), momentum=0.9)
         if optimizer == "SGD"
-        else optax.adamw(1e-3, weight_decay=1e-2)
+        else optax.adamw(rate(1e-3), weight_decay=1e-2)
     )
     options = ARMS[arm]
     if options is None:

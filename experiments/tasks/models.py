@@ -66,15 +66,15 @@ class _Block(nn.Module):
 
 
 class ScannedTransformer(nn.Module):
-    """A transformer over rows of an image, its layers scanned."""
+    """A transformer over pairs of rows of an image, its layers scanned."""
 
-    width: int = 64
+    width: int = 128
     layers: int = 2
 
     @nn.compact
     def __call__(self, x, train: bool):  # noqa: D102
         del train
-        x = nn.Dense(self.width)(x)
+        x = nn.Dense(self.width)(x.reshape(len(x), -1, 28))
         x = x + self.param("position", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         scanned = nn.scan(
             _Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
@@ -95,7 +95,8 @@ class Recurrent(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):  # noqa: D102
         del train
-        x = nn.Embed(self.vocabulary, self.width)(x) if self.vocabulary else x
+        embed = nn.Embed(self.vocabulary, self.width) if self.vocabulary else nn.Dense(self.width)
+        x = embed(x)
         outputs: Any = nn.RNN(self.cell(self.width))(x)
         return nn.Dense(self.outputs)(outputs if self.every else outputs[:, -1])
 
@@ -103,7 +104,7 @@ class Recurrent(nn.Module):
 class VAE(nn.Module):
     """A variational autoencoder with dense layers."""
 
-    width: int = 256
+    width: int = 512
     latent: int = 16
 
     @nn.compact
@@ -120,7 +121,7 @@ class VAE(nn.Module):
 class Mixer(nn.Module):
     """MLP-Mixer over patches of an image."""
 
-    width: int = 64
+    width: int = 128
     layers: int = 2
 
     @nn.compact
@@ -152,16 +153,17 @@ class _NnxBlock(nnx.Module):
 
 
 class NnxTransformer(nnx.Module):
-    """A transformer over rows of an image, in nnx."""
+    """A transformer over pairs of rows of an image, in nnx."""
 
-    def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
-        self.embed = nnx.Linear(rows, width, rngs=rngs)
-        self.position = nnx.Param(jax.random.normal(rngs.params(), (1, rows, width)) * 0.02)
+    def __init__(self, pairs: int, width: int, rngs: nnx.Rngs):
+        self.embed = nnx.Linear(28, width, rngs=rngs)
+        self.position = nnx.Param(jax.random.normal(rngs.params(), (1, pairs, width)) * 0.02)
         self.blocks = nnx.List([_NnxBlock(width, rngs) for _ in range(2)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, 10, rngs=rngs)
 
     def __call__(self, x):  # noqa: D102
-        x = self.embed(x) + self.position[...]
+        x = self.embed(x.reshape(len(x), -1, 28)) + self.position[...]
         for block in self.blocks:
             x = block(x)
-        return self.head(x.mean(1))
+        return self.head(self.norm(x).mean(1))

@@ -114,7 +114,7 @@ def from_nnx(make: Callable[[nnx.Rngs], nnx.Module]) -> Callable[[Any], Network]
 
 
 @cache
-def images(name: str, train: int, test: int = 2000, side: int = 28) -> Data:
+def images(name: str, train: int, test: int = 5000, side: int = 28) -> Data:
     """Returns images with values in [0, 1], of 28 x 28 or averaged to 14 x 14."""
     loaded, step = data.load(name, download=False), 28 // side
 
@@ -180,25 +180,26 @@ LETTERS = 128  # more than the text has
 TASKS = (
     Task(
         "MLP", "MNIST",
-        lambda: images("mnist", 5000), from_linen(models.MLP((512, 512, 10))), cross_entropy,
+        lambda: images("mnist", 5000), from_linen(models.MLP((800, 800, 10))), cross_entropy,
     ),
     Task(
         "CNN", "Fashion-MNIST, 14 x 14",
         lambda: images("fashion_mnist", 3000, side=14), from_linen(models.CNN()), cross_entropy,
+        epochs=20,
     ),
     Task(
         "ResNet, BatchNorm", "Fashion-MNIST, 14 x 14",
         lambda: images("fashion_mnist", 2000, side=14), from_linen(models.ResNet()), cross_entropy,
     ),
     Task(
-        "transformer, scanned", "rows of MNIST, 14 x 14",
+        "transformer, scanned", "pairs of rows of MNIST, 14 x 14",
         lambda: images("mnist", 2000, side=14), from_linen(models.ScannedTransformer()),
-        cross_entropy, epochs=25,
+        cross_entropy, epochs=20,
     ),
     Task(
-        "transformer, nnx", "rows of MNIST, 14 x 14",
+        "transformer, nnx", "pairs of rows of MNIST, 14 x 14",
         lambda: images("mnist", 1300, side=14),
-        from_nnx(lambda rngs: models.NnxTransformer(14, 128, rngs)), cross_entropy, epochs=30,
+        from_nnx(lambda rngs: models.NnxTransformer(7, 128, rngs)), cross_entropy, epochs=25,
     ),
     Task(
         "LSTM", "rows of Fashion-MNIST, 14 x 14",
@@ -208,11 +209,11 @@ TASKS = (
     Task(
         "GRU", "letters of a text", text,
         from_linen(models.Recurrent(nn.GRUCell, 128, LETTERS, LETTERS, every=True)), cross_entropy,
-        sgd=0.5, in_points=False,
+        epochs=30, sgd=0.5, in_points=False,
     ),
     Task(
         "VAE", "MNIST, 14 x 14", lambda: pixels("mnist", 5000), from_linen(models.VAE()),
-        evidence_bound, sgd=0.001, in_points=False,
+        evidence_bound, epochs=30, sgd=0.001, in_points=False,
     ),
     Task(
         "MLP-Mixer", "Fashion-MNIST", lambda: images("fashion_mnist", 1500),
@@ -220,6 +221,6 @@ TASKS = (
     ),
     Task(
         "regression MLP", "a drawn network", teacher, from_linen(models.MLP((256, 256, 4))),
-        squared_error, in_points=False,
+        squared_error, epochs=60, in_points=False,
     ),
 )  # fmt: skip

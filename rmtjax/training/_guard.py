@@ -1,11 +1,17 @@
 """Guards a network by its loss: cuts that would raise it too much are made smaller.
 
-All cuts of a step lie on one way. It cuts kernel after kernel, the one of the least cost first,
-each from its full rank down to the rank of its rule. A bisection finds how far the loss allows.
+All cuts of a step lie on one way. It starts with kernels that were cut before, all at once. Then
+it cuts kernel after kernel, the one of the least cost first, each from its full rank down to the
+rank of its rule. A bisection finds how far the loss allows.
+
+A kernel that was cut is cut again at the looks 2, 4, 8, 16 and so on only. In between grows what
+training adds, until it stands out of the noise or the loss misses it: cut at each look, it would
+start from nothing each time. The other looks only tell a plan how far it may go.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
@@ -25,8 +31,9 @@ from rmtjax.training._pruning_step import KernelState, landing_norm, map_alike, 
 # pruning step and of zeros are eight passes. With the steps of the bisection they are 15.
 _STEPS = 7
 _RANKS = 32  # the most ranks at which one kernel may end
-# Of the gain over zeros: the least that a period counts for, as where training has converged.
-_LEAST_GAIN = 0.003
+# Share of the gain over zeros. A network that learns more in a period is not cut for the first
+# time: what it needs has not grown out of the noise.
+_RIPE = 0.02
 
 Moves = tuple[list[Array], list[KernelState]]
 
@@ -38,13 +45,17 @@ class Guard(NamedTuple):
       value_fn: The loss of a tree of parameters.
       params, updates: The whole trees, without cuts.
       reference: The parameters one period ago.
-      max_rise: Share of the fall of the loss since then that the cuts may undo.
+      fall: The fall of the loss over the period before that; NaN if there was none.
+      look: The number of this pruning step, from 1 on.
+      max_rise: Share of the gain over a network of zeros that the cuts may undo.
     """
 
     value_fn: Any
     params: PyTree
     updates: PyTree
     reference: PyTree
+    fall: Float[Array, ""]
+    look: Any
     max_rise: Any
 
 
@@ -57,8 +68,8 @@ class _Cut:
       before, after: Its update and its state, without the cut and with it.
       whole: Where the update lands without the cut.
       vectors: (u, s, vt) of the matrices of `whole`.
-      place: Number of kernels that are cut before it.
-      steps: Number of steps of the way on which it is cut.
+      begin: Step of the way from which on it is cut.
+      steps: Number of steps on which it is cut.
     """
 
     view: MatrixView
@@ -66,17 +77,20 @@ class _Cut:
     after: tuple[Array, KernelState]
     whole: Array
     vectors: tuple[Array, Array, Array]
-    place: Int[Array, ""]
+    begin: Int[Array, ""]
     steps: int
 
     def rank(self, step: Int[Array, ""]) -> Int[Array, ""]:
         """Returns the rank at a step of the way: it falls by one factor in each."""
-        size, state = self.view.short, self.after[1]
-        done = jnp.clip(step - self.place * self.steps, 0, self.steps)
-        rank = jnp.round(size * (state.rank / size) ** (done / self.steps)).astype(jnp.int32)
+        view, state = self.view, self.after[1]
+        done = jnp.clip(step - self.begin, 0, self.steps) / self.steps
+        # From the rank on at which factors are smaller than the kernel, if the cut goes so far.
+        even = view.rows * view.columns / (view.rows + view.columns)
+        start = jnp.where(state.rank < even, even, view.short)
+        rank = jnp.round(start * (state.rank / start) ** done).astype(jnp.int32)
         # In float32 the last power may be off by one rank.
-        rank = jnp.where(done == self.steps, state.rank, rank)
-        return jnp.where(is_cut(state), rank, size)
+        rank = jnp.where(done == 1, state.rank, rank)
+        return jnp.where(is_cut(state) & (done > 0), rank, view.short)
 
     def lower(self, step: Int[Array, ""]) -> Array:
         """Returns the kernel at a step of the way."""
@@ -95,7 +109,7 @@ class _Cut:
         is_lower = rank < self.view.short
         removed = jnp.where(is_lower, removed_share(s, s, rank), 0)
         # Far from the directions that stay, and from those that training will add.
-        floor = jnp.square(jnp.take(s, rank - 1, axis=1) / 2) / self.view.long
+        floor = jnp.square(jnp.take(s, rank - 1, axis=1) * 0.75) / self.view.long
         # The noise is that of the first cut: a kernel that is not cut remembers nothing.
         fit = jax.tree.map(lambda new, old: jnp.where(is_lower, new, old), new.fit, old.fit)
         state = new._replace(
@@ -112,7 +126,7 @@ class _Cut:
         """Returns the update and the state at a step, to the last bit those given at both ends."""
         move = (self.lower(step) - self.view.leaf).astype(self.before[0].dtype)
         move = jnp.where(self.rank(step) < self.view.short, move, self.before[0])
-        done = step >= (self.place + 1) * self.steps
+        done = step >= self.begin + self.steps
         pick = lambda end, part: jnp.where(done | ~is_cut(self.after[1]), end, part)
         return jax.tree.map(pick, self.after, (move, self.state(step, move)))
 
@@ -138,21 +152,23 @@ def _costs(loss: Callable, whole: list[Array], cut: list[Array]) -> tuple[Array,
     return start, end, list(map(cost, whole, cut, first, last))
 
 
-def _gain(value_fn: Callable, reference: PyTree, tree: PyTree, start: Array) -> Array:
-    """Returns by how much the loss has fallen over the last period."""
+def _gains(guard: Guard, loss: Callable, tree: PyTree, start: Array) -> tuple[Array, Array]:
+    """Returns by how much the loss has fallen over the last period, and from that of zeros."""
     empty = lambda leaf: jnp.zeros_like(leaf) if jnp.ndim(leaf) > 1 else leaf
-    gains = value_fn(reference) - start, value_fn(jax.tree.map(empty, tree)) - start
-    period, whole = (jnp.where(jnp.isfinite(gain), jnp.maximum(gain, 0), 0) for gain in gains)
-    return jnp.maximum(period, _LEAST_GAIN * whole)
+    gains = loss(guard.reference) - start, loss(jax.tree.map(empty, tree)) - start
+    period, whole = (jnp.where(jnp.isfinite(gain), gain, 0) for gain in gains)
+    return period, jnp.maximum(whole, 0)
 
 
-def _places(costs: list[Array], states: list[KernelState]) -> list[Array]:
-    """Returns how many cuts come before that of each kernel: the cheapest is the first."""
+def _begins(states: list[KernelState], changes: Array, is_first: Array, steps: int):
+    """Returns the step at which each cut begins, and that at which the first cuts begin."""
     largest = jnp.finfo(jnp.float32).max
-    known = jnp.nan_to_num(jnp.stack(costs), nan=largest, posinf=largest)
-    # Those that are not cut come last.
-    order = jnp.argsort(jnp.where(jnp.stack([*map(is_cut, states)]), known, jnp.inf))
-    return list(jnp.argsort(order))
+    costs = jnp.stack([state.cost.astype(jnp.float32) for state in states])
+    known = jnp.nan_to_num(costs, nan=largest, posinf=largest)
+    # The cheapest is the first, and those that are not cut come last.
+    order = jnp.argsort(jnp.where(changes & is_first, known, jnp.inf))
+    first = steps * jnp.any(changes & ~is_first)
+    return jnp.where(is_first, first + steps * jnp.argsort(order), 0), first
 
 
 def _bisect(fine_at: Callable[[Array], Bool[Array, ""]], end: Int[Array, ""]) -> Int[Array, ""]:
@@ -190,8 +206,39 @@ def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
     return loss
 
 
-def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Moves) -> Moves:
-    """Returns updates and states of kernels whose cuts raise the loss by no more than allowed."""
+def _lessen(fine: Callable, views: list, before: Moves, after: Moves, whole: list, ripe, done):
+    """Returns updates and states as far on the way of all cuts as the loss allows."""
+    # The decompositions wait for those before: under `vmap` both are computed.
+    arrays = [(jnp.where(done, 1, kernel),) for kernel in whole]
+    vectors = map_alike(_find_vectors, arrays, tuple(view.axes for view in views))
+    steps = max(2, min(_RANKS, 2**_STEPS // len(views)))
+    changes, is_first = jnp.stack([*map(is_cut, after[1])]), _never_cut(views, before[1])
+    begins, first = _begins(after[1], changes, is_first, steps)
+    pairs = zip(*before, strict=True), zip(*after, strict=True)
+    of_each: Any = zip(views, *pairs, whole, vectors, begins, strict=True)
+    cuts = [_Cut(*kernel, steps=steps) for kernel in of_each]
+    end = first + jnp.where(ripe, steps * jnp.sum(changes & is_first), 1)
+    step = _bisect(lambda step: fine([cut.lower(step) for cut in cuts]), end)
+    moves, states = zip(*(cut.chosen(step) for cut in cuts), strict=True)
+    return list(moves), list(states)
+
+
+def _never_cut(views: list[MatrixView], states: list[KernelState]) -> Bool[Array, " k"]:
+    return jnp.stack([s.rank >= view.short for view, s in zip(views, states, strict=True)])
+
+
+def _untouched(before: tuple[Array, KernelState], after: tuple[Array, KernelState]):
+    """Returns an update without its cut, and a state that tells plans how far they may go."""
+    (move, old), new = before, after[1]
+    unknown = jnp.full_like(new.norm, jnp.nan)
+    return move, new._replace(rank=old.rank, removed=jnp.zeros_like(new.removed), norm=unknown)
+
+
+def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Moves):
+    """Returns updates and states of kernels whose cuts raise the loss by no more than allowed.
+
+    And the fall of the loss over the last period.
+    """
     value_fn = _scalar(guard.value_fn)
     tree = optax.apply_updates(guard.params, guard.updates)
 
@@ -202,29 +249,30 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
     land = lambda view, move: (view.leaf + move).astype(view.leaf.dtype)
     whole, cut = (list(map(land, views, moves)) for moves, _ in (before, after))
     start, end, costs = _costs(loss, whole, cut)
-    limit = start + guard.max_rise * _gain(value_fn, guard.reference, tree, start)
-    is_fine = lambda value: (value <= limit) & jnp.isfinite(value)
-    moves, states = after
-    states = [s._replace(cost=c.astype(s.cost.dtype)) for s, c in zip(states, costs, strict=True)]
-    steps = max(2, min(_RANKS, 2**_STEPS // len(views)))
-
-    def lessen():
-        # The decompositions wait for those before: under `vmap` both are computed.
-        arrays = [(jnp.where(is_fine(end), 1, kernel),) for kernel in whole]
-        vectors = map_alike(_find_vectors, arrays, tuple(view.axes for view in views))
-        pairs = zip(*before, strict=True), zip(moves, states, strict=True)
-        of_each: Any = (views, *pairs, whole, vectors, _places(costs, states))
-        cuts = [_Cut(*kernel, steps=steps) for kernel in zip(*of_each, strict=True)]
-        last = steps * jnp.sum(jnp.stack([*map(is_cut, states)]), dtype=jnp.int32)
-        step = _bisect(lambda step: is_fine(loss([cut.lower(step) for cut in cuts])), last)
-        chosen = [cut.chosen(step) for cut in cuts]
-        return [move for move, _ in chosen], [state for _, state in chosen]
-
-    return lax.cond(is_fine(end), lambda: (moves, states), lessen)
+    states = [s._replace(cost=c.astype(s.cost.dtype)) for s, c in zip(after[1], costs, strict=True)]
+    after = after[0], states
+    period, gain = _gains(guard, value_fn, tree, start)
+    # One batch says little of a period: two say more.
+    fall = jnp.where(jnp.isfinite(guard.fall), (period + guard.fall) / 2, period)
+    is_fine = lambda value: (value <= start + guard.max_rise * gain) & jnp.isfinite(value)
+    is_first = _never_cut(views, before[1])
+    ripe = (fall <= _RIPE * gain) | ~jnp.any(is_first & jnp.stack([*map(is_cut, states)]))
+    done = ripe & is_fine(end)
+    fine = lambda kernels: is_fine(loss(kernels))
+    lessen = lambda: _lessen(fine, views, before, after, whole, ripe, done)
+    after = lax.cond(done, lambda: after, lessen)
+    waits = ~is_first & (guard.look & (guard.look - 1) > 0)
+    pick = lambda wait, *both: jax.tree.map(partial(jnp.where, wait), _untouched(*both), both[1])
+    pairs = zip(*before, strict=True), zip(*after, strict=True)
+    moves, states = zip(*map(pick, waits, *pairs), strict=True)
+    return list(moves), list(states), period
 
 
-def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: Moves) -> Moves:
-    """Makes the cuts of a step that is due smaller: between the states `before` and `after`."""
+def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: Moves):
+    """Makes the cuts of a step that is due smaller: between the states `before` and `after`.
+
+    Returns updates, states, and the fall of the loss over the last period.
+    """
     hidden = lambda node: isinstance(node, optax.MaskedNode)
     if any(map(hidden, jax.tree.leaves(guard.params, is_leaf=hidden))):
         raise ValueError(
@@ -236,7 +284,7 @@ def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: M
             "the state of `prune_spectrum` has a copy of other parameters than `params`. After "
             "`rmtjax.factorize` carry it over by `rmtjax.transfer_opt_state`."
         )
-    return call_if(due, lambda: _within_rise(guard, views, before, after), after)
+    return call_if(due, lambda: _within_rise(guard, views, before, after), (*after, guard.fall))
 
 
 def call_if(condition, function: Callable[[], PyTree], otherwise: PyTree) -> PyTree:

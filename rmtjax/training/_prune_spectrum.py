@@ -47,6 +47,7 @@ class PruneState(NamedTuple):
       previous: Path to the rank before the last step.
       landed: Path to whether the last cut was found in the parameters.
       reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
+      fall: By how much `value_fn` fell over the period before the last step; NaN before.
     """
 
     step: Int[Array, ""]
@@ -61,6 +62,7 @@ class PruneState(NamedTuple):
     previous: dict[str, Int[Array, ""]]
     landed: dict[str, Bool[Array, ""]]
     reference: PyTree = None
+    fall: PyTree = None
 
 
 def _check(every, start, keep, noise, settled, max_removed, max_rise, min_rank, min_size) -> None:
@@ -80,7 +82,7 @@ def _check(every, start, keep, noise, settled, max_removed, max_rise, min_rank, 
     if max_removed is not None:
         check_share("max_removed", max_removed, "its squares that a kernel may lose in one cut")
     if max_rise is not None:
-        check_share("max_rise", max_rise, "what a period of training has gained that may be undone")
+        check_share("max_rise", max_rise, "what training has gained that a step may undo")
     if noise not in get_args(Noise):
         raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
     if settled is not None:
@@ -104,7 +106,7 @@ def prune_spectrum(
     noise: Noise = "first",
     settled: Float[ArrayLike, ""] | None = None,
     max_removed: Float[ArrayLike, ""] | None = None,
-    max_rise: Float[ArrayLike, ""] | None = 0.1,
+    max_rise: Float[ArrayLike, ""] | None = 0.003,
     where: Where | None = None,
     axes: Axes | None = None,
     min_rank: Int[ArrayLike, ""] = 1,
@@ -118,8 +120,10 @@ def prune_spectrum(
     compiled again as ranks change; `rmtjax.factorize` makes them smaller after training.
 
     Give `update` the loss of the batch as `value_fn`, a function of `params` alone. The cuts of a
-    step then undo at most `max_rise` of what the last period has gained: the cheapest come first,
-    the others are made smaller or left. It takes 15 forward passes at most, at pruning steps only.
+    step then raise it by at most `max_rise` of the gain, which is how far it lies below the loss
+    of zeros. The cheapest come first, the others are made smaller or left. A kernel waits with its
+    first cut until a period brings less than 2 % of the gain, and is cut again at the steps 2, 4,
+    8, 16 and so on. It takes 15 forward passes at most, at pruning steps only.
 
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
@@ -142,9 +146,8 @@ def prune_spectrum(
       max_removed: Largest share of its squares that a kernel may lose in one cut, in [0, 1]. A cut
         that would take more is refused, as `rmtjax.metrics` tells, and tried again later. 1 allows
         every cut, and so do rules without a noise level. None is 1 with `value_fn`, else 0.5.
-      max_rise: Share of the fall of `value_fn` over the last period that a pruning step may undo,
-        in [0, 1]. A period counts as 0.3 % of the gain over a network of zeros at least. Without
-        `value_fn` pass None: the state then needs no copy of `params`.
+      max_rise: Share of the gain by which a pruning step may raise `value_fn`, in [0, 1]. None
+        does not ask for the loss: the state then needs no copy of `params`.
       where, axes: As in `rmtjax.plan`. The matrices of a stack get one rank, the largest needed.
       min_rank: Smallest rank, at least 1.
       min_size: Kernels with a shorter short side are left alone.
@@ -190,12 +193,13 @@ def prune_spectrum(
     def init_fn(params: PyTree) -> PruneState:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
-            reference = None if max_rise is None else params
-            return PruneState._make([step, *[step] * len(KernelState._fields), reference])
+            kept = (None, None) if max_rise is None else (params, step)
+            return PruneState._make([step, *[step] * len(KernelState._fields), *kept])
         views = find(params)
         # A copy, since the parameters may be donated.
-        reference = None if max_rise is None else jax.tree.map(jnp.copy, params)
-        return PruneState._make([step, *_by_field(views, map(unpruned, views.values())), reference])
+        copy = lambda: (jax.tree.map(jnp.copy, params), jnp.full((), jnp.nan))
+        kept = (None, None) if max_rise is None else copy()
+        return PruneState._make([step, *_by_field(views, map(unpruned, views.values())), *kept])
 
     def numbers_at(step: Array, guarded: bool) -> StepNumbers:
         """Returns the options in force at a step, which is the number of those before it."""
@@ -211,7 +215,7 @@ def prune_spectrum(
         views, chosen = moving_kernels(updates, params, find, state.ranks)
         guarded = value_fn is not None and max_rise is not None and len(views) > 0
         kernels, shapes = [v.leaf for v in views.values()], tuple(v.axes for v in views.values())
-        _, *fields, reference = state
+        _, *fields, reference, fall = state
         old = [KernelState(*(field[path] for field in fields)) for path in views]
         old = forget_lost(is_due(jnp.asarray(state.step), every, start), kernels, old, axes=shapes)
         step = jnp.asarray(optax.safe_increment(state.step))
@@ -219,8 +223,9 @@ def prune_spectrum(
         moves = list(chosen.values())
         new = prune_if(due, kernels, moves, old, numbers, axes=shapes, options=options)
         if guarded:
-            guard = Guard(value_fn, params, updates, reference, max_rise)
-            new = guard_if(due, guard, list(views.values()), (moves, old), new)
+            trees = params, updates, reference
+            guard = Guard(value_fn, *trees, fall, numbers.look, max_rise)
+            *new, fall = guard_if(due, guard, list(views.values()), (moves, old), new)
         moves, states = new
         # Kernels without an update, and those that were factorized since, keep their state.
         fields = (old | new for old, new in zip(fields, _by_field(views, states), strict=True))
@@ -231,6 +236,6 @@ def prune_spectrum(
             ends = (step - start) % every == 0
             land = lambda: optax.apply_updates(params, updates)
             reference = call_if(ends, land, reference)
-        return updates, PruneState._make([step, *fields, reference])
+        return updates, PruneState._make([step, *fields, reference, fall])
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
