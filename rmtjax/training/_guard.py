@@ -4,9 +4,9 @@ All cuts of a step lie on one way. It starts with kernels that were cut before, 
 it cuts kernel after kernel, the one of the least cost first, each from its full rank down to the
 rank of its rule. A bisection finds how far the loss allows.
 
-A kernel that was cut is cut again at the looks 2, 4, 8, 16 and so on only. In between grows what
-training adds, until it stands out of the noise or the loss misses it: cut at each look, it would
-start from nothing each time. The other looks only tell a plan how far it may go.
+A kernel that was cut is not cut again at each look. In between grows what training adds, until it
+stands out of the noise or the loss misses it: cut at each look, it would start from nothing each
+time. The looks without a cut only tell a plan how far it may go.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Guard(NamedTuple):
       params, updates: The whole trees, without cuts.
       reference: The parameters one period ago.
       fall: The fall of the loss over the period before that; NaN if there was none.
-      look: The number of this pruning step, from 1 on.
+      again: Whether kernels that were cut are cut again.
       max_rise: Share of the gain over a network of zeros that the cuts may undo.
     """
 
@@ -55,7 +55,7 @@ class Guard(NamedTuple):
     updates: PyTree
     reference: PyTree
     fall: Float[Array, ""]
-    look: Any
+    again: Any
     max_rise: Any
 
 
@@ -261,7 +261,7 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
     fine = lambda kernels: is_fine(loss(kernels))
     lessen = lambda: _lessen(fine, views, before, after, whole, ripe, done)
     after = lax.cond(done, lambda: after, lessen)
-    waits = ~is_first & (guard.look & (guard.look - 1) > 0)
+    waits = ~is_first & ~jnp.asarray(guard.again)
     pick = lambda wait, *both: jax.tree.map(partial(jnp.where, wait), _untouched(*both), both[1])
     pairs = zip(*before, strict=True), zip(*after, strict=True)
     moves, states = zip(*map(pick, waits, *pairs), strict=True)

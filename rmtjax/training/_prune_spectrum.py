@@ -122,8 +122,8 @@ def prune_spectrum(
     Give `update` the loss of the batch as `value_fn`, a function of `params` alone. The cuts of a
     step then raise it by at most `max_rise` of the gain, which is how far it lies below the loss
     of zeros. The cheapest come first, the others are made smaller or left. A kernel waits with its
-    first cut until a period brings less than 2 % of the gain, and is cut again at the steps 2, 4,
-    8, 16 and so on. It takes 15 forward passes at most, at pruning steps only.
+    first cut until a period brings less than 2 % of the gain. It is cut again at the steps 2, 4, 8,
+    16 and so on, or at each with a schedule of `keep`. All takes 15 forward passes at most.
 
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
@@ -224,7 +224,10 @@ def prune_spectrum(
         new = prune_if(due, kernels, moves, old, numbers, axes=shapes, options=options)
         if guarded:
             trees = params, updates, reference
-            guard = Guard(value_fn, *trees, fall, numbers.look, max_rise)
+            # A schedule of `keep` asks for a smaller rank at each step; else at 2, 4, 8 and so on.
+            look = jnp.asarray(numbers.look)
+            again = callable(keep) or look & (look - 1) == 0
+            guard = Guard(value_fn, *trees, fall, again, max_rise)
             *new, fall = guard_if(due, guard, list(views.values()), (moves, old), new)
         moves, states = new
         # Kernels without an update, and those that were factorized since, keep their state.

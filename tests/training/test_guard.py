@@ -161,6 +161,19 @@ def test_what_was_cut_is_cut_again_at_looks_two_four_and_eight():
     assert [look for look, done in enumerate(cut, 1) if done] == [1, 2, 4, 8]
 
 
+def test_a_schedule_cuts_at_each_look():
+    optimizer = prune_spectrum(1, keep=optax.linear_schedule(0.4, 0.0, 4), max_rise=1.0)
+    update = jax.jit(functools.partial(optimizer.update, value_fn=loss_with(EQUAL)))
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for look in range(5):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, state = update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = RANK + int(0.1 * (4 - look) * (SIZE - RANK) + 1e-5)
+        assert set(map(int, state.ranks.values())) == {expected}
+        assert np.linalg.matrix_rank(params["a"]["kernel"]) == expected
+
+
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_a_loss_that_is_not_finite_allows_nothing(value):
     zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), prune_spectrum(1).init(PARAMS)
