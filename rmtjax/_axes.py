@@ -6,7 +6,7 @@ kernel may be stored as the product of two thin factors, in the same place of th
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -92,14 +92,6 @@ def matrix_shape(shape: tuple[int, ...], axes: KernelAxes) -> tuple[int, int, in
 def to_matrices(kernel: Kernel, axes: KernelAxes) -> Any:
     """Returns a kernel as a stack (stack, rows, columns), in JAX or NumPy as it was given."""
     return kernel.transpose(axes.order).reshape(matrix_shape(kernel.shape, axes))
-
-
-def from_matrices(
-    matrices: Float[Array, "b m n"], shape: tuple[int, ...], axes: KernelAxes
-) -> Float[Array, "..."]:
-    """Returns the kernel of the given shape that `to_matrices` turns into `matrices`."""
-    moved = matrices.reshape([shape[axis] for axis in axes.order])
-    return jnp.transpose(moved, np.argsort(axes.order).tolist())
 
 
 def to_stack(kernel: Any, axes: KernelAxes):
@@ -201,4 +193,8 @@ class MatrixView(KernelLeaf):
 
     def from_matrices(self, matrices: Float[Array, "b m n"]) -> Float[Array, "..."]:
         """Returns the dense kernel whose stack of matrices is given."""
-        return from_matrices(matrices, self.shape, self.axes)
+        moved = matrices.reshape([self.shape[axis] for axis in self.axes.order])
+        return jnp.transpose(moved, np.argsort(self.axes.order).tolist())
+
+
+Views = Mapping[str, MatrixView]  # by the path of the kernel

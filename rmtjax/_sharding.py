@@ -47,13 +47,11 @@ def by_compiler(function: Callable, *arguments: PyTree, out: Any = None) -> Any:
     or a tuple that begins as the results do. None replicates a result.
     """
     leaves = jax.tree.leaves(arguments)
-    shardings = (typed_sharding(leaf) for leaf in leaves)
-    mesh = next((sharding.mesh for sharding in shardings if sharding is not None), None)
+    mesh = next((sharding.mesh for sharding in map(typed_sharding, leaves) if sharding), None)
     if mesh is None:
         return function(*arguments)
     replicated = NamedSharding(mesh, PartitionSpec())
-    place = lambda sharding: replicated if sharding is None else sharding
-    out = jax.tree.map(place, out, is_leaf=lambda sharding: sharding is None)
+    out = jax.tree.map(lambda one: one or replicated, out, is_leaf=lambda one: one is None)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return _compiled(function, out)(*arguments)
     # `auto_axes` needs a compiled program. Under `vmap` alone there is none yet.
@@ -176,7 +174,6 @@ def merged_sharding(left: jax.Array, right: jax.Array, axes: KernelAxes) -> Name
         return None
     outputs = specs(of_right, right.ndim)[1 + len(axes.batch) :]
     spec = [*specs(of_left, left.ndim)[:-1], *outputs]
-    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
-    names = [name for part in parts for name in part if name is not None]
+    names = jax.tree.leaves(spec)
     # A mesh axis can divide one array axis only. If both factors use it, replicate the product.
     return NamedSharding(of_left.mesh, PartitionSpec(*spec if len(names) == len({*names}) else ()))

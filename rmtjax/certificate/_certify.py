@@ -110,9 +110,7 @@ def _increase(out: _Outputs, labels: Array, apart: Array) -> Array:
     return jnp.where(usable, jnp.minimum(exact, largest), largest)
 
 
-def _bound(
-    hidden: _Hidden, old: Layer, new: Layer, labels: Array | None
-) -> tuple[Array, Array, Array]:
+def _bound(hidden: _Hidden, old: Layer, new: Layer, labels: Array | None) -> tuple[Array, ...]:
     """Returns `change`, `unchanged` and `loss` from the inputs of the last layer."""
     out = _outputs(hidden.values, old, new)
     # The rounding of the inputs spreads to the outputs.
@@ -150,7 +148,7 @@ def _certify(
     # A layer that is applied several times lost its entries once.
     distinct = dict(zip(layers, pairs, strict=True))
     removed = [lost_squares(a.kernel, b.kernel) for a, b in distinct.values()]
-    return Certificate(*_bound(hidden, *pairs[-1], labels), sum(removed, zero[0]))
+    return Certificate(*_bound(hidden, *pairs[-1], labels), removed=sum(removed, zero[0]))
 
 
 def certify(

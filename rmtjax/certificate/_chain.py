@@ -59,9 +59,7 @@ def check_inputs(inputs: Array, labels: Array | None) -> None:
     if inputs.ndim != 2 or 0 in inputs.shape:
         raise ValueError(f"`inputs` must have shape (samples, inputs), got {inputs.shape}.")
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise TypeError(
-            f"`inputs` must be floating, got {inputs.dtype}: scale them as for the module."
-        )
+        raise TypeError(f"`inputs` must be floating, got {inputs.dtype}: scale as for the module.")
     if labels is None:
         return
     if labels.shape != inputs.shape[:1]:

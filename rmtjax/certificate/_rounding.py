@@ -1,6 +1,5 @@
 """Products, norms and sums in floating point, with bounds on their rounding."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,9 +7,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from rmtjax.spectra import check_matrix, lift, spectrum
-
-_product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+from rmtjax.spectra import check_matrix, lift, matmul, spectrum
 
 
 class Layer(NamedTuple):
@@ -45,8 +42,7 @@ def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
       matrix: Real matrix of any floating dtype; lifted to float32 at least.
 
     Raises:
-      ValueError: `matrix` does not have two axes, or has no entries.
-      TypeError: `matrix` is not of a real floating dtype.
+      ValueError, TypeError: `matrix` does not have two axes, entries, or a real floating dtype.
 
     Examples:
       >>> import jax.numpy as jnp, rmtjax
@@ -70,9 +66,9 @@ def affine(inputs: Array, layer: Layer) -> tuple[Array, Array]:
     is a difference, of the bound itself and of the sums in which it is used.
     """
     kernel, bias = layer
-    magnitudes = _product(jnp.abs(inputs), jnp.abs(kernel)) + jnp.abs(bias)[None, :]
+    magnitudes = matmul(jnp.abs(inputs), jnp.abs(kernel)) + jnp.abs(bias)[None, :]
     rounding = (len(kernel) + 8) * eps(kernel) * magnitudes
-    return _product(inputs, kernel) + bias[None, :], rounding
+    return matmul(inputs, kernel) + bias[None, :], rounding
 
 
 def mean(values: Array) -> Array:

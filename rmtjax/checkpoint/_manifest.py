@@ -87,10 +87,6 @@ def _parse_sizes(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _parse_float(value: Any) -> float:
-    return float(value if value in ("nan", "inf", "-inf") else _check(value, int, float))
-
-
 def _parse_fit(fields: Any) -> BulkFit:
     fields = _check(fields, dict)
     dtype = np.dtype({"float32": "float32", "float64": "float64"}[fields["dtype"]])
@@ -99,16 +95,10 @@ def _parse_fit(fields: Any) -> BulkFit:
     if len({*map(len, rows)}) > 1:
         raise ValueError("a fit has rows of different lengths")
     *floats, spikes = rows
-    arrays: list[Any] = [np.asarray([*map(_parse_float, row)], dtype) for row in floats]
+    number = lambda n: float(n if n in ("nan", "inf", "-inf") else _check(n, int, float))
+    arrays: list[Any] = [np.asarray([*map(number, row)], dtype) for row in floats]
     arrays.append(np.asarray([_check(count, int) for count in spikes], np.int32))
     return BulkFit(*(array if several else array[0] for array in arrays))
-
-
-def _parse_axes(path: str, fields: Any, ndim: int) -> KernelAxes:
-    fields = _check(fields, dict)
-    axes = KernelAxes(*(_parse_sizes(fields[name]) for name in KernelAxes._fields))
-    check_axes(path, axes, ndim)
-    return axes
 
 
 def _parse_row(path: str, fields: Any) -> LayerPlan:
@@ -117,11 +107,14 @@ def _parse_row(path: str, fields: Any) -> LayerPlan:
     if action not in [*_ROWS]:  # a list, because the action may be of an unhashable type
         raise ValueError(f"{action!r:.60} is none of {(*_ROWS,)}")
     axes, fit, cost = fields["axes"], fields["fit"], fields["cost"]
+    if axes is not None:
+        axes = KernelAxes(*(_parse_sizes(_check(axes, dict)[name]) for name in KernelAxes._fields))
+        check_axes(path, axes, len(shape))
     number = lambda name: _check(_check(cost, dict)[name], int, float, NoneType)
     row: dict[str, Any] = {
         "reason": _check(fields["reason"], str),
         "shape": shape,
-        "axes": None if axes is None else _parse_axes(path, axes, len(shape)),
+        "axes": axes,
         "rank": _check(fields["rank"], int, NoneType),
         "fit": None if fit is None else _parse_fit(fit),
         "cost": None if cost is None else Cost(*map(number, Cost._fields)),

@@ -52,23 +52,17 @@ def _flatten(tree: PyTree) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ke
         path = path_name(key_path)
         if not path:
             raise ValueError("a tree must have a name for each leaf: put the leaf in a dictionary.")
-        key_names = _dictionary_keys(path, key_path)
-        if key_names != tuple(path.split("/")):
-            keys[path] = key_names
+        # Nodes that are not dictionaries have a name in the path and no key. A box has neither.
+        names = tuple(key.key for key in key_path if hasattr(key, "key"))
+        plain = all(type(key) in (str, int) for key in names) and "/".join(map(str, names)) == path
+        if not plain or names != tuple(path.split("/")):
+            keys[path] = names if plain else None
         for name, array in named_parts(path, leaf).items():
             if name in arrays:
                 raise ValueError(f"two leaves have the path {name!r}: rename one of them.")
             arrays[name] = _as_array(name, array)
         leaves[path] = leaf if is_factors(leaf) else arrays[path]
     return leaves, arrays, keys
-
-
-def _dictionary_keys(path: str, key_path: tuple[Any, ...]) -> Keys | None:
-    """Returns the dictionary keys that lead to a leaf; None if other nodes lead there."""
-    # Other nodes have a name in the path and no key. A box has neither.
-    keys = tuple(key.key for key in key_path if hasattr(key, "key"))
-    plain = all(type(key) in (str, int) for key in keys) and "/".join(map(str, keys)) == path
-    return keys if plain else None
 
 
 def _nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[str | int, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +22,11 @@ from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import (
     changed_leaves,
     Factorized,
-    make_clock,
     make_plan,
     Plan,
     PlanOptions,
     rows_by_path,
+    time_products,
 )
 from rmtjax.report import Report
 
@@ -72,7 +73,7 @@ def _plan_kernels(
         table = axes or {}
         axes = lambda path, leaf: table[path] if path in table else tensor_axes(path, leaf)
     options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes)
-    plan, clock = Plan(), make_clock()  # one clock, so that equal products are timed once
+    plan, clock = Plan(), cache(time_products)  # one clock, so that equal products are timed once
     for place, (path, leaf) in enumerate(kernels.items()):
         progress(place, len(kernels) + later, path)
         known = {path: fits[path]} if path in fits else None

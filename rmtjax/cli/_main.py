@@ -81,8 +81,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
 
 def _show(report: Report, args: argparse.Namespace) -> None:
     """Writes the reports, and prints the table."""
-    title = f"rmtjax {args.command} {printable(args.file)}"
-    page = lambda: report.to_page(title)
+    page = lambda: report.to_page(f"rmtjax {args.command} {printable(args.file)}")
     make = {"json": lambda: report.to_json() + "\n", "csv": report.to_csv, "html": page}
     for form, path in args.reports:
         text = make[form]()

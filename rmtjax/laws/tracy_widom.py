@@ -44,12 +44,13 @@ _SCORES = {
 _STEP = 0.5
 
 
-def _table(beta: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the points of the table and their normal scores."""
+def _table(beta: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the points of the table, their normal scores, and the slopes of these."""
     if beta not in _SCORES:
         raise ValueError(f"`beta` must be 1 (real noise) or 2 (complex noise), got {beta}.")
     first, scores = _SCORES[beta]
-    return first + _STEP * np.arange(len(scores)), scores
+    points = first + _STEP * np.arange(len(scores))
+    return points, scores, np.gradient(scores, _STEP, edge_order=2)
 
 
 def _interpolate(x, *table: np.ndarray):
@@ -84,8 +85,7 @@ def cdf(x: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
       >>> print(f"{rmtjax.tracy_widom.cdf(0.4501):.3f}")
       0.900
     """
-    points, scores = _table(beta)
-    return ndtr(_interpolate(_lift(x), points, scores, np.gradient(scores, _STEP, edge_order=2)))
+    return ndtr(_interpolate(_lift(x), *_table(beta)))
 
 
 def ppf(q: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
@@ -103,6 +103,5 @@ def ppf(q: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
       >>> print(f"{rmtjax.tracy_widom.ppf(0.9):.3f}")
       0.450
     """
-    points, scores = _table(beta)
-    slopes = 1 / np.gradient(scores, _STEP, edge_order=2)
-    return _interpolate(ndtri(_lift(q)), scores, points, slopes)
+    points, scores, slopes = _table(beta)
+    return _interpolate(ndtri(_lift(q)), scores, points, 1 / slopes)

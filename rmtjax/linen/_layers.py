@@ -39,13 +39,12 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
         ends = ((batch, first), (first, ndim), (0, batch))
         return KernelAxes(*(tuple(range(*end)) for end in ends))
     # `ConvLocal` has another matrix at each position of the window.
-    if type(module) is nn.ConvLocal:
+    if type(module) is nn.ConvLocal or type(module) not in KNOWN:
         return None
-    if type(module) is nn.Conv and (module.feature_group_count > 1 or module.mask is not None):
-        return None
-    if type(module) is nn.ConvTranspose and (module.transpose_kernel or module.mask is not None):
-        return None
-    return KernelAxes(tuple(range(first)), (first,)) if type(module) in KNOWN else None
+    grouped = getattr(module, "feature_group_count", 1) > 1
+    transposed = getattr(module, "transpose_kernel", False)
+    masked = getattr(module, "mask", None) is not None
+    return None if grouped or transposed or masked else KernelAxes(tuple(range(first)), (first,))
 
 
 def _stages(module: nn.Module, factors: Factors, equation: str | None):

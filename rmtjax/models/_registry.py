@@ -48,6 +48,7 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
         )
     if not kernels:
         raise ValueError("`kernels` must name at least one parameter of the layer, got none.")
+    in_order = {}
     for name, axes in kernels.items():
         if not isinstance(axes, KernelAxes):
             raise TypeError(f"`kernels` must map {name!r} to a `rmtjax.KernelAxes`, got {axes!r}.")
@@ -56,14 +57,11 @@ def register_layer(layer: type, kernels: Mapping[str, KernelAxes]) -> None:
                 f"`kernels` must name each axis of {name!r} once, from 0, and have inputs and "
                 f"outputs, got {axes}."
             )
-    _KERNELS[layer] = {name: _in_order(axes) for name, axes in kernels.items()}
-
-
-def _in_order(axes: KernelAxes) -> KernelAxes:
-    """Returns the axes or their transpose, whichever has them in the order of the kernel."""
-    # Factors have no permutation of axes: they multiply to a kernel in the order inputs, outputs.
-    transposed = KernelAxes(axes.outputs, axes.inputs, axes.batch)
-    return transposed if transposed.order == tuple(range(len(axes.order))) else axes
+        # Factors have no permutation of axes: their product is in the order inputs, outputs.
+        transposed = KernelAxes(axes.outputs, axes.inputs, axes.batch)
+        turned = transposed.order == tuple(range(len(axes.order)))
+        in_order[name] = transposed if turned else axes
+    _KERNELS[layer] = in_order
 
 
 def registered(layer: type) -> dict[str, KernelAxes] | None:

@@ -10,6 +10,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
 from rmtjax._axes import is_factors, kernel_shape, KernelAxes
+from rmtjax._types import check_type
 from rmtjax.nnx._layers import fold, folded_shape, is_unfolded, kernels, layer_axes, unfold
 from rmtjax.nnx._thin import factors_of, make_dense, make_kernel, make_pair, make_thin, pairs_of
 from rmtjax.nnx._variables import FactorPair, is_parameter, read, write
@@ -50,9 +51,7 @@ def paths_of(model: nnx.Module) -> dict[int, str]:
 
 def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
     """Returns a copy with dense layers, whose kernels have the values of a tree, also `Factors`."""
-    if not isinstance(model, nnx.Module):
-        kind = type(model).__name__
-        raise TypeError(f"`model` must be a `flax.nnx.Module`, got {kind}. `rmtjax` takes trees.")
+    check_type("model", model, nnx.Module, "Give a `flax.nnx.Module`: `rmtjax` takes trees.")
     if not isinstance(gates, Plan) and gates not in get_args(Gates):
         raise ValueError(f"`gates` must be one of {get_args(Gates)}, got {gates!r}.")
     copy, shared = nnx.clone(model), {}
@@ -190,8 +189,7 @@ def _close_layers(opened: nnx.Module) -> None:
                     write(kernel, fold(value))
             elif layer_axes(layer, name, value) is not None:
                 # Layers that share a kernel share its factors.
-                pair = make_pair(layer, kernel, value)
-                chosen[name] = pairs.setdefault(id(kernel), pair)
+                chosen[name] = pairs.setdefault(id(kernel), make_pair(layer, kernel, value))
         if chosen:
             make_thin(layer, chosen)
     # Every known layer that holds a kernel has taken its factors, so another module is left.

@@ -60,8 +60,19 @@ def check_rule(rule: object) -> None:
         )
 
 
+class _AboveThreshold:
+    """Shares the count of rules that need a noise level."""
+
+    needs_noise = True
+
+    def __call__(self: RankRule, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
+        """Counts the eigenvalues above the threshold of `fit`."""
+        fit = self.fit(spectrum) if fit is None else fit
+        return count_above(spectrum, fit.threshold)
+
+
 @dataclass(frozen=True)
-class bema:  # noqa: N801 - rules are called like functions, `ranks.bema()`
+class bema(_AboveThreshold):  # noqa: N801 - rules are called like functions, `ranks.bema()`
     r"""Counts the spikes above the Tracy-Widom threshold of a Marchenko-Pastur bulk.
 
     `rmtjax.fit_bema` fits the bulk. The rule accepts the fit if the Kolmogorov-Smirnov distance
@@ -78,7 +89,6 @@ class bema:  # noqa: N801 - rules are called like functions, `ranks.bema()`
       tolerance: $d$, in [0, 1]. With 1, every finite spectrum with a minority of spikes passes.
     """
 
-    needs_noise = True
     trim: float = 0.25
     # At 0.1, one kernel of pure noise in ten has a false spike and is cut to it.
     level: float = 0.01
@@ -99,20 +109,14 @@ class bema:  # noqa: N801 - rules are called like functions, `ranks.bema()`
     def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
         """Returns True if the law fits. A spectrum that is not finite or has no noise fails."""
         size = spectrum.eigenvalues.shape[-1]
-        limit = critical_distance(size, self.significance)
+        close = fit.distance <= critical_distance(size, self.significance) + self.tolerance
         # Below 10 ranks, one or two true spikes can already be a half.
         few = (fit.num_spikes < size // 2) | (size < 10)
-        fits = (fit.distance <= limit + self.tolerance) & few
-        return fits & above_rounding(spectrum, fit.variance)
-
-    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
-        """Counts the eigenvalues above the threshold of `fit`."""
-        fit = self.fit(spectrum) if fit is None else fit
-        return count_above(spectrum, fit.threshold)
+        return close & few & above_rounding(spectrum, fit.variance)
 
 
 @dataclass(frozen=True)
-class gavish_donoho:  # noqa: N801
+class gavish_donoho(_AboveThreshold):  # noqa: N801
     r"""Counts the singular values above the optimal hard threshold in white noise.
 
     The threshold is $s > c(\gamma) \sqrt{n} \sigma$ with
@@ -130,8 +134,6 @@ class gavish_donoho:  # noqa: N801
       https://arxiv.org/abs/1305.5870.
     """
 
-    needs_noise = True
-
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
         """Takes the noise level from the median eigenvalue and the threshold from its formula."""
         ratio = spectrum.ratio
@@ -148,11 +150,6 @@ class gavish_donoho:  # noqa: N801
     def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
         """Returns True if the noise level is finite and larger than rounding errors."""
         return jnp.isfinite(fit.variance) & above_rounding(spectrum, fit.variance)
-
-    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
-        """Counts the eigenvalues above the threshold of `fit`."""
-        fit = self.fit(spectrum) if fit is None else fit
-        return count_above(spectrum, fit.threshold)
 
 
 class _WithoutNoise:

@@ -8,8 +8,8 @@ decides the rank of each kernel, with a reason. `truncate` and `factorize` do wh
 from rmtjax.planning._cost import (
     add_costs as add_costs,
     Cost as Cost,
-    make_clock as make_clock,
     rows_by_path as rows_by_path,
+    time_products as time_products,
 )
 from rmtjax.planning._kernels import (
     find_kernels as find_kernels,

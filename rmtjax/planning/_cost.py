@@ -4,7 +4,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cache, partial, reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -129,11 +129,6 @@ def time_products(product: Product, burst: Callable = time_burst, most: int = MO
         for k in range(len(calls))[:: 1 if i % 2 else -1]:
             seconds[i, k] = burst(calls[k], sizes[k])
     return 1e3 * seconds * (product.rows / rows)
-
-
-def make_clock(timer: Clock = time_products) -> Clock:
-    """Returns a timer with a memory: kernels with the same product are timed once."""
-    return cache(timer)
 
 
 def is_faster(milliseconds: Float[np.ndarray, "rounds 2"]) -> bool:

@@ -88,10 +88,8 @@ def check_container(params: PyTree) -> None:
     """Raises TypeError for a model, which JAX would take for a tree."""
     for kind, hint in _CONTAINERS.items():
         if isinstance(params, kind):
-            raise TypeError(
-                f"`params` must be a tree of parameters, got the model {type(params).__name__}: "
-                f"{hint}"
-            )
+            name = type(params).__name__
+            raise TypeError(f"`params` must be a tree of parameters, got the model {name}: {hint}")
 
 
 def check_tree(params: PyTree) -> None:

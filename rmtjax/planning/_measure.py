@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from rmtjax._axes import join_stacks, MatrixView, split_stacks
+from rmtjax._axes import join_stacks, split_stacks, Views
 from rmtjax._sharding import beside_accelerator
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import above_rounding, count_above
@@ -18,7 +18,6 @@ from rmtjax.spectra import each, estimated_spectra, spectra, Values
 # An estimate is off by 0.01 in the distance from the law. Above this one it leaves no doubt.
 _CLEARLY = 0.05
 
-Views = Mapping[str, MatrixView]
 Fits = Mapping[str, BulkFit]
 
 
@@ -73,9 +72,8 @@ def _measure_values(
         spectra = join_stacks([values[path].spectrum for path in paths])
         given = [jax.tree.map(np.ravel, fits[path]) for path in paths if path in fits]
         levels = join_stacks(given) if given else None
-        factored = views[paths[0]].is_factored
         with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
-            judged = _judge(spectra, levels, rule=rule, factored=factored)
+            judged = _judge(spectra, levels, rule=rule, factored=views[paths[0]].is_factored)
         parts = split_stacks(jax.device_get(judged), [views[path].stack for path in paths])
         for path, part in zip(paths, parts, strict=True):
             spectrum, num_exact = values[path]

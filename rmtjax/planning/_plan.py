@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from rmtjax._axes import KernelLeaf, MatrixView
 from rmtjax._sharding import fetch
 from rmtjax._types import Axes, BulkFit, Spectrum, Where
 from rmtjax.noise import kept_rank, ranks, Shrink
-from rmtjax.planning._cost import Clock, hindrance, make_clock, rows_by_path, weigh
+from rmtjax.planning._cost import Clock, hindrance, rows_by_path, time_products, weigh
 from rmtjax.planning._kernels import check_tree, find_kernels, leaves_by_path, obstacle
 from rmtjax.planning._measure import measure, Measurement
 from rmtjax.planning._options import PlanOptions
@@ -119,7 +120,7 @@ def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) 
     _check_paths("fits", options.fits, params)
     kernels = find_kernels(params, options.where, options.axes)
     given = _given_fits(options.fits, kernels)
-    rows, clock = rows_by_path(options.batch, kernels), clock or make_clock()
+    rows, clock = rows_by_path(options.batch, kernels), clock or cache(time_products)
     decided: dict[str, LayerPlan] = {}
     views = {}
     for path, kernel in kernels.items():
@@ -135,9 +136,7 @@ def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) 
             views[path] = kernel
     measured = measure(views, options.rule, given, options.exact_below)
     decided |= {path: _decide(view, measured[path], options) for path, view in views.items()}
-    return Plan(
-        {path: _weigh(decided[path], kernels[path], rows.get(path), clock) for path in kernels}
-    )
+    return Plan({p: _weigh(decided[p], kernels[p], rows.get(p), clock) for p in kernels})
 
 
 def plan(

@@ -138,8 +138,7 @@ def check_plan_fits(
     """
     check_plan(plan)
     for path, row in (plan.changes if rows is None else rows).items():
-        missing = path not in leaves
-        difference = "is not there" if missing else _mismatch(leaves[path], row, applied)
+        difference = _mismatch(leaves[path], row, applied) if path in leaves else "is not there"
         if difference:
             raise ValueError(
                 f"`plan` is for another tree: it has {path!r} of shape {row.shape}, which "

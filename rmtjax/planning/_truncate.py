@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from rmtjax._axes import Factors, is_factors, MatrixView
+from rmtjax._axes import Factors, is_factors, MatrixView, Views
 from rmtjax._sharding import place_factors, place_like
 from rmtjax.planning._kernels import check_tree, leaves_by_path, map_kernels
 from rmtjax.planning._rows import check_plan, check_plan_fits, Factorized, Plan, Truncated
@@ -42,7 +42,7 @@ def _pad(factors: Factors, view: MatrixView) -> Factors:
     return Factors(left, jnp.pad(right, widths(right, len(view.axes.batch))))
 
 
-def changed_leaves(views: Mapping[str, MatrixView], rows: Rows) -> Iterator[tuple[str, Any]]:
+def changed_leaves(views: Views, rows: Rows) -> Iterator[tuple[str, Any]]:
     """Yields path and new leaf of each kernel, one at a time: a leaf may still be in a file."""
     rest = dict(views)
     for path, view in views.items():

@@ -80,8 +80,7 @@ def training(
             key = f"{name}/{path}"
             # Before the first fit the number of signal directions is 0. It is not drawn.
             points = [(r["step"], r[key]) for r in records if r.get(key)]
-            label = path if name == "rank" else None
-            shown = style(index) | {"linestyle": line, "label": label}
+            shown = style(index) | {"linestyle": line, "label": path if name == "rank" else None}
             ax.plot(*np.reshape(points, (-1, 2)).T, fillstyle="none", markersize=dot, **shown)
     ax.plot([], [], "--", color="0.4", label="signal")
     ax.set_yscale("log")

@@ -30,5 +30,6 @@ from rmtjax.spectra._spectrum import (
     each as each,
     from_singular_values as from_singular_values,
     lift as lift,
+    matmul as matmul,
     spectrum as spectrum,
 )

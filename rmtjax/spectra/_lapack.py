@@ -9,7 +9,7 @@ not decomposed here: squared, their small values would drown in the rounding of 
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
 
-from rmtjax._axes import KernelAxes, MatrixView, to_matrices
+from rmtjax._axes import KernelAxes, MatrixView, to_matrices, Views
 from rmtjax.spectra._spectrum import lift
 from rmtjax.spectra._subspace_iteration import leading
 
@@ -32,7 +32,6 @@ _MODERATE = 2048
 _SMALL = 1e-30  # squares below may be less than the smallest normal float32
 
 _limiting = threading.Lock()
-Views = Mapping[str, MatrixView]
 
 
 def _parts(tall: np.ndarray, dtype: type) -> Iterator[np.ndarray]:

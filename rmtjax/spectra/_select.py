@@ -34,7 +34,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack
+from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack, Views
 from rmtjax._sharding import by_compiler, fetch, mesh_of
 from rmtjax._types import Spectrum
 from rmtjax.spectra import _lapack, _sharded, _svd
@@ -42,8 +42,6 @@ from rmtjax.spectra._factors import compose, contract, project
 from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
 from rmtjax.spectra._spectrum import each, lift
 from rmtjax.spectra._subspace_iteration import block_size, iteration_pays, Leading, leading_above
-
-Views = Mapping[str, MatrixView]
 
 
 class Values(NamedTuple):

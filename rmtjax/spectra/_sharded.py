@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from rmtjax._axes import Kernel, KernelAxes, matrix_shape, MatrixView, to_matrices
+from rmtjax._axes import Kernel, KernelAxes, matrix_shape, MatrixView, to_matrices, Views
 from rmtjax._sharding import by_compiler, constrain, mesh_of, specs, typed_sharding
 from rmtjax.spectra._lapack import eigenvalues, eigenvectors
 from rmtjax.spectra._spectrum import einsum, lift
@@ -24,7 +24,6 @@ from rmtjax.spectra._spectrum import einsum, lift
 # Its name before jax 0.8 was in `jax.experimental`.
 _x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
 
-Views = Mapping[str, MatrixView]
 Ranks = Mapping[str, int]
 
 
@@ -54,8 +53,7 @@ def _gram(kernel: Kernel, axes: KernelAxes, sharding: NamedSharding) -> Float[Ar
     order = _divided_first(kernel, axes, sharding)
     stack = spec[axes.batch[0]] if len(axes.batch) == 1 else None
     # Mesh axes that divide the stack are taken. The others divide the rows.
-    taken = stack if isinstance(stack, tuple) else (stack,)
-    rest = tuple(name for name in sharding.mesh.axis_names if name not in taken)
+    rest = tuple(name for name in sharding.mesh.axis_names if name not in jax.tree.leaves(stack))
     parts = int(np.prod([sharding.mesh.shape[name] for name in rest]))
     batch, *sides = (_merged(spec, group) for group in (axes.batch, *order[:2]))
     as_stored = lambda array, places: constrain(array, sharding.mesh, (batch, *places))

@@ -34,9 +34,9 @@ def check_matrix(name: str, matrix: Float[Array, "m n"]) -> None:
         )
 
 
-def lift(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+def lift(array: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns an array in float32 at least: LAPACK has no bfloat16, nor would it do."""
-    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def aspect_ratio(matrix: Float[Array, "*batch m n"]) -> Float[Array, ""]:

@@ -75,8 +75,7 @@ def _ritz(matrix, v, wanted: _Wanted) -> _State:
     scale = jnp.maximum(s[0], jnp.finfo(s.dtype).tiny)
     norms = jnp.linalg.norm((matmul(matrix.T, u) - v * s[None]) / scale, axis=0)
     residual = jnp.max(jnp.where(wanted(s, norms), norms, 0))
-    tolerance = 20 * jnp.finfo(s.dtype).eps
-    triplets = Leading(u, s, v.T, residual, residual <= tolerance)
+    triplets = Leading(u, s, v.T, residual, residual <= 20 * jnp.finfo(s.dtype).eps)
     products, lifts = jnp.full((), 2, jnp.int32), jnp.zeros((), jnp.int32)
     return _State(v, triplets, norms, products, lifts)
 

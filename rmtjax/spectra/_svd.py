@@ -1,6 +1,5 @@
 """Singular value decompositions and spectra in compiled programs, on any device."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from rmtjax._axes import Factors, is_factors, KernelAxes, MatrixView, split_stacks, to_stack
+from rmtjax._axes import Factors, is_factors, KernelAxes, split_stacks, to_stack, Views
 from rmtjax._sharding import by_compiler, fetch, in_shares, mesh_of, replicating_mesh
 from rmtjax._types import Spectrum
 from rmtjax.spectra._factors import svd
@@ -148,7 +147,7 @@ def _stacked_spectra(kernels: list, *, axes: tuple[KernelAxes, ...], mesh: Any) 
     return by_compiler(find, kernels)
 
 
-def compiled_spectra(views: Mapping[str, MatrixView]) -> dict[str, Spectrum]:
+def compiled_spectra(views: Views) -> dict[str, Spectrum]:
     """Returns the spectra of kernels as NumPy arrays, those of one shape in one program."""
     # A decomposition compiles for seconds, so kernels of one shape share a program.
     groups: dict[tuple, list[str]] = {}

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from rmtjax._types import Where
-from rmtjax.planning import check_share, find_kernels, path_name
+from rmtjax.planning import check_share, find_kernels, leaves_by_path, path_name
+from rmtjax.spectra import lift
 
 LAST = np.uint32(2**32 - 1)  # a place behind that of every entry: there are less than 2**31
 
@@ -52,8 +53,7 @@ def pick_masks(mask: PyTree | None, kernels: dict[str, Array]) -> Masks:
     """Returns the masks of these kernels from a tree of booleans; all True without a tree."""
     if mask is None:
         return {path: jnp.ones_like(kernel, bool) for path, kernel in kernels.items()}
-    leaves = jax.tree_util.tree_leaves_with_path(mask)
-    masks = pick("mask", {path_name(key): leaf for key, leaf in leaves}, kernels)
+    masks = pick("mask", leaves_by_path(mask, lambda path, _: path in kernels), kernels)
     for path, kernel in kernels.items():
         shape, dtype = jnp.shape(masks[path]), jnp.result_type(masks[path])
         if shape != kernel.shape or not jnp.issubdtype(dtype, jnp.bool_):
@@ -66,22 +66,13 @@ def pick_masks(mask: PyTree | None, kernels: dict[str, Array]) -> Masks:
 
 def fill(params: PyTree, masks: Masks) -> PyTree:
     """Returns a tree of booleans like `params`: the masks at their paths, True everywhere else."""
-
-    def visit(key, leaf):
-        mask = masks.get(path_name(key))
-        return jnp.ones(jnp.shape(leaf), bool) if mask is None else mask
-
-    return jax.tree_util.tree_map_with_path(visit, params)
-
-
-def magnitudes(kernel: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the absolute values of the entries, in float32 at least."""
-    return jnp.abs(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    mask_of = lambda path, leaf: masks[path] if path in masks else jnp.ones(jnp.shape(leaf), bool)
+    return jax.tree_util.tree_map_with_path(lambda key, leaf: mask_of(path_name(key), leaf), params)
 
 
 def _keys(kernel, mask, weight, dtype) -> UInt[Array, "..."]:
     """Returns integers in the order of |w| / weight; 0 for an entry that is already removed."""
-    score = (magnitudes(kernel) / weight).astype(dtype)
+    score = (jnp.abs(lift(kernel)) / weight).astype(dtype)
     # The bits of floats that are not negative, read as integers, have the order of the floats. NaN
     # comes last.
     bits = lax.bitcast_convert_type(score, jnp.uint64 if dtype == jnp.float64 else jnp.uint32)
@@ -123,7 +114,7 @@ def _shrink(kernels, masks, weights, sparsity):
     size = sum(kernel.size for kernel in kernels.values())
     count = jnp.round(jnp.asarray(sparsity, jnp.float32) * size).astype(jnp.int32)
     removed = size - sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks.values())
-    dtype = jnp.result_type(*map(magnitudes, kernels.values()))
+    dtype = jnp.result_type(*map(lift, kernels.values()))
 
     def remove(masks):
         keys = {path: _keys(kernels[path], masks[path], weights[path], dtype) for path in kernels}

@@ -111,7 +111,6 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       >>> print(rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1))
       kernel  factorized: 1 of 60 are signal, rank 1
     """
-    states = _state_of_each_kernel(opt_state)
 
     def level(path: str, state: PruneState) -> BulkFit:
         # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
@@ -119,4 +118,4 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
         # What a refused cut has left must not be cut by a plan.
         return fit._replace(threshold=by_compiler(jnp.fmin, fit.threshold, floor))
 
-    return {path: level(path, state) for path, state in states.items()}
+    return {path: level(path, state) for path, state in _state_of_each_kernel(opt_state).items()}

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from rmtjax._types import Where
 from rmtjax.planning import find_kernels
-from rmtjax.spectra import multiply
+from rmtjax.spectra import lift, multiply
 
 
 def penalty(
@@ -57,7 +57,7 @@ def penalty(
     for view in find_kernels(params, where).values():
         kernel = multiply(view.leaf) if view.is_factored else jnp.asarray(view.leaf)
         if jnp.issubdtype(kernel.dtype, jnp.floating):
-            kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+            kernel = lift(kernel)
             # Not `abs`, whose gradient at 0 is 1 in newer JAX: a zero would be pushed down.
             magnitudes = kernel * jax.lax.stop_gradient(jnp.sign(kernel))
             total += l1 * jnp.sum(magnitudes) + l2 * jnp.sum(jnp.square(kernel))

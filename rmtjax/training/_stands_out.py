@@ -37,10 +37,7 @@ def _reach(matrix: Float[Array, "m n"], look: Int[Array, ""]) -> Float[Array, ""
     sizes = jnp.abs(matrix)
     scale = _scales(sizes, 1) * _scales(sizes, 0)
     scale = scale / jnp.sqrt(jnp.mean(scale**2))
-
-    def draw(key):
-        return largest_eigenvalue(scale * jax.random.normal(key, scale.shape, scale.dtype))
-
+    draw = lambda key: largest_eigenvalue(scale * jax.random.normal(key, scale.shape, scale.dtype))
     return lax.map(draw, jax.random.split(jax.random.key(look), _DRAWS)).mean()
 
 

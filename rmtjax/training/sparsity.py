@@ -23,18 +23,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from rmtjax._axes import from_matrices, matrix_shape
+from rmtjax._axes import matrix_shape, MatrixView
 from rmtjax._types import Spectrum, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan, check_plan_fits, LayerPlan, Plan
-from rmtjax.training._masks import (
-    check_sparsity,
-    fill,
-    find_floating,
-    magnitudes,
-    pick_masks,
-    shrink,
-)
+from rmtjax.spectra import lift
+from rmtjax.training._masks import check_sparsity, fill, find_floating, pick_masks, shrink
 
 LEAST_WEIGHT = 0.1  # no kernel is spared more than tenfold
 
@@ -44,7 +38,7 @@ def _spread(values: Float[Array, " b"], row: LayerPlan) -> Array:
     if row.axes is None or not row.axes.batch:
         return values[0]
     shape = tuple(n if axis in row.axes.batch else 1 for axis, n in enumerate(row.shape))
-    return from_matrices(values.reshape(-1, 1, 1), shape, row.axes)
+    return MatrixView("", np.empty(shape), row.axes).from_matrices(values.reshape(-1, 1, 1))
 
 
 def entry_threshold(
@@ -94,7 +88,7 @@ def _above(path: str, kernel, row: LayerPlan, delta: float, rule) -> Bool[Array,
     threshold = entry_threshold(fits.variance, matrix_shape(row.shape, row.axes)[1:], delta)
     threshold = _spread(jnp.where(accepted, threshold, jnp.nan), row)
     # Not `>`: entries under a threshold of NaN, and entries that are NaN, are kept.
-    return ~(magnitudes(kernel) <= threshold)
+    return ~(jnp.abs(lift(kernel)) <= threshold)
 
 
 def threshold_mask(
