@@ -89,7 +89,8 @@ def changes(task: problems.Task, optimizer: str, arm: str, found: Found) -> np.n
 def table(config: Config, found: Found) -> tuple[Table, list[str]]:
     """A row for each task and optimizer, and a line for each arm over all of them."""
     parts = [f"{arm}\n{name}" for arm in LIMITS for name in ("mean", "worst", "stored")]
-    rows = Table("network", "optimizer", "never cut", *parts, box=None, pad_edge=False)
+    names = "network", "optimizer", "never cut", "cut at\nthe end"
+    rows = Table(*names, *parts, box=None, pad_edge=False)
     over: dict[str, list[float]] = {arm: [] for arm in LIMITS}
     stored: dict[str, list[float]] = {arm: [] for arm in LIMITS}
     for task in problems.TASKS:
@@ -97,8 +98,9 @@ def table(config: Config, found: Found) -> tuple[Table, list[str]]:
             if any(key_of(task.name, optimizer, arm) not in found for arm in compare.ARMS):
                 continue
             plain = found[key_of(task.name, optimizer, "never cut")]
-            mean = np.mean([one["test"] for one in plain])
-            cells = [task.name, optimizer, f"{mean:.1f}" if task.in_points else f"{mean:.4f}"]
+            means = [np.mean([one[name] for one in plain]) for name in ("test", "thin")]
+            shown = [f"{mean:.1f}" if task.in_points else f"{mean:.3f}" for mean in means]
+            cells = [task.name, optimizer, *shown]
             for arm, limits in LIMITS.items():
                 change = changes(task, optimizer, arm, found)
                 sizes = [one["stored"] for one in found[key_of(task.name, optimizer, arm)]]
