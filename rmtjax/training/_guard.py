@@ -182,7 +182,7 @@ def _bisect(fine_at: Callable[[Array], Bool[Array, ""]], end: Int[Array, ""]) ->
 
     unsure = lambda state: (state[1] - state[0] > 1) & (state[2] < _STEPS)
     zero = jnp.zeros((), jnp.int32)
-    return lax.while_loop(unsure, narrow, (zero, end, zero))[0]
+    return lax.while_loop(unsure, narrow, (zero, end.astype(jnp.int32), zero))[0]
 
 
 def _find_vectors(arrays: tuple[Array], axes: KernelAxes) -> tuple[Array, Array, Array]:
@@ -265,7 +265,7 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
     pick = lambda wait, *both: jax.tree.map(partial(jnp.where, wait), _untouched(*both), both[1])
     pairs = zip(*before, strict=True), zip(*after, strict=True)
     moves, states = zip(*map(pick, waits, *pairs), strict=True)
-    return list(moves), list(states), period
+    return list(moves), list(states), period.astype(guard.fall.dtype)
 
 
 def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: Moves):

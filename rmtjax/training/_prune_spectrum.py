@@ -197,7 +197,7 @@ def prune_spectrum(
             return PruneState._make([step, *[step] * len(KernelState._fields), *kept])
         views = find(params)
         # A copy, since the parameters may be donated.
-        copy = lambda: (jax.tree.map(jnp.copy, params), jnp.full((), jnp.nan))
+        copy = lambda: (jax.tree.map(jnp.copy, params), jnp.full((), jnp.nan, jnp.float32))
         kept = (None, None) if max_rise is None else copy()
         return PruneState._make([step, *_by_field(views, map(unpruned, views.values())), *kept])
 

@@ -242,6 +242,19 @@ def test_a_pruning_step_takes_at_most_fifteen_passes_and_others_none():
     assert update._cache_size() == 1
 
 
+def test_a_loss_in_float64_keeps_the_dtypes_of_the_state():
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.asarray(np.asarray(planted(0)), jnp.float64)}
+        optimizer = prune_spectrum(1, max_rise=0.3)
+        loss = lambda tree: jnp.sum((tree["kernel"] - params["kernel"]) ** 2)
+        update = jax.jit(functools.partial(optimizer.update, value_fn=loss))
+        first = optimizer.init(params)
+        _, state = update(jax.tree.map(jnp.zeros_like, params), first, params)
+        assert RANK < int(state.ranks["kernel"]) < SIZE
+        types = lambda tree: jax.tree.map(lambda leaf: (leaf.dtype, leaf.weak_type), tree)
+        assert types(state) == types(first)
+
+
 def test_a_step_outside_jit_is_the_same():
     optimizer = prune_spectrum(1, max_rise=0.3, max_removed=1.0)
     zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)
