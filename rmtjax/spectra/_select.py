@@ -114,7 +114,8 @@ def estimated_spectra(views: Views, exact_below: int) -> dict[str, Values]:
     """Returns estimates of spectra, from the short side `exact_below` on and where they pay."""
     pays = lambda view: view.short >= exact_below and lanczos_pays(view.short)
     large = {path: view for path, view in views.items() if pays(view) and not view.is_factored}
-    estimate = lambda view: fetch(_estimate(jnp.asarray(view.leaf), axes=view.axes))
+    # A NumPy array as it is: `jit` reads it in place, and `jnp.asarray` would copy it.
+    estimate = lambda view: fetch(_estimate(view.leaf, axes=view.axes))
     return {path: Values(*estimate(view)) for path, view in large.items()}
 
 
