@@ -155,9 +155,9 @@ def _costs(loss: Callable, whole: list[Array], cut: list[Array]) -> tuple[Array,
 def _gains(guard: Guard, loss: Callable, tree: PyTree, start: Array) -> tuple[Array, Array]:
     """Returns by how much the loss has fallen over the last period, and from that of zeros."""
     empty = lambda leaf: jnp.zeros_like(leaf) if jnp.ndim(leaf) > 1 else leaf
-    gains = loss(guard.reference) - start, loss(jax.tree.map(empty, tree)) - start
-    period, whole = (jnp.where(jnp.isfinite(gain), gain, 0) for gain in gains)
-    return period, jnp.maximum(whole, 0)
+    period, whole = loss(guard.reference) - start, loss(jax.tree.map(empty, tree)) - start
+    # A fall that is not finite is above every limit, and the next look does not count it.
+    return period, jnp.maximum(jnp.where(jnp.isfinite(whole), whole, 0), 0)
 
 
 def _begins(states: list[KernelState], changes: Array, is_first: Array, steps: int):

@@ -122,8 +122,9 @@ def prune_spectrum(
     Give `update` the loss of the batch as `value_fn`, a function of `params` alone. The cuts of a
     step then raise it by at most `max_rise` of the gain, which is how far it lies below the loss
     of zeros. The cheapest come first, the others are made smaller or left. A kernel waits with its
-    first cut until a period brings less than 2 % of the gain. It is cut again at the steps 2, 4, 8,
-    16 and so on, or at each with a schedule of `keep`. All takes 15 forward passes at most.
+    first cut until a period, in the mean of two, brings less than 2 % of the gain. It is cut again
+    at the pruning steps number 2, 4, 8 and so on, counted from `start`, or at each with a schedule
+    of `keep`. All takes 15 forward passes at most.
 
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the

@@ -195,6 +195,23 @@ def test_a_network_that_learns_fast_is_not_cut_for_the_first_time():
     assert ranks[4] < SIZE
 
 
+def test_a_fall_that_is_not_finite_is_no_reason_to_cut():
+    largest = jnp.max(jnp.abs(PARAMS["a"]["kernel"]))
+
+    def loss(params):
+        spiked = jnp.max(jnp.abs(params["a"]["kernel"])) > 1.5 * largest
+        return jnp.where(spiked, jnp.inf, loss_with(EQUAL)(params))
+
+    optimizer = prune_spectrum(1, max_rise=0.5)
+    update = jax.jit(functools.partial(optimizer.update, value_fn=loss))
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    state = optimizer.init(jax.tree.map(lambda leaf: 2 * leaf, PARAMS))
+    _, first = update(zeros, state, PARAMS)
+    assert set(map(int, first.ranks.values())) == {SIZE}
+    _, second = update(zeros, first, PARAMS)
+    assert min(map(int, second.ranks.values())) < SIZE
+
+
 def test_a_late_start_compares_with_the_period_before_it():
     zeros, ranks = jax.tree.map(jnp.zeros_like, PARAMS), {}
     for learnt in (3, 5):  # the step at which all is learnt
