@@ -4,9 +4,8 @@ All cuts of a step lie on one way. It starts with kernels that were cut before, 
 it cuts kernel after kernel, the one of the least cost first, each from its full rank down to the
 rank of its rule. A bisection finds how far the loss allows.
 
-A kernel that was cut is not cut again at each look. In between grows what training adds, until it
-stands out of the noise or the loss misses it: cut at each look, it would start from nothing each
-time. The looks without a cut only tell a plan how far it may go.
+A kernel that was cut waits with the next cut, so that what training adds can grow out of the
+noise. Looks in between only tell a plan how far it may go.
 """
 
 from collections.abc import Callable
@@ -18,14 +17,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._axes import MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.planning import map_kernels
 from rmtjax.spectra import compose, decompose
-from rmtjax.training._pruning_step import KernelState, landing_norm, map_alike, removed_share
+from rmtjax.training._pruning_step import (
+    call_if,
+    KernelState,
+    landing_norm,
+    map_alike,
+    removed_share,
+)
 
 # Two losses with their gradients, of about three forward passes each, and those of the last
 # pruning step and of zeros are eight passes. With the steps of the bisection they are 15.
@@ -34,8 +38,7 @@ _RANKS = 32  # the most ranks at which one kernel may end
 # Share of the gain over zeros. A network that learns more in a period is not cut for the first
 # time: what it needs has not grown out of the noise.
 _RIPE = 0.02
-
-Moves = tuple[list[Array], list[KernelState]]
+Move = tuple[Array, KernelState]  # the update of a kernel, and its state
 
 
 class Guard(NamedTuple):
@@ -59,6 +62,22 @@ class Guard(NamedTuple):
     max_rise: Any
 
 
+class _Kernels(NamedTuple):
+    """Holds what is known of all kernels before their cuts.
+
+    Attributes:
+      views: The kernels before their updates.
+      whole: Where the updates land without cuts.
+      is_first: Whether a kernel was never cut.
+      waits: Whether a kernel was cut and waits with the next cut.
+    """
+
+    views: list[MatrixView]
+    whole: list[Array]
+    is_first: Bool[Array, " k"]
+    waits: Bool[Array, " k"]
+
+
 @dataclass(frozen=True)
 class _Cut:
     """One kernel on the way of all cuts.
@@ -68,15 +87,17 @@ class _Cut:
       before, after: Its update and its state, without the cut and with it.
       whole: Where the update lands without the cut.
       vectors: (u, s, vt) of the matrices of `whole`.
+      waits: Whether a plan is told how far it may go, and nothing is cut.
       begin: Step of the way from which on it is cut.
       steps: Number of steps on which it is cut.
     """
 
     view: MatrixView
-    before: tuple[Array, KernelState]
-    after: tuple[Array, KernelState]
+    before: Move
+    after: Move
     whole: Array
     vectors: tuple[Array, Array, Array]
+    waits: Bool[Array, ""]
     begin: Int[Array, ""]
     steps: int
 
@@ -108,8 +129,12 @@ class _Cut:
         old, new, s, rank = self.before[1], self.after[1], self.vectors[1], self.rank(step)
         is_lower = rank < self.view.short
         removed = jnp.where(is_lower, removed_share(s, s, rank), 0)
-        # Far from the directions that stay, and from those that training will add.
-        floor = jnp.square(jnp.take(s, rank - 1, axis=1) * 0.75) / self.view.long
+        last, next_ = (
+            jnp.take(s, jnp.minimum(r, s.shape[1]) - 1, axis=1) for r in (rank, rank + 1)
+        )
+        # After a cut, far from the directions that stay and from those that training will add.
+        # Without one, between those that must stay and the others, which are still there.
+        floor = jnp.where(self.waits, last * next_, jnp.square(last * 0.75)) / self.view.long
         # The noise is that of the first cut: a kernel that is not cut remembers nothing.
         fit = jax.tree.map(lambda new, old: jnp.where(is_lower, new, old), new.fit, old.fit)
         state = new._replace(
@@ -136,20 +161,16 @@ def is_cut(state: KernelState) -> Bool[Array, ""]:
     return state.removed > 0
 
 
-def _costs(loss: Callable, whole: list[Array], cut: list[Array]) -> tuple[Array, Array, list]:
-    r"""Returns the loss of both, and what the cut of each kernel adds to it.
+def _with_cost(after: Move, start: Array, end: Array, first: Array, last: Array) -> Move:
+    r"""Returns a cut with what it adds to the loss, from the gradients at both ends.
 
-    $\Delta L \approx \frac12 \langle g_0 + g_1, W' - W \rangle$, with the gradients at both ends,
-    is exact for a loss that is quadratic in between. Its terms are those of the kernels.
+    $\Delta L \approx \frac12 \langle g_0 + g_1, W' - W \rangle$ is exact for a loss that is
+    quadratic in between. Its terms are those of the kernels.
     """
-    start, first = jax.value_and_grad(loss)(whole)
-    end, last = jax.value_and_grad(loss)(cut)
-
-    def cost(before, after, g0, g1):
-        before, after, g0, g1 = (a.astype(jnp.float32) for a in (before, after, g0, g1))
-        return jnp.sum((g0 + g1) / 2 * (after - before))
-
-    return start, end, list(map(cost, whole, cut, first, last))
+    start, end, first, last = (a.astype(jnp.float32) for a in (start, end, first, last))
+    cost = jnp.sum((first + last) / 2 * (end - start))
+    move, state = after
+    return move, state._replace(cost=cost.astype(state.cost.dtype))
 
 
 def _gains(guard: Guard, loss: Callable, tree: PyTree, start: Array) -> tuple[Array, Array]:
@@ -160,15 +181,16 @@ def _gains(guard: Guard, loss: Callable, tree: PyTree, start: Array) -> tuple[Ar
     return period, jnp.maximum(jnp.where(jnp.isfinite(whole), whole, 0), 0)
 
 
-def _begins(states: list[KernelState], changes: Array, is_first: Array, steps: int):
-    """Returns the step at which each cut begins, and that at which the first cuts begin."""
-    largest = jnp.finfo(jnp.float32).max
+def _begins(states: list[KernelState], is_first: Array, steps: int):
+    """Returns the step at which each cut begins, and the last step of all."""
+    largest, changes = jnp.finfo(jnp.float32).max, jnp.stack([*map(is_cut, states)])
     costs = jnp.stack([state.cost.astype(jnp.float32) for state in states])
     known = jnp.nan_to_num(costs, nan=largest, posinf=largest)
     # The cheapest is the first, and those that are not cut come last.
     order = jnp.argsort(jnp.where(changes & is_first, known, jnp.inf))
     first = steps * jnp.any(changes & ~is_first)
-    return jnp.where(is_first, first + steps * jnp.argsort(order), 0), first
+    begins = jnp.where(is_first, first + steps * jnp.argsort(order), 0)
+    return begins, first + steps * jnp.sum(changes & is_first)
 
 
 def _bisect(fine_at: Callable[[Array], Bool[Array, ""]], end: Int[Array, ""]) -> Int[Array, ""]:
@@ -183,11 +205,6 @@ def _bisect(fine_at: Callable[[Array], Bool[Array, ""]], end: Int[Array, ""]) ->
     unsure = lambda state: (state[1] - state[0] > 1) & (state[2] < _STEPS)
     zero = jnp.zeros((), jnp.int32)
     return lax.while_loop(unsure, narrow, (zero, end.astype(jnp.int32), zero))[0]
-
-
-def _find_vectors(arrays: tuple[Array], axes: KernelAxes) -> tuple[Array, Array, Array]:
-    find = lambda kernel: decompose(MatrixView("", kernel, axes).matrices())
-    return by_compiler(find, *arrays)
 
 
 def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
@@ -206,35 +223,53 @@ def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
     return loss
 
 
-def _lessen(fine: Callable, views: list, before: Moves, after: Moves, whole: list, ripe, done):
+def _lessen(fine: Callable, kernels: _Kernels, before: list[Move], after: list[Move]):
     """Returns updates and states as far on the way of all cuts as the loss allows."""
-    # The decompositions wait for those before: under `vmap` both are computed.
-    arrays = [(jnp.where(done, 1, kernel),) for kernel in whole]
-    vectors = map_alike(_find_vectors, arrays, tuple(view.axes for view in views))
+    views, whole, is_first, waits = kernels
+    find = lambda kernel, axes: decompose(MatrixView("", kernel, axes).matrices())
+    vectors_of = lambda kernels, axes: by_compiler(partial(find, axes=axes), *kernels)
+    arrays = [(kernel,) for kernel in whole]
+    vectors = map_alike(vectors_of, arrays, tuple(view.axes for view in views))
     steps = max(2, min(_RANKS, 2**_STEPS // len(views)))
-    changes, is_first = jnp.stack([*map(is_cut, after[1])]), _never_cut(views, before[1])
-    begins, first = _begins(after[1], changes, is_first, steps)
-    pairs = zip(*before, strict=True), zip(*after, strict=True)
-    of_each: Any = zip(views, *pairs, whole, vectors, begins, strict=True)
+    begins, end = _begins([state for _, state in after], is_first, steps)
+    of_each: Any = zip(views, before, after, whole, vectors, waits, begins, strict=True)
     cuts = [_Cut(*kernel, steps=steps) for kernel in of_each]
-    end = first + jnp.where(ripe, steps * jnp.sum(changes & is_first), 1)
     step = _bisect(lambda step: fine([cut.lower(step) for cut in cuts]), end)
-    moves, states = zip(*(cut.chosen(step) for cut in cuts), strict=True)
-    return list(moves), list(states)
+    return [cut.chosen(step) for cut in cuts]
 
 
-def _never_cut(views: list[MatrixView], states: list[KernelState]) -> Bool[Array, " k"]:
-    return jnp.stack([s.rank >= view.short for view, s in zip(views, states, strict=True)])
-
-
-def _untouched(before: tuple[Array, KernelState], after: tuple[Array, KernelState]):
-    """Returns an update without its cut, and a state that tells plans how far they may go."""
+def _without_cut(before: Move, after: Move, floor: Array) -> Move:
+    """Returns an update without its cut, and a state with a floor for plans."""
     (move, old), new = before, after[1]
-    unknown = jnp.full_like(new.norm, jnp.nan)
-    return move, new._replace(rank=old.rank, removed=jnp.zeros_like(new.removed), norm=unknown)
+    none, unknown = jnp.zeros_like(new.removed), jnp.full_like(new.norm, jnp.nan)
+    state = new._replace(fit=old.fit, rank=old.rank, floor=floor, removed=none, norm=unknown)
+    return move, state._replace(refused=jnp.maximum(new.refused, new.removed))
 
 
-def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Moves):
+def _candidates(kernels: _Kernels, before: list[Move], after: list[Move], ripe) -> list[Move]:
+    """Returns the cuts that a step tries.
+
+    First cuts only if the network is `ripe`. Kernels that wait are then left as they are: a cut
+    that is not made must not hide what the others cost.
+    """
+    begin = kernels.is_first & jnp.stack([is_cut(state) for _, state in after])
+    leave = kernels.waits & jnp.any(begin) & ripe
+    tried = []
+    for old, new, held, left in zip(before, after, begin & ~ripe, leave, strict=True):
+        uncut = _without_cut(old, new, jnp.where(left, old[1].floor, -1))
+        tried.append(jax.tree.map(partial(jnp.where, held | left), uncut, new))
+    return tried
+
+
+def _told(wait: Bool[Array, ""], before: Move, after: Move) -> Move:
+    """Returns a kernel that waits with its next cut as it is; its floor stays for plans."""
+    (move, old), new = before, after[1]
+    none, unknown = jnp.zeros_like(new.removed), jnp.full_like(new.norm, jnp.nan)
+    left = move, new._replace(rank=old.rank, removed=none, norm=unknown)
+    return jax.tree.map(partial(jnp.where, wait), left, after)
+
+
+def _within_rise(guard: Guard, views: list[MatrixView], before: list[Move], after: list[Move]):
     """Returns updates and states of kernels whose cuts raise the loss by no more than allowed.
 
     And the fall of the loss over the last period.
@@ -246,32 +281,30 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: Moves, after: Mo
         by_path = dict(zip((view.path for view in views), kernels, strict=True))
         return value_fn(map_kernels(lambda path, _: by_path[path], tree, by_path))
 
-    land = lambda view, move: (view.leaf + move).astype(view.leaf.dtype)
-    whole, cut = (list(map(land, views, moves)) for moves, _ in (before, after))
-    start, end, costs = _costs(loss, whole, cut)
-    states = [s._replace(cost=c.astype(s.cost.dtype)) for s, c in zip(after[1], costs, strict=True)]
-    after = after[0], states
+    land = lambda view, move: (view.leaf + move[0]).astype(view.leaf.dtype)
+    whole = list(map(land, views, before))
+    start, first = jax.value_and_grad(loss)(whole)
     period, gain = _gains(guard, value_fn, tree, start)
     # One batch says little of a period: two say more.
     fall = jnp.where(jnp.isfinite(guard.fall), (period + guard.fall) / 2, period)
+    is_first = jnp.stack([s.rank >= v.short for v, (_, s) in zip(views, before, strict=True)])
+    kernels = _Kernels(views, whole, is_first, ~is_first & ~jnp.asarray(guard.again))
+    after = _candidates(kernels, before, after, fall <= _RIPE * gain)
+    cut = list(map(land, views, after))
+    end, last = jax.value_and_grad(loss)(cut)
+    after = list(map(_with_cost, after, whole, cut, first, last))
     is_fine = lambda value: (value <= start + guard.max_rise * gain) & jnp.isfinite(value)
-    is_first = _never_cut(views, before[1])
-    ripe = (fall <= _RIPE * gain) | ~jnp.any(is_first & jnp.stack([*map(is_cut, states)]))
-    done = ripe & is_fine(end)
-    fine = lambda kernels: is_fine(loss(kernels))
-    lessen = lambda: _lessen(fine, views, before, after, whole, ripe, done)
-    after = lax.cond(done, lambda: after, lessen)
-    waits = ~is_first & ~jnp.asarray(guard.again)
-    pick = lambda wait, *both: jax.tree.map(partial(jnp.where, wait), _untouched(*both), both[1])
-    pairs = zip(*before, strict=True), zip(*after, strict=True)
-    moves, states = zip(*map(pick, waits, *pairs), strict=True)
-    return list(moves), list(states), period.astype(guard.fall.dtype)
+    done, fine = is_fine(end), lambda kernels: is_fine(loss(kernels))
+    # The decompositions wait for those before: under `vmap` both are computed.
+    rest = kernels._replace(whole=[jnp.where(done, 1, kernel) for kernel in whole])
+    after = lax.cond(done, lambda: after, lambda: _lessen(fine, rest, before, after))
+    return list(map(_told, kernels.waits, before, after)), period.astype(guard.fall.dtype)
 
 
-def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: Moves):
-    """Makes the cuts of a step that is due smaller: between the states `before` and `after`.
+def guard_if(due, guard: Guard, views: list[MatrixView], before: list[Move], after: list[Move]):
+    """Makes the cuts of a step that is due smaller: between `before` and `after`.
 
-    Returns updates, states, and the fall of the loss over the last period.
+    Returns updates with states, and the fall of the loss over the last period.
     """
     hidden = lambda node: isinstance(node, optax.MaskedNode)
     if any(map(hidden, jax.tree.leaves(guard.params, is_leaf=hidden))):
@@ -284,12 +317,4 @@ def guard_if(due, guard: Guard, views: list[MatrixView], before: Moves, after: M
             "the state of `prune_spectrum` has a copy of other parameters than `params`. After "
             "`rmtjax.factorize` carry it over by `rmtjax.transfer_opt_state`."
         )
-    return call_if(due, lambda: _within_rise(guard, views, before, after), (*after, guard.fall))
-
-
-def call_if(condition, function: Callable[[], PyTree], otherwise: PyTree) -> PyTree:
-    """Returns what a function returns if a condition holds, else a value of the same form."""
-    if isinstance(condition, Tracer):
-        return lax.cond(condition, function, lambda: otherwise)
-    # Outside `jit`, `lax.cond` would compile each new function, needed or not.
-    return function() if condition else otherwise
+    return call_if(due, lambda: _within_rise(guard, views, before, after), (after, guard.fall))

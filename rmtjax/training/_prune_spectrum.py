@@ -13,8 +13,9 @@ from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_count, check_share, find_kernels, map_kernels, obstacle
-from rmtjax.training._guard import call_if, Guard, guard_if
+from rmtjax.training._guard import Guard, guard_if
 from rmtjax.training._pruning_step import (
+    call_if,
     forget_lost,
     is_due,
     is_placeholder,
@@ -229,7 +230,9 @@ def prune_spectrum(
             look = jnp.asarray(numbers.look)
             again = callable(keep) or look & (look - 1) == 0
             guard = Guard(value_fn, *trees, fall, again, max_rise)
-            *new, fall = guard_if(due, guard, list(views.values()), (moves, old), new)
+            pairs = [list(zip(*side, strict=True)) for side in ((moves, old), new)]
+            cuts, fall = guard_if(due, guard, list(views.values()), *pairs)
+            new = zip(*cuts, strict=True)
         moves, states = new
         # Kernels without an update, and those that were factorized since, keep their state.
         fields = (old | new for old, new in zip(fields, _by_field(views, states), strict=True))

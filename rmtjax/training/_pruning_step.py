@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -30,6 +31,14 @@ def is_due(
 ) -> Bool[Array, ""]:
     """Returns True at the steps `start`, `start + every`, ...; 0 as `start` stands for `every`."""
     return jnp.asarray((step > 0) & (step >= start) & ((step - start) % every == 0))
+
+
+def call_if(condition, function: Callable[[], PyTree], otherwise: PyTree) -> PyTree:
+    """Returns what a function returns if a condition holds, else a value of the same form."""
+    if isinstance(condition, Tracer):
+        return lax.cond(condition, function, lambda: otherwise)
+    # Outside `jit`, `lax.cond` would compile each new function, needed or not.
+    return function() if condition else otherwise
 
 
 def is_placeholder(params: PyTree) -> bool:
