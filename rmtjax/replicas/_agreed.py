@@ -63,7 +63,7 @@ def merge_dense(view: MatrixView, replicas: Any, rest: Any) -> Agreed:
 
 
 def _basis(start: Float[Array, "b m r"], replicas: Float[Array, "k b m r"]):
-    """Returns an orthonormal basis of all columns, and the columns in it: (b, q, r), (k, b, q, r)."""
+    """Returns an orthonormal basis (b, m, q) of all columns, and the columns in that basis."""
     joined = jnp.concatenate([start[None], replicas])
     count, stack, rows, rank = joined.shape
     joined = joined.transpose(1, 2, 0, 3).reshape(stack, rows, count * rank)
@@ -87,7 +87,7 @@ def _cores(factors: Factors, replicas: Factors, *, axes: KernelAxes):
 
 
 def _turned(left, right, start: Factors) -> tuple[Array, Array]:
-    """Turns factors by the rotation of their rank that brings them nearest to those of the start."""
+    """Turns the directions of factors by the rotation that brings them nearest to the start."""
     # Orthogonal Procrustes. States of optimizers are about the directions that factors had.
     overlap = matmul(left.mT, start.left) + matmul(right, start.right.mT)
     u, _, vt = jnp.linalg.svd(jnp.where(jnp.isfinite(overlap), overlap, 0), full_matrices=False)

@@ -17,14 +17,14 @@ from rmtjax.replicas._stacked import check_arrays, stack_replicas
 
 
 class Merged(NamedTuple):
-    """Holds merged parameters, and how much of what the replicas learnt they hold.
+    r"""Holds merged parameters, and how much of what the replicas learnt they hold.
 
     Attributes:
       params: A tree like `start`.
       kept: Path to the share of the squares of a kernel's mean change that is agreed on: 1 if all
         replicas are equal, 0 if nothing has changed, NaN if a replica is not finite.
-      rank: Path to the effective rank of the agreed change: $\\exp(H)$, with the entropy $H$ of the
-        values $\\max(r, 0)$ over their sum. It is the mean over the replicas and over the matrices
+      rank: Path to the effective rank of the agreed change: $\exp(H)$, with the entropy $H$ of the
+        values $\max(r, 0)$ over their sum. It is the mean over the replicas and over the matrices
         of a stack; 0 if nothing is agreed on.
     """
 
@@ -104,12 +104,13 @@ def merge_replicas(
       >>> noise = jax.vmap(lambda key: jax.random.normal(key, (60, 40)))(keys)
       >>> start = {"kernel": jnp.zeros((60, 40))}
       >>> merged = rmtjax.merge_replicas(start, {"kernel": noise + 1.0})
-      >>> print(f"{merged.kept['kernel']:.2f}, of a mean with a fifth of noise")
-      0.84, of a mean with a fifth of noise
+      >>> print(f"{merged.kept['kernel']:.2f}")  # four fifths of the mean are common
+      0.78
 
     References:
-      Bartz, Cross-validation based nonlinear shrinkage (2016), https://arxiv.org/abs/1611.00798.
-      Benaych-Georges, Bouchaud and Potters, Ann. Appl. Probab. 33 (2023) 1295-1326.
+      Bartz, Cross-validation based nonlinear shrinkage (2016).
+      Benaych-Georges, Bouchaud and Potters, Ann. Appl. Probab. 33 (2023), for the noise that is
+      white. Lamrani, Bongiorno and Potters (2025), https://arxiv.org/abs/2503.15186.
     """
     check_share("rest", rest, "the change not agreed on that is kept")
     views = find_kernels(start, where, axes)

@@ -276,8 +276,8 @@ def _compiled_folds(changes: Float[Array, "k b m n"], *, mesh: Any, names: tuple
 def cross_validate(changes: Float[Array, "k b m n"]) -> tuple[Any, Any]:
     r"""Returns what k replicas of a stack of matrices agree on, and its effective rank.
 
-    $\frac1k \sum_i U_i \operatorname{diag}(\max(r_i, 0)) V_i^T$, with the singular vectors of the mean
-    of all replicas but i, and $r_{im} = u_m^T \Delta_i v_m$. The rank is the mean over the folds.
+    $\frac1k \sum_i U_i \operatorname{diag}(\max(r_i, 0)) V_i^T$, with the singular vectors of the
+    mean of all replicas but i, and $r_{im} = u_m^T \Delta_i v_m$. The rank is the mean over the folds.
 
     Args:
       changes: In float32 at least. If the first axis is divided over a mesh, each device makes the
