@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack
-from rmtjax._sharding import place_like
+from rmtjax._sharding import by_compiler, place_like
 from rmtjax.spectra import cross_validate, decompose, lift, matmul, split
 
 
@@ -79,11 +79,15 @@ def _cores(factors: Factors, replicas: Factors, *, axes: KernelAxes):
     The products themselves, which may be large, are never formed. No base changes what replicas
     agree on.
     """
-    start, stacks = _stacks(factors, replicas, axes)
-    q, left, lefts = _basis(start.left, stacks.left)
-    p, right, rights = _basis(start.right.mT, stacks.right.mT)
-    core = matmul(left, right.mT)
-    return (q, p), core, matmul(lefts, rights.mT) - core[None]
+
+    def find(factors, replicas):
+        start, stacks = _stacks(factors, replicas, axes)
+        q, left, lefts = _basis(start.left, stacks.left)
+        p, right, rights = _basis(start.right.mT, stacks.right.mT)
+        core = matmul(left, right.mT)
+        return q, p, core, matmul(lefts, rights.mT) - core[None]
+
+    return by_compiler(find, factors, replicas)
 
 
 def _turned(left, right, start: Factors) -> tuple[Array, Array]:
@@ -98,6 +102,11 @@ def _turned(left, right, start: Factors) -> tuple[Array, Array]:
 @partial(jax.jit, static_argnames="axes")
 def _refactor(factors: Factors, bases, landed, *, axes: KernelAxes) -> Factors:
     """Returns factors of the nearest product of the rank that the factors have."""
+    return by_compiler(partial(_cut, axes=axes), factors, bases, landed)
+
+
+def _cut(factors: Factors, bases, landed, axes: KernelAxes) -> Factors:
+    """Cuts a product to the rank of factors, and casts and turns what is left like these."""
     start = jax.tree.map(lift, to_stack(factors, axes))
     rank = start.left.shape[-1]
     u, s, vt = decompose(landed)
@@ -115,7 +124,7 @@ def _refactor(factors: Factors, bases, landed, *, axes: KernelAxes) -> Factors:
 def merge_factors(view: MatrixView, replicas: Factors, rest: Any) -> Agreed:
     """Merges a kernel that is stored as factors; `replicas` are factors with a leading axis."""
     factors = Factors(*map(jnp.asarray, view.leaf))
-    bases, core, changes = _cores(factors, replicas, axes=view.axes)
+    *bases, core, changes = _cores(factors, replicas, axes=view.axes)
     agreed, ranks = cross_validate(changes)
     landed, kept = _land(core, changes, jnp.asarray(agreed), rest)
     merged = _refactor(factors, bases, landed, axes=view.axes)
