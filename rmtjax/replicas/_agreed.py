@@ -62,9 +62,9 @@ def merge_dense(view: MatrixView, replicas: Any, rest: Any) -> Agreed:
     return Agreed(place_like(leaf, view.leaf), kept, jnp.mean(jnp.asarray(ranks)))
 
 
-def _basis(start: Float[Array, "b m r"], replicas: Float[Array, "k b m r"]):
+def _basis(start: Float[Array, "b m r"], moves: Float[Array, "k b m r"]):
     """Returns an orthonormal basis (b, m, q) of all columns, and the columns in that basis."""
-    joined = jnp.concatenate([start[None], replicas])
+    joined = jnp.concatenate([start[None], moves])
     count, stack, rows, rank = joined.shape
     joined = joined.transpose(1, 2, 0, 3).reshape(stack, rows, count * rank)
     q, coordinates = jnp.linalg.qr(joined)
@@ -82,10 +82,11 @@ def _cores(factors: Factors, replicas: Factors, *, axes: KernelAxes):
 
     def find(factors, replicas):
         start, stacks = _stacks(factors, replicas, axes)
-        q, left, lefts = _basis(start.left, stacks.left)
-        p, right, rights = _basis(start.right.mT, stacks.right.mT)
-        core = matmul(left, right.mT)
-        return q, p, core, matmul(lefts, rights.mT) - core[None]
+        # Of what factors have moved, and not of factors, so that small changes are exact.
+        q, left, lefts = _basis(start.left, stacks.left - start.left[None])
+        p, right, rights = _basis(start.right.mT, (stacks.right - start.right[None]).mT)
+        changes = matmul(lefts, (right[None] + rights).mT) + matmul(left[None], rights.mT)
+        return q, p, matmul(left, right.mT), changes
 
     return by_compiler(find, factors, replicas)
 

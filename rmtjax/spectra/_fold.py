@@ -28,9 +28,10 @@ from rmtjax.spectra._spectrum import each, matmul
 # only the columns that are left. So there are few grades.
 _GRADE = 1 / 64
 _MOST_GRADES = 3
-# Times the machine's precision and the largest length: shorter columns are rounding. They have no
-# direction, and a matrix of lower rank must not get one from its rounding.
-_ROUNDING = 8
+# Times the machine's precision and the largest length: shorter columns are rounding, which a grade
+# carries over from the columns above it. They have no direction, and a matrix of lower rank must
+# not get one from its rounding.
+_ROUNDING = 2 / _GRADE
 # From so many columns on, one fold uses all threads well, and several would fill the memory.
 _LARGE = 2048
 
