@@ -192,6 +192,14 @@ def leading_names(array: Any) -> tuple[Any, tuple[str, ...]]:
     return (sharding.mesh, names) if names else (None, ())
 
 
+def first_axis_only(array: Any) -> NamedSharding | None:
+    """Returns the sharding by which only the first axis is divided, as it is in an array's type."""
+    sharding = typed_sharding(array)
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(leading_names(array)[1] or None))
+
+
 def sum_over_parts(
     function: Callable[[jax.Array, Callable], PyTree], array: jax.Array, mesh: Any, names: tuple
 ) -> PyTree:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack
-from rmtjax._sharding import by_compiler, place_like
+from rmtjax._sharding import by_compiler, first_axis_only, leading_names, place_like
 from rmtjax.spectra import cross_validate, decompose, lift, matmul, split
 
 
@@ -28,8 +28,11 @@ def _stacks(leaf: Any, replicas: Any, axes: KernelAxes) -> tuple[Any, Any]:
 
 @partial(jax.jit, static_argnames="axes")
 def _changes(kernel, replicas, *, axes: KernelAxes) -> Float[Array, "k b m n"]:
-    start, matrices = _stacks(kernel, replicas, axes)
-    return matrices - start[None]
+    def find(kernel, replicas):
+        start, matrices = _stacks(kernel, replicas, axes)
+        return matrices - start[None]
+
+    return by_compiler(find, kernel, replicas, out=first_axis_only(replicas))
 
 
 def _share(agreed: Float[Array, "b m n"], mean: Float[Array, "b m n"]) -> Float[Array, ""]:
@@ -49,17 +52,30 @@ def _change(changes, agreed, rest):
 
 @jax.jit
 def _land(stack, changes, agreed, rest):
-    change, kept = _change(changes, agreed, rest)
-    return stack + change, kept
+    def find(stack, changes, agreed, rest):
+        change, kept = _change(changes, agreed, rest)
+        return stack + change, kept
+
+    return by_compiler(find, stack, changes, agreed, rest)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _land_dense(kernel, changes, agreed, rest, *, axes: KernelAxes):
+    def find(kernel, changes, agreed, rest):
+        view = MatrixView("", kernel, axes)
+        change, kept = _change(changes, agreed, rest)
+        return view.from_matrices(lift(view.matrices()) + change).astype(kernel.dtype), kept
+
+    return by_compiler(find, kernel, changes, agreed, rest)
 
 
 def merge_dense(view: MatrixView, replicas: Any, rest: Any) -> Agreed:
     """Merges a dense kernel; `replicas` has a leading axis."""
-    changes = _changes(view.leaf, replicas, axes=view.axes)
-    agreed, ranks = cross_validate(changes)
-    landed, kept = _land(lift(view.matrices()), changes, jnp.asarray(agreed), rest)
-    leaf = view.from_matrices(landed).astype(jax.dtypes.canonicalize_dtype(view.dtype))
-    return Agreed(place_like(leaf, view.leaf), kept, jnp.mean(jnp.asarray(ranks)))
+    kernel = jnp.asarray(view.leaf)
+    changes = _changes(kernel, replicas, axes=view.axes)
+    agreed, ranks = cross_validate(changes, leading_names(replicas))
+    landed, kept = _land_dense(kernel, changes, jnp.asarray(agreed), rest, axes=view.axes)
+    return Agreed(place_like(landed, view.leaf), kept, jnp.mean(jnp.asarray(ranks)))
 
 
 def _basis(start: Float[Array, "b m r"], moves: Float[Array, "k b m r"]):
@@ -126,7 +142,7 @@ def merge_factors(view: MatrixView, replicas: Factors, rest: Any) -> Agreed:
     """Merges a kernel that is stored as factors; `replicas` are factors with a leading axis."""
     factors = Factors(*map(jnp.asarray, view.leaf))
     *bases, core, changes = _cores(factors, replicas, axes=view.axes)
-    agreed, ranks = cross_validate(changes)
+    agreed, ranks = cross_validate(changes, leading_names(replicas.left))
     landed, kept = _land(core, changes, jnp.asarray(agreed), rest)
     merged = _refactor(factors, bases, landed, axes=view.axes)
     leaf = Factors(*map(place_like, merged, view.leaf))

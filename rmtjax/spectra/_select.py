@@ -38,7 +38,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack, Views
-from rmtjax._sharding import by_compiler, fetch, leading_names, mesh_of, sum_over_parts
+from rmtjax._sharding import by_compiler, fetch, mesh_of, sum_over_parts
 from rmtjax._types import Spectrum
 from rmtjax.spectra import _fold, _lapack, _sharded, _svd
 from rmtjax.spectra._factors import compose, contract, project
@@ -273,21 +273,25 @@ def _compiled_folds(changes: Float[Array, "k b m n"], *, mesh: Any, names: tuple
     return by_compiler(fold_all, changes)
 
 
-def cross_validate(changes: Float[Array, "k b m n"]) -> tuple[Any, Any]:
+def cross_validate(
+    changes: Float[Array, "k b m n"], divided: tuple[Any, tuple[str, ...]] = (None, ())
+) -> tuple[Any, Any]:
     r"""Returns what k replicas of a stack of matrices agree on, and its effective rank.
 
     $\frac1k \sum_i U_i \operatorname{diag}(\max(r_i, 0)) V_i^T$, with the singular vectors of the
-    mean of all replicas but i, and $r_{im} = u_m^T \Delta_i v_m$. The rank is the mean over the folds.
+    mean of all replicas but i, and $r_{im} = u_m^T \Delta_i v_m$. The rank is the mean of those of
+    the folds.
 
     Args:
-      changes: In float32 at least. If the first axis is divided over a mesh, each device makes the
-        folds of its replicas.
+      changes: In float32 at least.
+      divided: The mesh, and the names of its axes, over which replicas are divided. Each device
+        then makes the folds of its replicas.
 
     Returns:
       The agreed matrices (b, m, n) and the ranks (b); NaN for a matrix of which a replica is not
       finite.
     """
-    mesh, names = leading_names(changes)
+    mesh, names = divided
     if mesh is None and _cut_by_host(MatrixView("", changes, KernelAxes((2,), (3,), (0, 1)))):
         return _fold.host_folds(np.asarray(changes))
     return _compiled_folds(changes, mesh=mesh, names=names)

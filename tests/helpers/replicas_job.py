@@ -8,11 +8,13 @@ import sys
 
 import jax
 import numpy as np
-from helpers.devices_trees import gather, put
-from helpers.replica_cases import noisy, relative
-from jax.sharding import AxisType, PartitionSpec as P
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
 
 import rmtjax
+from helpers.devices_trees import gather, put
+from helpers.replica_cases import noisy, relative
+from rmtjax.spectra import _fold
 
 TURNS = 3e-3  # as in `test_merge`
 AXES = {"stack/kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
@@ -39,7 +41,13 @@ def check_same(start, replicas, mesh):
     wanted = rmtjax.merge_replicas(start, replicas, axes=AXES, rest=0.1)
     place = lambda tree, spec: jax.tree.map(lambda leaf: put(leaf, mesh, spec), tree)
     placed, parts = place(start, P()), place(replicas, P("replica"))
-    found = rmtjax.merge_replicas(placed, parts, axes=AXES, rest=0.1)
+    sizes, folds = set(), _fold.folds
+    spy = lambda part, *others: (sizes.add(len(part)), folds(part, *others))[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fold, "folds", spy)
+        found = rmtjax.merge_replicas(placed, parts, axes=AXES, rest=0.1)
+    count = jax.tree.leaves(replicas)[0].shape[0]
+    assert sizes == {count // mesh.size}, sizes
     same = lambda a, b: a.sharding.is_equivalent_to(b.sharding, b.ndim)
     assert jax.tree.all(jax.tree.map(same, found.params, placed))
     product = lambda tree: jax.tree.leaves(rmtjax.merge(tree))
@@ -52,11 +60,11 @@ def check_same(start, replicas, mesh):
     return placed, parts, found
 
 
-def check_broken(placed, parts, found):
+def check_broken(start, replicas, mesh, placed, parts, found):
     """A replica that is not finite spoils one kernel, on all devices."""
-    dense = parts["dense"]["kernel"]
-    spoil = jax.jit(lambda leaf: leaf.at[1, 2, 3].set(np.nan), out_shardings=dense.sharding)
-    broken = parts | {"dense": {"kernel": spoil(dense)}}
+    dense = replicas["dense"]["kernel"].copy()
+    dense[1, 2, 3] = np.nan
+    broken = parts | {"dense": {"kernel": put(dense, mesh, P("replica"))}}
     again = rmtjax.merge_replicas(placed, broken, axes=AXES, rest=0.1)
     assert np.isnan(gather(again.params["dense"]["kernel"])).all()
     same = gather(again.params["wide"]["kernel"]), gather(found.params["wide"]["kernel"])
@@ -64,14 +72,30 @@ def check_broken(placed, parts, found):
     print("broken")
 
 
+def check_divided(axis_types):
+    """Kernels that are divided themselves keep their division."""
+    devices = np.reshape(jax.devices(), (-1, 2))
+    mesh = Mesh(devices, ("replica", "model"), axis_types=axis_types * 2)
+    changes = noisy(len(devices) * 2, (64, 48))
+    wanted = rmtjax.merge_replicas({"kernel": changes[0]}, {"kernel": changes}).params["kernel"]
+    start = {"kernel": put(changes[0], mesh, P(None, "model"))}
+    replicas = {"kernel": put(changes, mesh, P("replica", None, "model"))}
+    found = rmtjax.merge_replicas(start, replicas).params["kernel"]
+    assert found.sharding.is_equivalent_to(start["kernel"].sharding, 2)
+    assert relative(gather(found), wanted) < TURNS
+    print("divided")
+
+
 def main():
     kind, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
     if processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
+    axis_types = (getattr(AxisType, kind),)
     for share in (1, 2):  # replicas of each device
-        axis_types = (getattr(AxisType, kind),)
         mesh = jax.make_mesh((jax.device_count(),), ("replica",), axis_types=axis_types)
-        check_broken(*check_same(*make(share * jax.device_count()), mesh))
+        trees = make(share * jax.device_count())
+        check_broken(*trees, mesh, *check_same(*trees, mesh))
+    check_divided(axis_types)
 
 
 if __name__ == "__main__":

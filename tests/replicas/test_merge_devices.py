@@ -11,7 +11,7 @@ import pytest
 from helpers.virtual_devices import environment, run_on_devices
 
 TESTS = str(Path(__file__).parents[1])
-CHECKS = ["same", "broken"] * 2
+CHECKS = ["same", "broken", "same", "broken", "divided"]
 
 
 def start(kind, devices, processes=1, number=0, port=0):
