@@ -24,8 +24,8 @@ from rmtjax.spectra._lapack import one_blas_thread_each
 from rmtjax.spectra._spectrum import each, matmul
 
 # The share of the largest length down to which one Gram matrix is trusted: squares are then off by
-# a two-thousandth of themselves. In a program each grade squares the complete matrix, on the host
-# only the columns that are left. So there are few grades.
+# a two-thousandth of themselves. In a program a grade squares a half of all columns, or an eighth
+# of them, if no more are left; on the host what is left.
 _GRADE = 1 / 64
 _MOST_GRADES = 3
 # Times the machine's precision and the largest length: shorter columns are rounding, which a grade
@@ -49,17 +49,29 @@ def _in_order(v, y, start) -> tuple[Array, Array]:
     return v[:, order], y[:, order]
 
 
-def _next_grade(state):
-    """Squares the columns of y from `start` on, and turns them to singular directions."""
-    v, y, start, _, turn = state
-    below = jnp.arange(y.shape[1]) >= start
-    scale = jnp.max(jnp.where(below, _lengths(y), 0))
-    rest = jnp.where(below[None], y, 0) / jnp.where(scale > 0, scale, 1)
+def _turn(v, y, start, size: int) -> tuple[Array, Array]:
+    """Turns columns from `start` on, which are among the last `size`, to singular directions."""
+    head = y.shape[1] - size
+    rest, start = y[:, head:], start - head
+    below = jnp.arange(size) >= start
+    scale = jnp.max(jnp.where(below, _lengths(rest), 0))
+    scaled = jnp.where(below[None], rest, 0) / jnp.where(scale > 0, scale, 1)
     # Columns that are settled have eigenvalues below all others, and come first: ascending.
-    squares = matmul(rest.T, rest) - jnp.diag(jnp.where(below, 0, 1.0).astype(y.dtype))
+    squares = matmul(scaled.T, scaled) - jnp.diag(jnp.where(below, 0, 1.0).astype(y.dtype))
     _, w = jnp.linalg.eigh(squares, symmetrize_input=False)
     w = jnp.where(below[:, None] & below[None], w, jnp.diag(jnp.where(below, 0, 1)))
-    v, y = _in_order(matmul(v, w), matmul(y, w), start)
+    last, rest = _in_order(matmul(v[:, head:], w), matmul(rest, w), start)
+    return jnp.hstack([v[:, :head], last]), jnp.hstack([y[:, :head], rest])
+
+
+def _next_grade(state):
+    """Squares the columns of y from `start` on, in the smallest of some blocks."""
+    v, y, start, _, turn = state
+    columns = y.shape[1]
+    sizes = sorted({columns, -(-columns // 2), -(-columns // 8)})
+    branches = [partial(_turn, size=size) for size in sizes]
+    which = sum((columns - start > size).astype(jnp.int32) for size in sizes[:-1])
+    v, y = lax.switch(which, branches, v, y, start) if sizes[1:] else _turn(v, y, start, columns)
     return v, y, *_graded(y, start), turn + 1
 
 
