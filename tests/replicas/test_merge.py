@@ -11,8 +11,8 @@ import rmtjax
 from rmtjax.spectra import _fold, _select
 
 MODES = pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-# Directions of noise with equal values turn. Some thousandths at most, by a scan of sides 20 to
-# 400, of 2 to 16 replicas, and of signal from 0 to 300 times the edge: the worst is 9.5e-4.
+# Directions of noise with equal values turn. Over 112 cases (sides 20 to 400, 2 to 16 replicas,
+# signal 0 to 300 times the edge) the host's result was apart by 1.2e-3 of the norm at most.
 TURNS = 3e-3
 
 
