@@ -20,6 +20,7 @@ from rmtjax.planning import (
     truncate,
     Truncated,
 )
+from rmtjax.replicas import merge_replicas, Merged
 from rmtjax.report import analyze, Report, Row
 from rmtjax.spectra import factorize_matrix, spectrum, truncate_matrix
 from rmtjax.training import (
@@ -42,6 +43,7 @@ __all__ = [
     "Factors",
     "Kept",
     "KernelAxes",
+    "Merged",
     "Plan",
     "PruneEntriesState",
     "PruneState",
@@ -58,6 +60,7 @@ __all__ = [
     "linen",
     "marchenko_pastur",
     "merge",
+    "merge_replicas",
     "metrics",
     "nnx",
     "noise_levels",

@@ -177,3 +177,38 @@ def merged_sharding(left: jax.Array, right: jax.Array, axes: KernelAxes) -> Name
     names = jax.tree.leaves(spec)
     # A mesh axis can divide one array axis only. If both factors use it, replicate the product.
     return NamedSharding(of_left.mesh, PartitionSpec(*spec if len(names) == len({*names}) else ()))
+
+
+def leading_names(array: Any) -> tuple[Any, tuple[str, ...]]:
+    """Returns the mesh, and the names of its axes over which the first axis is divided.
+
+    None and no names where the first axis is not divided, or the compiler decides on it.
+    """
+    sharding = _named_sharding(array)
+    if sharding is None or not array.ndim:
+        return None, ()
+    first = specs(sharding, array.ndim)[0]
+    names = first if isinstance(first, tuple) else (first,) if first else ()
+    return (sharding.mesh, names) if names else (None, ())
+
+
+def first_axis_only(array: Any) -> NamedSharding | None:
+    """Returns the sharding by which only the first axis is divided, as it is in an array's type."""
+    sharding = typed_sharding(array)
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(leading_names(array)[1] or None))
+
+
+def sum_over_parts(
+    function: Callable[[jax.Array, Callable], PyTree], array: jax.Array, mesh: Any, names: tuple
+) -> PyTree:
+    """Applies a function to each device's part of the first axis, and adds up what it returns.
+
+    Call it within a compiled program. `function(part, add)` may add up arrays of all parts before,
+    by `add`. Only sums are communicated, and they are replicated.
+    """
+    add = lambda tree: jax.lax.psum(tree, names)
+    run = lambda part: add(function(part, add))
+    divided, replicated = PartitionSpec(names), PartitionSpec()
+    return _shard_map()(run, mesh=_in_force(mesh), in_specs=divided, out_specs=replicated)(array)

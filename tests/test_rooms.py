@@ -20,6 +20,7 @@ STEP = {
     "spectra": 2,
     "planning": 3,
     "models": 4,
+    "replicas": 4,
     "report": 4,
     "training": 4,
     "certificate": 5,

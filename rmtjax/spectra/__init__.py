@@ -14,6 +14,7 @@ from rmtjax.spectra._factors import (
 )
 from rmtjax.spectra._lanczos import largest_eigenvalue as largest_eigenvalue
 from rmtjax.spectra._select import (
+    cross_validate as cross_validate,
     decompose as decompose,
     Directions as Directions,
     estimated_spectra as estimated_spectra,

@@ -78,7 +78,7 @@ def eigenvectors(squares: np.ndarray, first: int, last: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _one_blas_thread_each() -> Iterator[ThreadPoolExecutor]:
+def one_blas_thread_each() -> Iterator[ThreadPoolExecutor]:
     """Opens a pool of as many threads as BLAS has, and gives BLAS one thread in each."""
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
     limit = lambda: blas.limit(limits=1)
@@ -150,7 +150,7 @@ def squared_singular_values(views: Views) -> dict[str, np.ndarray]:
     in_place = lambda talls, dtype: np.stack([eigenvalues(gram(tall, dtype)) for tall in talls])
     values = [decompose(places, in_place) for places in large]
     if small:
-        with _one_blas_thread_each() as pool:
+        with one_blas_thread_each() as pool:
             values += pool.map(lambda places: decompose(places, _by_numpy), small)
     squared = {path: np.empty((view.stack, view.short)) for path, view in views.items()}
     for places, rows in zip(large + small, values, strict=True):

@@ -14,6 +14,9 @@ Conditions are tried from top to bottom. p is the short side, n the long one, r 
 | | else, r small and p >= 1000 | subspace iteration, then SVD | `_svd` | n p r |
 | | else | QR and SVD in XLA | `_svd` | n p^2 |
 | truncation | on the host, r over p / 2 | subtract the other directions | `_lapack` | n p^2 |
+| merge of replicas | on the host | Gram matrices in grades, a fold a thread | `_fold` | n p^2 |
+| | replicas divided over devices | the same in XLA, each device its own fold | `_fold` | n p^2 |
+| | else | the same in XLA, one fold after another | `_fold` | n p^2 |
 | pruning step | one matrix, known noise, p >= 1000 | iteration above it | `_svd` | n p r |
 | | else; all directions | eigenvectors of the Gram matrix in XLA | `_svd` | n p^2 |
 
@@ -35,9 +38,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack, Views
-from rmtjax._sharding import by_compiler, fetch, mesh_of
+from rmtjax._sharding import by_compiler, fetch, mesh_of, sum_over_parts
 from rmtjax._types import Spectrum
-from rmtjax.spectra import _lapack, _sharded, _svd
+from rmtjax.spectra import _fold, _lapack, _sharded, _svd
 from rmtjax.spectra._factors import compose, contract, project
 from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
 from rmtjax.spectra._spectrum import each, lift
@@ -245,3 +248,50 @@ def truncate_by(
 def decompose(matrices: Float[Array, "b m n"]) -> tuple[Array, Array, Array]:
     """Returns all directions (u, s, vt) of a stack, in a program; s is NaN if it is not finite."""
     return _svd.gram_svd(matrices, jnp.full(len(matrices), jnp.nan, lift(matrices).dtype))
+
+
+@partial(jax.jit, static_argnames=("mesh", "names"))
+def _compiled_folds(changes: Float[Array, "k b m n"], *, mesh: Any, names: tuple[str, ...]):
+    """Returns the mean of the folds of k replicas in a program; NaN where not finite."""
+    count = len(changes)
+
+    def find(part, add):
+        total = add(jnp.sum(part, axis=0))
+        finite = jnp.isfinite(total).all(axis=(1, 2))
+        safe = lambda array: jnp.where(finite[:, None, None], array, 0)
+        kept, ranks = _fold.folds(safe(part), safe(total), count)
+        nan = lambda array: jnp.where(
+            jnp.expand_dims(finite, (*range(1, array.ndim),)), array, jnp.nan
+        )
+        return jax.tree.map(lambda array: nan(array) / count, (kept, ranks))
+
+    def fold_all(changes):
+        if mesh is None:
+            return find(changes, lambda array: array)
+        return sum_over_parts(find, changes, mesh, names)
+
+    return by_compiler(fold_all, changes)
+
+
+def cross_validate(
+    changes: Float[Array, "k b m n"], divided: tuple[Any, tuple[str, ...]] = (None, ())
+) -> tuple[Any, Any]:
+    r"""Returns what k replicas of a stack of matrices agree on, and its effective rank.
+
+    $\frac1k \sum_i U_i \operatorname{diag}(\max(r_i, 0)) V_i^T$, with the singular vectors of the
+    mean of all replicas but i, and $r_{im} = u_m^T \Delta_i v_m$. The rank is the mean of those of
+    the folds.
+
+    Args:
+      changes: In float32 at least.
+      divided: The mesh, and the names of its axes, over which replicas are divided. Each device
+        then makes the folds of its replicas.
+
+    Returns:
+      The agreed matrices (b, m, n) and the ranks (b); NaN for a matrix of which a replica is not
+      finite.
+    """
+    mesh, names = divided
+    if mesh is None and _cut_by_host(MatrixView("", changes, KernelAxes((2,), (3,), (0, 1)))):
+        return _fold.host_folds(np.asarray(changes))
+    return _compiled_folds(changes, mesh=mesh, names=names)

@@ -14,6 +14,7 @@ from experiments.benchmarks import (
     fit,
     latency,
     memory,
+    merge,
     report,
     sizes,
     timing,
@@ -50,6 +51,13 @@ def test_truncation_is_that_of_the_decomposition(tmp_path, monkeypatch):
     arguments = ["--sizes", "200", "--ranks", "3", "--rounds", "1"]
     (row,) = run(truncation, arguments, tmp_path, monkeypatch)
     assert row["relative difference"] < 1e-5
+
+
+def test_a_merge_of_replicas_is_that_of_decompositions(tmp_path, monkeypatch):
+    arguments = ["--shapes", "90", "60", "--replicas", "2", "--rounds", "1"]
+    (row,) = run(merge, arguments, tmp_path, monkeypatch)
+    assert row["kernel"] == "90 x 60"
+    assert row["relative difference"] < 3e-3  # turns of directions with equal values
 
 
 @pytest.mark.usefixtures("minilm_folder")

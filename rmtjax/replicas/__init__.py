@@ -1,0 +1,8 @@
+"""Keeps what replicas of a network, trained on disjoint data, agree on.
+
+`merge_replicas` makes one tree of several that started from one point: what each of them has
+learnt by heart differs, and what the data support is common. Singular vectors of the change come
+from some replicas and singular values from another, so that noise has no say in its own size.
+"""
+
+from rmtjax.replicas._merge import merge_replicas as merge_replicas, Merged as Merged
