@@ -20,6 +20,7 @@ from rmtjax.planning import (
     truncate,
     Truncated,
 )
+from rmtjax.replicas import agree, AgreeState, deal, merge_replicas, Merged, replicate
 from rmtjax.report import analyze, Report, Row
 from rmtjax.spectra import factorize_matrix, spectrum, truncate_matrix
 from rmtjax.training import (
@@ -36,12 +37,14 @@ from rmtjax.training import (
 
 # So that `help(rmtjax)` tells them.
 __all__ = [
+    "AgreeState",
     "BulkFit",
     "Cost",
     "Factorized",
     "Factors",
     "Kept",
     "KernelAxes",
+    "Merged",
     "Plan",
     "PruneEntriesState",
     "PruneState",
@@ -49,15 +52,18 @@ __all__ = [
     "Row",
     "Spectrum",
     "Truncated",
+    "agree",
     "analyze",
     "certificate",
     "checkpoint",
+    "deal",
     "factorize",
     "factorize_matrix",
     "fit_bema",
     "linen",
     "marchenko_pastur",
     "merge",
+    "merge_replicas",
     "metrics",
     "nnx",
     "noise_levels",
@@ -68,6 +74,7 @@ __all__ = [
     "prune_spectrum",
     "ranks",
     "register_layer",
+    "replicate",
     "shrinkage",
     "sparsity",
     "spectrum",

@@ -26,6 +26,7 @@ STEP = {
     "linen": 5,
     "nnx": 5,
     "plots": 5,
+    "replicas": 5,
     "checkpoint": 6,
     "cli": 7,
 }
@@ -35,7 +36,7 @@ OWNERS = {
     "etils": {"checkpoint"},
     "flax": {"linen", "nnx"},
     "matplotlib": {"plots"},
-    "optax": {"training"},
+    "optax": {"replicas", "training"},
     "orbax": {"checkpoint"},
     "pandas": {"report"},
     "rich": {"cli", "report"},

@@ -5,4 +5,6 @@ learnt by heart differs, and what the data support is common. Singular vectors o
 from some replicas and singular values from another, so that noise has no say in its own size.
 """
 
+from rmtjax.replicas._agree import agree as agree, AgreeState as AgreeState
 from rmtjax.replicas._merge import merge_replicas as merge_replicas, Merged as Merged
+from rmtjax.replicas._replicate import deal as deal, replicate as replicate
