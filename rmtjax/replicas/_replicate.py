@@ -1,5 +1,7 @@
 """Makes replicas of a tree, and deals samples to them, for a training loop that merges them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from rmtjax.planning import check_count
 
 
-def _check_replicas(k: int) -> None:
+def _check_replicas(k: Any) -> None:
     """Raises an error unless the number of replicas is a Python integer of at least 2."""
     if isinstance(k, jax.Array):
         raise TypeError(f"`k` must be a Python integer, since it is a shape, got {k!r}.")
