@@ -131,6 +131,16 @@ def _advance(step, every, start, kernels, updates, periods, rest, *, axes):
     return jax.lax.cond(is_due(step + 1, every, start), merge, lambda *same: same, updates, periods)
 
 
+def _check_start(start: Any, every: Any) -> None:
+    """Raises ValueError if the first period would begin before the first step."""
+    # Injected numbers may be traced, and are not checked.
+    if not any(isinstance(number, jax.Array) for number in (start, every)) and 0 < start < every:
+        raise ValueError(
+            f"`start` must be 0 or at least `every`, {every}, got {start}: the period that it ends "
+            "would have begun before the first step."
+        )
+
+
 def agree(
     every: Int[ArrayLike, ""],
     *,
@@ -208,12 +218,7 @@ def agree(
     """
     check_count("every", every, 2)
     check_count("start", start, 0)
-    # Injected numbers may be traced, and are not checked.
-    if not any(isinstance(number, jax.Array) for number in (start, every)) and 0 < start < every:
-        raise ValueError(
-            f"`start` must be 0 or at least `every`, {every}, got {start}: the period that it ends "
-            "would have begun before the first step."
-        )
+    _check_start(start, every)
     if not callable(rest):
         check_share("rest", rest, "the change that both halves do not agree on and stays")
 
@@ -246,7 +251,7 @@ def agree(
         fields = (old | new for old, new in zip(state[1:], fields, strict=True))
         moved = dict(zip(views, moves, strict=True))
         updates = map_kernels(lambda path, _: moved[path], updates, moved)
-        return updates, AgreeState(optax.safe_increment(step), *fields)
+        return updates, AgreeState._make([optax.safe_increment(step), *fields])
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
