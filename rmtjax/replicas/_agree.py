@@ -166,9 +166,9 @@ def agree(
     Set `every` to the steps of an epoch. Each epoch must see each sample once, in a new order, so
     that no sample is in both halves. Shorter periods fail: momentum carries the gradients of one
     half into the other, which looks like agreement, and the second half trains on what the first
-    one has left. So half a period must be long beside the memory of momentum, which is some 10 steps
-    for 0.9. The first period passes unmerged by default. In it the halves differ because
-    training moves fast, and not because of noise.
+    one has left. So half a period must be long beside the memory of momentum: some 10 steps for
+    0.9. The first period passes unmerged by default. In it the halves differ because training
+    moves fast, and not because of noise.
 
     Replicas that train beside one another are more independent than halves, and end a little
     higher: see `rmtjax.merge_replicas`. This transform needs no change of a training loop.
