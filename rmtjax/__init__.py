@@ -20,7 +20,7 @@ from rmtjax.planning import (
     truncate,
     Truncated,
 )
-from rmtjax.replicas import merge_replicas, Merged
+from rmtjax.replicas import agree, AgreeState, deal, merge_replicas, Merged, replicate
 from rmtjax.report import analyze, Report, Row
 from rmtjax.spectra import factorize_matrix, spectrum, truncate_matrix
 from rmtjax.training import (
@@ -37,6 +37,7 @@ from rmtjax.training import (
 
 # So that `help(rmtjax)` tells them.
 __all__ = [
+    "AgreeState",
     "BulkFit",
     "Cost",
     "Factorized",
@@ -51,9 +52,11 @@ __all__ = [
     "Row",
     "Spectrum",
     "Truncated",
+    "agree",
     "analyze",
     "certificate",
     "checkpoint",
+    "deal",
     "factorize",
     "factorize_matrix",
     "fit_bema",
@@ -71,6 +74,7 @@ __all__ = [
     "prune_spectrum",
     "ranks",
     "register_layer",
+    "replicate",
     "shrinkage",
     "sparsity",
     "spectrum",

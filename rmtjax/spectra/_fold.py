@@ -45,7 +45,7 @@ def _lengths(columns: Float[Array, "n p"]) -> Float[Array, " p"]:
 
 def _in_order(v, y, start) -> tuple[Array, Array]:
     """Returns columns by descending length of y, from `start` on."""
-    place = jnp.arange(y.shape[1])
+    place = jnp.arange(y.shape[1], dtype=jnp.int32)
     order = jnp.argsort(jnp.where(place < start, jnp.inf, _lengths(y)), descending=True)
     return v[:, order], y[:, order]
 
@@ -54,13 +54,14 @@ def _turn(v, y, start, size: int) -> tuple[Array, Array]:
     """Turns columns from `start` on, which are among the last `size`, to singular directions."""
     head = y.shape[1] - size
     rest, start = y[:, head:], start - head
-    below = jnp.arange(size) >= start
+    below = jnp.arange(size, dtype=jnp.int32) >= start
     scale = jnp.max(jnp.where(below, _lengths(rest), 0))
     scaled = jnp.where(below[None], rest, 0) / jnp.where(scale > 0, scale, 1)
     # Columns that are settled have eigenvalues below all others, and come first: ascending.
-    squares = matmul(scaled.T, scaled) - jnp.diag(jnp.where(below, 0, 1.0).astype(y.dtype))
+    above = jnp.diag(jnp.where(below, 0, 1).astype(y.dtype))
+    squares = matmul(scaled.T, scaled) - above
     _, w = jnp.linalg.eigh(squares, symmetrize_input=False)
-    w = jnp.where(below[:, None] & below[None], w, jnp.diag(jnp.where(below, 0, 1)))
+    w = jnp.where(below[:, None] & below[None], w, above)
     last, rest = _in_order(matmul(v[:, head:], w), matmul(rest, w), start)
     return jnp.hstack([v[:, :head], last]), jnp.hstack([y[:, :head], rest])
 
@@ -79,9 +80,9 @@ def _next_grade(state):
 def _graded(y, start) -> tuple[Array, Array]:
     """Returns where the next grade starts, and whether there is more than rounding in it."""
     lengths = _lengths(y)
-    place = jnp.arange(y.shape[1])
+    place = jnp.arange(y.shape[1], dtype=jnp.int32)
     largest = jnp.max(jnp.where(place >= start, lengths, 0))
-    settled = jnp.sum((place < start) | (lengths >= _GRADE * largest))
+    settled = jnp.sum((place < start) | (lengths >= _GRADE * largest), dtype=jnp.int32)
     rest = jnp.max(jnp.where(place >= settled, lengths, 0))
     return settled, rest > _ROUNDING * jnp.finfo(y.dtype).eps * lengths[0]
 

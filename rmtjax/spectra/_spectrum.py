@@ -36,7 +36,8 @@ def check_matrix(name: str, matrix: Float[Array, "m n"]) -> None:
 
 def lift(array: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns an array in float32 at least: LAPACK has no bfloat16, nor would it do."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    # Not by promotion, which users may have made strict.
+    return array if jnp.finfo(array.dtype).bits > 32 else array.astype(jnp.float32)
 
 
 def aspect_ratio(matrix: Float[Array, "*batch m n"]) -> Float[Array, ""]:

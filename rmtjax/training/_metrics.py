@@ -1,4 +1,7 @@
-"""Reads the states of `prune_spectrum` in the state of an optimizer: metrics and noise levels."""
+"""Reads the states of transforms in the state of an optimizer: metrics and noise levels."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,38 +12,73 @@ from rmtjax._sharding import by_compiler
 from rmtjax._types import BulkFit
 from rmtjax.training._prune_spectrum import PruneState
 
+# What a state says on its kernels: the kind of a number, and for each path its values.
+Numbers = Mapping[str, Mapping[str, Any]]
 
-def _state_of_each_kernel(opt_state: PyTree) -> dict[str, PruneState]:
-    """Returns the state of `prune_spectrum` that has each kernel, at any depth."""
-    is_state = lambda node: isinstance(node, PruneState)
+
+def _numbers_of_pruning(state: PruneState) -> Numbers:
+    """Returns the numbers that `metrics` has of `prune_spectrum`."""
+    of_fit = lambda field: {path: getattr(fit, field) for path, fit in state.fits.items()}
+    return {
+        "rank": state.ranks,
+        "signal": state.signal,
+        "threshold": of_fit("threshold"),
+        "distance": of_fit("distance"),
+        "removed": state.removed,
+        "refused": state.refused,
+        "cost": state.costs,
+        "landed": state.landed,
+    }
+
+
+# States that name their kernels by paths, with what reads them.
+STATES: dict[type, Callable[[Any], Numbers]] = {PruneState: _numbers_of_pruning}
+
+
+def register_state(kind: type, numbers: Callable[[Any], Numbers]) -> None:
+    """Registers a state with fields by path: `metrics` reads it, factors do not change it.
+
+    This room does not import rooms of other transforms, so these register their states.
+    """
+    STATES[kind] = numbers
+
+
+def _find_states(opt_state: PyTree, kinds: tuple[type, ...], name: str) -> list[Any]:
+    """Returns the states of some kinds, at any depth."""
+    is_state = lambda node: isinstance(node, kinds)
     states = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(leaf)]
     if not states:
         raise ValueError(
-            "`opt_state` has no state of `rmtjax.prune_spectrum`. Give the state of the whole "
+            f"`opt_state` has no state of {name}. Give the state of the whole "
             "chain, as `optimizer.init` or `optimizer.update` returned it; of an `nnx.Optimizer` "
             "it is `optimizer.opt_state`."
         )
-    by_kernel: dict[str, PruneState] = {}
-    for state in states:
-        for path in state.ranks:
-            if path in by_kernel:
-                raise ValueError(
-                    f"`opt_state` has two states for {path!r}, as of two networks. Give one of "
-                    "them at a time, and put a prefix before its names."
-                )
-            by_kernel[path] = state
-    return by_kernel
+    return states
 
 
-def _numbers(name: str, array: Array) -> dict[str, Array]:
+def _add(known: dict[str, Any], path: str, new: Mapping[str, Any]) -> None:
+    """Adds what a state has of a kernel, once."""
+    if not known.keys().isdisjoint(new):
+        raise ValueError(
+            f"`opt_state` has two states for {path!r}, as of two networks. Give one of "
+            "them at a time, and put a prefix before its names."
+        )
+    known.update(new)
+
+
+def _numbers(name: str, values: Any) -> dict[str, Array]:
     """Returns the numbers of an array by name and index; a scalar by the bare name."""
+    # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
+    array = jnp.asarray(values)
     if not array.ndim:
         return {name: array}
     return {"/".join((name, *map(str, i))): array[i] for i in np.ndindex(array.shape)}
 
 
 def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
-    """Returns numbers on each kernel under `rmtjax.prune_spectrum`, for a log.
+    """Returns numbers on each kernel under `prune_spectrum` or `agree`, for a log.
+
+    Of `rmtjax.prune_spectrum`:
 
     - `rank/PATH`: the rank after the last pruning, full before;
     - `signal/PATH`: directions that stood out of the noise at the last pruning step, whether the
@@ -56,15 +94,20 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
 
     Each matrix of a stack has a threshold and a distance; its index ends the name.
 
+    Of `rmtjax.agree`, NaN before the first merge:
+
+    - `kept/PATH`: the share of the squares of the change of a period that the last merge has kept;
+    - `effective_rank/PATH`: the effective rank of the change that it has kept.
+
     Args:
-      opt_state: From `optimizer.init` or `optimizer.update`, with one `PruneState` or several, at
-        any depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.
+      opt_state: From `optimizer.init` or `optimizer.update`, with one state or several, at any
+        depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.
 
     Returns:
       Arrays without axes by name, on the device. `jax.device_get` fetches all. Works under `jit`.
 
     Raises:
-      ValueError: `opt_state` has no `PruneState`, or two with the same path.
+      ValueError: `opt_state` has no such state, or two of one kind with the same path.
 
     Examples:
       >>> import jax, optax, rmtjax
@@ -75,17 +118,14 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       >>> print(numbers["rank/Dense_0/kernel"], f"{numbers['removed/Dense_0/kernel']:.2f}")
       1 0.49
     """
-    numbers = {}
-    for path, state in _state_of_each_kernel(opt_state).items():
-        numbers[f"rank/{path}"] = jnp.asarray(state.ranks[path])
-        numbers[f"signal/{path}"] = jnp.asarray(state.signal[path])
-        numbers |= _numbers(f"threshold/{path}", jnp.asarray(state.fits[path].threshold))
-        numbers |= _numbers(f"distance/{path}", jnp.asarray(state.fits[path].distance))
-        numbers[f"removed/{path}"] = jnp.asarray(state.removed[path])
-        numbers[f"refused/{path}"] = jnp.asarray(state.refused[path])
-        numbers[f"cost/{path}"] = jnp.asarray(state.costs[path])
-        numbers[f"landed/{path}"] = jnp.asarray(state.landed[path])
-    return numbers
+    found = _find_states(opt_state, tuple(STATES), "`rmtjax.prune_spectrum` or `rmtjax.agree`")
+    by_path: dict[str, dict[str, Array]] = {}
+    for state in found:
+        for kind, values in STATES[type(state)](state).items():
+            for path, value in values.items():
+                known = by_path.setdefault(path, {})
+                _add(known, path, _numbers(f"{kind}/{path}", value))
+    return {name: number for numbers in by_path.values() for name, number in numbers.items()}
 
 
 def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
@@ -95,7 +135,7 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
     truncated spectrum would seem to have little noise and many spikes.
 
     Args:
-      opt_state: As in `metrics`, with the same errors.
+      opt_state: As in `metrics`, with the same errors; it needs a state of `prune_spectrum`.
 
     Returns:
       Path to `BulkFit`, NaN before the first cut; of a stack with an entry for each matrix. If a
@@ -118,4 +158,8 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
         # What a refused cut has left must not be cut by a plan.
         return fit._replace(threshold=by_compiler(jnp.fmin, fit.threshold, floor))
 
-    return {path: level(path, state) for path, state in _state_of_each_kernel(opt_state).items()}
+    levels: dict[str, BulkFit] = {}
+    for state in _find_states(opt_state, (PruneState,), "`rmtjax.prune_spectrum`"):
+        for path in state.fits:
+            _add(levels, path, {path: level(path, state)})
+    return levels

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape
 from rmtjax.planning import path_name
 from rmtjax.spectra import lift, multiply
+from rmtjax.training._metrics import STATES
 from rmtjax.training._prune_entries import PruneEntriesState
 from rmtjax.training._prune_spectrum import PruneState
 
@@ -20,7 +21,7 @@ GRADIENTS = ("trace", "mu", "acc_grads", "previous_gradient")
 SQUARES = ("nu", "nu_max", "sum_of_squares")
 # These states stay as they are. They name kernels by strings, which may look like the places of
 # moments, and they go on with the kernels that are left.
-BY_PATH = (PruneState, PruneEntriesState)
+_by_path = lambda node: isinstance(node, (PruneEntriesState, *STATES))
 
 Key = tuple[Any, ...]  # a place in a tree, as JAX names it
 
@@ -107,7 +108,7 @@ def _carry(key: Key, nodes: dict[Key, Any], fresh: Any, replaced: dict, reset: b
     # The longest end of its place that is a place in `params`: ends of paths may be paths, too.
     end = next((key[i:] for i in range(len(key)) if key[i:] in replaced), ())
     factors = replaced.get(end)
-    if factors is None or isinstance(node, BY_PATH):
+    if factors is None or _by_path(node):
         return node
     left_out = isinstance(node, optax.MaskedNode)
     if left_out and fresh is None:
@@ -195,7 +196,7 @@ def transfer_opt_state(
             '`moments="reset"` needs `optimizer`: a state does not show how its moments started.'
         )
     replaced = _compare(params, factorized)
-    is_node = lambda node: isinstance(node, (*BY_PATH, optax.MaskedNode))
+    is_node = lambda node: _by_path(node) or isinstance(node, optax.MaskedNode)
     places, treedef = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_node)
     nodes, fresh = dict(places), _fresh_nodes(treedef, optimizer, factorized)
 

@@ -33,10 +33,22 @@ def entries_of_all(learning_rate: Rate):
     return optax.chain(optax.adam(learning_rate), prune)
 
 
-FACTORIES = {make.__name__: make for make in (spectrum, entries, spectrum_of_all, entries_of_all)}
+def halves(learning_rate: Rate):
+    return optax.chain(optax.adam(learning_rate), rmtjax.agree(every=10))
+
+
+# All changes are kept, so that the optimizers converge.
+def halves_of_all(learning_rate: Rate):
+    return optax.chain(optax.adam(learning_rate), rmtjax.agree(every=10, rest=1.0, where=""))
+
+
+MAKERS = (spectrum, entries, halves, spectrum_of_all, entries_of_all, halves_of_all)
+FACTORIES = {make.__name__: make for make in MAKERS}
 PLAIN = [(name, 1e-2, None, None) for name in FACTORIES]
 # The rate is that of optax's rows for this wrapper, which tunes it.
-WRAPPED = [(name, 1.0, "mechanize", {"weight_decay": 0.0}) for name in ("spectrum", "entries")]
+WRAPPED = [
+    (name, 1.0, "mechanize", {"weight_decay": 0.0}) for name in ("spectrum", "entries", "halves")
+]
 ROWS = tuple(
     {
         "opt_name": name,
