@@ -35,6 +35,11 @@ NAMES = {
     "RMT": "cut to the spikes *",
     "RMT, weight decay": "cut to the spikes, tuned decay *",
 }
+# What the clean validation images would stop is an arm that needs no run of its own.
+STOPPED = {
+    arms.PLAIN.name: EARLY_STOPPING,
+    arms.AVERAGED.name: f"{arms.AVERAGED.name}, {EARLY_STOPPING}",
+}
 COLOURS = {
     NAMES[PLAIN]: "0.35",
     arms.AVERAGED.name: "C5",
@@ -86,8 +91,8 @@ def outcomes_of(cell: Cell, records: Records) -> list[Outcome]:
             cell.task(), arm, seed, seen["test"], 0, {}, best, seen.get("wrong")
         )
         found.append(make(label(settings), final, record["best"]["test"]))
-        if settings["arm"]["name"] == arms.PLAIN.name:
-            found.append(make(EARLY_STOPPING, record["stopped"], None))
+        if name := STOPPED.get(settings["arm"]["name"]):
+            found.append(make(name, record["stopped"], None))
     return found
 
 

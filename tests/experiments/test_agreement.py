@@ -1,6 +1,7 @@
 """Agreement and its rivals: every arm and network trains, and the page tells the results."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,9 @@ def test_medians_and_masks_are_those_of_numpy():
     # A loss that is linear in the parameters: gradients are the means of the images.
     loss = lambda params, x, y: (params[None] * x).mean(0).sum() + 0 * y.sum()
     x, y = rng.normal(size=(20, 6)).astype("f4"), np.zeros(20)
+    found = arms.RULES["M3"].make(0.0)(loss, jnp.zeros(6), x[:18], y[:18])
+    median = np.median(x[:18].reshape(3, 6, 6).mean(1), axis=0)
+    np.testing.assert_allclose(found, median, atol=1e-6)  # sums in another order
     parts = x.reshape(10, 2, 6).mean(1)
     kept = np.abs(np.sign(parts).mean(0)) >= 0.4
     assert 0 < kept.sum() < 6
@@ -170,6 +174,12 @@ def test_the_page_has_the_tables_of_the_committed_results(tmp_path, capsys):
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     shown = {line.strip() for line in page.splitlines()}
     assert not [line for line in lines if line not in shown]
+    # Each number of the text with a decimal point; those of settings stand in `code`.
+    code = re.compile(r"```.*?```|`[^`]*`|^    [^\n]*$|\]\([^)]*\)", re.DOTALL | re.MULTILINE)
+    told = re.findall(r"\d+\.\d+", code.sub("", page))
+    known = {number.lstrip("+-") for number in re.findall(r"[+-]?\d+\.\d+", " ".join(lines))}
+    assert len(told) > 10
+    assert not {number for number in told if number not in known}
 
 
 def test_committed_runs_are_those_of_the_plan():
