@@ -128,6 +128,8 @@ LINEN = Cell("transformer of linen", network="transformer, linen", **SEQUENCE)
 NNX = Cell("transformer of nnx", network="transformer, nnx", **SEQUENCE)
 GRU = Cell("GRU", "fashion_mnist", network="GRU", **SEQUENCE)
 CNN = Cell("CNN", "fashion_mnist", network="CNN", epochs=40)
+GRU_TWICE = replace(GRU, name="GRU, twice the epochs", epochs=60)
+CNN_TWICE = replace(CNN, name="CNN, twice the epochs", epochs=80)
 ADAM = Cell("Adam", optimizer="Adam")
 DEEPER = Cell("three hidden layers", network="784-512-512-512-10")
 ALL = Cell("all of MNIST", images=None, epochs=20)
@@ -142,15 +144,17 @@ PLAN: tuple[tuple[Cell, tuple[Arm, ...], tuple[int, ...]], ...] = (
     (FASHION, (arms.PAIR,), SEEDS[:1]),
     (CORE, (arms.REST,), SEEDS[:1]),
     (CLEAN, WITH_REST, SEEDS[:1]),
-    (CLEAN_FASHION, WITH_REST, SEEDS[:1]),
+    (CLEAN_FASHION, (*WITH_REST, arms.PLAIN), SEEDS[:1]),
     (LINEN, WITH_PLAIN, SEEDS[:1]),
-    (CORE, (SMOOTHING,), SEEDS[:3]),
     (NEIGHBOURS, WITH_PLAIN, SEEDS[:1]),
     (GRU, WITH_PLAIN, SEEDS[:1]),
     (CNN, (arms.PAIR,), SEEDS[:1]),
-    (NNX, WITH_PLAIN, SEEDS[:1]),
-    (ALL, (arms.PAIR,), SEEDS[:1]),
+    (CORE, (SMOOTHING,), SEEDS[:3]),
+    (ALL, WITH_REST, SEEDS[:1]),
     (LONG, (arms.PAIR,), SEEDS[:1]),
+    (NNX, WITH_PLAIN, SEEDS[:1]),
+    (GRU_TWICE, (arms.PAIR,), SEEDS[:1]),
+    (CNN_TWICE, (arms.PAIR,), SEEDS[:1]),
     (ADAM, WITH_PLAIN, SEEDS[:1]),
     (CORE, (SAM,), SEEDS[:3]),
     (Cell("20 % redrawn", noise=0.2), (arms.PAIR,), SEEDS[:1]),

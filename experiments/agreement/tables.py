@@ -39,6 +39,8 @@ NAMES = {
 STOPPED = {
     arms.PLAIN.name: EARLY_STOPPING,
     arms.AVERAGED.name: f"{arms.AVERAGED.name}, {EARLY_STOPPING}",
+    "label smoothing 0.8": f"label smoothing 0.8, {EARLY_STOPPING}",
+    "label smoothing 0.9": f"label smoothing 0.9, {EARLY_STOPPING}",
 }
 COLOURS = {
     NAMES[PLAIN]: "0.35",
@@ -91,7 +93,7 @@ def outcomes_of(cell: Cell, records: Records) -> list[Outcome]:
             cell.task(), arm, seed, seen["test"], 0, {}, best, seen.get("wrong")
         )
         found.append(make(label(settings), final, record["best"]["test"]))
-        if name := STOPPED.get(settings["arm"]["name"]):
+        if name := STOPPED.get(label(settings)):
             found.append(make(name, record["stopped"], None))
     return found
 
