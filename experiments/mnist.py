@@ -19,6 +19,7 @@ from rich.console import Console
 
 import rmtjax
 from experiments import data, figures, measure, output, training
+from rmtjax.replicas import merge_replicas
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ class Config:
     """Learning rate of SGD in these."""
     devices: int = 1
     """Devices that share the images of each step."""
+    replicas: int = 1
+    """From two on, a network more: replicas on disjoint images, merged by agreement each epoch."""
     compilation_cache: Path | None = None
     """Folder in which JAX keeps compiled programs for the next run."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mnist")
     """Folder for results.json and the figures."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "prune_every", "prune_start", "devices"):
+        for name in ("epochs", "batch_size", "prune_every", "prune_start", "devices", "replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.prune_start > self.epochs:
@@ -88,6 +91,11 @@ class Config:
             raise ValueError(
                 f"`batch_size` must be a multiple of `devices` ({self.devices}), got "
                 f"{self.batch_size}."
+            )
+        if self.replicas > 1 and self.devices > 1:
+            raise ValueError(
+                f"`replicas` must be 1 with several devices, got {self.replicas} with "
+                f"{self.devices} devices."
             )
         rmtjax.ranks.bema(self.trim, self.level)  # has its own checks
         if not self.seeds or not self.widths:
@@ -154,6 +162,20 @@ class Job(NamedTuple):
     advance: Callable[[str], None]  # told of each epoch that is done
 
 
+def describe(job: Job, name: str, epoch: int, params: Any, loss, ranks) -> dict[str, Any]:
+    """Returns the entry of an epoch in the history, and tells of it."""
+    accuracy = training.accuracy(job.module, params, job.test)
+    job.advance(f"seed {job.seed}, {name}: {accuracy:.2f} %")
+    return {
+        "seed": job.seed,
+        "network": name,
+        "epoch": epoch,
+        "loss": float(loss),
+        "test_accuracy": accuracy,
+        "ranks": {path: int(rank) for path, rank in ranks.items()},
+    }
+
+
 def train(job: Job, name: str, stage: Stage, params: Any, first_epoch: int = 0):
     """Runs a stage; returns the new parameters, the optimizer state and the history."""
     devices, history = job.config.devices, []
@@ -166,20 +188,36 @@ def train(job: Job, name: str, stage: Stage, params: Any, first_epoch: int = 0):
         )
         order = training.on_devices(devices, order, axis=1)
         params, opt_state, loss = stage.run(params, opt_state, job.train, *order)
-        accuracy = training.accuracy(job.module, params, job.test)
         ranks = optax.tree.get(opt_state, "ranks", {})
-        history.append(
-            {
-                "seed": job.seed,
-                "network": name,
-                "epoch": epoch + 1,
-                "loss": float(loss),
-                "test_accuracy": accuracy,
-                "ranks": {path: int(rank) for path, rank in ranks.items()},
-            }
-        )
-        job.advance(f"seed {job.seed}, {name}: {accuracy:.2f} %")
+        history.append(describe(job, name, epoch + 1, params, loss, ranks))
     return params, opt_state, history
+
+
+def train_replicas(job: Job, params: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """Trains replicas on parts that are drawn each epoch; returns their agreement and history.
+
+    Each replica keeps its own state of the optimizer: a common one would carry the gradients of
+    one into the others, which looks like agreement.
+    """
+    count, stage, size = job.config.replicas, job.stages.plain, job.train.labels.size
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), stage.optimizer.init(params))
+
+    @jax.jit
+    def epoch(params, states, split, key):
+        keys = jax.random.split(key, count + 1)
+        parts = jax.random.permutation(keys[0], size)[: size // count * count].reshape(count, -1)
+        in_part = lambda key: training.batches(key, size // count, job.config.batch_size)
+        order, weights = jax.vmap(in_part)(keys[1:])
+        order = jax.vmap(lambda part, index: part[index])(parts, order)
+        train = jax.vmap(stage.run, (None, 0, None, 0, 0))
+        replicas, states, loss = train(params, states, split, order, weights)
+        return merge_replicas(params, replicas).params, states, loss.mean()
+
+    key, history = jax.random.fold_in(jax.random.key(job.seed), 2), []
+    for number in range(stage.epochs):
+        params, states, loss = epoch(params, states, job.train, jax.random.fold_in(key, number))
+        history.append(describe(job, "agreement", number + 1, params, loss, {}))
+    return params, history
 
 
 def run_seed(job: Job) -> dict[str, Any]:
@@ -203,6 +241,9 @@ def run_seed(job: Job) -> dict[str, Any]:
         "pruned, factorized": rmtjax.factorize(pruned, reports["pruned"].plan),
     }
     history = [*history, *more]
+    if config.replicas > 1:
+        networks["agreement"], more = train_replicas(job, start)
+        history += more
     for name in ("baseline", "baseline, factorized", "pruned, factorized"):
         tuned, _, more = train(job, name, stages.fine_tuning, networks[name], config.epochs)
         networks[f"{name}, fine-tuned"] = tuned
@@ -216,7 +257,8 @@ def run(config: Config, dataset: data.Dataset, console: Console) -> output.Resul
     module = training.MLP(config.widths)
     stages = make_stages(config, module, dataset.train_labels.size)
     results = output.Results(config, data.describe(dataset))
-    epochs = (2 * config.epochs + 3 * config.fine_tune_epochs) * len(config.seeds)
+    trained = 2 + (config.replicas > 1)
+    epochs = (trained * config.epochs + 3 * config.fine_tune_epochs) * len(config.seeds)
     with output.progress(console, epochs) as advance:
         for seed in config.seeds:
             splits = training.to_device(dataset, config.label_noise, seed)

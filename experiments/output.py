@@ -22,6 +22,7 @@ from experiments import measure
 REFERENCE = {
     "baseline, factorized": "baseline",
     "baseline, factorized, fine-tuned": "baseline, fine-tuned",
+    "agreement": "baseline",
     "pruned": "baseline",
     "pruned, factorized": "baseline",
     "pruned, factorized, fine-tuned": "baseline, fine-tuned",

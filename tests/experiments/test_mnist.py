@@ -110,6 +110,30 @@ def test_both_networks_see_the_same_batches_from_the_same_start():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, chained)
 
 
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_learn_and_end_as_one_network(replicas):
+    config = mnist.Config(widths=(32,), epochs=3, prune_start=1, replicas=replicas, batch_size=32)
+    module = training.MLP(config.widths)
+    train, test = training.to_device(data.load("fashion_mnist", source="sample"), 0.4, 0)
+    stages, told = mnist.make_stages(config, module, 2000), []
+    job = mnist.Job(config, module, stages, train, test, 0, told.append)
+    start = module.init(jax.random.key(0), train.images[:1])["params"]
+    params, history = mnist.train_replicas(job, start)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, start)
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+    assert {entry["network"] for entry in history} == {"agreement"}
+    assert len(told) == 3
+    # Ten classes, 40 % of wrong labels, and 60 to 90 steps.
+    assert history[-1]["test_accuracy"] > 40
+
+
+@pytest.mark.parametrize("options", [{"replicas": 0}, {"replicas": 2, "devices": 2}])
+def test_replicas_that_can_not_be_are_refused(options, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="`replicas` must be"):
+        mnist.Config(**options)
+
+
 def test_every_image_counts_once_in_an_epoch():
     order, weights = training.batches(jax.random.key(0), 1000, 128)
     assert order.shape == (8, 128)
