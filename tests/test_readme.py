@@ -10,7 +10,7 @@ EXAMPLES = find_examples(README)
 
 
 def test_every_example_has_its_output():
-    assert len(EXAMPLES) == README.count("```python") == 7
+    assert len(EXAMPLES) == README.count("```python") == 8
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES)

@@ -174,6 +174,12 @@ def test_the_page_has_the_tables_of_the_committed_results(tmp_path, capsys):
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     shown = {line.strip() for line in page.splitlines()}
     assert not [line for line in lines if line not in shown]
+    # The README has some of the rows.
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    part = readme.partition("### Wrong labels, by agreement")[2].partition("###")[0]
+    rows = part.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert len(rows) > 5
+    assert not [row for row in rows if row.strip() not in lines]
     # Each number of the text with a decimal point; those of settings stand in `code`.
     code = re.compile(r"```.*?```|`[^`]*`|^    [^\n]*$|\]\([^)]*\)", re.DOTALL | re.MULTILINE)
     told = re.findall(r"\d+\.\d+", code.sub("", page))
