@@ -79,6 +79,32 @@ def _from_images(module: nn.Module) -> problems.Network:
     return problems.Network(init, apply, rmtjax.linen.kernel_axes(module, variables, example))
 
 
+def thin_start(params: Any, rank: int) -> Any:
+    """Returns factors of this rank, with the squares of the kernels that they stand for."""
+    plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(rank), multiple=1)
+
+    def scale(dense, thin):
+        if not isinstance(thin, rmtjax.Factors):
+            return thin
+        share = jnp.linalg.norm(thin.left @ thin.right) / jnp.linalg.norm(dense)
+        return rmtjax.Factors(*(factor / jnp.sqrt(share) for factor in thin))
+
+    return jax.tree.map(scale, params, rmtjax.factorize(params, plan))
+
+
+def _thin(module: nn.Module, rank: int) -> problems.Network:
+    """Returns the functions of a module whose kernels are factors from the start."""
+    dense = _from_images(module)
+
+    def apply(variables, x, train, key):
+        del train, key
+        return rmtjax.linen.apply(module, {"params": variables[0]}, x), {}
+
+    return problems.Network(
+        lambda key: (thin_start(dense.init(key)[0], rank), {}), apply, dense.axes
+    )
+
+
 def _shrunk(build: Callable[[Any], problems.Network]) -> problems.Network:
     """Returns a network of the ten tasks for bytes of 28 x 28, which it sees as 14 x 14."""
     network = build(jnp.zeros((1, 14, 14)))
@@ -94,6 +120,8 @@ _linen = lambda module: _shrunk(problems.from_linen(module))
 NETWORKS: dict[str, Callable[[], problems.Network]] = {
     "784-512-512-10": lambda: _from_images(training.MLP((512, 512))),
     "784-512-512-512-10": lambda: _from_images(training.MLP((512, 512, 512))),
+    # 59,514 parameters of 669,706.
+    "784-512-512-10 of rank 23": lambda: _thin(training.MLP((512, 512)), 23),
     "CNN": lambda: _from_images(training.CNN()),
     "transformer, linen": lambda: _linen(models.ScannedTransformer(96)),
     "transformer, nnx": lambda: _shrunk(
@@ -134,12 +162,18 @@ ADAM = Cell("Adam", optimizer="Adam")
 DEEPER = Cell("three hidden layers", network="784-512-512-512-10")
 ALL = Cell("all of MNIST", images=None, epochs=20)
 LONG = Cell("200 epochs", epochs=200)
+THIN = Cell("thin from the start", network="784-512-512-10 of rank 23")
+THIN_TWICE = replace(THIN, name="thin, twice the epochs", epochs=120)
+THIN_CLEAN = replace(THIN_TWICE, name="thin, clean, twice the epochs", noise=0.0)
 WITH_PLAIN = (arms.PAIR, arms.PLAIN)
 WITH_REST = (arms.PAIR, arms.REST)
 SMOOTHING, SAM, M3, RM3, MASK = arms.RIVALS
 # What comes first is run first.
 PLAN: tuple[tuple[Cell, tuple[Arm, ...], tuple[int, ...]], ...] = (
     (CORE, (arms.PAIR, arms.AVERAGED, arms.CHAIN, arms.FOUR), SEEDS),
+    (THIN, WITH_PLAIN, SEEDS[:3]),
+    (THIN_TWICE, WITH_REST, SEEDS[:3]),
+    (THIN_CLEAN, WITH_REST, SEEDS[:1]),
     (CORE, (M3, RM3), SEEDS[:3]),
     (FASHION, (arms.PAIR,), SEEDS[:1]),
     (CORE, (arms.REST,), SEEDS[:1]),
