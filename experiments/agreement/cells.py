@@ -192,7 +192,7 @@ PLAN: tuple[tuple[Cell, tuple[Arm, ...], tuple[int, ...]], ...] = (
     (NNX, WITH_PLAIN, SEEDS[:1]),
     (GRU_TWICE, (arms.PAIR,), SEEDS[:1]),
     (CNN_TWICE, (arms.PAIR,), SEEDS[:1]),
-    (ADAM, WITH_PLAIN, SEEDS[:1]),
+    (ADAM, (*WITH_PLAIN, arms.CHAIN), SEEDS[:1]),
     (CORE, (SAM,), SEEDS[:3]),
     (Cell("20 % redrawn", noise=0.2), (arms.PAIR,), SEEDS[:1]),
     (Cell("60 % redrawn", noise=0.6), (arms.PAIR,), SEEDS[:1]),

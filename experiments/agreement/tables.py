@@ -41,6 +41,7 @@ STOPPED = {
     arms.AVERAGED.name: f"{arms.AVERAGED.name}, {EARLY_STOPPING}",
     "label smoothing 0.8": f"label smoothing 0.8, {EARLY_STOPPING}",
     "label smoothing 0.9": f"label smoothing 0.9, {EARLY_STOPPING}",
+    "SAM 0.5": f"SAM 0.5, {EARLY_STOPPING}",
 }
 COLOURS = {
     NAMES[PLAIN]: "0.35",

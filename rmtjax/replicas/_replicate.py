@@ -76,7 +76,7 @@ def deal(key: ArrayLike, size: int, k: int) -> Int[Array, "k samples"]:
       `size % k` samples that are left over are others with each key.
 
     Raises:
-      ValueError, TypeError: `k` or `size` is out of range.
+      ValueError, TypeError: `k` or `size` is out of range, or `key` is not a key.
 
     Examples:
       >>> import jax, rmtjax
@@ -87,5 +87,7 @@ def deal(key: ArrayLike, size: int, k: int) -> Int[Array, "k samples"]:
     _check_replicas(k)
     if np.ndim(size) or not isinstance(size, int | np.integer) or size < k:
         raise ValueError(f"`size` must be an integer of at least `k`, {k} samples, got {size!r}.")
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"`key` must be a key, as of `jax.random.key(0)`, got {key!r}.")
     share = int(size) // k
     return jax.random.permutation(key, int(size))[: share * k].reshape(k, share)

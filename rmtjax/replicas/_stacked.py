@@ -55,9 +55,9 @@ def _check_axis(replicas: PyTree, start: PyTree) -> None:
         count = (shape or (0,))[0] if count is None else count
         if shape != (count, *wanted):
             raise ValueError(
-                "`replicas` must have the shapes of `start` behind one leading axis, got "
-                f"{shape} for {wanted} at {path_name(key)!r}, with {count} replicas at first. "
-                "Or give a list of trees."
+                f"`replicas` must have a leading axis before the shapes of `start`, got {shape} "
+                f"for {wanted} at {path_name(key)!r}, and {count} replicas in the first leaf. Give "
+                "`start` first, then the replicas as one tree or as a list of trees."
             )
         if count < 2:
             raise ValueError(

@@ -52,7 +52,7 @@ def moving_kernels(updates: PyTree, params: PyTree, find, known: Mapping[str, An
     """Returns what `find(params)` has for each kernel that has an update, and these updates."""
     if params is None:
         raise ValueError(
-            "`params` must be given to `update`: pruning depends on where the updates land. Call "
+            "`params` must be given to `update`: it decides where the updates land. Call "
             "`optimizer.update(updates, state, params)`."
         )
     kernels = find(params)

@@ -17,7 +17,11 @@ BAD = {
     "one in a list": ([ONE], ValueError, r"`replicas` must be at least 2 trees, got 1"),
     "none": ([], ValueError, r"at least 2 trees, got 0"),
     "an axis of one": (WRONG, ValueError, r"leading axis of at least 2, got \(1, 4\)"),
-    "no axis": (ONE, ValueError, r"behind one leading axis, got \(4,\) for \(4,\) at 'a/bias'"),
+    "no axis": (
+        ONE,
+        ValueError,
+        r"a leading axis before the shapes of `start`, got \(4,\) for \(4,\) at 'a/bias'",
+    ),
     "two axes": (
         {"a": REPLICAS["a"] | {"kernel": jnp.zeros((2, 2, 6, 4))}},
         ValueError,
@@ -26,7 +30,7 @@ BAD = {
     "unequal axes": (
         {"a": REPLICAS["a"] | {"kernel": jnp.zeros((3, 6, 4))}},
         ValueError,
-        r"got \(3, 6, 4\) for \(6, 4\) at 'a/kernel', with 2 replicas at first",
+        r"got \(3, 6, 4\) for \(6, 4\) at 'a/kernel', and 2 replicas in the first leaf",
     ),
     "a scalar": ({"a": {"kernel": 1.0, "bias": 1.0}}, ValueError, r"got \(\) for \(4,\)"),
     "another tree": ({"b": ONE["a"]}, ValueError, r"`replicas` must have the structure of `start`"),

@@ -76,3 +76,8 @@ def test_a_wrong_number_of_replicas_is_named(k):
 def test_a_wrong_number_of_samples_is_named(size):
     with pytest.raises(ValueError, match="`size` must be an integer of at least `k`, 2 samples"):
         inspect.unwrap(deal)(jax.random.key(0), size, 2)
+
+
+def test_a_seed_is_no_key():
+    with pytest.raises(TypeError, match=r"`key` must be a key, as of `jax.random.key\(0\)`, got 0"):
+        inspect.unwrap(deal)(0, 10, 2)
