@@ -230,15 +230,19 @@ def agree(
         views, chosen = moving_kernels(updates, params, find, state.start)
         step = jnp.asarray(state.step)
         share = rest(step) if callable(rest) else rest
-        first = jnp.where(jnp.asarray(start) > 0, start, 2 * jnp.asarray(every))
+        period, begin = (jnp.asarray(number).astype(step.dtype) for number in (every, start))
+        first = jnp.where(begin > 0, begin, 2 * period)
         kernels, shapes = [v.leaf for v in views.values()], tuple(v.axes for v in views.values())
         old = [_Period(*(field[path] for field in state[1:])) for path in views]
         moves, new = _advance(
-            step, every, first, kernels, list(chosen.values()), old, share, axes=shapes
+            step, period, first, kernels, list(chosen.values()), old, share, axes=shapes
         )
-        # Kernels without an update, and those that were factorized since, keep their state.
+        # Kernels without an update, and those that were factorized since, keep their state. A
+        # period in which one rests has no start, so that it passes unmerged.
         fields = _by_field(dict(zip(views, new, strict=True)))
-        fields = (old | new for old, new in zip(state[1:], fields, strict=True))
+        resting = {p: jnp.full_like(state.start[p], jnp.nan) for p in state.start if p not in views}
+        fields = [old | new for old, new in zip(state[1:], fields, strict=True)]
+        fields[0] |= resting
         moved = dict(zip(views, moves, strict=True))
         updates = map_kernels(lambda path, _: moved[path], updates, moved)
         return updates, AgreeState._make([optax.safe_increment(step), *fields])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack
 from rmtjax._sharding import by_compiler, first_axis_only, leading_names, place_like
-from rmtjax.spectra import cross_validate, decompose, lift, matmul, split
+from rmtjax.spectra import cross_validate, decompose, each, lift, matmul, split
 
 
 class Agreed(NamedTuple):
@@ -78,12 +78,17 @@ def merge_dense(view: MatrixView, replicas: Any, rest: Any) -> Agreed:
     return Agreed(place_like(landed, view.leaf), kept, jnp.mean(jnp.asarray(ranks)))
 
 
+# Made once, since a loop is compiled anew for each new function.
+_qr = partial(jnp.linalg.qr)
+_thin_svd = partial(jnp.linalg.svd, full_matrices=False)
+
+
 def _basis(start: Float[Array, "b m r"], moves: Float[Array, "k b m r"]):
     """Returns an orthonormal basis (b, m, q) of all columns, and the columns in that basis."""
     joined = jnp.concatenate([start[None], moves])
     count, stack, rows, rank = joined.shape
     joined = joined.transpose(1, 2, 0, 3).reshape(stack, rows, count * rank)
-    q, coordinates = jnp.linalg.qr(joined)
+    q, coordinates = each(_qr, joined)
     coordinates = coordinates.reshape(stack, -1, count, rank).transpose(2, 0, 1, 3)
     return q, coordinates[0], coordinates[1:]
 
@@ -111,7 +116,7 @@ def _turned(left, right, start: Factors) -> tuple[Array, Array]:
     """Turns the directions of factors by the rotation that brings them nearest to the start."""
     # Orthogonal Procrustes. States of optimizers are about the directions that factors had.
     overlap = matmul(left.mT, start.left) + matmul(right, start.right.mT)
-    u, _, vt = jnp.linalg.svd(jnp.where(jnp.isfinite(overlap), overlap, 0), full_matrices=False)
+    u, _, vt = each(_thin_svd, jnp.where(jnp.isfinite(overlap), overlap, 0))
     rotation = matmul(u, vt)
     return matmul(left, rotation), matmul(rotation.mT, right)
 

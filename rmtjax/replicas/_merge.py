@@ -14,6 +14,7 @@ from rmtjax._types import Axes, Where
 from rmtjax.planning import check_share, find_kernels, obstacle, path_name
 from rmtjax.replicas._agreed import merge_dense, merge_factors
 from rmtjax.replicas._stacked import check_arrays, stack_replicas
+from rmtjax.spectra import lift
 
 
 class Merged(NamedTuple):
@@ -39,7 +40,7 @@ def _average(leaf: Any, replicas: Any) -> Any:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return replicas[0]
     dtype = jax.dtypes.canonicalize_dtype(dtype)
-    lifted = replicas.astype(jnp.promote_types(dtype, jnp.float32))
+    lifted = replicas if jnp.issubdtype(dtype, jnp.complexfloating) else lift(replicas)
     return jnp.mean(lifted, axis=0).astype(dtype)
 
 
@@ -80,8 +81,9 @@ def merge_replicas(
       rest: The share $\lambda$ in [0, 1] of the change not agreed on that is kept; may be traced. 1
         gives the mean of the replicas.
       where, axes: Choose the kernels and name their axes, as in `rmtjax.plan`. Kernels of any size
-        are merged. Other leaves are averaged. Integers, booleans and keys have no mean: those of
-        the first replica are taken.
+        are merged. Other leaves are averaged, also stacks whose axes cannot be guessed: `kept` does
+        not have them. Integers, booleans and keys have no mean: those of the first replica are
+        taken.
 
     Returns:
       `Merged(params, kept, rank)`. Arithmetic is in float32 at least, and leaves keep their dtypes.
@@ -94,9 +96,10 @@ def merge_replicas(
       TypeError: `start` or a replica is a model, or its leaves are not arrays.
 
     Notes:
-      Works under `jit`. If the leading axis is divided over a mesh, each device makes the folds of
-      its replicas, and only sums are communicated. This needs a call outside `jit`, or a mesh with
-      explicit axes: in a program with automatic axes the compiler divides the work.
+      Works under `jit`. Derivatives take the directions for constants. Trees of a list may lie on
+      devices of their own. If the leading axis is divided over a mesh, each device makes the folds
+      of its replicas, and only sums are communicated. This needs a call outside `jit`, or a mesh
+      with explicit axes: in a program with automatic axes the compiler divides the work.
 
     Examples:
       >>> import jax, jax.numpy as jnp, rmtjax

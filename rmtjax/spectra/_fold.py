@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rmtjax.spectra._lapack import one_blas_thread_each
-from rmtjax.spectra._spectrum import each, matmul
+from rmtjax.spectra._spectrum import matmul
 
 # The share of the largest length down to which one Gram matrix is trusted: squares are then off by
 # a two-thousandth of themselves. In a program a grade squares a half of all columns, or an eighth
@@ -111,7 +111,8 @@ def fold(others: Float[Array, "m n"], change: Float[Array, "m n"]) -> Fold:
         kept, rank = fold(others.T, change.T)
         return kept.T, rank
     largest = jnp.max(jnp.abs(others))
-    v, y = _vectors(others / jnp.where(largest > 0, largest, 1))  # no square over- or underflows
+    # No square over- or underflows. No derivative goes through an iteration.
+    v, y = _vectors(lax.stop_gradient(others / jnp.where(largest > 0, largest, 1)))
     s = _lengths(y)
     present = s > _ROUNDING * jnp.finfo(s.dtype).eps * s[0]
     u = y / jnp.where(present, s, jnp.inf)[None]
@@ -134,7 +135,8 @@ def folds(changes: Float[Array, "k b m n"], total: Float[Array, "b m n"], count:
         return fold((total[index] - change) / (count - 1), change)
 
     indices = jnp.tile(jnp.arange(stack), size)
-    kept, ranks = each(one, (indices, changes.reshape(size * stack, *sides)))
+    # Not under `vmap`, which would compute all branches, and hold all folds in memory.
+    kept, ranks = lax.map(one, (indices, changes.reshape(size * stack, *sides)))
     sums = lambda array: jnp.sum(array.reshape(size, stack, *array.shape[1:]), axis=0)
     return sums(kept), sums(ranks)
 

@@ -155,7 +155,7 @@ def transfer_opt_state(
 
     Fields are known by their names: those of SGD with momentum, Adam, AdamW, AMSGrad, NAdam, Yogi,
     Lion, RMSProp and Adagrad, in any chain and wrapper. Other moments of a factorized kernel raise
-    an error. `prune_spectrum` and `prune_entries` go on with the kernels that are left.
+    an error. Transforms of this library go on with the kernels that are left.
 
     Args:
       opt_state: State of an optimizer of `params`.

@@ -401,3 +401,17 @@ def test_wrong_arguments_are_named(name, value):
 def test_start_must_leave_room_for_a_period():
     with pytest.raises(ValueError, match=r"`start` must be 0 or at least `every`, 10, got 5"):
         agree(10, start=5)
+
+
+def test_a_period_in_which_a_kernel_rests_passes_unmerged():
+    params, optimizer = {"a": {"kernel": draw(12, 20)}}, agree(4, start=4)
+    state, merged = optimizer.init(params), []
+    for step in range(16):
+        rests = 5 <= step < 7
+        updates = {"a": {"kernel": None if rests else draw(12, 20, seed=step)}}
+        landed, state = optimizer.update(updates, state, params)
+        if rests:
+            continue
+        merged.append(bool((landed["a"]["kernel"] != updates["a"]["kernel"]).any()))
+        params = optax.apply_updates(params, landed)
+    assert [step for step, done in enumerate(merged) if done] == [3, 9, 13]  # not 7, two less

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from helpers.replica_cases import noisy
 
-from rmtjax import merge_replicas
+from rmtjax import Factors, merge_replicas
 
 START = {"a": {"kernel": jnp.zeros((6, 4)), "bias": jnp.zeros(4)}}
 REPLICAS = jax.tree.map(lambda leaf: jnp.stack([leaf + 1, leaf + 2]), START)
@@ -105,3 +105,36 @@ def test_a_traced_share_is_not_checked():
     rests = jnp.asarray([0.0, 0.5, 1.0])
     kernels = jax.vmap(lambda rest: merge_replicas(START, REPLICAS, rest=rest).params)(rests)
     np.testing.assert_allclose(kernels["a"]["kernel"][2], jnp.full((6, 4), 1.5), rtol=1e-6)
+
+
+def test_stacks_of_factors_are_merged_in_one_program():
+    # Two batched decompositions side by side in one program waited for one another for ever.
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    start = {"kernel": Factors(draw(12, 300, 40), draw(12, 40, 300))}
+    other = jax.tree.map(lambda leaf: leaf + 0.1 * draw(*leaf.shape), start)
+    merged = merge_replicas(start, [other, other])
+    product = lambda tree: np.asarray(tree["kernel"].left @ tree["kernel"].right)
+    apart = np.linalg.norm(product(merged.params) - product(other))
+    assert apart < 0.3 * np.linalg.norm(product(other) - product(start))
+
+
+def test_derivatives_take_directions_for_constants():
+    changes = jnp.asarray(np.random.default_rng(1).normal(size=(2, 30, 20)), jnp.float32)
+
+    def total(scale):
+        start, replicas = {"kernel": jnp.zeros((30, 20))}, {"kernel": scale * changes}
+        return jnp.sum(merge_replicas(start, replicas).params["kernel"])
+
+    value, slope = jax.jit(jax.value_and_grad(total))(2.0)
+    # The merge is homogeneous: its directions do not change with the scale.
+    np.testing.assert_allclose(slope, value / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_narrow_leaves_are_averaged_also_under_strict_promotion(dtype):
+    replicas = {"bias": jnp.asarray([[1.0, 2.0], [2.0, 4.0]], dtype)}
+    with jax.numpy_dtype_promotion("strict"):
+        merged = merge_replicas({"bias": jnp.ones(2, dtype)}, replicas).params["bias"]
+    assert merged.dtype == dtype
+    assert merged.astype(jnp.float32).tolist() == [1.5, 3.0]
