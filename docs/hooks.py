@@ -35,7 +35,8 @@ def _section(match):
 def on_page_markdown(markdown, **_):
     """Puts in the sections asked for; links into the repository become those of the site."""
     markdown = SECTION.sub(_section, markdown)
-    return markdown.replace("](docs/", "](").replace("](../experiments/results/", "](results/")
+    markdown = markdown.replace("](docs/", "](")  # the README is a page of the site, too
+    return re.sub(r"\]\((\.\./)?experiments/results/", "](results/", markdown)
 
 
 def _to_mathml(match):
