@@ -110,11 +110,11 @@ def test_orthogonal_turns_and_the_order_of_replicas_change_nothing(transform, se
 
 def test_noise_alone_is_estimated_without_bias_and_made_smaller():
     # r of 200 matrices of 30 directions: of unit variance, since singular vectors have norm 1.
-    rng, means = np.random.default_rng(0), []
+    rng, means, fold = np.random.default_rng(0), [], jax.jit(_fold.fold)
     for _ in range(200):
         changes = rng.standard_normal((2, 40, 30)).astype(np.float32)
-        kept, _ = _fold.fold(jnp.asarray(changes[0]), jnp.asarray(changes[1]))
-        other, _ = _fold.fold(jnp.asarray(changes[0]), jnp.asarray(-changes[1]))
+        kept, _ = fold(changes[0], changes[1])
+        other, _ = fold(changes[0], -changes[1])
         # The one has the positive r, the other the negative ones.
         u, _, vt = np.linalg.svd(changes[0])
         r = np.diagonal(u.T @ np.asarray(kept - other) @ vt.T)
