@@ -19,7 +19,6 @@ from rich.console import Console
 
 import rmtjax
 from experiments import data, figures, measure, output, training
-from rmtjax.replicas import merge_replicas
 
 
 @dataclass(frozen=True)
@@ -200,18 +199,18 @@ def train_replicas(job: Job, params: Any) -> tuple[Any, list[dict[str, Any]]]:
     one into the others, which looks like agreement.
     """
     count, stage, size = job.config.replicas, job.stages.plain, job.train.labels.size
-    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * count), stage.optimizer.init(params))
+    states = rmtjax.replicate(stage.optimizer.init(params), count)
 
     @jax.jit
     def epoch(params, states, split, key):
         keys = jax.random.split(key, count + 1)
-        parts = jax.random.permutation(keys[0], size)[: size // count * count].reshape(count, -1)
+        parts = rmtjax.deal(keys[0], size, count)
         in_part = lambda key: training.batches(key, size // count, job.config.batch_size)
         order, weights = jax.vmap(in_part)(keys[1:])
         order = jax.vmap(lambda part, index: part[index])(parts, order)
         train = jax.vmap(stage.run, (None, 0, None, 0, 0))
         replicas, states, loss = train(params, states, split, order, weights)
-        return merge_replicas(params, replicas).params, states, loss.mean()
+        return rmtjax.merge_replicas(params, replicas).params, states, loss.mean()
 
     key, history = jax.random.fold_in(jax.random.key(job.seed), 2), []
     for number in range(stage.epochs):

@@ -154,6 +154,14 @@ def _commit_like(new: jax.Array, old: Any) -> jax.Array:
     return jax.device_put(new, old.sharding) if committed else new
 
 
+def beside(new: Any, old: Any) -> jax.Array:
+    """Returns an array where another one of its shape lies: it may have a device of its own."""
+    arrays = isinstance(new, jax.Array) and isinstance(old, jax.Array)
+    if not arrays or any(isinstance(array, jax.core.Tracer) for array in (new, old)):
+        return jnp.asarray(new)
+    return new if new.devices() == old.devices() else jax.device_put(new, old.sharding)
+
+
 def place_factors(left: jax.Array, right: jax.Array, kernel: Any, axes: KernelAxes):
     """Divides factors along the axes of their kernel as it is divided; the rank is not divided."""
     sharding = _named_sharding(kernel)

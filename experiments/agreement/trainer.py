@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import rmtjax
 from experiments.agreement import cells
 from experiments.agreement.arms import Arm, RULES
 from experiments.agreement.cells import Cell, Run
 from experiments.study.runs import percent
 from experiments.study.tasks import Images
 from experiments.tasks.problems import Network
-from rmtjax.replicas import merge_replicas
 
 CHUNK = 2_500  # images classified at once
 KEY = jax.random.key(0)  # networks take one and use none
@@ -42,7 +42,7 @@ def join(start: Any, replicas: Any, rest: Any, arm: Arm, axes: Any) -> Any:
     """
     mean = jax.tree.map(lambda leaf: leaf.mean(0), replicas)
     if arm.merge == "agreement":
-        agreed = merge_replicas(start, replicas, axes=axes).params
+        agreed = rmtjax.merge_replicas(start, replicas, axes=axes).params
         mean = jax.tree.map(lambda one, other: one + rest * (other - one), agreed, mean)
     factor = 2 if arm.chain else 1
     return jax.tree.map(lambda old, new: old + factor * (new - old), start, mean)
@@ -165,6 +165,7 @@ def perform(run: Run, images: Images, every: int = 2) -> dict[str, Any]:
     (steps, batch), history = num_steps(cell, arm, size), []
     optimizer, epoch = _compiled(cell, arm, size)
     params, _ = network.init(jax.random.key(run.seed))
+    # Not `rmtjax.replicate`: a single network has a leading axis of one.
     states = jax.tree.map(lambda leaf: jnp.stack([leaf] * arm.replicas), optimizer.init(params))
     rng = np.random.default_rng([run.seed, 3])
     for number in range(1, cell.epochs + 1):

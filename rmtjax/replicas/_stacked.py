@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import PyTree
 
+from rmtjax._sharding import beside
 from rmtjax.planning import path_name
 
 
@@ -71,14 +71,6 @@ def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def _beside(leaf: Any, one: Any) -> jax.Array:
-    """Returns a leaf of a replica where that of the start lies: it may have a device of its own."""
-    arrays = isinstance(leaf, jax.Array) and isinstance(one, jax.Array)
-    if not arrays or any(isinstance(array, Tracer) for array in (leaf, one)):
-        return jnp.asarray(leaf)
-    return leaf if leaf.devices() == one.devices() else jax.device_put(leaf, one.sharding)
-
-
 def stack_replicas(start: PyTree, replicas: Any) -> PyTree:
     """Returns replicas as one tree of JAX arrays with a leading axis.
 
@@ -88,7 +80,7 @@ def stack_replicas(start: PyTree, replicas: Any) -> PyTree:
     if isinstance(replicas, list | tuple) and not same:
         trees = list(replicas)
         _check_list(trees, start)
-        gather = lambda one, *leaves: jnp.stack([_beside(leaf, one) for leaf in leaves])
+        gather = lambda one, *leaves: jnp.stack([beside(leaf, one) for leaf in leaves])
         return jax.tree.map(gather, start, *trees)
     _check_structure("replicas", replicas, start)
     _check_axis(replicas, start)

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from rmtjax._sharding import by_compiler, sum_over_parts
 from rmtjax.spectra._lapack import one_blas_thread_each
 from rmtjax.spectra._spectrum import matmul
 
@@ -139,6 +140,29 @@ def folds(changes: Float[Array, "k b m n"], total: Float[Array, "b m n"], count:
     kept, ranks = lax.map(one, (indices, changes.reshape(size * stack, *sides)))
     sums = lambda array: jnp.sum(array.reshape(size, stack, *array.shape[1:]), axis=0)
     return sums(kept), sums(ranks)
+
+
+@partial(jax.jit, static_argnames=("mesh", "names"))
+def compiled_folds(changes: Float[Array, "k b m n"], *, mesh: Any, names: tuple[str, ...]):
+    """Returns the mean of the folds of k replicas in a program; NaN where not finite."""
+    count = len(changes)
+
+    def find(part, add):
+        total = add(jnp.sum(part, axis=0))
+        finite = jnp.isfinite(total).all(axis=(1, 2))
+        safe = lambda array: jnp.where(finite[:, None, None], array, 0)
+        kept, ranks = folds(safe(part), safe(total), count)
+        nan = lambda array: jnp.where(
+            jnp.expand_dims(finite, (*range(1, array.ndim),)), array, jnp.nan
+        )
+        return jax.tree.map(lambda array: nan(array) / count, (kept, ranks))
+
+    def fold_all(changes):
+        if mesh is None:
+            return find(changes, lambda array: array)
+        return sum_over_parts(find, changes, mesh, names)
+
+    return by_compiler(fold_all, changes)
 
 
 # XLA calls the same LAPACK as SciPy does, and lets other threads go on meanwhile.

@@ -38,7 +38,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack, Views
-from rmtjax._sharding import by_compiler, fetch, mesh_of, sum_over_parts
+from rmtjax._sharding import by_compiler, fetch, mesh_of
 from rmtjax._types import Spectrum
 from rmtjax.spectra import _fold, _lapack, _sharded, _svd
 from rmtjax.spectra._factors import compose, contract, project
@@ -250,29 +250,6 @@ def decompose(matrices: Float[Array, "b m n"]) -> tuple[Array, Array, Array]:
     return _svd.gram_svd(matrices, jnp.full(len(matrices), jnp.nan, lift(matrices).dtype))
 
 
-@partial(jax.jit, static_argnames=("mesh", "names"))
-def _compiled_folds(changes: Float[Array, "k b m n"], *, mesh: Any, names: tuple[str, ...]):
-    """Returns the mean of the folds of k replicas in a program; NaN where not finite."""
-    count = len(changes)
-
-    def find(part, add):
-        total = add(jnp.sum(part, axis=0))
-        finite = jnp.isfinite(total).all(axis=(1, 2))
-        safe = lambda array: jnp.where(finite[:, None, None], array, 0)
-        kept, ranks = _fold.folds(safe(part), safe(total), count)
-        nan = lambda array: jnp.where(
-            jnp.expand_dims(finite, (*range(1, array.ndim),)), array, jnp.nan
-        )
-        return jax.tree.map(lambda array: nan(array) / count, (kept, ranks))
-
-    def fold_all(changes):
-        if mesh is None:
-            return find(changes, lambda array: array)
-        return sum_over_parts(find, changes, mesh, names)
-
-    return by_compiler(fold_all, changes)
-
-
 def cross_validate(
     changes: Float[Array, "k b m n"], divided: tuple[Any, tuple[str, ...]] = (None, ())
 ) -> tuple[Any, Any]:
@@ -294,4 +271,4 @@ def cross_validate(
     mesh, names = divided
     if mesh is None and _cut_by_host(MatrixView("", changes, KernelAxes((2,), (3,), (0, 1)))):
         return _fold.host_folds(np.asarray(changes))
-    return _compiled_folds(changes, mesh=mesh, names=names)
+    return _fold.compiled_folds(changes, mesh=mesh, names=names)

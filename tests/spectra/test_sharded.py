@@ -1,18 +1,11 @@
 """Trees on several devices, in one process and in two; devices must be there from the start."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from helpers.virtual_devices import environment, run_on_devices
+from helpers.virtual_devices import EXPLICIT, run_job, run_on_devices, run_two_jobs
 
-TESTS = str(Path(__file__).parents[1])
 CHECKS = [
     "reports",
     "truncation",
@@ -24,44 +17,18 @@ CHECKS = [
     "meshes",
     "large",
 ]
-
-
-def start(kind, devices, processes=1, number=0, port=0):
-    job = ["-m", "helpers.devices_job", kind, *map(str, (processes, number, port))]
-    paths = [TESTS, *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = environment(devices) | {"PYTHONPATH": os.pathsep.join(paths)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *job], env=variables, text=True, **pipes)
-
-
-def finish(jobs):
-    """What each has printed; none outlives the test."""
-    try:
-        found = [job.communicate(timeout=400) for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    assert [job.returncode for job in jobs] == [0] * len(jobs), found
-    # Between them are words of the library by which processes speak.
-    return [[line for line in out.splitlines() if line in CHECKS] for out, _ in found]
-
-
-EXPLICIT = pytest.mark.skipif(not hasattr(jax.sharding, "auto_axes"), reason="came with jax 0.7")
+JOB = "helpers.devices_job"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=EXPLICIT)])
 def test_a_tree_on_eight_devices_is_as_on_one(kind):
-    assert finish([start(kind, 8)]) == [CHECKS]
+    assert run_job(JOB, kind, 8, CHECKS) == CHECKS
 
 
 @pytest.mark.slow
 def test_a_tree_on_the_devices_of_two_processes_is_as_on_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    jobs = [start("Auto", 4, 2, number, port) for number in range(2)]
-    assert finish(jobs) == [CHECKS] * 2
+    assert run_two_jobs(JOB, 4, CHECKS) == [CHECKS] * 2
 
 
 QUICK = """
