@@ -22,16 +22,14 @@ from rmtjax.planning import (
 )
 from rmtjax.replicas import agree, AgreeState, deal, merge_replicas, Merged, replicate
 from rmtjax.report import analyze, Report, Row
+from rmtjax.sparse import prune_entries, PruneEntriesState, sparsity
 from rmtjax.spectra import factorize_matrix, spectrum, truncate_matrix
 from rmtjax.training import (
     metrics,
     noise_levels,
     penalty,
-    prune_entries,
     prune_spectrum,
-    PruneEntriesState,
     PruneState,
-    sparsity,
     transfer_opt_state,
 )
 

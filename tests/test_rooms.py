@@ -27,6 +27,7 @@ STEP = {
     "nnx": 5,
     "plots": 5,
     "replicas": 5,
+    "sparse": 5,
     "checkpoint": 6,
     "cli": 7,
 }
@@ -36,7 +37,7 @@ OWNERS = {
     "etils": {"checkpoint"},
     "flax": {"linen", "nnx"},
     "matplotlib": {"plots"},
-    "optax": {"replicas", "training"},
+    "optax": {"replicas", "sparse", "training"},
     "orbax": {"checkpoint"},
     "pandas": {"report"},
     "rich": {"cli", "report"},

@@ -1,22 +1,16 @@
 """Pruning while training, for optax.
 
-Two transforms go last in a chain: `prune_spectrum` truncates kernels to their signal, and
-`prune_entries` sets small entries to zero. `metrics` and `noise_levels` read their state.
-`transfer_opt_state` carries the state of an optimizer over to factorized kernels. `penalty` is a
-term of a loss, and `sparsity` makes masks of entries.
+`prune_spectrum` goes last in a chain and truncates kernels to their signal. `metrics` and
+`noise_levels` read its state. `transfer_opt_state` carries the state of an optimizer over to
+factorized kernels, and `penalty` is a term of a loss. Other rooms share its steps that are due.
 """
 
-from rmtjax.training import sparsity as sparsity
 from rmtjax.training._metrics import (
     metrics as metrics,
     noise_levels as noise_levels,
     register_state as register_state,
 )
 from rmtjax.training._penalty import penalty as penalty
-from rmtjax.training._prune_entries import (
-    prune_entries as prune_entries,
-    PruneEntriesState as PruneEntriesState,
-)
 from rmtjax.training._prune_spectrum import (
     prune_spectrum as prune_spectrum,
     PruneState as PruneState,

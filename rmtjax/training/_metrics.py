@@ -76,7 +76,7 @@ def _numbers(name: str, values: Any) -> dict[str, Array]:
 
 
 def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
-    """Returns numbers on each kernel under `prune_spectrum` or `agree`, for a log.
+    """Returns numbers on each kernel under a transform of this package, for a log.
 
     Of `rmtjax.prune_spectrum`:
 
@@ -99,6 +99,10 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `kept/PATH`: the share of the squares of the change of a period that the last merge has kept;
     - `effective_rank/PATH`: the effective rank of the change that it has kept.
 
+    Of `rmtjax.prune_entries`:
+
+    - `sparsity/PATH`: the share of the entries that are set to zero.
+
     Args:
       opt_state: From `optimizer.init` or `optimizer.update`, with one state or several, at any
         depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.
@@ -118,7 +122,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       >>> print(numbers["rank/Dense_0/kernel"], f"{numbers['removed/Dense_0/kernel']:.2f}")
       1 0.49
     """
-    found = _find_states(opt_state, tuple(STATES), "`rmtjax.prune_spectrum` or `rmtjax.agree`")
+    found = _find_states(opt_state, tuple(STATES), "`rmtjax.prune_spectrum` or another transform")
     by_path: dict[str, dict[str, Array]] = {}
     for state in found:
         for kind, values in STATES[type(state)](state).items():

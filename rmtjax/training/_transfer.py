@@ -12,7 +12,6 @@ from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape
 from rmtjax.planning import path_name
 from rmtjax.spectra import lift, multiply
 from rmtjax.training._metrics import STATES
-from rmtjax.training._prune_entries import PruneEntriesState
 from rmtjax.training._prune_spectrum import PruneState
 
 # Fields of optax's states that hold, for each kernel, sums of gradients or sums of the squares of
@@ -21,7 +20,7 @@ GRADIENTS = ("trace", "mu", "acc_grads", "previous_gradient")
 SQUARES = ("nu", "nu_max", "sum_of_squares")
 # These states stay as they are. They name kernels by strings, which may look like the places of
 # moments, and they go on with the kernels that are left.
-_by_path = lambda node: isinstance(node, (PruneEntriesState, *STATES))
+_by_path = lambda node: isinstance(node, tuple(STATES))
 
 Key = tuple[Any, ...]  # a place in a tree, as JAX names it
 

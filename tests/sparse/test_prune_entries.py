@@ -237,3 +237,13 @@ def test_params_are_needed():
     optimizer = prune_entries(every=1, sparsity=0.5)
     with pytest.raises(ValueError, match="`params` must be given"):
         optimizer.update(make_params(), optimizer.init(make_params()))
+
+
+def test_metrics_tell_the_share_of_each_kernel():
+    optimizer, params = prune_entries(every=1, sparsity=0.5), make_params()
+    _, state = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params)
+    expected = {f"sparsity/{path}": np.mean(~mask) for path, mask in state.masks.items()}
+    found = jax.jit(rmtjax.metrics)({"chain": state})
+    assert found.keys() == expected.keys()
+    # Counts of less than 2**24 are exact; one division is rounded.
+    np.testing.assert_allclose([found[name] for name in expected], [*expected.values()], rtol=1e-6)

@@ -27,8 +27,8 @@ from rmtjax._axes import matrix_shape, MatrixView
 from rmtjax._types import Spectrum, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan, check_plan_fits, LayerPlan, Plan
+from rmtjax.sparse._masks import check_sparsity, fill, find_floating, pick_masks, shrink
 from rmtjax.spectra import lift
-from rmtjax.training._masks import check_sparsity, fill, find_floating, pick_masks, shrink
 
 LEAST_WEIGHT = 0.1  # no kernel is spared more than tenfold
 

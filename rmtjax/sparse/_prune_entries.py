@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._types import Where
 from rmtjax.planning import check_count, map_kernels
-from rmtjax.training._masks import check_sparsity, find_floating, pick, pick_masks, shrink
-from rmtjax.training._pruning_step import is_due, is_placeholder, moving_kernels
+from rmtjax.sparse._masks import check_sparsity, find_floating, pick, pick_masks, shrink
+from rmtjax.training import is_due, is_placeholder, moving_kernels, register_state
 
 Sparsity = ArrayLike | Callable[[Any], ArrayLike]
 Weights = Mapping[str, ArrayLike] | Callable[[Any], Mapping[str, ArrayLike]]
@@ -135,3 +135,13 @@ def prune_entries(
         return updates, PruneEntriesState(step, {**state.masks, **masks})
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _numbers(state: PruneEntriesState) -> dict[str, dict[str, Array]]:
+    """Returns the numbers that `metrics` has of this transform."""
+    # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
+    share = lambda mask: 1 - jnp.mean(jnp.asarray(mask), dtype=jnp.float32)
+    return {"sparsity": {path: share(mask) for path, mask in state.masks.items()}}
+
+
+register_state(PruneEntriesState, _numbers)
