@@ -60,12 +60,14 @@ def test_a_merge_of_replicas_is_that_of_decompositions(tmp_path, monkeypatch):
     assert row["relative difference"] < 3e-3  # turns of directions with equal values
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("minilm_folder")
 def test_the_whole_model_has_all_its_kernels(tmp_path, monkeypatch):
     (row,) = run(whole_model, ["--rounds", "1"], tmp_path, monkeypatch)
     assert row["kernels"] == 39
 
 
+@pytest.mark.slow
 def test_an_epoch_is_trained_with_and_without_pruning(tmp_path, monkeypatch):
     arguments = [
         "--dataset",
@@ -83,6 +85,7 @@ def test_an_epoch_is_trained_with_and_without_pruning(tmp_path, monkeypatch):
     assert int(pruned["ranks"]) < 64
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_with_and_without_the_transform(tmp_path, monkeypatch):
     arguments = ["--networks", "64-32", "--rounds", "2"]
     (row,) = run(transform_overhead, arguments, tmp_path, monkeypatch)

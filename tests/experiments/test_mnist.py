@@ -94,6 +94,7 @@ def test_figures_are_whole(folder, printed):
     ]
 
 
+@pytest.mark.slow
 def test_both_networks_see_the_same_batches_from_the_same_start():
     config = mnist.Config(widths=(64,), epochs=1, prune_start=1)
     module = training.MLP(config.widths)
@@ -149,6 +150,7 @@ def test_label_noise_redraws_its_share():
     assert np.array_equal(test.labels, dataset.test_labels)
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch, capsys):
     def interrupt(*arguments):
         raise KeyboardInterrupt

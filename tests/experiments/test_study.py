@@ -48,8 +48,8 @@ SHORT = {  # options of a shortened run, and the number of its runs
 }
 
 
-# The others take 5 to 20 seconds each. The same driver runs these two.
-FAST = {"artefact", "pilot"}
+# The others take 5 to 20 seconds each. The same driver runs this one.
+FAST = {"artefact"}
 PARTS = [part if part in FAST else pytest.param(part, marks=pytest.mark.slow) for part in SHORT]
 
 

@@ -82,6 +82,7 @@ def test_round_trip(beta):
     np.testing.assert_allclose(again, q, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [1, 2])
 def test_rises_on_the_table_and_beyond(beta):
     # Through the table, which starts at -8 or -6.5 and ends at 10 or 6, and its tails.

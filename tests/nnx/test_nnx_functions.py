@@ -150,6 +150,7 @@ def test_a_thin_model_is_cut_again_by_the_same_noise():
     np.testing.assert_allclose(rmt_nnx.merge(thinner).kernel[...], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gates_apart_have_directions_of_their_own():
     cell = nnx.OptimizedLSTMCell(10, 12, rngs=nnx.Rngs(0))
     plans = [rank_plan(cell, 4, gates=gates) for gates in ("fused", "each")]

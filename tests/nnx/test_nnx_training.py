@@ -124,6 +124,7 @@ def test_it_prunes_inside_what_optax_wraps_around_it(name):
     assert [rank(layer.kernel) for layer in model.hidden.layers] == [8, 56]
 
 
+@pytest.mark.slow
 def test_noise_levels_go_from_the_optimizer_to_the_plan():
     rule = rmtjax.ranks.bema(level=0.1)  # kernels of 20 steps have few clear spikes
     axes = rmt_nnx.kernel_axes(Net())

@@ -95,6 +95,9 @@ def reference_fit(matrix, trim, level):
 SETTINGS = [(0.25, 0.1), (0.2, 0.9), (0.0, 0.5), (0.4, 0.8)]  # trim and level
 
 
+LONG = [pytest.param(shape, marks=pytest.mark.slow) for shape in [(10, 100), (64, 64), (8, 900)]]
+
+
 @jax.jit
 def fits_of(spectrum):
     """At all settings in one program, of which the most is compiled once."""
@@ -103,7 +106,7 @@ def fits_of(spectrum):
 
 @pytest.mark.parametrize("spiked", [False, True], ids=["noise", "spiked"])
 @pytest.mark.parametrize(("trim", "level"), SETTINGS)
-@pytest.mark.parametrize("shape", [(10, 100), (100, 50), (64, 64), (120, 121), (8, 900)])
+@pytest.mark.parametrize("shape", [LONG[0], (100, 50), LONG[1], (120, 121), LONG[2]])
 def test_is_the_fit_of_the_reference(shape, trim, level, spiked):
     matrix = 0.3 * noise_of(shape) + spiked * 0.5
     expected = reference_fit(matrix, trim, level)

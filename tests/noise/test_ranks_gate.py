@@ -39,7 +39,9 @@ def share_refused(rule, shape):
 
 
 @pytest.mark.parametrize("significance", [0.01, 0.05, 0.1, 0.3])
-@pytest.mark.parametrize("shape", SIZES[2:], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(SIZES[2], marks=pytest.mark.slow), *SIZES[3:]], ids=str
+)
 def test_bema_refuses_noise_of_any_size_as_often_as_it_says(shape, significance):
     rate = share_refused(ranks.bema(significance=significance, tolerance=0.0), shape)
     # Three standard errors, and a tenth of the rate: one line of constants for all sizes.

@@ -220,6 +220,7 @@ def test_noise_levels_of_a_stack_are_used_each():
         row_of(GOOD, fits={"kernel": jax.tree.map(jnp.asarray, fits)})
 
 
+@pytest.mark.slow
 def test_the_noise_levels_of_training_are_taken_from_its_state():
     optimizer = optax.chain(optax.sgd(0.0), rmtjax.prune_spectrum(every=1, max_removed=1.0))
     params = {"kernel": jnp.asarray(GOOD)}

@@ -137,7 +137,9 @@ def test_the_product_is_never_formed():
     assert largest(multiply(factors)) >= 300 * 200
 
 
-@pytest.mark.parametrize("batch", [(), (3,)], ids=["one", "stack"])
+@pytest.mark.parametrize(
+    "batch", [pytest.param((), marks=pytest.mark.slow), (3,)], ids=["one", "stack"]
+)
 @given(
     count=st.sampled_from([1, 4, 9]),
     keep=st.floats(0, 1),
@@ -177,7 +179,9 @@ def test_zeros_are_no_directions_that_could_be_kept():
     assert row_of(lower, ranks.fixed(5)).rank == 4
 
 
-@pytest.mark.parametrize("rule", [ranks.bema(), ranks.gavish_donoho()], ids=str)
+@pytest.mark.parametrize(
+    "rule", [ranks.bema(), pytest.param(ranks.gavish_donoho(), marks=pytest.mark.slow)], ids=str
+)
 def test_rules_of_noise_need_the_noise_level_of_the_training(rule):
     rng = np.random.default_rng(3)
     u, v = (np.linalg.qr(rng.normal(size=(n, 4)))[0] for n in (60, 80))

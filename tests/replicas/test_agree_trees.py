@@ -115,6 +115,6 @@ print(np.abs(np.asarray(many) - np.asarray(one)).max() < 1e-4)
 """
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
 def test_sharded_kernels_stay_sharded(kind):
     assert run_on_devices(4, JOB.format(kind=repr(kind))) == "True"

@@ -24,7 +24,7 @@ def merge(changes, start=None, transform=lambda f: f, **options):
 
 
 @MODES
-@pytest.mark.parametrize("count", [2, 3, 16])
+@pytest.mark.parametrize("count", [2, 3, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (48, 48), (200, 20), (30, 1), (1, 1)])
 def test_a_merge_is_that_of_decompositions_in_float64(transform, count, shape):
     changes = noisy(count, shape, rank=1)

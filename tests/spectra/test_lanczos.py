@@ -103,6 +103,7 @@ def test_what_an_estimate_does_not_decide_is_computed(rule):
     np.testing.assert_allclose(row.spectrum.eigenvalues, exact(matrix)[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rule_without_a_law_asks_for_more_directions_than_are_exact():
     """Far from the law, which this rule does not mind: its rank is beyond the exact directions."""
     matrix = np.diag(np.resize([1.0, 1.5], LARGE)).astype(np.float32)

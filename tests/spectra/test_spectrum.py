@@ -129,6 +129,7 @@ print(*(int(rank) for rank in state.ranks.values()))
 """
 
 
+@pytest.mark.slow
 def test_several_stacks_in_a_program_do_not_wait_for_one_another():
     # Decomposed at once they hang within some ten steps, on two cores and jax 0.10.2.
     command = [sys.executable, "-c", PRUNE]

@@ -98,6 +98,7 @@ def test_a_loss_that_is_not_finite_allows_nothing(value):
     assert set(map(int, state.ranks.values())) == {SIZE}
 
 
+@pytest.mark.slow
 def test_a_stack_gets_one_rank_and_its_matrices_their_levels():
     stack = {"layers": {"kernel": jnp.stack([planted(0), planted(1)])}}
     axes = {"layers/kernel": rmtjax.KernelAxes((1,), (2,), (0,))}

@@ -89,6 +89,7 @@ def test_between_cuts_a_plan_keeps_what_the_loss_needs_and_no_more(max_rise):
     assert best <= plan["a/kernel"].rank <= 1.1 * best + 1
 
 
+@pytest.mark.slow
 def test_a_schedule_cuts_at_each_look():
     optimizer = prune_spectrum(1, keep=optax.linear_schedule(0.4, 0.0, 4), max_rise=1.0)
     update = jax.jit(functools.partial(optimizer.update, value_fn=loss_with(EQUAL)))
@@ -115,6 +116,7 @@ def test_a_network_that_learns_fast_is_not_cut_for_the_first_time():
     assert ranks[4] < SIZE
 
 
+@pytest.mark.slow
 def test_a_fall_that_is_not_finite_is_no_reason_to_cut():
     largest = jnp.max(jnp.abs(PARAMS["a"]["kernel"]))
 
@@ -132,6 +134,7 @@ def test_a_fall_that_is_not_finite_is_no_reason_to_cut():
     assert min(map(int, second.ranks.values())) < SIZE
 
 
+@pytest.mark.slow
 def test_a_late_start_compares_with_the_period_before_it():
     zeros, ranks = jax.tree.map(jnp.zeros_like, PARAMS), {}
     for learnt in (3, 5):  # the step at which all is learnt
@@ -156,6 +159,7 @@ def test_without_max_rise_the_loss_is_not_asked_and_no_copy_is_kept():
     assert set(map(int, state.ranks.values())) == {RANK}
 
 
+@pytest.mark.slow
 def test_a_pruning_step_takes_at_most_fifteen_passes_and_others_none():
     passes = []
 
@@ -179,6 +183,7 @@ def test_a_pruning_step_takes_at_most_fifteen_passes_and_others_none():
     assert update._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_loss_in_float64_keeps_the_dtypes_of_the_state():
     with jax.enable_x64(True):
         params = {"kernel": jnp.asarray(np.asarray(planted(0)), jnp.float64)}
@@ -247,6 +252,7 @@ def test_hidden_parameters_are_an_error_that_names_the_way():
         step_of(optimizer, EQUAL)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_nnx_passes_the_loss_on():
     x = jax.random.normal(jax.random.key(0), (256, 64))
     target = x @ planted(0)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.slow import slow_except
 from helpers.transform_checks import make_gradients, make_params, planted, ranks_of
 
 import rmtjax
@@ -30,7 +31,12 @@ def landed(state):
 
 
 @pytest.mark.parametrize(
-    ("every", "dtype"), [(1, jnp.float32), (2, jnp.bfloat16), (2, jnp.float16)]
+    ("every", "dtype"),
+    [
+        (1, jnp.float32),
+        (2, jnp.bfloat16),
+        pytest.param(2, jnp.float16, marks=pytest.mark.slow),
+    ],
 )
 def test_the_last_of_a_chain_lands(every, dtype):
     optimizer = optax.chain(optax.sgd(0.01, momentum=0.9), prune_spectrum(every))
@@ -47,7 +53,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", slow_except(("before Adam",), FIRST))
 def test_what_changes_updates_again_is_noticed_at_the_next_step(name):
     params, state = train(FIRST[name], steps=2)
     # Only the next step has the parameters.
@@ -106,7 +112,7 @@ def test_what_a_step_held_back_stays_held_back_after_a_lost_cut():
     assert plan["kernel"].reason == "kept: pruning left it alone while training"
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_a_small_cut_of_entries_with_a_mean_lands(dtype):
     entries = 1.0 + 0.02 * jax.random.normal(jax.random.key(0), (80, 60))
     params = {"kernel": entries.astype(dtype)}

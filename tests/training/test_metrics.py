@@ -88,6 +88,7 @@ def test_the_state_is_found_wherever_it_lies(optimizer):
     assert_same(rmtjax.metrics(after_a_step(optimizer)), rmtjax.metrics(after_a_step(PRUNE)))
 
 
+@pytest.mark.slow
 def test_works_under_jit_and_scan():
     state = after_a_step(PRUNE)
     assert_same(jax.jit(rmtjax.metrics)(state), rmtjax.metrics(state))

@@ -48,6 +48,7 @@ def test_a_pruning_step_lands_on_the_truncated_kernel(wrap, dtype, update_dtype,
     assert updates["Dense_0"]["kernel"].dtype == update_dtype
 
 
+@pytest.mark.slow
 def test_a_kernel_in_double_precision_is_truncated_in_double_precision():
     with jax.enable_x64(True):
         kernel = planted().astype("float64")

@@ -145,6 +145,7 @@ def stacked_c(path, leaf):
     return KernelAxes((1,), (2,), (0,)) if path == "c/kernel" else KernelAxes((0,), (1,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.0, 0.25])
 def test_ranks_are_those_of_a_plan_with_the_carried_noise(keep):
     params = {
@@ -161,6 +162,7 @@ def test_ranks_are_those_of_a_plan_with_the_carried_noise(keep):
         assert {path: row.rank for path, row in plan.items()} == expected
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**16),
     shape=st.sampled_from([(90, 56), (50, 200)]),

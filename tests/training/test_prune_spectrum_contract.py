@@ -92,6 +92,7 @@ def test_inject_hyperparams_changes_nothing():
     assert describe(wrapped[1][1]) == describe(wrapped[3][1])
 
 
+@pytest.mark.slow
 def test_injected_hyperparams_can_be_changed_and_scheduled():
     optimizer = optax.inject_hyperparams(prune_spectrum, STATIC)(
         100, keep=optax.linear_schedule(0.5, 0.0, 2)
@@ -140,6 +141,7 @@ def test_unknown_extra_arguments_are_ignored():
     assert_same_bits(extra, plain)
 
 
+@pytest.mark.slow
 def test_apply_if_finite_keeps_the_state_of_a_skipped_step():
     optimizer, params = optax.apply_if_finite(prune_spectrum(2), 5), make_params()
     bad = jax.tree.map(lambda a: a * jnp.nan, make_gradients())

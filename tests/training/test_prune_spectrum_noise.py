@@ -48,8 +48,8 @@ def wiggle(step, kernel):
     return jnp.float32(0.001 * rng.normal(size=(120, 4)) @ rng.normal(size=(4, 160)))
 
 
-@pytest.mark.parametrize("noise", ["first", "refit"])
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("noise", ["first", pytest.param("refit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, 0.8])
 def test_a_truncated_spectrum_does_not_inflate_the_count(noise, keep):
     """The published code fits it as if it were whole (N9): the count jumps manyfold."""
     rule = ranks.bema(level=0.001)
@@ -64,6 +64,7 @@ def test_a_truncated_spectrum_does_not_inflate_the_count(noise, keep):
         assert naive.variance < 0.008
 
 
+@pytest.mark.slow
 def test_a_refit_follows_the_scale_and_the_first_fit_does_not():
     shrink = lambda step, kernel: -0.1 * kernel  # as strong weight decay would
     variances = {}
@@ -111,6 +112,7 @@ def test_a_kernel_is_pruned_when_its_count_has_settled(settled, counts, first, w
         assert np.linalg.matrix_rank(kernel, tol=1e-3) == rank  # noise is above 0.01
 
 
+@pytest.mark.slow
 def test_a_settled_kernel_is_judged_by_the_noise_of_its_own_time():
     optimizer = prune_spectrum(1, settled=0.0, max_removed=1.0)
     states, _ = land_on(optimizer, [planted(2, noise=0.2), planted(4), planted(4)])
@@ -132,6 +134,7 @@ def test_every_kernel_settles_in_its_own_time():
     assert seen == [(120, 120), (3, 120), (3, 120), (3, 4)]
 
 
+@pytest.mark.slow
 def test_what_a_kernel_was_cut_to_is_known_after_it_was_passed_over():
     """Or the next refit would take a truncated spectrum for a whole one."""
     optimizer = prune_spectrum(1, keep=0.5, noise="refit", rule=ranks.bema(level=0.001))
@@ -150,6 +153,7 @@ def test_what_a_kernel_was_cut_to_is_known_after_it_was_passed_over():
     np.testing.assert_allclose(state.fits["kernel"].variance, 0.01, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_settled_may_be_injected():
     make = optax.inject_hyperparams(
         prune_spectrum, static_args=("noise", "min_size", "rule", "where", "axes")

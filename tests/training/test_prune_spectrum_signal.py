@@ -35,7 +35,9 @@ def step(optimizer, kernel, state):
     return kernel + updates["kernel"], state
 
 
-@pytest.mark.parametrize("rule", [ranks.bema(), ranks.gavish_donoho()], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(ranks.bema(), marks=pytest.mark.slow), ranks.gavish_donoho()], ids=repr
+)
 def test_the_signal_alone_is_enough(rule, monkeypatch):
     optimizer, kernel, state = regrown(rule=rule)
     lost = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False) ** 2
@@ -52,7 +54,12 @@ def test_the_signal_alone_is_enough(rule, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"keep": 0.5}, {"min_rank": 7}, {"noise": "refit"}, {"rule": ranks.fixed(3)}],
+    [
+        pytest.param({"keep": 0.5}, marks=pytest.mark.slow),
+        {"min_rank": 7},
+        pytest.param({"noise": "refit"}, marks=pytest.mark.slow),
+        {"rule": ranks.fixed(3)},
+    ],
     ids=repr,
 )
 def test_where_more_is_needed_all_directions_are_found(options):
@@ -64,7 +71,9 @@ def test_where_more_is_needed_all_directions_are_found(options):
     np.testing.assert_allclose(pruned, truncated(kernel, rank), atol=ATOL)
 
 
-@pytest.mark.parametrize("num_spikes", [BLOCK - 1, BLOCK, 150])
+@pytest.mark.parametrize(
+    "num_spikes", [pytest.param(BLOCK - 1, marks=pytest.mark.slow), BLOCK, 150]
+)
 def test_more_signal_than_the_block_has_is_found_all_the_same(num_spikes):
     optimizer, kernel, state = regrown(num_spikes)
     pruned, state = step(optimizer, kernel, state)
@@ -89,6 +98,7 @@ def test_what_is_not_finite_is_left_alone():
     assert int(later.ranks["kernel"]) == 3
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_a_truncation():
     """But for a part that is smaller by (bulk / signal)^2, here (0.63 / 13)^2 at most."""
     optimizer, kernel, state = regrown()
@@ -105,6 +115,7 @@ def test_derivatives_are_those_of_a_truncation():
     np.testing.assert_allclose(slope, np.sum(cotangent * (ahead - behind)) / 2e-5, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_rule_of_ones_own_sees_the_whole_spectrum():
     class Half(ranks.bema):
         def __call__(self, spectrum, fit=None):

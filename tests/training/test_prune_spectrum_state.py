@@ -28,8 +28,8 @@ from rmtjax import prune_spectrum, PruneState, ranks
         ("bfloat16", "bfloat16"),
         ("float16", "float16"),
         ("bfloat16", "float32"),
-        ("float32", "bfloat16"),
-        ("float32", "float64"),
+        pytest.param("float32", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("float32", "float64", marks=pytest.mark.slow),
         ("float64", "float64"),
     ],
 )
@@ -64,7 +64,9 @@ def test_a_state_saved_as_numpy_arrays_goes_on_as_if_nothing_had_happened():
     assert_same_bits(update(make_gradients(), restored, params), expected)
 
 
-@pytest.mark.parametrize("rule", [ranks.bema(), ranks.fixed(3)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(ranks.bema(), marks=pytest.mark.slow), ranks.fixed(3)], ids=str
+)
 def test_buffers_can_be_donated_from_the_first_step_on(rule):
     optimizer = optax.chain(optax.adam(1e-3), prune_spectrum(2, rule=rule))
     params, state = make_params(), optimizer.init(make_params())

@@ -77,6 +77,7 @@ def spiked(seed, scale=1.0, strength=3.0):
     return scale * (noise(seed) + strength * jnp.outer(left, right) / 60**0.5)
 
 
+@pytest.mark.slow
 def test_the_noise_is_that_of_the_first_cut():
     kernels = [noise(0), 2 * noise(1), spiked(2, scale=3.0), 5 * noise(3)]
     states = land_on(prune_spectrum(), kernels)
@@ -106,6 +107,7 @@ def test_signal_is_found_at_the_first_look_wherever_it_lies(kernel, turned):
     assert int(state.ranks["kernel"]) == int(state.signal["kernel"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [ranks.bema(), ranks.gavish_donoho()])
 def test_noise_whose_rows_differ_in_scale_has_no_signal(rule):
     scales = jnp.linspace(0.75, 1.25, 240)[:, None]
@@ -132,6 +134,7 @@ def test_looks_are_counted_from_the_start():
     assert int(state.ranks["kernel"]) == 1
 
 
+@pytest.mark.slow
 def test_the_level_is_that_of_the_whole_stack():
     weak = spiked(0, strength=WEAK)
     stack = jnp.stack([weak, *(noise(seed) for seed in range(1, 20))])

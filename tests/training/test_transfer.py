@@ -163,6 +163,7 @@ def test_wrong_options_are_errors():
         transfer_opt_state(STATE, PARAMS, THIN, moments="reset", optimizer=optax.adam(0.1))
 
 
+@pytest.mark.slow
 def test_the_experiment_prints_a_row_for_each_way(capsys):
     short = "--source sample --dataset fashion_mnist --widths 64 --epochs 1 --steps 2 --seeds 0"
     mid_training.main([*short.split(), "--slower", "1"])

@@ -96,6 +96,7 @@ def shapes_of(state):
     return jax.tree.map(shape, state, is_leaf=ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_structure_shapes_and_dtypes_are_those_of_a_fresh_state(name):
     _, new, reset, fresh, updates, later = switched(name)
