@@ -192,6 +192,15 @@ def test_progress_is_shown_on_a_terminal(monkeypatch, model, capsys, rich):
 WRITES = "[5/5] b.weight"
 
 
+@pytest.fixture
+def hears_interrupts():
+    """Takes SIGINT as at a terminal: a shell starts what it runs in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
 def test_an_interrupt_leaves_no_half_written_file(tmp_path, plain, model):
     terminal = Terminal(WRITES, lambda: signal.raise_signal(signal.SIGINT))
     plain(terminal)
