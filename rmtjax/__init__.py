@@ -2,7 +2,7 @@
 
 import sys as _sys
 
-from rmtjax import certificate, checkpoint, linen, nnx, plots
+from rmtjax import certificate, checkpoint, linen, lowrank, nnx, plots
 from rmtjax._axes import Factors, KernelAxes
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax._version import __version__ as __version__
@@ -59,6 +59,7 @@ __all__ = [
     "factorize_matrix",
     "fit_bema",
     "linen",
+    "lowrank",
     "marchenko_pastur",
     "merge",
     "merge_replicas",

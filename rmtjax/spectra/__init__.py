@@ -10,6 +10,7 @@ from rmtjax.spectra._factors import (
     multiply as multiply,
     shrink_values as shrink_values,
     split as split,
+    svd as svd,
     truncate_matrix as truncate_matrix,
 )
 from rmtjax.spectra._lanczos import largest_eigenvalue as largest_eigenvalue

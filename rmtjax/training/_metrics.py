@@ -31,16 +31,36 @@ def _numbers_of_pruning(state: PruneState) -> Numbers:
     }
 
 
+def _levels_of_pruning(state: PruneState) -> dict[str, BulkFit]:
+    """Returns the noise levels that `prune_spectrum` carries."""
+
+    def level(path: str, fit: BulkFit) -> BulkFit:
+        # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
+        fit, floor = BulkFit(*map(jnp.asarray, fit)), jnp.asarray(state.floors[path])
+        # What a refused cut has left must not be cut by a plan.
+        return fit._replace(threshold=by_compiler(jnp.fmin, fit.threshold, floor))
+
+    return {path: level(path, fit) for path, fit in state.fits.items()}
+
+
 # States that name their kernels by paths, with what reads them.
 STATES: dict[type, Callable[[Any], Numbers]] = {PruneState: _numbers_of_pruning}
+_LEVELS: dict[type, Callable[[Any], Mapping[str, BulkFit]]] = {PruneState: _levels_of_pruning}
 
 
-def register_state(kind: type, numbers: Callable[[Any], Numbers]) -> None:
+def register_state(
+    kind: type,
+    numbers: Callable[[Any], Numbers],
+    levels: Callable[[Any], Mapping[str, BulkFit]] | None = None,
+) -> None:
     """Registers a state with fields by path: `metrics` reads it, factors do not change it.
 
-    This room does not import rooms of other transforms, so these register their states.
+    With `levels`, `noise_levels` reads it too. This room does not import rooms of other transforms,
+    so these register their states.
     """
     STATES[kind] = numbers
+    if levels is not None:
+        _LEVELS[kind] = levels
 
 
 def _find_states(opt_state: PyTree, kinds: tuple[type, ...], name: str) -> list[Any]:
@@ -103,6 +123,11 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
 
     - `sparsity/PATH`: the share of the entries that are set to zero.
 
+    Of `rmtjax.lowrank.shrink_tail`:
+
+    - `cut/PATH`: the directions that the last shrinking step has left alone, all before;
+    - `shrunk/PATH`: the share of the sum of squares that it has removed.
+
     Args:
       opt_state: From `optimizer.init` or `optimizer.update`, with one state or several, at any
         depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.
@@ -133,13 +158,14 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
 
 
 def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
-    """Returns the noise level that `rmtjax.prune_spectrum` carries for each kernel.
+    """Returns the noise level that a transform carries for each kernel.
 
-    `rmtjax.plan` takes it as `fits`. A kernel that was pruned must not be fitted again: its
-    truncated spectrum would seem to have little noise and many spikes.
+    Those of `rmtjax.prune_spectrum` and `rmtjax.lowrank.shrink_tail`. `rmtjax.plan` takes them as
+    `fits`. A kernel that was pruned must not be fitted again: its truncated spectrum would seem to
+    have little noise and many spikes.
 
     Args:
-      opt_state: As in `metrics`, with the same errors; it needs a state of `prune_spectrum`.
+      opt_state: As in `metrics`, with the same errors; it needs a state of one of the two.
 
     Returns:
       Path to `BulkFit`, NaN before the first cut; of a stack with an entry for each matrix. If a
@@ -155,15 +181,9 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       >>> print(rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1))
       kernel  factorized: 1 of 60 are signal, rank 1
     """
-
-    def level(path: str, state: PruneState) -> BulkFit:
-        # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
-        fit, floor = BulkFit(*map(jnp.asarray, state.fits[path])), jnp.asarray(state.floors[path])
-        # What a refused cut has left must not be cut by a plan.
-        return fit._replace(threshold=by_compiler(jnp.fmin, fit.threshold, floor))
-
     levels: dict[str, BulkFit] = {}
-    for state in _find_states(opt_state, (PruneState,), "`rmtjax.prune_spectrum`"):
-        for path in state.fits:
-            _add(levels, path, {path: level(path, state)})
+    names = "`rmtjax.prune_spectrum` or `rmtjax.lowrank.shrink_tail`"
+    for state in _find_states(opt_state, tuple(_LEVELS), names):
+        for path, fit in _LEVELS[type(state)](state).items():
+            _add(levels, path, {path: BulkFit(*map(jnp.asarray, fit))})
     return levels

@@ -42,7 +42,15 @@ def halves_of_all(learning_rate: Rate):
     return optax.chain(optax.adam(learning_rate), rmtjax.agree(every=10, rest=1.0, where=""))
 
 
-MAKERS = (spectrum, entries, halves, spectrum_of_all, entries_of_all, halves_of_all)
+# Steps of no length, so that the optimizers converge.
+def tails_of_all(learning_rate: Rate):
+    options = {"rule": rmtjax.ranks.fixed(1), "where": "", "min_size": 1}
+    shrink = rmtjax.lowrank.shrink_tail(every=10, strength=0.0, **options)
+    return optax.chain(optax.adam(learning_rate), shrink)
+
+
+OF_ALL = (spectrum_of_all, entries_of_all, halves_of_all, tails_of_all)
+MAKERS = (spectrum, entries, halves, *OF_ALL)
 FACTORIES = {make.__name__: make for make in MAKERS}
 PLAIN = [(name, 1e-2, None, None) for name in FACTORIES]
 # The rate is that of optax's rows for this wrapper, which tunes it.
