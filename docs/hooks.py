@@ -10,7 +10,6 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 NAME = re.compile(r'(?<!">)<code>(rmtjax\.[\w.]+)</code>')  # not of a link already
-SECTION = re.compile(r"<!-- README: (.*?) -->")
 
 
 def on_files(files, config):
@@ -25,17 +24,10 @@ def on_files(files, config):
     return files
 
 
-def _section(match):
-    """The text under a heading of the README."""
-    text = (ROOT / "README.md").read_text()
-    (found,) = re.findall(rf"^## {match[1]}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
-    return found
-
-
 def on_page_markdown(markdown, **_):
-    """Puts in the sections asked for; links into the repository become those of the site."""
-    markdown = SECTION.sub(_section, markdown)
-    markdown = markdown.replace("](docs/", "](")  # the README is a page of the site, too
+    """Turns links into the repository to those of the site."""
+    # The README is a page of the site, too.
+    markdown = markdown.replace("](docs/", "](").replace("](CONTRIBUTING.md", "](contributing.md")
     return re.sub(r"\]\((\.\./)?experiments/results/", "](results/", markdown)
 
 
