@@ -49,7 +49,7 @@ def _check_split(images: np.ndarray, labels: np.ndarray, places: Sequence[str | 
 
 
 def check(arrays: Arrays, places: Sequence[str | Path]) -> Arrays:
-    """Refuses what is not MNIST-shaped; returns the rest, with labels as uint8.
+    """Returns arrays with labels as uint8; raises ValueError if they are not shaped like MNIST.
 
     Args:
       arrays: The four arrays.

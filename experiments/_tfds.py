@@ -23,7 +23,7 @@ BATCH = 1000  # records decoded at once
 
 
 class Archives(NamedTuple):
-    """What is to be downloaded for `Arrays`."""
+    """The files to download for `Arrays`."""
 
     train_images: Archive
     train_labels: Archive
@@ -76,7 +76,7 @@ def _prepared(name: str, root: Path) -> tuple[Path, set[str]]:
 
 
 def is_readable(name: str, data_dir: Folder | None) -> bool:
-    """Whether `read` would find the data set."""
+    """Returns True if `read` would find the data set."""
     return any("array_record" in _prepared(name, root)[1] for root in _roots(data_dir))
 
 

@@ -145,7 +145,7 @@ def compare(params: Any, cut: Any, inputs: jax.Array, labels: jax.Array, l2: flo
 
 
 def cuts(config: Config, params: Any) -> Iterator[tuple[Row, Any]]:
-    """What is cut and how, and the tree, of each cut."""
+    """Yields each cut: the kernels that it cuts, how, and the tree after it."""
     every, total = params, []
     for path, row in rmtjax.plan(params, rule=RULE).items():
         spikes = None if row.fit is None else int(row.fit.num_spikes)

@@ -85,7 +85,7 @@ def truncation_curve(
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on besides the configuration."""
+    """Returns what the numbers depend on apart from the configuration."""
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),

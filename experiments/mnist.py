@@ -112,7 +112,7 @@ class Stage(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """What the networks go through; compiled once for all seeds."""
+    """The stages that all networks go through, compiled once for all seeds."""
 
     plain: Stage
     pruning: Stage
@@ -150,7 +150,7 @@ def make_stages(config: Config, module: training.MLP, num_images: int) -> Stages
 
 
 class Job(NamedTuple):
-    """What all networks of a seed share."""
+    """The inputs that all networks of a seed share."""
 
     config: Config
     module: training.MLP

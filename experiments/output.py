@@ -33,7 +33,7 @@ WIDTH = 140  # of the tables
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
-    """What one seed gave."""
+    """The results of one seed."""
 
     measures: dict[str, measure.Measures]
     reports: dict[str, rmtjax.Report]
@@ -43,7 +43,7 @@ class Seed:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What the seeds so far have given."""
+    """The results of the seeds so far."""
 
     config: Any
     dataset: str
@@ -178,7 +178,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def _show_truncation(results: Results, console: Console) -> None:
-    """What cutting the trained baseline's first kernel to its spikes changes."""
+    """Prints how the accuracy changes if the baseline's first kernel is cut to its spikes."""
     changes = []
     for seed, found in results.seeds.items():
         path, spikes, points = (found.curve[key] for key in ("path", "spikes", "points"))

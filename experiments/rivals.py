@@ -23,7 +23,7 @@ Shape = tuple[int, int]
 
 
 class Estimate(NamedTuple):
-    """What an estimator says of a spectrum."""
+    """The estimate of the noise in a spectrum."""
 
     variance: PerDraw
     threshold: PerDraw
@@ -156,7 +156,7 @@ def evbmf_cut(ratio: float) -> float:
 
 
 def evbmf_gain(x: np.ndarray, ratio: float) -> np.ndarray:
-    r"""What a component of $x = \lambda / \sigma^2$ lowers the free energy by, over $n / 2$.
+    r"""Returns how far a value $x = \lambda / \sigma^2$ lowers the free energy, over $n / 2$.
 
     $\psi_1(x) = \log(1 + \tau) + \gamma \log(1 + \tau / \gamma) - \tau$ with
     $\tau = (x - 1 - \gamma + \sqrt{(x - 1 - \gamma)^2 - 4 \gamma}) / 2$ where x is above

@@ -33,7 +33,7 @@ class Config:
 
 
 def ways(rank: int) -> dict[str, Callable[[np.ndarray], Any]]:
-    """What is done with a kernel."""
+    """Returns the ways to decompose a kernel that are compared."""
     rule = rmtjax.ranks.fixed(rank)
 
     def truncate(kernel):

@@ -44,7 +44,7 @@ class Config:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """What each benchmark has written."""
+    """Loads the rows that each benchmark has written."""
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in NAMES}
 
 
@@ -80,7 +80,7 @@ def draw_sizes(ax: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_latency(ax: Axes, rows: list[dict[str, Any]]) -> None:
-    """What factors save, against what their multiply-adds would let them save."""
+    """Draws the time that factors save over the time that multiply-adds would let them save."""
     own = [row for row in rows if row["batch"] > 1]
     for width, color, marker in zip(
         dict.fromkeys(row["width"] for row in own), (GREY, BLUE, VERMILION), "o^s", strict=False

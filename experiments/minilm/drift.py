@@ -48,7 +48,7 @@ def similarities(embeddings: Embeddings) -> np.ndarray:
 
 
 def measure(moved: Embeddings, whole: Embeddings, topics: tuple[str, ...]) -> dict[str, float]:
-    """What is left of the embeddings.
+    """Measures how far the embeddings have moved.
 
     Args:
       moved: Of the encoder that was cut, of length 1.
@@ -120,7 +120,7 @@ def count_parameters(params: Any) -> int:
 
 
 def cut_together(study: Study, rule: rmtjax.ranks.RankRule) -> dict[str, Any]:
-    """What a rule does to all kernels at once, beside the controls.
+    """Cuts all kernels at once by a rule, and by the controls.
 
     Returns:
       The kernels cut and their ranks, the parameters left, the largest gap between an embedding

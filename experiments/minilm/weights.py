@@ -72,7 +72,7 @@ def read_config(folder: Path) -> Config:
 
 
 def torch_name(path: str) -> str:
-    """What the checkpoint calls a leaf of our tree.
+    """Returns the name of a leaf of our tree in the checkpoint.
 
     Examples:
       >>> torch_name("layer_0/attention/query/kernel")

@@ -14,7 +14,7 @@ from experiments.study.results import check_same_study, configuration, read, Res
 
 
 def open_results(part: ModuleType, config: Options, path: Path, arguments: list[str]) -> Results:
-    """What there is already, if it belongs to the same study.
+    """Opens the results that there are, if they belong to the same study.
 
     Raises:
       ValueError: It does not; or nothing is there, and nothing is to be run.

@@ -27,7 +27,7 @@ class Options:
 
 
 def check_positive(config: Options, *names: str) -> None:
-    """Refuses a number of epochs, images and the like under 1, and an empty tuple.
+    """Checks that numbers of epochs, images and the like are at least 1, and tuples not empty.
 
     Raises:
       ValueError: One of the fields named is too small, or has a member that is.
@@ -39,7 +39,7 @@ def check_positive(config: Options, *names: str) -> None:
 
 
 def check_shares(config: Options, *names: str) -> None:
-    """Refuses a share out of [0, 1].
+    """Checks that shares are in [0, 1].
 
     Raises:
       ValueError: One of the fields named, or a member of it, is no share.
@@ -51,7 +51,7 @@ def check_shares(config: Options, *names: str) -> None:
 
 
 def check_choices(config: Options, name: str, allowed: tuple[str, ...]) -> None:
-    """Refuses names that are unknown.
+    """Checks that names are known.
 
     Raises:
       ValueError: A member of the field is not one of `allowed`.

@@ -42,7 +42,7 @@ class Recipe:
 
 
 class Epoch(NamedTuple):
-    """What there is after an epoch; the next one takes the arrays over."""
+    """The state after an epoch; the next epoch takes its arrays over."""
 
     number: int  # from 1
     params: Any

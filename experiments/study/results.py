@@ -33,7 +33,7 @@ def configuration(config: Options) -> dict[str, Any]:
 
 
 class Results(NamedTuple):
-    """What a part has found so far.
+    """The runs that a part has made so far.
 
     Attributes:
       configuration: Of the last command.
@@ -94,7 +94,7 @@ class Results(NamedTuple):
 
 
 def read(path: Path) -> Results | None:
-    """What an earlier command has written, or None.
+    """Returns the results that an earlier command has written, or None.
 
     Raises:
       ValueError: The file is not one of these.
@@ -111,7 +111,7 @@ def read(path: Path) -> Results | None:
 
 
 def check_same_study(results: Results, runs: Iterable[Any], config: Options, path: Path) -> None:
-    """Refuses a file with runs that this configuration does not ask for.
+    """Raises ValueError if a file has runs that this configuration does not ask for.
 
     A configuration may ask for more (seeds, arms), never for other runs.
 

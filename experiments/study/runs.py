@@ -60,7 +60,7 @@ def accuracies(module: nn.Module, params: Any, images: Images) -> dict[str, Any]
 
 
 def fitted(module: nn.Module, params: Any, images: Images) -> dict[str, Any]:
-    """How the training images are classified, in %.
+    """Returns the shares of training images that are classified right, by kind, in %.
 
     `given`: as their label says, right or wrong; `true`: rightly; `wrong`: as their label
     says, of those whose label is wrong. The last is what has been learnt by heart.
@@ -75,7 +75,7 @@ def fitted(module: nn.Module, params: Any, images: Images) -> dict[str, Any]:
 
 
 def cut(module: nn.Module, params: Any, images: Images, epoch: int) -> dict[str, Any]:
-    """What a network would be, were it cut to its spikes now, once and for all."""
+    """Returns the network that a cut to its spikes would leave now."""
     plan = rmtjax.plan(params, rule=RMT, multiple=1)
     lower = rmtjax.truncate(params, plan)
     measured = {path: row for path, row in plan.items() if row.rank is not None}

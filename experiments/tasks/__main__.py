@@ -80,7 +80,7 @@ def run(config: Config, content: dict, console: Console) -> None:
 
 
 def changes(task: problems.Task, optimizer: str, arm: str, found: Found) -> np.ndarray:
-    """What each seed gains over never being cut: points, or per cent of the loss."""
+    """Returns the gain of each seed over no cut: points, or per cent of the loss."""
     plain = np.array([one["test"] for one in found[key_of(task.name, optimizer, "never cut")]])
     thin = np.array([one["thin"] for one in found[key_of(task.name, optimizer, arm)]])
     return thin - plain if task.in_points else 100 * (plain - thin) / plain

@@ -15,7 +15,7 @@ OPTIMIZERS = ("SGD", "AdamW")
 
 
 class Outcome(NamedTuple):
-    """What one run has come to.
+    """The outcome of one run.
 
     Attributes:
       test: Accuracy in points, or the loss, of the network that training has made.

@@ -44,7 +44,7 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt, and how.
+    """A task: the data, the loss and the schedule.
 
     Attributes:
       name: Of the network.
