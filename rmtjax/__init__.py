@@ -22,9 +22,23 @@ from rmtjax.planning import (
 )
 from rmtjax.replicas import agree, AgreeState, deal, merge_replicas, Merged, replicate
 from rmtjax.report import analyze, Report, Row
-from rmtjax.sparse import prune_entries, PruneEntriesState, sparsity
+from rmtjax.sparse import (
+    admm,
+    AdmmState,
+    drop_and_grow,
+    DropAndGrowState,
+    patterns,
+    projections,
+    prune_entries,
+    PruneEntriesState,
+    SparseState,
+    sparsity,
+)
 from rmtjax.spectra import factorize_matrix, spectrum, truncate_matrix
 from rmtjax.training import (
+    average_params,
+    averaged,
+    AverageState,
     metrics,
     noise_levels,
     penalty,
@@ -35,9 +49,12 @@ from rmtjax.training import (
 
 # So that `help(rmtjax)` tells them.
 __all__ = [
+    "AdmmState",
     "AgreeState",
+    "AverageState",
     "BulkFit",
     "Cost",
+    "DropAndGrowState",
     "Factorized",
     "Factors",
     "Kept",
@@ -48,13 +65,18 @@ __all__ = [
     "PruneState",
     "Report",
     "Row",
+    "SparseState",
     "Spectrum",
     "Truncated",
+    "admm",
     "agree",
     "analyze",
+    "average_params",
+    "averaged",
     "certificate",
     "checkpoint",
     "deal",
+    "drop_and_grow",
     "factorize",
     "factorize_matrix",
     "fit_bema",
@@ -66,9 +88,11 @@ __all__ = [
     "metrics",
     "nnx",
     "noise_levels",
+    "patterns",
     "penalty",
     "plan",
     "plots",
+    "projections",
     "prune_entries",
     "prune_spectrum",
     "ranks",
@@ -84,5 +108,13 @@ __all__ = [
 ]
 
 # `import rmtjax.ranks` and `from rmtjax.ranks import bema` find these modules in their rooms.
-for _module in (marchenko_pastur, ranks, shrinkage, sparsity, tracy_widom):
+for _module in (
+    marchenko_pastur,
+    patterns,
+    projections,
+    ranks,
+    shrinkage,
+    sparsity,
+    tracy_widom,
+):
     _sys.modules[f"rmtjax.{_module.__name__.rpartition('.')[2]}"] = _module

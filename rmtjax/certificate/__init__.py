@@ -22,6 +22,10 @@ Subnormal numbers count as zero. The rounding of a run in floating point is not 
 """
 
 from rmtjax.certificate._certify import Certificate as Certificate, certify as certify
+from rmtjax.certificate._data_path import (
+    data_path as data_path,
+    PathCertificate as PathCertificate,
+)
 from rmtjax.certificate._rounding import operator_norm as operator_norm
 
-__all__ = ["Certificate", "certify", "operator_norm"]
+__all__ = ["Certificate", "PathCertificate", "certify", "data_path", "operator_norm"]

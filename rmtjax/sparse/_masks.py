@@ -1,6 +1,6 @@
 """Masks of kernels by path: which entries stay, and which entries are the smallest."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,12 +18,42 @@ from rmtjax.spectra import lift
 LAST = np.uint32(2**32 - 1)  # a place behind that of every entry: there are less than 2**31
 
 Masks = dict[str, Bool[Array, "..."]]
+Keys = dict[str, UInt[Array, "..."]]
+Pattern = tuple[int, int]  # N of M consecutive entries stay
+Groups = Mapping[str, int]  # path to the index of the group whose entries compete
 
 
 def check_sparsity(sparsity: Any) -> None:
     """Raises ValueError if a share of entries is out of range."""
     meaning = "the entries of all chosen kernels together that are set to zero"
     check_share("sparsity", sparsity, meaning, below_one=True)
+
+
+def check_pattern(pattern: Any) -> None:
+    """Raises ValueError unless a pattern is two integers N < M."""
+    fine = isinstance(pattern, tuple) and len(pattern) == 2
+    if not fine or not all(type(n) is int for n in pattern) or not 1 <= pattern[0] < pattern[1]:
+        raise ValueError(
+            "`pattern` must be two integers (N, M) with 1 <= N < M, such as (2, 4), got "
+            f"{pattern!r}."
+        )
+
+
+def check_weights(name: str, weights: Mapping[str, Any]) -> None:
+    """Raises ValueError for a weight that is not positive. Traced weights are not checked."""
+    for path, weight in weights.items():
+        if not isinstance(weight, Tracer) and not np.all(np.asarray(weight) > 0):
+            raise ValueError(f"`{name}` must be positive, got {weight} for {path!r}.")
+
+
+def check_size(kernels: Mapping[str, Array]) -> int:
+    """Returns the number of entries; raises ValueError if an integer cannot count them."""
+    size = sum(kernel.size for kernel in kernels.values())
+    if size >= 2**31:
+        raise ValueError(
+            f"`params` must have less than 2**31 entries to choose among, got {size}: use `where`."
+        )
+    return size
 
 
 def find_floating(params: PyTree, where: Where | None) -> dict[str, Array]:
@@ -70,8 +100,8 @@ def fill(params: PyTree, masks: Masks) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda key, leaf: mask_of(path_name(key), leaf), params)
 
 
-def _keys(kernel, mask, weight, dtype) -> UInt[Array, "..."]:
-    """Returns integers in the order of |w| / weight; 0 for an entry that is already removed."""
+def order_keys(kernel, mask, weight, dtype) -> UInt[Array, "..."]:
+    """Returns integers in the order of |w| / weight; 0 where a mask is False."""
     score = (jnp.abs(lift(kernel)) / weight).astype(dtype)
     # The bits of floats that are not negative, read as integers, have the order of the floats. NaN
     # comes last.
@@ -79,48 +109,68 @@ def _keys(kernel, mask, weight, dtype) -> UInt[Array, "..."]:
     return jnp.where(mask, bits + 1, 0)
 
 
-def _cut(keys: dict[str, UInt[Array, "..."]], count: Int[Array, ""]):
-    """Returns the largest cut with at most `count` keys below it, and how many are missing.
+def _cuts(keys: Keys, groups: Groups, counts: Int[Array, " g"]):
+    """Returns the largest cut of each group with at most `counts` keys below, and what is missing.
 
     A bisection by bits needs only sums. Entries are not copied, so that sharded kernels stay on
     their devices.
     """
     dtype = next(iter(keys.values())).dtype
     bits = 8 * dtype.itemsize
-    below = lambda cut: sum(jnp.sum(key < cut, dtype=jnp.int32) for key in keys.values())
 
-    def narrow(index, cut):
-        trial = cut | (jnp.ones((), dtype) << (bits - 1 - index).astype(dtype))
-        return jnp.where(below(trial) <= count, trial, cut)
+    def below(cuts):
+        smaller = lambda path: jnp.sum(keys[path] < cuts[groups[path]], dtype=jnp.int32)
+        parts = jnp.stack([smaller(path) for path in keys])
+        return jnp.zeros_like(counts).at[np.array([groups[path] for path in keys])].add(parts)
 
-    cut = lax.fori_loop(0, bits, narrow, jnp.zeros((), dtype))
-    return cut, count - below(cut)
+    def narrow(index, cuts):
+        trial = cuts | (jnp.ones((), dtype) << (bits - 1 - index).astype(dtype))
+        return jnp.where(below(trial) <= counts, trial, cuts)
+
+    cuts = lax.fori_loop(0, bits, narrow, jnp.zeros(counts.shape, dtype))
+    return cuts, counts - below(cuts)
 
 
-def _remove(keys: dict[str, UInt[Array, "..."]], masks: Masks, count: Int[Array, ""]) -> Masks:
-    """Returns masks without the `count` smallest; of equal ones the first in the tree go."""
-    cut, missing = _cut(keys, count)
+def without_smallest(keys: Keys, groups: Groups, counts: Int[Array, " g"]) -> Masks:
+    """Returns masks that are False at the `counts` smallest keys of each group.
+
+    Of equal keys the first in the tree go. The counts may be traced.
+    """
+    cuts, missing = _cuts(keys, groups, counts)
     places, start = {}, 0
     for path, key in keys.items():
         place = jnp.arange(start, start + key.size, dtype=jnp.uint32).reshape(key.shape)
-        places[path] = jnp.where(key == cut, place, LAST)
+        places[path] = jnp.where(key == cuts[groups[path]], place, LAST)
         start += key.size
-    place, _ = _cut(places, missing)
-    return {path: masks[path] & (keys[path] >= cut) & (places[path] >= place) for path in keys}
+    ends, _ = _cuts(places, groups, missing)
+    at = lambda path: (keys[path] >= cuts[groups[path]]) & (places[path] >= ends[groups[path]])
+    return {path: at(path) for path in keys}
+
+
+def one_group(paths: Iterable[str]) -> Groups:
+    """Returns the groups in which all kernels compete with one another."""
+    return dict.fromkeys(paths, 0)
+
+
+def count_removed(masks: Masks) -> Int[Array, ""]:
+    """Returns how many entries are removed in all."""
+    size = sum(mask.size for mask in masks.values())
+    return jnp.asarray(size - sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks.values()))
 
 
 @jax.jit
 def _shrink(kernels, masks, weights, sparsity):
     size = sum(kernel.size for kernel in kernels.values())
     count = jnp.round(jnp.asarray(sparsity, jnp.float32) * size).astype(jnp.int32)
-    removed = size - sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks.values())
     dtype = jnp.result_type(*map(lift, kernels.values()))
 
     def remove(masks):
-        keys = {path: _keys(kernels[path], masks[path], weights[path], dtype) for path in kernels}
-        return _remove(keys, masks, count)
+        key = lambda path: order_keys(kernels[path], masks[path], weights[path], dtype)
+        keys = {path: key(path) for path in kernels}
+        kept = without_smallest(keys, one_group(keys), count[None])
+        return {path: masks[path] & kept[path] for path in masks}
 
-    return lax.cond(count > removed, remove, lambda masks: masks, masks)
+    return lax.cond(count > count_removed(masks), remove, lambda masks: masks, masks)
 
 
 def shrink(
@@ -133,14 +183,8 @@ def shrink(
 
     Entries that have gone count and never come back. If enough have gone, nothing is done.
     """
-    size = sum(kernel.size for kernel in kernels.values())
-    if size >= 2**31:
-        raise ValueError(
-            f"`params` must have less than 2**31 entries to choose among, got {size}: use `where`."
-        )
+    size = check_size(kernels)
     weights = dict.fromkeys(kernels, 1.0) if weights is None else weights
-    for path, weight in weights.items():
-        if not isinstance(weight, Tracer) and not np.all(np.asarray(weight) > 0):
-            raise ValueError(f"`weights` must be positive, got {weight} for {path!r}.")
+    check_weights("weights", weights)
     divisors = pick("weights", weights, kernels)
     return _shrink(kernels, masks, divisors, sparsity) if size else masks

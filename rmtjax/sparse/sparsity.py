@@ -27,8 +27,19 @@ from rmtjax._axes import matrix_shape, MatrixView
 from rmtjax._types import Spectrum, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan, check_plan_fits, LayerPlan, Plan
+from rmtjax.sparse._densities import cell_gates, layer_densities, random_mask
 from rmtjax.sparse._masks import check_sparsity, fill, find_floating, pick_masks, shrink
 from rmtjax.spectra import lift
+
+__all__ = [
+    "cell_gates",
+    "edge_weights",
+    "entry_threshold",
+    "layer_densities",
+    "magnitude_mask",
+    "random_mask",
+    "threshold_mask",
+]
 
 LEAST_WEIGHT = 0.1  # no kernel is spared more than tenfold
 

@@ -30,6 +30,7 @@ from rmtjax.spectra._select import (
 from rmtjax.spectra._spectrum import (
     check_matrix as check_matrix,
     each as each,
+    einsum as einsum,
     from_singular_values as from_singular_values,
     lift as lift,
     matmul as matmul,

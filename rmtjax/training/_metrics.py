@@ -128,6 +128,16 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `cut/PATH`: the directions that the last shrinking step has left alone, all before;
     - `shrunk/PATH`: the share of the sum of squares that it has removed.
 
+    Of `rmtjax.drop_and_grow`:
+
+    - `density/PATH`: the share of the entries that are not zero;
+    - `moved/PATH`: the share of these that the last change of the mask has dropped.
+
+    Of `rmtjax.admm`, NaN before the first projection:
+
+    - `primal/PATH`: the distance of the kernel from its projection, over its norm;
+    - `dual/PATH`: by how much the projection has moved since the last one, over its norm.
+
     Args:
       opt_state: From `optimizer.init` or `optimizer.update`, with one state or several, at any
         depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.

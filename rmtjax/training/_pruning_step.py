@@ -234,7 +234,7 @@ def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes,
     return update, jax.tree.map(restore, new, state)
 
 
-def _same_programs(inputs: list[tuple], axes: tuple[KernelAxes, ...]) -> list[list[int]]:
+def _same_programs(inputs: list[tuple], axes: tuple[Any, ...]) -> list[list[int]]:
     """Returns the indices of kernels in groups, each of which one program serves."""
     groups: dict[tuple, list[int]] = {}
     for index, arrays in enumerate(inputs):
@@ -253,7 +253,7 @@ def _map_one_by_one(function: Callable, inputs: list[tuple]) -> list[Any]:
     return [at(index) for index in range(len(inputs))]
 
 
-def map_alike(function: Callable, inputs: list[tuple], axes: tuple[KernelAxes, ...]) -> list[Any]:
+def map_alike(function: Callable, inputs: list[tuple], axes: tuple[Any, ...]) -> list[Any]:
     """Applies `function(arrays, axes)` to the arrays of each kernel; one program serves a shape."""
     results: dict[int, Any] = {}
     for indices in _same_programs(inputs, axes):

@@ -135,7 +135,7 @@ def test_pruning_steps_are_counted_from_one(every, start, expected):
     assert seen == list(expected)
 
 
-INJECTED = optax.inject_hyperparams(prune_entries, ("where", "weights"))(1)
+INJECTED = optax.inject_hyperparams(prune_entries, ("where", "budget"))(1)
 INJECTED_UPDATE = jax.jit(INJECTED.update)  # compiled once for all examples
 
 
@@ -172,7 +172,7 @@ def test_a_mask_made_beforehand_holds_from_the_first_step_and_counts():
 def test_weights_decide_between_kernels():
     shares = []
     for weights in ({"a/kernel": 1.0, "b/kernel": 4.0}, {"a/kernel": 4.0, "b/kernel": 1.0}):
-        params, state = run(prune_entries(every=1, sparsity=0.5, weights=weights), 1)[1]
+        params, state = run(prune_entries(every=1, sparsity=0.5, budget=weights), 1)[1]
         landed = optax.apply_updates(make_params(), make_gradients(0))
         expected = sparsity.magnitude_mask(landed, 0.5, weights=weights)
         assert_same_bits(state.masks, {path: expected[path[0]]["kernel"] for path in state.masks})
@@ -188,7 +188,7 @@ def test_weights_may_follow_the_sparsity():
     }
     plan, zeros = rmtjax.plan(params), optax.tree.zeros_like(params)
     weights = functools.partial(sparsity.edge_weights, plan)
-    optimizer = prune_entries(every=1, sparsity=lambda step: 0.2 + 0.2 * step, weights=weights)
+    optimizer = prune_entries(every=1, sparsity=lambda step: 0.2 + 0.2 * step, budget=weights)
     update, state, mask = optimizer.update, optimizer.init(params), None
     for share in (0.2, 0.4, 0.6):
         updates, state = update(zeros, state, params)
@@ -228,8 +228,8 @@ def test_weights_and_masks_of_another_tree_are_refused():
     params = make_params()
     with pytest.raises(ValueError, match=r"`mask` must have an entry .* none for 'b/kernel'"):
         prune_entries(every=1, mask={"a": sparsity.magnitude_mask(params["a"], 0.1)}).init(params)
-    optimizer = prune_entries(every=1, sparsity=0.5, weights={"a/kernel": 1.0})
-    with pytest.raises(ValueError, match=r"`weights` must have an entry .* none for 'b/kernel'"):
+    optimizer = prune_entries(every=1, sparsity=0.5, budget={"a/kernel": 1.0})
+    with pytest.raises(ValueError, match=r"`budget` must have an entry .* none for 'b/kernel'"):
         optimizer.update(params, optimizer.init(params), params)
 
 

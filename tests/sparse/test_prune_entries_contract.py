@@ -10,7 +10,7 @@ import pytest
 
 from rmtjax import prune_entries, sparsity
 
-STATIC = ("where", "weights")
+STATIC = ("where", "budget", "axes", "pattern")
 HALF = {"a/kernel": 120, "b/kernel": 50}
 
 
@@ -107,7 +107,7 @@ def test_injected_sparsity_can_be_changed_and_scheduled():
     factory = optax.inject_hyperparams(prune_entries, STATIC)
     mask = sparsity.magnitude_mask(make_params(), 0.1)
     weights = lambda share: dict.fromkeys(HALF, 1.0)
-    history = run(factory(schedule, mask=mask, weights=weights), 3)
+    history = run(factory(schedule, mask=mask, budget=weights), 3)
     assert [total(state) for _, state in history] == [34, 34, 85, 170]
     optimizer, params = factory(0.0), make_params()
     state = optimizer.init(params)

@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest import mock
 
 import optax
+import pytest
 from absl.testing import parameterized
 
 import rmtjax
@@ -49,32 +50,63 @@ def tails_of_all(learning_rate: Rate):
     return optax.chain(optax.adam(learning_rate), shrink)
 
 
+def rounds(learning_rate: Rate):
+    prune = rmtjax.prune_entries(0.5, every=10, restore=0.1, select=3)
+    return optax.chain(optax.adam(learning_rate), prune)
+
+
+def pull(learning_rate: Rate):
+    return optax.chain(rmtjax.admm(half_precision), optax.adam(learning_rate))
+
+
+# The target is what is pulled, so that the optimizers converge.
+def pull_of_all(learning_rate: Rate):
+    return optax.chain(rmtjax.admm(lambda kernel: kernel, where=""), optax.adam(learning_rate))
+
+
+def exchange(learning_rate: Rate):
+    return rmtjax.drop_and_grow(optax.adam(learning_rate), every=10)
+
+
+# All entries stay, so that the optimizers converge.
+def exchange_of_all(learning_rate: Rate):
+    return rmtjax.drop_and_grow(optax.adam(learning_rate), every=1000, density=1.0, where="")
+
+
+def mean(learning_rate: Rate):
+    return optax.chain(optax.adam(learning_rate), rmtjax.average_params())
+
+
+def half_precision(kernel):
+    return kernel.astype("bfloat16")
+
+
 OF_ALL = (spectrum_of_all, entries_of_all, halves_of_all, tails_of_all)
-MAKERS = (spectrum, entries, halves, *OF_ALL)
-FACTORIES = {make.__name__: make for make in MAKERS}
-PLAIN = [(name, 1e-2, None, None) for name in FACTORIES]
+MAKERS = (spectrum, entries, halves, *OF_ALL, rounds, pull, exchange, mean)
+# Steps that do more than a comparison compile and run for longer.
+LONG = (pull_of_all, exchange_of_all)
+FACTORIES = {make.__name__: make for make in (*MAKERS, *LONG)}
 # The rate is that of optax's rows for this wrapper, which tunes it.
 WRAPPED = [
     (name, 1.0, "mechanize", {"weight_decay": 0.0}) for name in ("spectrum", "entries", "halves")
 ]
-ROWS = tuple(
-    {
-        "opt_name": name,
-        "opt_kwargs": {"learning_rate": rate},
-        "wrapper_name": wrapper,
-        "wrapper_kwargs": options,
-    }
-    for name, rate, wrapper, options in PLAIN + WRAPPED
-)
 
 
-def load_tests_of_optax():
+def rows_of(makers, wrapped=()):
+    """Rows as in optax's tables of optimizers."""
+    keys = ("opt_name", "opt_kwargs", "wrapper_name", "wrapper_kwargs")
+    plain = [(make.__name__, 1e-2, None, None) for make in makers]
+    rows = [(name, {"learning_rate": rate}, *rest) for name, rate, *rest in (*plain, *wrapped)]
+    return tuple(dict(zip(keys, row, strict=True)) for row in rows)
+
+
+def load_tests_of_optax(rows):
     """The module of optax's tests, with our rows in place of its tables of optimizers."""
     product = parameterized.product
 
     def product_of_ours(*tables, **axes):
         assert all("opt_name" in row for table in tables for row in table)
-        return product(*[ROWS for _ in tables], **axes)
+        return product(*[rows for _ in tables], **axes)
 
     path = Path(optax.__file__).parent / "contrib" / "_common_test.py"
     spec = importlib.util.spec_from_file_location("optax_common_test", path)
@@ -85,5 +117,10 @@ def load_tests_of_optax():
     return module
 
 
-class TestContrib(load_tests_of_optax().ContribTest):
+class TestContrib(load_tests_of_optax(rows_of(MAKERS, WRAPPED)).ContribTest):
     """All cases of optax's class of tests."""
+
+
+@pytest.mark.slow
+class TestContribLong(load_tests_of_optax(rows_of(LONG)).ContribTest):
+    """All cases of optax's class of tests, for transforms that take longer."""

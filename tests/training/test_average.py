@@ -1,0 +1,91 @@
+"""Averaged parameters and the trigger of NT-ASGD against a loop in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from rmtjax import average_params, averaged
+
+LOSSES = st.lists(st.integers(0, 9), min_size=1, max_size=20)
+
+
+def first_stall(losses, patience):
+    """The step of the trigger, as its paper has it: a loss above all but the last ones before."""
+    for step, loss in enumerate(losses):
+        older = losses[: max(step - patience, 0)]
+        if older and loss > min(older):
+            return step
+    return None
+
+
+@settings(max_examples=60)
+@given(LOSSES, st.integers(1, 4))
+def test_the_trigger_and_the_mean_are_those_of_the_paper(losses, patience):
+    optimizer = average_params(patience)
+    params = {"w": jnp.asarray([1.0, 2.0]), "count": 3}
+    state, seen = optimizer.init(params), []
+    for step, loss in enumerate(losses):
+        updates = {"w": jnp.asarray([0.5, -1.0 * step]), "count": 0}
+        updates, state = optimizer.update(updates, state, params, value=float(loss))
+        params = optax.apply_updates(params, updates)
+        seen.append(np.asarray(params["w"], np.float64))
+    start = first_stall(losses, patience)
+    assert bool(state.averaging) == (start is not None)
+    expected = seen[-1] if start is None else np.mean(seen[start:], axis=0)
+    # Twenty means of float32, of numbers up to 200.
+    np.testing.assert_allclose(averaged(state, params)["w"], expected, rtol=2e-6, atol=1e-5)
+
+
+def test_steps_without_a_loss_are_not_recorded():
+    optimizer, params = average_params(2), {"w": jnp.ones(2)}
+
+    @jax.jit
+    def step(state, value):
+        return optimizer.update(params, state, params, value=value)[1]
+
+    states = [optimizer.init(params)] * 2
+    for loss in (5.0, 1.0, 2.0, 3.0):
+        states = [step(state, loss) for state in states]
+        for _ in range(3):
+            states[1] = step(states[1], jnp.nan)
+    assert [bool(state.averaging) for state in states] == [False, False]
+    assert [bool(step(state, 5.5).averaging) for state in states] == [True, True]
+    np.testing.assert_array_equal(states[0].recent, states[1].recent)
+
+
+def test_an_entry_that_was_zero_begins_anew():
+    optimizer = optax.chain(optax.identity(), average_params(1, reset_zeros=True))
+    path = np.array(
+        [[1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 0.0, 3.0, 4.0, 5.0], [1.0, 0.0, 0.0, 0.0, 7.0]]
+    )
+    params = {"w": jnp.asarray(path[:, 0] - 1)}
+    state = optimizer.init(params)
+    for index, loss in enumerate((1.0, 2.0, 3.0, 3.0, 3.0)):  # the third is above the first
+        updates = {"w": jnp.asarray(path[:, index], jnp.float32) - params["w"]}
+        updates, state = optimizer.update(updates, state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(averaged(state, params)["w"], [4.0, 4.0, 7.0], rtol=1e-6)
+
+
+def test_the_mean_is_in_float32_and_comes_back_in_the_dtype():
+    optimizer, params = average_params(), {"w": jnp.ones(3, jnp.bfloat16)}
+    state = optimizer.init(params)
+    _, state = optimizer.update(params, state, params, value=jnp.asarray(1.0, jnp.float16))
+    assert state.average["w"].dtype == jnp.float32
+    assert averaged(state, params)["w"].dtype == jnp.bfloat16
+
+
+def test_wrong_use_is_named():
+    with pytest.raises(ValueError, match="`patience` must be an integer of at least 1, got 0"):
+        average_params(0)
+    params = {"w": jnp.ones(2)}
+    state = average_params().init(params)
+    with pytest.raises(ValueError, match="`params` must be given"):
+        average_params().update(params, state)
+    with pytest.raises(ValueError, match=r"`opt_state` must have one state .* got 2"):
+        averaged((state, state), params)
+    with pytest.raises(ValueError, match="`params` must be the tree that is averaged, with 1"):
+        averaged(state, {"w": jnp.ones(3)})
