@@ -8,7 +8,7 @@ from rmtjax._types import BulkFit, Spectrum
 from rmtjax._version import __version__ as __version__
 from rmtjax.laws import marchenko_pastur, tracy_widom
 from rmtjax.models import register_layer
-from rmtjax.noise import fit_bema, ranks, shrinkage
+from rmtjax.noise import fit_bema, metrics_of, ranks, shrinkage, SpectralMetrics
 from rmtjax.planning import (
     Cost,
     factorize,
@@ -21,7 +21,7 @@ from rmtjax.planning import (
     Truncated,
 )
 from rmtjax.replicas import agree, AgreeState, deal, merge_replicas, Merged, replicate
-from rmtjax.report import analyze, Report, Row
+from rmtjax.report import analyze, Entry, find_traps, Report, Row, Spike, Traps
 from rmtjax.sparse import (
     admm,
     AdmmState,
@@ -55,6 +55,7 @@ __all__ = [
     "BulkFit",
     "Cost",
     "DropAndGrowState",
+    "Entry",
     "Factorized",
     "Factors",
     "Kept",
@@ -66,7 +67,10 @@ __all__ = [
     "Report",
     "Row",
     "SparseState",
+    "SpectralMetrics",
     "Spectrum",
+    "Spike",
+    "Traps",
     "Truncated",
     "admm",
     "agree",
@@ -79,6 +83,7 @@ __all__ = [
     "drop_and_grow",
     "factorize",
     "factorize_matrix",
+    "find_traps",
     "fit_bema",
     "linen",
     "lowrank",
@@ -86,6 +91,7 @@ __all__ = [
     "merge",
     "merge_replicas",
     "metrics",
+    "metrics_of",
     "nnx",
     "noise_levels",
     "patterns",

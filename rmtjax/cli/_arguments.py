@@ -9,10 +9,12 @@ from typing import Any
 
 from rmtjax._version import __version__
 from rmtjax.noise import ranks
+from rmtjax.report import expand_columns
 
 _EPILOG = """\
 examples:
   rmtjax analyze model.safetensors --html report.html
+  rmtjax analyze model.safetensors --columns summary,hill --csv report.csv
   rmtjax analyze checkpoint/ --rule gavish_donoho --include '*encoder*'
   rmtjax compress model.safetensors --out thin.safetensors
   rmtjax compress model.safetensors --out low.safetensors --mode truncate --exclude '*embed*'
@@ -56,6 +58,14 @@ def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.Rank
         return rule(kind(number)) if kind else rule(**options)
     except ValueError as error:
         raise UsageError(f"--rule {text}: {error}") from error
+
+
+def parse_columns(text: str | None) -> tuple[str, ...]:
+    """Returns the names of columns from a list with commas; none for no list."""
+    try:
+        return expand_columns(text.split(",")) if text is not None else ()
+    except ValueError as error:
+        raise UsageError(f"--columns {text}: {error}") from error
 
 
 def matcher(pattern: str) -> Callable[[str], Any]:
@@ -120,6 +130,8 @@ def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
+    columns = "of table, CSV and JSON: names or groups, with commas: summary,law,ranks,tails,cost"
+    add("--columns", metavar="NAMES", help=columns)
     files = {"dest": "reports", "action": "append", "default": [], "metavar": "FILE"}
     for form in ("json", "csv", "html"):
         named = lambda path, form=form: (form, path)

@@ -22,6 +22,7 @@ from rmtjax.cli._arguments import (
     is_stdout,
     make_parser,
     matcher,
+    parse_columns,
     parse_rule,
     UsageError,
 )
@@ -82,7 +83,9 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
 def _show(report: Report, args: argparse.Namespace) -> None:
     """Writes the reports, and prints the table."""
     page = lambda: report.to_page(f"rmtjax {args.command} {printable(args.file)}")
-    make = {"json": lambda: report.to_json() + "\n", "csv": report.to_csv, "html": page}
+    columns = parse_columns(args.columns)
+    data = {"json": lambda: report.to_json(*columns) + "\n", "csv": lambda: report.to_csv(*columns)}
+    make = {**data, "html": page}
     for form, path in args.reports:
         text = make[form]()
         if is_stdout(path):
@@ -93,7 +96,8 @@ def _show(report: Report, args: argparse.Namespace) -> None:
             file.write(text.encode())
     if not args.quiet:
         timed = report.totals.milliseconds is not None
-        print(report.table(*FITTED, *(COSTS if timed else ()), "reason"), flush=True)
+        shown = columns or (*FITTED, *(COSTS if timed else ()), "reason")
+        print(report.table(*shown), flush=True)
 
 
 def _size(path: str) -> str:
@@ -120,6 +124,7 @@ def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
 def _work(args: argparse.Namespace) -> None:
     """Runs the command."""
     options = _plan_options(args)
+    parse_columns(args.columns)  # before the work
     check_outputs(args)
     with checkpoint.open_tensors(args.file) as tensors:
         for form, target in args.reports:

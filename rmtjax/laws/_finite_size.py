@@ -60,6 +60,12 @@ def rounding(values: Float[np.ndarray, " p"]) -> float:
     return 1e-5 * float(values.max(initial=0))
 
 
+def _largest(size: ArrayLike, longer: Scalar):
+    """Returns centre and scale of the largest eigenvalue of unit noise, times its longer side."""
+    rows, columns = jnp.sqrt(size - 0.5), jnp.sqrt(longer - 0.5)
+    return (rows + columns) ** 2, (rows + columns) * (1 / rows + 1 / columns) ** (1 / 3)
+
+
 def noise_threshold(ratio: Scalar, size: ArrayLike, level: ArrayLike):
     r"""Returns the value that the largest eigenvalue of unit noise exceeds with `level`.
 
@@ -68,10 +74,24 @@ def noise_threshold(ratio: Scalar, size: ArrayLike, level: ArrayLike):
     and $p$ are reduced by a half, which makes the error one of second order (Ma, 2012).
     """
     longer = size / ratio
-    rows, columns = jnp.sqrt(size - 0.5), jnp.sqrt(longer - 0.5)
-    scale = (rows + columns) * (1 / rows + 1 / columns) ** (1 / 3)
+    centre, scale = _largest(size, longer)
     quantile = tracy_widom.ppf(1 - level).astype(ratio.dtype)
-    return ((rows + columns) ** 2 + quantile * scale) / longer
+    return (centre + quantile * scale) / longer
+
+
+def noise_above(ratio: Scalar, size: ArrayLike, cut: Scalar):
+    r"""Returns the share of its energy that unit noise is expected to have above a cut.
+
+    Within the bulk this is $(\varphi - \sin\varphi \cos\varphi) / \pi$ for
+    $\cos\varphi = (x - 1 - \gamma) / 2 \sqrt\gamma$, the integral of the law. Beyond it, only the
+    largest eigenvalue can be above. It adds $P(\lambda_1 > x)\, x / p$.
+    """
+    angle = jnp.arccos(jnp.clip((cut - 1 - ratio) / (2 * jnp.sqrt(ratio)), -1, 1))
+    bulk = (angle - jnp.sin(angle) * jnp.cos(angle)) / np.pi
+    longer = size / ratio
+    centre, scale = _largest(size, longer)
+    alarm = 1 - tracy_widom.cdf((cut * longer - centre) / scale).astype(ratio.dtype)
+    return jnp.maximum(bulk, alarm * cut / size)
 
 
 def critical_distance(size: int, significance: float) -> float:

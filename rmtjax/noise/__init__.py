@@ -1,7 +1,8 @@
 """Estimates the noise in a spectrum, and from it the rank.
 
 The input is a `Spectrum`. `fit_bema` returns its noise level, rank rules count its signal
-directions, and shrinkage corrects the singular values that remain.
+directions, and shrinkage corrects the singular values that remain. `metrics_of` returns the other
+numbers that people read off a spectrum.
 """
 
 from rmtjax.noise import ranks as ranks, shrinkage as shrinkage
@@ -9,6 +10,11 @@ from rmtjax.noise._bema import (
     above_rounding as above_rounding,
     count_above as count_above,
     fit_bema as fit_bema,
+)
+from rmtjax.noise._spectral_metrics import (
+    metrics_of as metrics_of,
+    metrics_of_each as metrics_of_each,
+    SpectralMetrics as SpectralMetrics,
 )
 from rmtjax.noise.ranks import check_rule as check_rule, kept_rank as kept_rank
 from rmtjax.noise.shrinkage import Shrink as Shrink

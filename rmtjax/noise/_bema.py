@@ -25,6 +25,16 @@ def check_trim(trim: float) -> None:
         raise ValueError(f"`trim` must be in [0, 0.5), got {trim}: the share cut off each end.")
 
 
+def check_one(spectrum: Spectrum) -> None:
+    """Raises an error unless the argument is the spectrum of one matrix."""
+    check_type("spectrum", spectrum, Spectrum, "Compute it by `rmtjax.spectrum(matrix)`.")
+    shape = spectrum.eigenvalues.shape
+    if len(shape) != 1:
+        raise ValueError(
+            f"`spectrum` must belong to one matrix, got shape {shape}. Use `jax.vmap` for several."
+        )
+
+
 def count_above(spectrum: Spectrum, threshold: Scalar):
     """Counts the eigenvalues above a threshold. The count is 0 if either is NaN."""
     return jnp.sum(spectrum.eigenvalues > threshold, axis=-1, dtype=jnp.int32)
@@ -239,11 +249,6 @@ def fit_bema(
     """
     check_trim(trim)
     check_level(level)
-    check_type("spectrum", spectrum, Spectrum, "Compute it by `rmtjax.spectrum(matrix)`.")
-    shape = spectrum.eigenvalues.shape
-    if len(shape) != 1:
-        raise ValueError(
-            f"`spectrum` must belong to one matrix, got shape {shape}. Use `jax.vmap` for several."
-        )
-    _check_rank(rank, shape[0])
+    check_one(spectrum)
+    _check_rank(rank, spectrum.eigenvalues.shape[0])
     return _fit(spectrum, rank, trim=trim, level=level)

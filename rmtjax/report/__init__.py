@@ -4,5 +4,12 @@
 HTML, a data frame or a page that opens in a browser.
 """
 
+from rmtjax.report._columns import expand_columns as expand_columns
 from rmtjax.report._report import analyze as analyze, Report as Report
 from rmtjax.report._row import Row as Row
+from rmtjax.report._traps import (
+    Entry as Entry,
+    find_traps as find_traps,
+    Spike as Spike,
+    Traps as Traps,
+)

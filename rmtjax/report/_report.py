@@ -16,6 +16,7 @@ from rmtjax._text import printable
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import ranks
 from rmtjax.planning import add_costs, Cost, make_plan, Plan, PlanOptions
+from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics
 from rmtjax.report._page import render
 from rmtjax.report._row import make_row, Row, to_cell, to_text
 
@@ -31,12 +32,6 @@ _TIMED = (*_COLUMNS[:-1], "parameters", "multiply_adds", "milliseconds", "reason
 _SIGNS = re.compile(r"[\\`*\[\]~|]|(?<![^\W_])_|_(?![^\W_])")
 
 
-def _check_columns(columns: tuple[str, ...]) -> None:
-    unknown = sorted(set(columns) - set(Row._fields))
-    if unknown:
-        raise ValueError(f"`columns` must be fields of `Row` {Row._fields}, got {unknown[0]!r}.")
-
-
 @dataclass(frozen=True)
 class Report:
     """Shows a plan as tables, text, data or a page. `rmtjax.analyze` makes it.
@@ -44,9 +39,10 @@ class Report:
     A notebook and `rich.print` show it as a table. Names of kernels are escaped in every form, so
     that they cannot control a terminal or act as markup.
 
-    The columns of a table are fields of `Row`. By default these are the results of the fit, and
-    the costs if these were timed. A cost that the plan changes is written as `before -> after`.
-    The totals are below the costs.
+    The columns of a table are fields of `Row` and of `SpectralMetrics`, by their names or by the
+    name of a group: "summary", "law", "ranks", "tails", "cost" or "all". By default these are the
+    results of the fit, and the costs if these were timed. A cost that the plan changes is written
+    as `before -> after`. The totals are below the costs.
 
     Attributes:
       plan: The plan behind the report, with the spectra.
@@ -61,19 +57,35 @@ class Report:
         """A `Row` for each kernel, in the order of the tree."""
         return tuple(make_row(path, layer) for path, layer in self.plan.items())
 
+    @cached_property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """The `SpectralMetrics` of each kernel by path and name, computed when first asked for.
+
+        A number is None without a spectrum that is finite, and where it does not exist. A stack has
+        the mean of its members, and the largest of their counts.
+        """
+        return spectral_metrics(self.plan)
+
     @property
     def totals(self) -> Cost:
         """The sums of the costs of all kernels; of milliseconds over the kernels timed."""
         return add_costs(layer.cost for layer in self.plan.values() if layer.cost)
 
+    def _value(self, row: Row, name: str) -> Any:
+        return getattr(row, name) if name in Row._fields else self.metrics[row.path][name]
+
+    def _cell(self, row: Row, name: str) -> str:
+        return to_cell(row, name) if name in Row._fields else to_text(self._value(row, name))
+
     def cells(self, *columns: str) -> list[list[str]]:
-        """Returns the named fields of each row as text."""
-        _check_columns(columns)
-        return [[to_cell(row, name) for name in columns] for row in self.rows]
+        """Returns the named columns of each row as text."""
+        columns = expand_columns(columns)
+        return [[self._cell(row, name) for name in columns] for row in self.rows]
 
     def _lines(self, columns: tuple[str, ...]) -> tuple[list[str], list[list[str]], list[str]]:
         """Returns head, rows and totals of a table; no totals without costs or kernels."""
         totals = self.totals
+        columns = expand_columns(columns)
         columns = columns or (_COLUMNS if totals.milliseconds is None else _TIMED)
         rows = self.cells(*columns)
         foot = [to_cell(totals, name) if name in Cost._fields else "" for name in columns]
@@ -90,29 +102,34 @@ class Report:
 
     __str__ = table
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns data that JSON can hold: "rows", a list of dictionaries, and "totals"."""
-        rows = [{**row._asdict(), "shape": list(row.shape)} for row in self.rows]
+    def to_dict(self, *columns: str) -> dict[str, Any]:
+        """Returns data that JSON can hold: "rows", a list of dictionaries, and "totals".
+
+        By default the rows have all fields of `Row`.
+        """
+        columns = expand_columns(columns) or Row._fields
+        plain = lambda value: list(value) if isinstance(value, tuple) else value
+        rows = [{name: plain(self._value(row, name)) for name in columns} for row in self.rows]
         return {"rows": rows, "totals": self.totals._asdict()}
 
-    def to_json(self) -> str:
+    def to_json(self, *columns: str) -> str:
         """Returns the data of `to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json.dumps(self.to_dict(*columns), indent=2, allow_nan=False)
 
     def to_csv(self, *columns: str) -> str:
-        """Returns the rows as comma-separated values in full precision, by default all fields.
+        """Returns comma-separated values in full precision, by default all fields of `Row`.
 
         A text that a spreadsheet would take for a formula begins with a quote.
         """
-        _check_columns(columns)
+        columns = expand_columns(columns) or Row._fields
         quote = lambda text: "'" if text.lstrip().startswith(("=", "+", "-", "@")) else ""
+        text = lambda value: to_text(value) if isinstance(value, tuple) else value
         plain = lambda value: quote(value) + printable(value) if isinstance(value, str) else value
-        columns, file = columns or Row._fields, io.StringIO()
+        file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in self.rows:
-            values = row._replace(shape=to_text(row.shape))._asdict()
-            writer.writerow([plain(values[name]) for name in columns])
+            writer.writerow([plain(text(self._value(row, name))) for name in columns])
         return file.getvalue()
 
     def to_markdown(self, *columns: str) -> str:
@@ -154,8 +171,10 @@ class Report:
             table.add_row(*map(Text, row))  # a `Text` has no markup
         return table
 
-    def to_pandas(self) -> "DataFrame":
+    def to_pandas(self, *columns: str) -> "DataFrame":
         """Returns the rows as a `pandas.DataFrame`, with missing values for unknown numbers.
+
+        By default it has all fields of `Row`.
 
         Raises:
           ModuleNotFoundError: pandas is not installed: `pip install 'rmtjax[pandas]'`.
@@ -164,10 +183,9 @@ class Report:
             import pandas
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("needs pandas: pip install 'rmtjax[pandas]'") from error
-        # pandas would make floats of integers among which one is missing.
-        dtypes = {int | None: "Int64", float | None: "float64"}
-        kinds = {name: dtypes[kind] for name, kind in Row.__annotations__.items() if kind in dtypes}
-        return pandas.DataFrame.from_records(self.rows, columns=Row._fields).astype(kinds)
+        columns = expand_columns(columns) or Row._fields
+        rows = [tuple(self._value(row, name) for name in columns) for row in self.rows]
+        return pandas.DataFrame.from_records(rows, columns=columns).astype(dtypes(columns))
 
     def to_page(self, title: str = "rmtjax") -> str:
         """Returns an HTML page with totals, a table of kernels, and their spectra.

@@ -57,7 +57,7 @@ class Row(NamedTuple):
     milliseconds_after: float | None = None
 
 
-def _number(value: Any) -> float | None:
+def to_number(value: Any) -> float | None:
     """Returns a Python number; None if it is not finite, which JSON does not have."""
     return float(value) if math.isfinite(value) else None
 
@@ -69,16 +69,16 @@ def make_row(path: str, layer: LayerPlan) -> Row:
     row = Row(path, layer.shape, layer.action, layer.reason, **costs)
     if fit is None or spectrum is None:
         return row
-    distance, removed = _number(np.max(fit.distance)), 0.0
+    distance, removed = to_number(np.max(fit.distance)), 0.0
     if layer.action != "keep":
         # In float64: for a large kernel float32 would lose digits in the sum.
         eigenvalues = np.asarray(spectrum.eigenvalues, np.float64)
-        removed = _number(eigenvalues[..., layer.rank :].sum() / eigenvalues.sum())
+        removed = to_number(eigenvalues[..., layer.rank :].sum() / eigenvalues.sum())
     return row._replace(
-        ratio=_number(spectrum.ratio),
-        variance=_number(np.mean(fit.variance)),
-        edge=_number(np.mean(fit.edge)),
-        threshold=_number(np.mean(fit.threshold)),
+        ratio=to_number(spectrum.ratio),
+        variance=to_number(np.mean(fit.variance)),
+        edge=to_number(np.mean(fit.edge)),
+        threshold=to_number(np.mean(fit.threshold)),
         spikes=None if distance is None else int(np.max(fit.num_spikes)),
         distance=distance,
         rank=layer.rank,

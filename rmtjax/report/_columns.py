@@ -1,0 +1,85 @@
+"""Chooses the columns of a report: fields of rows, metrics of spectra, and groups of both."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rmtjax._types import BulkFit, Spectrum
+from rmtjax.noise import metrics_of_each, SpectralMetrics
+from rmtjax.planning import LayerPlan, Plan
+from rmtjax.report._row import Row, to_number
+
+_NORMS = ("spectral_norm", "frobenius_norm", "stable_rank", "effective_rank", "numerical_rank")
+_ALPHA = ("alpha", "alpha_error", "alpha_tail", "alpha_start", "alpha_distance")
+_TESTS = ("lognormal_ratio", "lognormal_p", "exponential_ratio", "exponential_p")
+_HILL = ("hill", "hill_error", "hill_tail", "alpha_weighted", "log_alpha_norm")
+_LAW = ("ratio", "variance", "edge", "threshold", "spikes", "distance")
+_SIGNAL = ("mp_softrank", "snr", "snr_noise")
+GROUPS = {
+    "summary": ("path", "shape", "spikes", "distance", "stable_rank", "alpha", "reason"),
+    "law": ("path", *_LAW, *_SIGNAL),
+    "ranks": ("path", "rank", "removed", *_NORMS, "condition"),
+    "tails": ("path", *_ALPHA, *_TESTS, *_HILL),
+    "cost": ("path", "parameters", "multiply_adds", "milliseconds"),
+    "all": (*Row._fields, *SpectralMetrics._fields),
+}
+_KINDS = {int | None: "Int64", float | None: "float64"}
+_COUNTS = {"numerical_rank", "alpha_tail", "hill_tail"}
+
+
+def expand_columns(columns: Sequence[str]) -> tuple[str, ...]:
+    """Returns names of columns, each once, in the place of names and groups.
+
+    Raises:
+      ValueError: A name is neither that of a column nor that of a group.
+    """
+    names = tuple(name for column in columns for name in GROUPS.get(column, (column,)))
+    unknown = sorted(set(names) - set(GROUPS["all"]))
+    if unknown:
+        raise ValueError(
+            f"`columns` must be fields of `Row` {Row._fields} or of `SpectralMetrics` "
+            f"{SpectralMetrics._fields}, or groups {tuple(GROUPS)}, got {unknown[0]!r}."
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def dtypes(columns: Sequence[str]) -> dict[str, str]:
+    """Returns the types of the columns of numbers in pandas."""
+    # pandas would make floats of integers among which one is missing.
+    kinds = {name: _KINDS.get(kind) for name, kind in Row.__annotations__.items()}
+    kinds |= {name: "float64" for name in SpectralMetrics._fields} | dict.fromkeys(_COUNTS, "Int64")
+    return {name: kind for name in columns if (kind := kinds[name])}
+
+
+def _matrices(layer: LayerPlan) -> list[tuple[Spectrum, BulkFit, int]]:
+    """Returns spectrum, noise and rank of each matrix of a kernel; none if not finite."""
+    spectrum, fit = layer.spectrum, layer.fit
+    if spectrum is None or fit is None or not np.isfinite(spectrum.eigenvalues).all():
+        return []
+    stack = spectrum.eigenvalues.reshape(-1, spectrum.eigenvalues.shape[-1])
+    fits = [BulkFit(*numbers) for numbers in zip(*map(np.ravel, fit), strict=True)]
+    rows = zip(stack, fits, strict=True)
+    return [(Spectrum(row, spectrum.ratio), fit, int(layer.rank or 0)) for row, fit in rows]
+
+
+def _of_stack(members: Sequence[SpectralMetrics]) -> dict[str, Any]:
+    """Returns the mean over a stack, and the largest of its counts."""
+    columns = zip(SpectralMetrics._fields, zip(*members, strict=True), strict=True)
+    one = lambda name, numbers: (
+        int(max(numbers)) if name in _COUNTS else to_number(np.mean(np.float64(numbers)))
+    )
+    return {name: one(name, numbers) for name, numbers in columns}
+
+
+def spectral_metrics(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Returns the metrics of each kernel by path and name: numbers, None for what is not there."""
+    matrices = {path: _matrices(layer) for path, layer in plan.items()}
+    parts = tuple(zip(*itertools.chain(*matrices.values()), strict=True)) or ((), (), ())
+    found = iter(metrics_of_each(*parts))
+    none: dict[str, Any] = dict.fromkeys(SpectralMetrics._fields)
+    return {
+        path: _of_stack([next(found) for _ in members]) if members else none
+        for path, members in matrices.items()
+    }

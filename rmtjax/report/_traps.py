@@ -1,0 +1,204 @@
+"""Tells where the spikes of a kernel come from: low rank, an entry, a row or a column."""
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import betainc
+from jaxtyping import Array, Float
+
+from rmtjax._types import Scalar, Spectrum
+from rmtjax.laws import check_level, noise_threshold
+from rmtjax.noise import fit_bema
+from rmtjax.spectra import check_matrix, from_singular_values, svd
+
+_KINDS: dict[tuple[bool, bool], Literal["low rank", "row", "column", "entry"]] = {
+    (False, False): "low rank",
+    (True, False): "row",
+    (False, True): "column",
+    (True, True): "entry",
+}
+
+
+class Spike(NamedTuple):
+    r"""Holds an eigenvalue above the threshold, and where its singular vectors u and v are.
+
+    Attributes:
+      eigenvalue: $\lambda = s^2 / n$.
+      kind: "row" if u has a component that is too large for a vector that is spread evenly,
+        "column" if v has one, "entry" if both have one, and "low rank" if none has.
+      left_participation: $\sum_i u_i^4$, from $1 / m$ for equal components to 1 for a single one;
+        near $3 / m$ for random components.
+      right_participation: $\sum_j v_j^4$.
+      row: Row of the largest component of u.
+      column: Column of the largest component of v.
+    """
+
+    eigenvalue: float
+    kind: Literal["low rank", "row", "column", "entry"]
+    left_participation: float
+    right_participation: float
+    row: int
+    column: int
+
+
+class Entry(NamedTuple):
+    """Holds an entry of a kernel.
+
+    Attributes:
+      row: Its row.
+      column: Its column.
+      deviations: Its distance from the mean of the entries, in their standard deviations.
+    """
+
+    row: int
+    column: int
+    deviations: float
+
+
+class Traps(NamedTuple):
+    """Holds the spikes of a kernel as it is, and of its entries in random order.
+
+    Attributes:
+      spikes: A `Spike` for each eigenvalue above the threshold of the kernel, largest first.
+      shuffled: The same for each draw. Spikes that survive come from the entries, not from their
+        arrangement.
+      largest: The five `Entry` values that are furthest from the mean.
+      reach: Distance from which one entry alone is a spike in noise, in standard deviations.
+    """
+
+    spikes: tuple[Spike, ...]
+    shuffled: tuple[tuple[Spike, ...], ...]
+    largest: tuple[Entry, ...]
+    reach: float
+
+
+def _too_large(share: Float[Array, " p"], size: int, level: float) -> Array:
+    """Returns True where the largest squared component of a random unit vector is too large."""
+    # One squared component of a random direction has a beta law, and any of them may be largest.
+    return size * (1 - betainc(0.5, (size - 1) / 2, share)) < level
+
+
+class _Directions(NamedTuple):
+    """Holds what is known of every singular direction of a matrix."""
+
+    spectrum: Spectrum
+    participation: tuple[Float[Array, " p"], Float[Array, " p"]]
+    place: tuple[Array, Array]
+    localized: tuple[Array, Array]
+
+
+def _directions(matrix: Float[Array, "m n"], level: float) -> _Directions:
+    u, s, vt = svd(matrix)
+    squares = u.T**2, vt**2  # a row for each direction
+    place = tuple(jnp.argmax(square, axis=1) for square in squares)
+    largest = tuple(jnp.max(square, axis=1) for square in squares)
+    sides = zip(largest, matrix.shape, strict=True)
+    return _Directions(
+        from_singular_values(s, matrix),
+        tuple(jnp.sum(square**2, axis=1) for square in squares),
+        place,
+        tuple(_too_large(share, side, level) for share, side in sides),
+    )
+
+
+@partial(jax.jit, static_argnames="level")
+def _of_kernel(matrix: Float[Array, "m n"], *, level: float) -> tuple[_Directions, Scalar]:
+    """Returns the directions of a kernel, and the threshold of the noise that is fitted."""
+    found = _directions(matrix, level)
+    return found, fit_bema(found.spectrum, level=level).threshold
+
+
+@partial(jax.jit, static_argnames="level")
+def _of_shuffled(
+    matrix: Float[Array, "m n"], key: Array, *, level: float
+) -> tuple[_Directions, Scalar]:
+    """Returns the directions of the shuffled entries, and the threshold for independent entries."""
+    # A mean that is not 0 would be a spike of every order. Of the rest the variance is known.
+    centred = matrix - jnp.mean(matrix)
+    shuffled = jax.random.permutation(key, centred.ravel()).reshape(matrix.shape)
+    found = _directions(shuffled, level)
+    size, ratio = min(matrix.shape), found.spectrum.ratio
+    return found, jnp.mean(centred**2) * noise_threshold(ratio, size, level)
+
+
+def _spikes(found: _Directions, threshold: Any) -> tuple[Spike, ...]:
+    """Returns the directions above the threshold."""
+    eigenvalues = np.asarray(found.spectrum.eigenvalues)
+    spike = lambda i: Spike(
+        float(eigenvalues[i]),
+        _KINDS[bool(found.localized[0][i]), bool(found.localized[1][i])],
+        *(float(side[i]) for side in found.participation),
+        *(int(side[i]) for side in found.place),
+    )
+    return tuple(map(spike, range(int(np.sum(eigenvalues > threshold)))))
+
+
+def _largest(matrix: np.ndarray, count: int = 5) -> tuple[Entry, ...]:
+    """Returns the entries that are furthest from the mean."""
+    distances = (matrix - matrix.mean(dtype=np.float64)) / (matrix.std(dtype=np.float64) or 1)
+    order = np.argsort(-np.abs(distances), axis=None)[:count]
+    places = zip(*np.unravel_index(order, matrix.shape), strict=True)
+    return tuple(Entry(int(i), int(j), float(distances[i, j])) for i, j in places)
+
+
+def find_traps(
+    matrix: Float[Array, "m n"], key: Array, *, draws: int = 5, level: float = 0.01
+) -> Traps:
+    r"""Shuffles the entries of a kernel, and tells where its spikes come from.
+
+    A spike of the shuffled kernel is a *correlation trap*: a few entries are so large that they
+    are a direction in whatever place. Independent entries of variance $\sigma^2$ have such a spike
+    with probability `level`, for each draw. A single entry in noise is one from
+    $\sigma (m n)^{1/4}$ on.
+
+    Spikes of the kernel itself are told apart by their vectors. The largest component of a random
+    unit vector of m exceeds $x$ with a probability under $m P(\beta > x)$, where
+    $\beta$ has the beta law of $1/2$ and $(m - 1)/2$. If that is less than `level`, the vector is
+    localized. The vector of a row of its own scale is localized on the left only.
+
+    Args:
+      matrix: Real matrix of m rows and n columns, on the host or a device.
+      key: A `jax.random.key`; equal keys give equal draws.
+      draws: Number of random orders, at least 1.
+      level: Probability that noise alone gives a spike, from 1e-6 to 1 - 1e-6.
+
+    Returns:
+      `Traps`. A matrix that is not finite has no spikes, and is an error of its own elsewhere.
+
+    Raises:
+      ValueError, TypeError: `matrix` is no real matrix, or an option is out of range.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (100, 200))
+      >>> traps = rmtjax.find_traps(noise.at[7, 9].set(40.0), jax.random.key(1))
+      >>> [len(spikes) for spikes in traps.shuffled], traps.spikes[0].kind
+      ([1, 1, 1, 1, 1], 'entry')
+      >>> traps = rmtjax.find_traps(noise.at[7].multiply(4.0), jax.random.key(1))
+      >>> [len(spikes) for spikes in traps.shuffled], traps.spikes[0].kind, traps.spikes[0].row
+      ([0, 0, 0, 0, 0], 'row', 7)
+
+    References:
+      Martin and Mahoney, JMLR 22 (2021) 165, for shuffled kernels; Prakash and Martin (2025),
+      https://arxiv.org/abs/2506.04434, for traps. Benaych-Georges and Nadakuditi, J. Multivar.
+      Anal. 111 (2012) 120-135, for the reach of an entry.
+    """
+    matrix = jnp.asarray(matrix)
+    check_matrix("find_traps", matrix)
+    check_level(level)
+    if operator.index(draws) < 1:
+        raise ValueError(f"`draws` must be at least 1, got {draws}.")
+    of_key: Callable[[Array], tuple[Spike, ...]] = lambda key: _spikes(
+        *jax.device_get(_of_shuffled(matrix, key, level=level))
+    )
+    return Traps(
+        spikes=_spikes(*jax.device_get(_of_kernel(matrix, level=level))),
+        shuffled=tuple(map(of_key, jax.random.split(key, draws))),
+        largest=_largest(np.asarray(matrix, np.float64)),
+        reach=float(matrix.size) ** 0.25,
+    )
