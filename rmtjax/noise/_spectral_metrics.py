@@ -141,7 +141,7 @@ def _tails(spectrum: Spectrum, longer: Scalar, count: Count, share: Scalar) -> d
         "hill_error": hill.error,
         "hill_tail": jnp.where(jnp.isfinite(hill.alpha), hill.size, 0),
         "alpha_weighted": tail.alpha * squares[0] / np.log(10),
-        "log_alpha_norm": logsumexp(powers) / np.log(10),
+        "log_alpha_norm": jnp.where(known, logsumexp(powers) / np.log(10), jnp.nan),
     }
 
 

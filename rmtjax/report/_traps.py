@@ -179,7 +179,7 @@ def find_traps(
       >>> traps = rmtjax.find_traps(noise.at[7, 9].set(40.0), jax.random.key(1))
       >>> [len(spikes) for spikes in traps.shuffled], traps.spikes[0].kind
       ([1, 1, 1, 1, 1], 'entry')
-      >>> traps = rmtjax.find_traps(noise.at[7].multiply(4.0), jax.random.key(1))
+      >>> traps = rmtjax.find_traps(noise.at[7].multiply(2.5), jax.random.key(1))
       >>> [len(spikes) for spikes in traps.shuffled], traps.spikes[0].kind, traps.spikes[0].row
       ([0, 0, 0, 0, 0], 'row', 7)
 

@@ -19,8 +19,8 @@ def planted():
     left, right = jax.random.normal(KEY, (60, 1)), jax.random.normal(KEY, (1, 90))
     return {
         "entry": NOISE.at[7, 9].set(30.0),
-        "row": NOISE.at[7].multiply(4.0),
-        "column": NOISE.at[:, 9].multiply(5.0),
+        "row": NOISE.at[7].multiply(2.5),
+        "column": NOISE.at[:, 9].multiply(3.0),
         "low rank": NOISE + left @ right / 3,
     }
 
