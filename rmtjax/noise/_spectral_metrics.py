@@ -203,7 +203,7 @@ def metrics_of(
       >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
       >>> metrics = rmtjax.metrics_of(rmtjax.spectrum(noise.at[:, 0].add(5.0)))
       >>> print(f"{metrics.stable_rank:.1f}, {metrics.condition:.1f}, {metrics.snr:.3f}")
-      16.1, 1.0, 0.067
+      15.0, 1.0, 0.071
       >>> print(f"{metrics.hill:.2f} +- {metrics.hill_error:.2f}")
       2.63 +- 0.16
 

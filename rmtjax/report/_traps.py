@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import betainc
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from rmtjax._types import Scalar, Spectrum
 from rmtjax.laws import check_level, noise_threshold
 from rmtjax.noise import fit_bema
-from rmtjax.spectra import check_matrix, from_singular_values, svd
+from rmtjax.spectra import check_matrix, from_singular_values, lift, svd
 
 _KINDS: dict[tuple[bool, bool], Literal["low rank", "row", "column", "entry"]] = {
     (False, False): "low rank",
@@ -147,7 +148,7 @@ def _largest(matrix: np.ndarray, count: int = 5) -> tuple[Entry, ...]:
 
 
 def find_traps(
-    matrix: Float[Array, "m n"], key: Array, *, draws: int = 5, level: float = 0.01
+    matrix: Float[ArrayLike, "m n"], key: Array, *, draws: int = 5, level: float = 0.01
 ) -> Traps:
     r"""Shuffles the entries of a kernel, and tells where its spikes come from.
 
@@ -168,7 +169,7 @@ def find_traps(
       level: Probability that noise alone gives a spike, from 1e-6 to 1 - 1e-6.
 
     Returns:
-      `Traps`. A matrix that is not finite has no spikes, and is an error of its own elsewhere.
+      `Traps`. A matrix that is not finite has no spikes.
 
     Raises:
       ValueError, TypeError: `matrix` is no real matrix, or an option is out of range.
@@ -188,17 +189,18 @@ def find_traps(
       https://arxiv.org/abs/2506.04434, for traps. Benaych-Georges and Nadakuditi, J. Multivar.
       Anal. 111 (2012) 120-135, for the reach of an entry.
     """
-    matrix = jnp.asarray(matrix)
-    check_matrix("find_traps", matrix)
+    kernel = jnp.asarray(matrix)
+    check_matrix("find_traps", kernel)
+    kernel = lift(kernel)
     check_level(level)
     if operator.index(draws) < 1:
         raise ValueError(f"`draws` must be at least 1, got {draws}.")
     of_key: Callable[[Array], tuple[Spike, ...]] = lambda key: _spikes(
-        *jax.device_get(_of_shuffled(matrix, key, level=level))
+        *jax.device_get(_of_shuffled(kernel, key, level=level))
     )
     return Traps(
-        spikes=_spikes(*jax.device_get(_of_kernel(matrix, level=level))),
+        spikes=_spikes(*jax.device_get(_of_kernel(kernel, level=level))),
         shuffled=tuple(map(of_key, jax.random.split(key, draws))),
-        largest=_largest(np.asarray(matrix, np.float64)),
-        reach=float(matrix.size) ** 0.25,
+        largest=_largest(np.asarray(kernel, np.float64)),
+        reach=float(kernel.size) ** 0.25,
     )

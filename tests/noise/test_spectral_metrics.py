@@ -23,7 +23,9 @@ def matrices():
     rng = np.random.default_rng(0)
     count = MATRICES // 4
     noise = lambda: rng.standard_normal((count, *SHAPE))
-    low = rng.standard_normal((count, SHAPE[0], 20)) @ rng.standard_normal((count, 20, SHAPE[1]))
+    low = (
+        rng.standard_normal((count, SHAPE[0], 20)) @ rng.standard_normal((count, 20, SHAPE[1])) / 5
+    )
     scales = np.exp(rng.standard_normal((count, SHAPE[0], 1)))
     parts = (noise(), rng.standard_t(3, (count, *SHAPE)), scales * noise(), low)
     return np.concatenate(parts)
@@ -53,7 +55,7 @@ def vuong(first, second):
 
 def reference(matrix, values):
     """All numbers that need no optimiser, in float64."""
-    p, n = SHAPE
+    n = SHAPE[1]
     values = values[values > n * np.finfo(float).eps * values[0]]
     eigenvalues = values**2 / n
     alpha, k, distance = reference_tail(eigenvalues)
@@ -72,7 +74,7 @@ def reference(matrix, values):
         "numerical_rank": np.linalg.matrix_rank(matrix),
         "condition": values[0] / values[RANK - 1],
         "mp_softrank": EDGE / eigenvalues[0],
-        "snr": above / (np.mean(matrix**2) * p - above),
+        "snr": above / eigenvalues[eigenvalues <= THRESHOLD].sum(),
         "alpha": alpha,
         "alpha_error": 1.2 * (alpha - 1) / math.sqrt(k),
         "alpha_tail": k,
@@ -101,12 +103,22 @@ def found(dtype):
         return jax.device_get(jax.jit(jax.vmap(one))(eigenvalues))
 
 
-EXPECTED = [reference(*pair) for pair in zip(MATRIX, VALUES, strict=True)]
+@functools.cache
+def references():
+    return [reference(*pair) for pair in zip(MATRIX, VALUES, strict=True)]
 
 
-@pytest.mark.parametrize("name", EXPECTED[0])
+# The others have tests of their own.
+NAMES = [
+    name
+    for name in rmtjax.SpectralMetrics._fields
+    if name not in ("lognormal_ratio", "lognormal_p", "snr_noise")
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_is_the_number_of_the_reference(name):
-    expected = np.array([row[name] for row in EXPECTED])
+    expected = np.array([row[name] for row in references()])
     # float64 throughout; the reference sums in another order, and p-values are exponentials.
     np.testing.assert_allclose(getattr(found("float64"), name), expected, rtol=1e-8, atol=1e-10)
 
@@ -332,20 +344,23 @@ def test_errors_of_planted_pareto_tails_are_calibrated(alpha, share):
         assert 0.85 < scores.std() < 1.15
 
 
+@pytest.fixture(scope="module")
+def noise():
+    """Spectra of 1,000 matrices of noise of 64 x 128."""
+    matrices = np.random.default_rng(1).standard_normal((1000, 64, 128))
+    return np.linalg.eigvalsh(matrices @ matrices.mT / 128)
+
+
 @pytest.mark.parametrize("level", [0.01, 0.5, 0.9])
-def test_noise_has_the_signal_to_noise_that_is_told(level):
+def test_noise_has_the_signal_to_noise_that_is_told(noise, level):
     """Beyond the edge only the largest of 64 eigenvalues is above, within it some of them."""
-    rng = np.random.default_rng(1)
-    values = np.linalg.svd(rng.standard_normal((2000, 64, 128)), compute_uv=False) ** 2 / 128
-    size, ratio = values.shape[1], 0.5
-    threshold = noise_threshold(jnp.float32(ratio), size, level)
-    fit = BulkFit(1.0, (1 + math.sqrt(ratio)) ** 2, float(threshold), 0.0, 0)
-    metrics = jax.device_get(
-        metrics_of_each([Spectrum(np.float32(values[0]), np.float32(ratio))], [fit], [1])
-    )[0]
-    above = np.where(values > threshold, values, 0).sum(axis=1)
-    expected = np.mean(above) / np.mean(values.sum(axis=1) - above)
-    error = np.std(above) / math.sqrt(len(above)) / size
+    threshold = float(noise_threshold(jnp.float32(0.5), 64, level))
+    fit = BulkFit(*np.float32([1.0, (1 + math.sqrt(0.5)) ** 2, threshold, 0.0]), np.int32(0))
+    one = Spectrum(np.float32(noise[0, ::-1]), np.float32(0.5))
+    (metrics,) = metrics_of_each([one], [fit], [1])
+    above = np.where(noise > threshold, noise, 0).sum(axis=1)
+    expected = np.mean(above) / np.mean(noise.sum(axis=1) - above)
+    error = np.std(above) / math.sqrt(len(above)) / 64
     # The law of infinite matrices: within a quarter where several are above.
     assert abs(metrics.snr_noise - expected) < 3 * error + 0.25 * expected
 
@@ -378,11 +393,11 @@ def test_what_is_hardly_a_spectrum_has_no_numbers(value):
 
 def test_wrong_arguments_are_named():
     spectrum = Spectrum(jnp.ones(50), jnp.float32(0.5))
-    with pytest.raises(TypeError, match="`spectrum` must be a Spectrum, got ndarray"):
+    with pytest.raises(TypeError, match="spectrum"):
         rmtjax.metrics_of(np.ones(3))
-    with pytest.raises(TypeError, match="`fit` must be a BulkFit, got tuple"):
+    with pytest.raises(TypeError, match="fit"):
         rmtjax.metrics_of(spectrum, (1, 2))
     with pytest.raises(ValueError, match=r"`share` must be in \(0, 1\], got 0"):
-        rmtjax.metrics_of(spectrum, share=0)
+        rmtjax.metrics_of(spectrum, share=0.0)
     with pytest.raises(ValueError, match=r"`spectrum` must belong to one matrix"):
         rmtjax.metrics_of(Spectrum(jnp.ones((2, 5)), jnp.ones(2)))
