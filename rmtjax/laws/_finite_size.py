@@ -60,9 +60,9 @@ def rounding(values: Float[np.ndarray, " p"]) -> float:
     return 1e-5 * float(values.max(initial=0))
 
 
-def _largest(size: ArrayLike, longer: Scalar):
+def _largest(size: ArrayLike, longer: ArrayLike):
     """Returns centre and scale of the largest eigenvalue of unit noise, times its longer side."""
-    rows, columns = jnp.sqrt(size - 0.5), jnp.sqrt(longer - 0.5)
+    rows, columns = (jnp.sqrt(jnp.subtract(side, 0.5)) for side in (size, longer))
     return (rows + columns) ** 2, (rows + columns) * (1 / rows + 1 / columns) ** (1 / 3)
 
 

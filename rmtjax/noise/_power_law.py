@@ -141,7 +141,8 @@ def _fit_start(spread: Scalar, lowest: float) -> Scalar:
         return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
     ends = jnp.full_like(spread, lowest), jnp.full_like(spread, _FURTHEST)
-    return sum(lax.fori_loop(0, 60, halve, ends)) / 2
+    low, high = lax.fori_loop(0, 60, halve, ends)
+    return (low + high) / 2
 
 
 def against_lognormal(logs: Logs, size: Count) -> Verdict:

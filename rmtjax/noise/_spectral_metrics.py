@@ -247,8 +247,8 @@ def metrics_of_each(
 def _of_group(padded: int, members: Sequence[tuple[Any, ...]]) -> SpectralMetrics:
     """Returns the metrics of spectra of one padded size and dtype, stacked."""
     stack = lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves])
-    fill = lambda array: np.pad(array, (0, padded - len(array)))
-    spectra = [Spectrum(fill(s.eigenvalues), s.ratio) for s, _, _ in members]
+    fill: Any = lambda array: np.pad(array, (0, padded - len(array)))
+    spectra = [s._replace(eigenvalues=fill(s.eigenvalues)) for s, _, _ in members]
     sizes = np.array([len(s.eigenvalues) for s, _, _ in members], np.int32)
     ranks = np.array([rank for _, _, rank in members], np.int32)
     fits = [fit for _, fit, _ in members]

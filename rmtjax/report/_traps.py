@@ -84,27 +84,33 @@ def _too_large(share: Float[Array, " p"], size: int, level: float) -> Array:
     return size * (1 - betainc(0.5, (size - 1) / 2, share)) < level
 
 
+class _Side(NamedTuple):
+    """Holds what is known of the left or of the right singular vectors of a matrix."""
+
+    participation: Float[Array, " p"]
+    place: Array  # of the largest component
+    localized: Array
+
+
 class _Directions(NamedTuple):
-    """Holds what is known of every singular direction of a matrix."""
+    """Holds the spectrum of a matrix, and both sides of its singular directions."""
 
     spectrum: Spectrum
-    participation: tuple[Float[Array, " p"], Float[Array, " p"]]
-    place: tuple[Array, Array]
-    localized: tuple[Array, Array]
+    left: _Side
+    right: _Side
+
+
+def _side(vectors: Float[Array, "p n"], level: float) -> _Side:
+    """Returns what is known of vectors, which are rows."""
+    squares = vectors**2
+    localized = _too_large(jnp.max(squares, axis=1), vectors.shape[1], level)
+    return _Side(jnp.sum(squares**2, axis=1), jnp.argmax(squares, axis=1), localized)
 
 
 def _directions(matrix: Float[Array, "m n"], level: float) -> _Directions:
+    """Returns the singular directions of a matrix."""
     u, s, vt = svd(matrix)
-    squares = u.T**2, vt**2  # a row for each direction
-    place = tuple(jnp.argmax(square, axis=1) for square in squares)
-    largest = tuple(jnp.max(square, axis=1) for square in squares)
-    sides = zip(largest, matrix.shape, strict=True)
-    return _Directions(
-        from_singular_values(s, matrix),
-        tuple(jnp.sum(square**2, axis=1) for square in squares),
-        place,
-        tuple(_too_large(share, side, level) for share, side in sides),
-    )
+    return _Directions(from_singular_values(s, matrix), _side(u.T, level), _side(vt, level))
 
 
 @partial(jax.jit, static_argnames="level")
@@ -129,12 +135,14 @@ def _of_shuffled(
 
 def _spikes(found: _Directions, threshold: Any) -> tuple[Spike, ...]:
     """Returns the directions above the threshold."""
-    eigenvalues = np.asarray(found.spectrum.eigenvalues)
+    (eigenvalues, _), left, right = found
     spike = lambda i: Spike(
-        float(eigenvalues[i]),
-        _KINDS[bool(found.localized[0][i]), bool(found.localized[1][i])],
-        *(float(side[i]) for side in found.participation),
-        *(int(side[i]) for side in found.place),
+        eigenvalue=float(eigenvalues[i]),
+        kind=_KINDS[bool(left.localized[i]), bool(right.localized[i])],
+        left_participation=float(left.participation[i]),
+        right_participation=float(right.participation[i]),
+        row=int(left.place[i]),
+        column=int(right.place[i]),
     )
     return tuple(map(spike, range(int(np.sum(eigenvalues > threshold)))))
 
