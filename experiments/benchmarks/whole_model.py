@@ -2,9 +2,9 @@
 
 The model is the sentence encoder of `experiments.minilm`. The loop is what one would write by
 hand, `np.linalg.eigvalsh(W.T @ W)` for each kernel; a report fits the noise of each besides, and
-decides its rank. The columns are all that a report tells of a spectrum besides. WeightWatcher, where asked for, runs once, in an environment that is made for it
-and removed: it pins NumPy 1. NumPy's own threads are used as they are; `OPENBLAS_NUM_THREADS=1`
-sets one.
+decides its rank. All columns are then the norms, ranks and exponents of those spectra.
+WeightWatcher, where asked for, runs once, in an environment that is made for it and removed: it
+pins NumPy 1. NumPy's own threads are used as they are; `OPENBLAS_NUM_THREADS=1` sets one.
 """
 
 from collections.abc import Iterable
