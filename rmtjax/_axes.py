@@ -1,14 +1,16 @@
 """Kernels seen as stacks of matrices: which axes are the rows, and which are the columns.
 
 A matrix is a kernel with its input axes merged into rows and its output axes into columns. A
-kernel may be stored as the product of two thin factors, in the same place of the tree.
+kernel may be stored as the product of two thin factors, or of other parts, in the same place of
+the tree.
 """
 
+import functools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +51,88 @@ class Factors(NamedTuple):
     right: Float[Array, "*r_outputs"]
 
 
-def is_factors(leaf: Any) -> TypeGuard[Factors]:
-    """Returns True for `Factors`: the `is_leaf` of `jax.tree.map` for parameter trees."""
-    return isinstance(leaf, Factors)
+class FactoredKernel:
+    """A kernel held as other parts than two factors, in the kernel's place of a tree: a protocol.
+
+    A subclass is a pytree whose leaves are its parts, with the batch axes first in each. Its other
+    fields describe it: JSON holds them. The dense kernel has its axes in the order batch, inputs,
+    outputs. Layers of linen and nnx run it as `factors` if it has these. Else each product with it
+    is a call of `contract`, and each convolution one of `convolve`.
+    """
+
+    kinds: ClassVar[dict[str, type["FactoredKernel"]]] = {}  # by name, for checkpoints
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        FactoredKernel.kinds[cls.__name__] = cls
+
+    @property
+    def axes(self) -> KernelAxes:
+        """The axes of the dense kernel."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense kernel."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that the parts allow; None if they do not bound it."""
+        raise NotImplementedError
+
+    @property
+    def multiply_adds(self) -> int:
+        """Those for one row of inputs."""
+        raise NotImplementedError
+
+    def factors(self) -> Factors | None:
+        """Returns two factors with the same product; None if two are not thin."""
+        raise NotImplementedError
+
+    def multiply(self) -> Array:
+        """Returns the dense kernel, in the dtype of the parts."""
+        raise NotImplementedError
+
+    def contract(self, inputs: Array, dot: Callable, *, transposed: bool = False) -> Array | None:
+        """Returns the product with inputs, whose last axes are the rows; None to multiply it out.
+
+        `dot(lhs, rhs, axes)` multiplies. A transposed product is one with the columns.
+        """
+        del inputs, dot, transposed
+
+    def convolve(self, inputs: Array, convolve: Callable, dot: Callable) -> Array | None:
+        """Convolves inputs (samples, channels, *window axes); None to multiply the kernel out.
+
+        `convolve(inputs, kernel, axes)` convolves along some of the window axes, with a kernel of
+        these axes, inputs and outputs.
+        """
+        del inputs, convolve, dot
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what `restore` needs besides the parts, as JSON has it."""
+        raise NotImplementedError
+
+    @classmethod
+    def restore(cls, description: Mapping[str, Any], parts: Sequence[Any]) -> "FactoredKernel":
+        """Returns the kernel with these parts, in the order of its leaves."""
+        raise NotImplementedError
 
 
-def factored_axes(factors: Factors) -> KernelAxes:
+def is_factors(leaf: Any) -> TypeGuard[Factors | FactoredKernel]:
+    """Returns True for a kernel in parts: the `is_leaf` of `jax.tree.map` for parameter trees."""
+    return isinstance(leaf, Factors | FactoredKernel)
+
+
+def as_pair(leaf: Any) -> Any:
+    """Returns a kernel in other parts as two thin factors, if it has these; other leaves as is."""
+    return (leaf.factors() or leaf) if isinstance(leaf, FactoredKernel) else leaf
+
+
+def factored_axes(factors: Factors | FactoredKernel) -> KernelAxes:
     """Returns the axes of the dense kernel that `factors` stand for, batch axes first."""
+    if isinstance(factors, FactoredKernel):
+        return factors.axes
     left, right = factors
     # Both factors have three axes or more only if a batch comes first in both, or if the kernel
     # has several input and several output axes. The place of the rank distinguishes these.
@@ -72,7 +149,7 @@ def factored_axes(factors: Factors) -> KernelAxes:
 
 def kernel_shape(kernel: Any) -> tuple[int, ...]:
     """Returns the shape of a kernel; of factors, the shape of their product."""
-    if not is_factors(kernel):
+    if not isinstance(kernel, Factors):
         return tuple(kernel.shape) if hasattr(kernel, "shape") else np.shape(kernel)
     return kernel.left.shape[:-1] + kernel.right.shape[1 + len(factored_axes(kernel).batch) :]
 
@@ -96,7 +173,10 @@ def to_matrices(kernel: Kernel, axes: KernelAxes) -> Any:
 
 def to_stack(kernel: Any, axes: KernelAxes):
     """Returns a kernel as a JAX stack of matrices, or as `Factors` of stacks."""
-    if not is_factors(kernel):
+    kernel = as_pair(kernel)
+    if isinstance(kernel, FactoredKernel):
+        kernel = kernel.multiply()
+    if not isinstance(kernel, Factors):
         return to_matrices(jnp.asarray(kernel), axes)
     stack, rows, columns = matrix_shape(kernel_shape(kernel), axes)
     left, right = (jnp.asarray(factor) for factor in kernel)
@@ -127,13 +207,20 @@ class KernelLeaf:
 
     @property
     def is_factored(self) -> bool:
-        """Returns True if the leaf is `Factors`."""
+        """Returns True if the leaf is `Factors`, or a kernel in other parts."""
         return is_factors(self.leaf)
 
     @property
+    def in_parts(self) -> str | None:
+        """The kind of a kernel in other parts than `Factors`, which is left as it is; or None."""
+        return type(self.leaf).__name__ if isinstance(self.leaf, FactoredKernel) else None
+
+    @property
     def rank(self) -> int | None:
-        """The rank of factors; None for a dense kernel."""
-        return self.leaf.left.shape[-1] if is_factors(self.leaf) else None
+        """The rank of factors; None for a dense kernel, and for parts that do not bound it."""
+        if isinstance(self.leaf, FactoredKernel):
+            return self.leaf.rank
+        return self.leaf.left.shape[-1] if isinstance(self.leaf, Factors) else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -142,10 +229,10 @@ class KernelLeaf:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the leaf; of factors, the one that both promote to."""
-        factors = self.leaf if is_factors(self.leaf) else (self.leaf, self.leaf)
-        dtypes = (getattr(leaf, "dtype", None) or jnp.result_type(leaf) for leaf in factors)
-        return np.dtype(jnp.promote_types(*dtypes))
+        """The dtype of the leaf; of factors, the one that all promote to."""
+        parts = jax.tree.leaves(self.leaf) if is_factors(self.leaf) else [self.leaf]
+        dtypes = [getattr(part, "dtype", None) or jnp.result_type(part) for part in parts]
+        return np.dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 @dataclass(frozen=True, eq=False)

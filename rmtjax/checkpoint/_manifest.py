@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,8 @@ from rmtjax.noise import ranks, shrinkage
 from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
 # Raise it when an older reader would misread the text. New names do not need it: they are ignored.
-FORMAT = 1
+FORMAT = 2
+_WITHOUT_PARTS = 1  # what a manifest without kernels in other parts is, for older readers
 _ROWS: dict[str, Any] = {row.action: row for row in (Kept, Truncated, Factorized)}
 _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator", "nuclear")}
 
@@ -31,6 +32,8 @@ class Manifest(NamedTuple):
     entries: dict[str, Entry] | None  # of every tensor
     # Keys of paths that splitting at "/" would not give back; None where not all nodes have keys.
     keys: dict[str, tuple[str | int, ...] | None]
+    # Of each kernel in other parts than factors its kind, the names of its parts, and what it says.
+    parts: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
 def _dump_numbers(fields: BulkFit | Cost) -> dict[str, Any]:
@@ -59,10 +62,11 @@ def to_json(
     factors: Collection[str] | None = None,
     entries: Mapping[str, Entry] | None = None,
     keys: Mapping[str, Sequence[str | int] | None] | None = None,
+    parts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """Returns the text of a manifest for the key `KEY`; the arguments are as in `Manifest`."""
     fields = {
-        "format": FORMAT,
+        "format": FORMAT if parts else _WITHOUT_PARTS,
         "versions": {"rmtjax": __version__, "jax": jax.__version__},
         "rule": None if rule is None else str(rule),
         "plan": None if plan is None else {path: _dump_row(row) for path, row in plan.items()},
@@ -70,6 +74,8 @@ def to_json(
         "entries": entries and {n: [CODES[e.dtype], *e.shape] for n, e in entries.items()},
         "keys": dict(keys or {}),
     }
+    if parts:
+        fields["parts"] = {path: dict(fields) for path, fields in parts.items()}
     return json.dumps(fields, allow_nan=False)
 
 
@@ -148,7 +154,8 @@ def _parse_fields(fields: dict[str, Any]) -> Manifest:
         factors = tuple(_check(path, str) for path in _check(factors, list))
     rule = _check(fields["rule"], str, NoneType)
     keys = {path: _parse_keys(path, value) for path, value in rows("keys")}
-    return Manifest(plan, rule, factors, entries, keys)
+    parts = _check(fields.get("parts", {}), dict)
+    return Manifest(plan, rule, factors, entries, keys, parts)
 
 
 def parse(text: str) -> Manifest:

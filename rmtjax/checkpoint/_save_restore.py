@@ -11,12 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax._axes import is_factors
+from rmtjax._axes import Factors, is_factors
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import open_tensors, SUFFIX
 from rmtjax.checkpoint._orbax import save_folder
 from rmtjax.checkpoint._safetensors import write_tensors
-from rmtjax.checkpoint._tensor_names import check_pairs, find_leaves, halves, is_moment, named_parts
+from rmtjax.checkpoint._tensor_names import (
+    check_pairs,
+    describe_parts,
+    find_leaves,
+    halves,
+    is_moment,
+    named_parts,
+)
 from rmtjax.checkpoint._tensors import CODES, Entry, FilePath, KEY, Tensors
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan_fits, in_factor_layer, path_name, Plan
@@ -155,13 +162,17 @@ def save(
     if plan is not None:
         check_plan_fits(plan, leaves, plan, applied=True)
     entries = {name: Entry.of(array) for name, array in arrays.items()}
-    factors = [path for path, leaf in leaves.items() if is_factors(leaf)]
-    metadata = {KEY: to_json(plan, rule, factors=factors, entries=entries, keys=keys)}
+    factors = [path for path, leaf in leaves.items() if isinstance(leaf, Factors)]
+    parts = describe_parts(leaves)
+    metadata = {KEY: to_json(plan, rule, factors=factors, entries=entries, keys=keys, parts=parts)}
     if Path(path).suffix == SUFFIX:
         write_tensors(path, entries, arrays.items(), metadata)
     else:
         # Orbax does not save empty arrays. The manifest has them, and `restore` makes them anew.
         full = {path: leaf for path, leaf in leaves.items() if is_factors(leaf) or leaf.size}
+        for place in parts:  # by the names that the manifest has
+            of_kernel = named_parts(place, full[place])
+            full[place] = _nest({n.removeprefix(f"{place}/"): a for n, a in of_kernel.items()}, {})
         named = {path: names for path, names in keys.items() if names is not None}
         save_folder(Path(path), _nest(full, named), metadata)
 

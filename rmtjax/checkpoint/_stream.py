@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from rmtjax._axes import MatrixView
+from rmtjax._axes import FactoredKernel, MatrixView
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
@@ -118,7 +118,8 @@ def _write_outputs(
         if path in changes:
             view = MatrixView(path, _with_dtype(leaf, dtype), changes[path].axes)
             arrays = jax.tree.leaves(dict(changed_leaves({path: view}, changes)))
-        for name in [path] if path in entries else halves(path):
+        held = named_parts(path, leaf) if isinstance(leaf, FactoredKernel) else halves(path)
+        for name in [path] if path in entries else held:
             # Each array is dropped before the next is read: a kernel may fill the memory.
             yield name, np.asarray(arrays.pop(0)).astype(entries[name].dtype, copy=False)
 
@@ -265,9 +266,10 @@ def compress_file(
         if mode == "truncate":
             plan = plan.in_place()
         entries = _find_outputs(leaves, plan)
-        factors = [path for path in leaves if path not in entries]
+        parts = manifest.parts  # of kernels that a plan does not change
+        factors = [path for path in leaves if path not in entries and path not in parts]
         record = _last_changes(manifest, plan, rule)
-        text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys)
+        text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys, parts=parts)
         arrays = _write_outputs(leaves, plan, entries, checked, progress)
         write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
     return Report(plan)

@@ -4,12 +4,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape, KernelAxes
+from rmtjax._axes import (
+    factored_axes,
+    FactoredKernel,
+    Factors,
+    kernel_shape,
+    KernelAxes,
+)
 from rmtjax.checkpoint._manifest import Manifest
 from rmtjax.checkpoint._tensors import Entry, StoredTensor, Tensors
-from rmtjax.planning import guess_axes, is_kernel, PlanOptions, to_predicate
+from rmtjax.planning import guess_axes, is_kernel, path_name, PlanOptions, to_predicate
 
 # Linear, convolution and embedding; fused attention; recurrent layers and cells.
 _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
@@ -87,13 +94,40 @@ def halves(path: str) -> tuple[str, str]:
 
 def named_parts(path: str, leaf: Any) -> dict[str, Any]:
     """Returns the arrays of a leaf by the names of their tensors."""
-    return dict(zip(halves(path), leaf, strict=True)) if is_factors(leaf) else {path: leaf}
+    if isinstance(leaf, FactoredKernel):
+        parts = jax.tree_util.tree_leaves_with_path(leaf)
+        return {f"{path}/{path_name(key)}": part for key, part in parts}
+    if isinstance(leaf, Factors):
+        return dict(zip(halves(path), leaf, strict=True))
+    return {path: leaf}
+
+
+def describe_parts(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns what a manifest says of the kernels in other parts than factors."""
+    held = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, FactoredKernel)}
+    names = lambda path, leaf: [name.removeprefix(f"{path}/") for name in named_parts(path, leaf)]
+    return {
+        path: {"kind": type(leaf).__name__, "names": names(path, leaf), **leaf.describe()}
+        for path, leaf in held.items()
+    }
+
+
+def _restore_parts(path: str, fields: Any, stored: Mapping[str, Any]) -> FactoredKernel:
+    """Returns a kernel in other parts than factors, of stored tensors."""
+    try:
+        kind, parts = FactoredKernel.kinds[fields["kind"]], fields["names"]
+        return kind.restore(fields, [stored[f"{path}/{name}"] for name in parts])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the parts of {path!r} cannot be read: {type(error).__name__} {error}. If damaged, "
+            "save it again."
+        ) from error
 
 
 def check_pairs(leaves: Mapping[str, Any]) -> None:
     """Raises ValueError if two tensors of a leaf are not the factors of one kernel."""
     for path, leaf in leaves.items():
-        if not is_factors(leaf):
+        if not isinstance(leaf, Factors):
             continue
         left, right = leaf
         floating = left.dtype == right.dtype and jnp.issubdtype(left.dtype, jnp.floating)
@@ -114,15 +148,20 @@ def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     paths = manifest.factors
     if paths is None:  # a manifest may leave the list out, and its plan names the candidates
         paths = [path for path in manifest.plan or () if stored.keys() >= {*halves(path)}]
-    double = min(stored.keys() & paths, default=None)
+    double = min(stored.keys() & {*paths, *manifest.parts}, default=None)
     if double is not None:
         raise ValueError(f"{str(tensors.path)!r} has {double!r} dense and as factors: remove one.")
     owners = {name: path for path in paths for name in halves(path)}
     missing = min(owners.keys() - stored.keys(), default=None)
     if missing is not None:
         raise ValueError(f"{str(tensors.path)!r} lacks {missing!r}, of its plan: write it again.")
-    factors = {path: Factors(*(stored[half] for half in halves(path))) for path in paths}
+    factors: dict[str, Any] = {
+        path: Factors(*(stored[half] for half in halves(path))) for path in paths
+    }
     check_pairs(factors)
+    for path, fields in manifest.parts.items():
+        factors[path] = _restore_parts(path, fields, stored)
+        owners |= dict.fromkeys(named_parts(path, factors[path]), path)
     # The left half may come before or after the right one: the first of them places the kernel.
     places = {owners.get(name, name): leaf for name, leaf in stored.items()}
     return {path: factors.get(path, leaf) for path, leaf in places.items()}

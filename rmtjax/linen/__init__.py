@@ -5,7 +5,8 @@ a layer with a factored kernel runs as two thin layers of Flax. This holds for `
 `DenseGeneral` and attention, `Einsum`, `Conv` and `ConvTranspose` (their window first, then a 1x1
 product), `Embed`, and the recurrent cells made of these. It also holds inside `nn.scan`, `nn.vmap`
 and `nn.remat`. `rmtjax.register_layer` adds layers of the user. Under `jit` the layers are split
-while tracing, so a compiled call does not pay for it.
+while tracing, so a compiled call does not pay for it. Kernels in other parts, as `rmtjax.lowrank`
+makes them, run as two factors too, or product by product.
 """
 
 from rmtjax.linen._apply import apply as apply, factorized as factorized

@@ -11,7 +11,7 @@ import jax
 from flax.core.scope import Scope, subtract_filters
 from jaxtyping import PyTree
 
-from rmtjax._axes import is_factors
+from rmtjax._axes import as_pair, FactoredKernel, Factors, is_factors
 from rmtjax.linen._layers import call_inputs, run_cell, run_embed, run_layer
 from rmtjax.models import evaluate, registered
 from rmtjax.spectra import multiply
@@ -42,7 +42,7 @@ def _merge(module: nn.Module, params: Mapping[str, Any]) -> dict[str, Any]:
     unboxed = {name: nn.unbox(leaf) for name, leaf in params.items()}
     for name, leaf in unboxed.items():
         # qwix holds quantized arrays in its own containers.
-        if is_factors(leaf) and not jax.tree_util.all_leaves(leaf):
+        if isinstance(leaf, Factors) and not jax.tree_util.all_leaves(leaf):
             raise TypeError(
                 f"{_place(module)} needs factors that are arrays to multiply them out, got "
                 f"{type(leaf.left).__name__} in {name!r}. {REMEDY}"
@@ -103,7 +103,7 @@ def _interceptor(next_fun, args, kwargs, context):
     cell_outputs = run_cell(module, params, args, kwargs) if method == "__call__" else None
     if cell_outputs is not None:
         return cell_outputs
-    params = {name: nn.unbox(leaf) for name, leaf in params.items()}
+    params = {name: as_pair(nn.unbox(leaf)) for name, leaf in params.items()}
     if not any(is_factors(leaf) for leaf in params.values()):
         return next_fun(*args, **kwargs)
     if method == "setup":
@@ -112,7 +112,8 @@ def _interceptor(next_fun, args, kwargs, context):
         if type(module) is nn.Embed:
             module.embedding = multiply(params["embedding"])
         return None
-    if registered(type(module)) is not None:
+    others = any(isinstance(leaf, FactoredKernel) for leaf in params.values())
+    if others or registered(type(module)) is not None:
         try:
             return _run_registered(module, method, args, kwargs)
         # The layer calls a module that belongs to another one, which the separate scope lacks.

@@ -15,14 +15,14 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Literal
 from jaxtyping import Array, PyTree
 
-from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape
+from rmtjax._axes import as_pair, factored_axes, FactoredKernel, Factors, is_factors, kernel_shape
 from rmtjax.spectra import multiply
 
 
 class _Kernel(NamedTuple):
     """A kernel held as factors, with its axes transposed."""
 
-    factors: Factors  # without batch axes
+    factors: Factors | FactoredKernel  # without batch axes; other parts if two are not thin
     # Axis `k` of the kernel is axis `order[k]` of the product of the factors.
     order: tuple[int, ...]
 
@@ -32,6 +32,8 @@ class _Kernel(NamedTuple):
         The rank is the last axis of the first factor and the first axis of the other. None if
         the axes are not exactly those of one factor.
         """
+        if isinstance(self.factors, FactoredKernel):
+            return None
         left, right = self.factors
         num_inputs = left.ndim - 1
         places = [self.order[axis] for axis in axes]
@@ -58,6 +60,8 @@ def _product(lhs, rhs, axes, params) -> Array:
 
 def _contract(inputs, axes, kernel: _Kernel, contracted, params) -> Array | None:
     """Returns a product: the remaining axes of the inputs, then those of the kernel."""
+    if isinstance(kernel.factors, FactoredKernel):
+        return _contract_parts(inputs, axes, kernel, contracted, params)
     sides = kernel.split(tuple(contracted))
     if sides is None:
         return None
@@ -66,9 +70,34 @@ def _contract(inputs, axes, kernel: _Kernel, contracted, params) -> Array | None
     hidden = _product(inputs, first, (axes, places), params).astype(second.dtype)
     last = hidden.ndim - 1
     outputs = _product(hidden, second, ((last,), (0,)), params)
+    return _in_order(outputs, last, kernel, contracted)
+
+
+def _in_order(outputs, last: int, kernel: _Kernel, contracted) -> Array:
+    """Returns outputs with the remaining axes of a kernel, from `last` on, in its order."""
     remaining = [place for axis, place in enumerate(kernel.order) if axis not in contracted]
     moved = [last + sorted(remaining).index(place) for place in remaining]
     return jnp.transpose(outputs, (*range(last), *moved))
+
+
+def _dot(params) -> Callable:
+    """Returns a product of two arrays with the options of a dense product."""
+    # `preferred_element_type` may widen what the next part is multiplied by.
+    return lambda lhs, rhs, axes: _product(lhs, rhs, axes, params).astype(rhs.dtype)
+
+
+def _contract_parts(inputs, axes, kernel: _Kernel, contracted, params) -> Array | None:
+    """Returns a product with a kernel in other parts than two factors, as `_contract` does."""
+    held: Any = kernel.factors
+    places = [kernel.order[axis] for axis in contracted]
+    sides = [sorted(side) for side in held.axes[:2]]
+    if sorted(places) not in sides:
+        return None
+    rest = [axis for axis in range(inputs.ndim) if axis not in axes]
+    moved = jnp.transpose(inputs, [*rest, *(axes[i] for i in np.argsort(places))])
+    transposed = sorted(places) == sides[1]
+    outputs = held.contract(moved, _dot(params), transposed=transposed)
+    return None if outputs is None else _in_order(outputs, len(rest), kernel, contracted)
 
 
 def _dot_general(params, lhs, rhs) -> Array | None:
@@ -91,6 +120,8 @@ def _convolve(params, lhs, rhs) -> Array | None:
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     if isinstance(lhs, _Kernel) or groups * params["batch_group_count"] > 1:
         return None
+    if isinstance(rhs.factors, FactoredKernel):
+        return _convolve_parts(params, lhs, rhs)
     out, *window = numbers.rhs_spec
     sides = rhs.split(tuple(sorted(window)))
     if sides is None or sides[1].ndim != 2:
@@ -102,12 +133,44 @@ def _convolve(params, lhs, rhs) -> Array | None:
     return jnp.moveaxis(_product(hidden, second, ((feature,), (0,)), params), -1, feature)
 
 
+def _convolve_parts(params, lhs, kernel: _Kernel) -> Array | None:
+    """Returns a convolution with a kernel in other parts than two factors, as `_convolve` does."""
+    held: Any = kernel.factors
+    numbers = params["dimension_numbers"]
+    out, feature, *window = numbers.rhs_spec
+    count = len(window)
+    if [kernel.order[axis] for axis in (*window, feature, out)] != list(range(count + 2)):
+        return None
+
+    def convolve(inputs, part, axes):
+        """Convolves (samples, channels, *window axes) along some of the axes."""
+        along = lambda name, none: [v if i in axes else none for i, v in enumerate(params[name])]
+        wide = jnp.expand_dims(part, [axis for axis in range(count) if axis not in axes])
+        outputs = lax.conv_general_dilated(
+            inputs,
+            jnp.transpose(wide, (count + 1, count, *range(count))),
+            window_strides=along("window_strides", 1),
+            padding=along("padding", (0, 0)),
+            lhs_dilation=along("lhs_dilation", 1),
+            rhs_dilation=along("rhs_dilation", 1),
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        )
+        return outputs.astype(part.dtype)
+
+    moved = jnp.transpose(lhs, numbers.lhs_spec)
+    outputs = held.convolve(moved, convolve, _dot(params))
+    if outputs is None:
+        return None
+    return jnp.transpose(outputs, np.argsort(numbers.out_spec).tolist())
+
+
 def _cast(params, kernel: _Kernel) -> _Kernel | None:
     dtype = params["new_dtype"]
     # Rounded to integers or booleans, factors no longer multiply to the rounded kernel.
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
-    return kernel._replace(factors=Factors(*(factor.astype(dtype) for factor in kernel.factors)))
+    return kernel._replace(factors=jax.tree.map(lambda part: part.astype(dtype), kernel.factors))
 
 
 def _transpose(params, kernel: _Kernel) -> _Kernel:
@@ -194,7 +257,7 @@ def evaluate(function: Callable[[PyTree], PyTree], tree: PyTree) -> tuple[PyTree
     closed, structure, others = _trace(function, treedef.unflatten(map(_abstract, leaves)))
     # Products of a stack of matrices have batch axes, for which there is no rule.
     is_stack = lambda leaf: is_factors(leaf) and bool(factored_axes(leaf).batch)
-    hold = lambda leaf: _Kernel(leaf, tuple(range(len(kernel_shape(leaf)))))
+    hold = lambda leaf: _Kernel(as_pair(leaf), tuple(range(len(kernel_shape(leaf)))))
     inputs = [multiply(leaf) if is_stack(leaf) else leaf for leaf in leaves]
     inputs = [hold(leaf) if is_factors(leaf) else leaf for leaf in inputs]
     outputs, multiplied_out = _evaluate(closed, inputs)

@@ -15,10 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from rmtjax._axes import factored_axes, Factors, kernel_shape
+from rmtjax._axes import factored_axes, FactoredKernel, Factors, kernel_shape
 from rmtjax.models import evaluate
 from rmtjax.nnx._layers import fold, gate_stages, is_unfolded, kernels, NAMES, stages
-from rmtjax.nnx._variables import ABSENT, FactorPair, Product, read
+from rmtjax.nnx._variables import ABSENT, FactorPair, HeldParts, PartsOfKernel, Product, read
 from rmtjax.planning import register_factor_layers
 from rmtjax.spectra import multiply
 
@@ -166,10 +166,10 @@ def _set_class(layer: nnx.Module, kind: type) -> None:
     object.__setattr__(layer, "__class__", kind)
 
 
-def pairs_of(layer: nnx.Module) -> dict[str, FactorPair]:
+def pairs_of(layer: nnx.Module) -> dict[str, PartsOfKernel]:
     """Returns the variables of the factors of a layer, by the name of the kernel."""
     if isinstance(layer, ThinRegistered):
-        return {name: it for name, it in vars(layer).items() if isinstance(it, FactorPair)}
+        return {name: it for name, it in vars(layer).items() if isinstance(it, PartsOfKernel)}
     if not isinstance(layer, TwoFactors):
         return {}
     left, right = (list(kernels(vars(layer)[name]).values()) for name in HALVES)
@@ -178,14 +178,13 @@ def pairs_of(layer: nnx.Module) -> dict[str, FactorPair]:
     return {name: FactorPair(left[0], right[0])} if left and right else {}
 
 
-def factors_of(layer: nnx.Module) -> dict[str, Factors]:
+def factors_of(layer: nnx.Module) -> dict[str, Any]:
     """Returns the factors of a layer, by the name of the kernel."""
-    factors = {}
-    for name, pair in pairs_of(layer).items():
-        left, right = read(pair.left), read(pair.right)
+    factors: dict[str, Any] = {name: pair.leaf() for name, pair in pairs_of(layer).items()}
+    if isinstance(layer, ThinGates):
         # `LinearGeneral` holds the gates between inputs and rank; `Factors` have them first.
-        left = jnp.moveaxis(left, -2, 0) if isinstance(layer, ThinGates) else left
-        factors[name] = Factors(left, right)
+        first = lambda pair: Factors(jnp.moveaxis(pair.left, -2, 0), pair.right)
+        return {name: first(pair) for name, pair in factors.items()}
     return factors
 
 
@@ -194,8 +193,14 @@ def _axis_names(metadata: dict[str, Any]) -> str | None:
     return next((key for key in ("out_sharding", "sharding") if metadata.get(key)), None)
 
 
-def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> FactorPair:
-    """Returns the variables of two factors, with the metadata of the variable of the kernel."""
+def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Any) -> PartsOfKernel:
+    """Returns the variables of factors, with the metadata of the variable of the kernel."""
+    if isinstance(factors, FactoredKernel):
+        metadata = kernel.get_metadata()
+        # Names for the axes of the kernel do not fit those of its parts.
+        metadata = {k: v for k, v in metadata.items() if k != _axis_names(metadata)}
+        of_part: Any = type(kernel)
+        return HeldParts(factors, lambda part: of_part(part, **metadata))
     left, right = factors
     batch, first = len(factored_axes(factors).batch), left.ndim - 1
     of_left = of_right = kernel.get_metadata()
@@ -210,8 +215,11 @@ def make_pair(layer: nnx.Module, kernel: nnx.Param, factors: Factors) -> FactorP
     return FactorPair(kind(left, **of_left), kind(right, **of_right))
 
 
-def make_kernel(pair: FactorPair, factors: Factors) -> nnx.Param:
+def make_kernel(pair: Any, factors: Any) -> nnx.Param:
     """Returns the variable of a kernel, with the metadata of the variables of its factors."""
+    if isinstance(pair, HeldParts):
+        like: Any = pair.variable()
+        return type(like)(factors, **like.get_metadata())
     metadata = pair.left.get_metadata()
     key = _axis_names(metadata)
     if key is not None:
@@ -221,10 +229,11 @@ def make_kernel(pair: FactorPair, factors: Factors) -> nnx.Param:
     return kind(factors, **metadata)
 
 
-def make_thin(layer: Any, pairs: Mapping[str, FactorPair]) -> None:
+def make_thin(layer: Any, pairs: Mapping[str, Any]) -> None:
     """Replaces kernels of a layer, by name, by their factors."""
     kind = type(layer)
-    if kind not in NAMES:
+    # Other parts than two factors are no two layers: each product with them is rewritten.
+    if kind not in NAMES or any(isinstance(pair, HeldParts) for pair in pairs.values()):
         for name, pair in pairs.items():
             setattr(layer, name, pair)
         _set_class(layer, _thin_type(ThinRegistered, kind))
@@ -251,7 +260,7 @@ def make_dense(layer: Any, dense_kernels: Mapping[str, nnx.Param]) -> None:
     if form in (Thin, ThinLoRA):
         # The class of the layer has no property in its place.
         values["bias"] = ABSENT if layer.bias is None else layer.bias
-    if kind in NAMES:
+    if form is not ThinRegistered:
         del layer.left_factor, layer.right_factor
     _set_class(layer, kind)
     for name, value in values.items():

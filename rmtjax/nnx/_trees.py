@@ -9,11 +9,11 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
-from rmtjax._axes import is_factors, kernel_shape, KernelAxes
+from rmtjax._axes import FactoredKernel, is_factors, kernel_shape, KernelAxes
 from rmtjax._types import check_type
 from rmtjax.nnx._layers import fold, folded_shape, is_unfolded, kernels, layer_axes, unfold
 from rmtjax.nnx._thin import factors_of, make_dense, make_kernel, make_pair, make_thin, pairs_of
-from rmtjax.nnx._variables import FactorPair, is_parameter, read, write
+from rmtjax.nnx._variables import is_parameter, PartsOfKernel, read, write
 from rmtjax.planning import leaves_by_path, Plan, register_container
 
 Gates = Literal["fused", "each"]
@@ -59,7 +59,7 @@ def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
     for layer, pairs in [(layer, pairs_of(layer)) for layer in modules_of(copy)]:
         factors, opened = factors_of(layer), {}
         for name, pair in pairs.items():
-            key = id(pair.left), id(pair.right)  # layers that share their factors get one kernel
+            key = pair.identity()  # layers that share their factors get one kernel
             opened[name] = shared.setdefault(key, make_kernel(pair, factors[name]))
         if opened:
             make_dense(layer, opened)
@@ -177,9 +177,14 @@ def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _are_gates(layer: nnx.Module, value: Any) -> bool:
+    """Returns True for a stack of gates in other parts than `Factors`, which no layer can run."""
+    return isinstance(value, FactoredKernel) and is_unfolded(layer, kernel_shape(value))
+
+
 def _close_layers(opened: nnx.Module) -> None:
     """Makes layers thin that have `Factors`, and fuses stacks of gates; refuses other `Factors`."""
-    pairs: dict[int, FactorPair] = {}
+    pairs: dict[int, PartsOfKernel] = {}
     for layer in modules_of(opened):
         chosen = {}
         for name, kernel in kernels(layer).items():
@@ -187,7 +192,7 @@ def _close_layers(opened: nnx.Module) -> None:
             if not is_factors(value):
                 if is_unfolded(layer, kernel_shape(value)):
                     write(kernel, fold(value))
-            elif layer_axes(layer, name, value) is not None:
+            elif layer_axes(layer, name, value) is not None and not _are_gates(layer, value):
                 # Layers that share a kernel share its factors.
                 chosen[name] = pairs.setdefault(id(kernel), make_pair(layer, kernel, value))
         if chosen:
@@ -195,10 +200,10 @@ def _close_layers(opened: nnx.Module) -> None:
     # Every known layer that holds a kernel has taken its factors, so another module is left.
     nodes = dict(nnx.iter_graph(opened))
     for path, variable in variables_of(opened).items():
-        if is_factors(read(variable)):
-            holder = type(nodes[path[:-1]]).__name__
+        if is_factors(value := read(variable)):
+            holder, held = type(nodes[path[:-1]]).__name__, type(value).__name__
             raise ValueError(
-                f"`params` has `Factors` for {_name(path)!r}, and {holder} cannot run with them: "
+                f"`params` has `{held}` for {_name(path)!r}, and {holder} cannot run with them: "
                 "leave it out by `where`, or register its axes by `rmtjax.register_layer`."
             )
 

@@ -1,11 +1,12 @@
-"""Variables of `flax.nnx` for kernels: their values in each Flax version, and pairs of factors."""
+"""Variables of `flax.nnx` for kernels: their values in each Flax version, and those of parts."""
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
 from flax import nnx
 
-from rmtjax._axes import Factors, is_factors
+from rmtjax._axes import FactoredKernel, Factors, is_factors
 from rmtjax.spectra import multiply
 
 # Newer Flax must be told which attributes hold data, so that an absent one can be set later.
@@ -29,20 +30,25 @@ class Product(nnx.Param):
         self.set_value(value)
 
 
-class FactorPair(nnx.Module):
-    """The variables of the two factors of one kernel. Other code reads their product."""
+class PartsOfKernel(nnx.Module):
+    """The variables of the parts of one kernel. Other code reads their product."""
 
-    def __init__(self, left: nnx.Param, right: nnx.Param):
-        self.left, self.right = left, right
+    def leaf(self) -> Any:
+        """Returns the kernel as the leaf of a tree: `Factors`, or in other parts."""
+        raise NotImplementedError
+
+    def identity(self) -> tuple[int, ...]:
+        """Returns what tells these variables from others while they live."""
+        return tuple(id(value) for value in vars(self).values() if isinstance(value, nnx.Variable))
 
     def _product(self) -> Product:
-        return Product(multiply(Factors(read(self.left), read(self.right))))
+        return Product(multiply(self.leaf()))
 
     value = property(lambda self: read(self._product()), Product.set_value)
 
     def __getattr__(self, name: str):
-        # Flax and `copy` probe private names while the two factors are not set yet.
-        if name[0] == "_" or name in ("left", "right"):
+        # Flax and `copy` probe private names while the parts are not set yet.
+        if name[0] == "_" or name in ("left", "right", "names", "structure"):
             raise AttributeError(name)
         return getattr(self._product(), name)
 
@@ -54,6 +60,37 @@ class FactorPair(nnx.Module):
 
     def __jax_array__(self):
         return read(self._product())
+
+
+class FactorPair(PartsOfKernel):
+    """The variables of two factors."""
+
+    def __init__(self, left: nnx.Param, right: nnx.Param):
+        self.left, self.right = left, right
+
+    def leaf(self) -> Factors:
+        """Returns the two factors."""
+        return Factors(read(self.left), read(self.right))
+
+
+class HeldParts(PartsOfKernel):
+    """The variables of a `FactoredKernel`, each by the name of its part."""
+
+    def __init__(self, kernel: FactoredKernel, variable: Callable[[Any], nnx.Param]):
+        named, self.structure = jax.tree_util.tree_flatten_with_path(kernel)
+        names = [jax.tree_util.keystr(key, simple=True, separator="_") for key, _ in named]
+        self.names = tuple(names)
+        for name, (_, part) in zip(names, named, strict=True):
+            setattr(self, name, variable(part))
+
+    def leaf(self) -> FactoredKernel:
+        """Returns the kernel in its parts."""
+        variables = [vars(self)[name] for name in self.names]
+        return self.structure.unflatten(map(read, variables))
+
+    def variable(self) -> nnx.Param:
+        """Returns one of the variables, whose type and metadata are those of all."""
+        return vars(self)[self.names[0]]
 
 
 def read(variable: nnx.Variable) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from rmtjax._axes import KernelLeaf, MatrixView
+from rmtjax._axes import FactoredKernel, KernelLeaf, MatrixView
 from rmtjax.planning._kernels import obstacle
 
 MARGIN = 0.05  # a layer that gains less is not worth its loss of rank
@@ -154,6 +154,9 @@ def hindrance(view: MatrixView, rank: int) -> str | None:
 
 def _count(kernel: KernelLeaf, rows: int, lookup: bool, rank: int | None) -> tuple[int, int]:
     """Returns parameters and multiply-adds with factors of a rank, or dense."""
+    if isinstance(kernel.leaf, FactoredKernel):
+        held = sum(math.prod(part.shape) for part in jax.tree.leaves(kernel.leaf))
+        return held, rows * kernel.leaf.multiply_adds
     left, right = math.prod(kernel.shape), 0
     if rank is not None and isinstance(kernel, MatrixView):
         left, right = (kernel.stack * rank * side for side in (kernel.rows, kernel.columns))
@@ -170,7 +173,8 @@ def weigh(
     """
     lookup = kernel.path.rpartition("/")[2] == "embedding"
     before, after = (_count(kernel, rows or 1, lookup, r) for r in (kernel.rank, rank))
-    if rows is None or not isinstance(kernel, MatrixView) or obstacle(kernel, min_size=1):
+    untimed = kernel.in_parts or obstacle(kernel, min_size=1)
+    if rows is None or not isinstance(kernel, MatrixView) or untimed:
         return Cost(*before, None, *after, None), None
     ranks = (rank,) if rank == kernel.rank else (kernel.rank, rank)
     times = clock(Product(rows, (kernel.rows, kernel.columns), kernel.dtype, lookup, ranks))

@@ -68,7 +68,8 @@ def _decide(view: MatrixView, measured: Measurement, options: PlanOptions) -> La
     spectrum = Spectrum(unstack(eigenvalues), ratio[0])
     known: Any = {"shape": view.shape, "axes": view.axes, "spectrum": spectrum}
     known["fit"] = unstack(measured.fits)
-    refusal = _refusal(measured) or (shrink and _unshrinkable(measured, shrink, view))
+    held = view.in_parts and f"held as {view.in_parts} ({count} of {size} are signal)"
+    refusal = _refusal(measured) or held or (shrink and _unshrinkable(measured, shrink, view))
     if refusal:
         return Kept(f"kept: {refusal}{note}", rank=size, **known)
     if rank == size and shrink is None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes
+from rmtjax._axes import factored_axes, FactoredKernel, Factors, kernel_shape, KernelAxes
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import Shrink
 from rmtjax.planning._cost import Cost
@@ -113,7 +113,9 @@ def _mismatch(leaf: Any, row: LayerPlan, applied: bool) -> str | None:
     """Returns what makes a leaf a different one than the row was made for, or None."""
     if kernel_shape(leaf) != row.shape:
         return f"has shape {kernel_shape(leaf)}"
-    if isinstance(row, Kept) or not is_factors(leaf):
+    if isinstance(leaf, FactoredKernel) and not isinstance(row, Kept):
+        return f"is held as {type(leaf).__name__}"
+    if isinstance(row, Kept) or not isinstance(leaf, Factors):
         return None
     if factored_axes(leaf) != row.axes:
         return "is factorized along other axes"

@@ -28,7 +28,7 @@ def _cast(factors: Factors, view: MatrixView) -> Factors:
     """Returns factors in the dtype of a kernel, placed as it is."""
     dtype = jax.dtypes.canonicalize_dtype(view.dtype)
     left, right = (factor.astype(dtype) for factor in factors)
-    if is_factors(view.leaf):
+    if isinstance(view.leaf, Factors):
         return Factors(place_like(left, view.leaf.left), place_like(right, view.leaf.right))
     return Factors(*place_factors(left, right, view.leaf, view.axes))
 

@@ -126,6 +126,11 @@ def merge_replicas(
         if not isinstance(view, MatrixView) or obstacle(view, 1) is not None:
             merged.append(_merge_leaf(leaf, group))
             continue
+        if view.in_parts:
+            raise ValueError(
+                f"`start` holds {path!r} as {view.in_parts}, which cannot be merged: give "
+                "`rmtjax.merge(start)`, and the replicas alike."
+            )
         merge = merge_factors if view.is_factored else merge_dense
         new, kept[path], rank[path] = merge(view, group, rest)
         merged.append(new)

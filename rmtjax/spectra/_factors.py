@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from rmtjax._axes import factored_axes, Factors, is_factors, KernelAxes
+from rmtjax._axes import factored_axes, FactoredKernel, Factors, KernelAxes
 from rmtjax._sharding import by_compiler, constrain, merged_sharding
 from rmtjax.spectra._spectrum import check_matrix, each, einsum, lift, matmul
 
@@ -32,7 +32,7 @@ def _svd(matrix):
     checks = [jnp.isfinite(a).all(axis=(-2, -1)) for a in jax.tree.leaves(lifted)]
     finite = checks[0] & checks[-1]
     safe = jax.tree.map(lambda a: jnp.where(finite[..., None, None], a, 0), lifted)
-    if is_factors(safe):
+    if isinstance(safe, Factors):
         # With left = Q R and right^T = P T the product, which is not formed, is Q (R T^T) P^T.
         q, r = jnp.linalg.qr(safe.left)
         p, t = jnp.linalg.qr(safe.right.mT)
@@ -169,8 +169,10 @@ def contract(factors: Factors, *, axes: KernelAxes, dtype: Any, sharding: NamedS
     return by_compiler(find, factors, out=sharding)
 
 
-def multiply(factors: Factors) -> Float[Array, "..."]:
+def multiply(factors: Factors | FactoredKernel) -> Float[Array, "..."]:
     """Returns the dense kernel that `factors` stand for, batch axes first."""
+    if isinstance(factors, FactoredKernel):
+        return factors.multiply()
     axes, dtype = factored_axes(factors), factors.left.dtype
     sharding = merged_sharding(*factors, axes)
     return contract(factors, axes=axes, dtype=dtype, sharding=sharding)

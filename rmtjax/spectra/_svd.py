@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from rmtjax._axes import Factors, is_factors, KernelAxes, split_stacks, to_stack, Views
+from rmtjax._axes import Factors, KernelAxes, split_stacks, to_stack, Views
 from rmtjax._sharding import by_compiler, fetch, in_shares, mesh_of, replicating_mesh
 from rmtjax._types import Spectrum
 from rmtjax.spectra._factors import svd
@@ -125,7 +125,7 @@ def gram_svd(matrices: Float[Array, "b m n"], floor: Float[Array, " b"]) -> Vect
 
 def _spectrum_of(matrix) -> Spectrum:
     """Returns the spectrum of a matrix, or of the product of two factors, which is not formed."""
-    if not is_factors(matrix):
+    if not isinstance(matrix, Factors):
         return spectrum(matrix)
     sides = matrix.left.shape[0], matrix.right.shape[1]
     _, s, _ = svd(matrix)

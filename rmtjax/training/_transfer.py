@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from rmtjax._axes import factored_axes, Factors, is_factors, kernel_shape
+from rmtjax._axes import factored_axes, FactoredKernel, Factors, is_factors, kernel_shape
 from rmtjax.planning import path_name
 from rmtjax.spectra import lift, multiply
 from rmtjax.training._metrics import STATES
@@ -23,9 +23,10 @@ SQUARES = ("nu", "nu_max", "sum_of_squares")
 _by_path = lambda node: isinstance(node, tuple(STATES))
 
 Key = tuple[Any, ...]  # a place in a tree, as JAX names it
+Parts = Factors | FactoredKernel
 
 
-def _pull_back(gradient: Float[Array, "..."], factors: Factors) -> Factors:
+def _pull_back(gradient: Float[Array, "..."], factors: Parts) -> Parts:
     """Returns the gradient of factors from that of their product, by the chain rule."""
     product, pull = jax.vjp(multiply, jax.tree.map(lift, factors))
     return pull(gradient.astype(product.dtype))[0]
@@ -45,21 +46,23 @@ def _correlate(batch: int, rank: int, pulled, sample, uncorrelated) -> Float[Arr
     return jnp.maximum(jnp.maximum(ratio, 1) * pulled, sample)
 
 
-def _pull_back_squares(squares, gradient, factors: Factors) -> Factors:
+def _pull_back_squares(squares, gradient, factors: Parts) -> Parts:
     """Returns mean squares of the gradient of factors from those of the gradient of a kernel."""
     # The entries of the gradient are correlated along the directions that training lifts. Mean
     # squares do not show how much, but the gradient of a sample does.
-    pulled = _pull_back(squares, _square(factors))
+    pulled: Any = _pull_back(squares, _square(factors))
     if gradient is None:
         return pulled
-    sample = _square(_pull_back(gradient, factors))
-    uncorrelated = _pull_back(_square(gradient), _square(factors))
+    sample: Any = _square(_pull_back(gradient, factors))
+    if isinstance(factors, FactoredKernel):  # whose parts have no common axis of directions
+        return jax.tree.map(jnp.maximum, pulled, sample)
+    uncorrelated: Any = _pull_back(_square(gradient), _square(factors))
     batch = len(factored_axes(factors).batch)
     ranks = (factors.left.ndim - 1, batch)  # the axes of the rank
     return Factors(*map(partial(_correlate, batch), ranks, pulled, sample, uncorrelated))
 
 
-def _project(field: str, moment: Any, gradient: Any, path: str, factors: Factors) -> Factors:
+def _project(field: str, moment: Any, gradient: Any, path: str, factors: Parts) -> Parts:
     """Returns the moment of factors from that of their kernel, by the name of its field."""
     shape = kernel_shape(factors)
     if field not in (*GRADIENTS, *SQUARES) or jnp.shape(moment) != shape:
@@ -76,7 +79,7 @@ def _project(field: str, moment: Any, gradient: Any, path: str, factors: Factors
     return jax.tree.map(lambda factor: factor.astype(moment.dtype), pulled)
 
 
-def _compare(params: PyTree, factorized: PyTree) -> dict[Key, Factors | None]:
+def _compare(params: PyTree, factorized: PyTree) -> dict[Key, Parts | None]:
     """Returns the factors that replace each leaf of `params`; None for a leaf that stays."""
     leaves = lambda tree: dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factors))
     dense, thin = leaves(params), leaves(factorized)

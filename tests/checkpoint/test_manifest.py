@@ -66,12 +66,17 @@ def test_what_else_is_told():
     }
     keys = {"a": None, "l/0": ("l", 0), "x/y": ("x/y",)}
     rule = rmtjax.ranks.energy(0.9)
-    text = _manifest.to_json(None, rule, factors={"b"}, entries=entries, keys=keys)
+    parts = {"c": {"kind": "TensorTrain", "names": ["cores/0"], "inputs": [2], "outputs": [3]}}
+    options = {"entries": entries, "keys": keys, "parts": parts}
+    text = _manifest.to_json(None, rule, factors={"b"}, **options)
     told = _manifest.parse(text)
     versions = {"rmtjax": rmtjax.__version__, "jax": jax.__version__}
     assert json.loads(text)["versions"] == versions
-    assert told == (None, "energy(share=0.9)", ("b",), entries, keys)
-    assert _manifest.parse(_manifest.to_json(None))[2:] == (None, None, {})
+    assert told == (None, "energy(share=0.9)", ("b",), entries, keys, parts)
+    # Older readers know manifests without parts.
+    plain = _manifest.to_json(None)
+    assert _manifest.parse(plain)[2:] == (None, None, {}, {})
+    assert [json.loads(one)["format"] for one in (plain, text)] == [1, 2]
 
 
 def test_a_measured_cost_is_told(plan):
@@ -92,8 +97,8 @@ def test_a_shrinker_of_ones_own_is_named_and_not_called(plan):
 
 def test_a_newer_format_asks_for_an_upgrade(plan):
     told = json.loads(_manifest.to_json(plan))
-    with pytest.raises(ValueError, match=r"format 2, and this rmtjax knows 1: upgrade it"):
-        _manifest.parse(json.dumps({"format": 2, "all": "else"}))
+    with pytest.raises(ValueError, match=r"format 3, and this rmtjax knows 2: upgrade it"):
+        _manifest.parse(json.dumps({"format": 3, "all": "else"}))
     told["plan"]["Dense_0/kernel"]["mood"] = told["comment"] = "of a later version"
     same_row(
         _manifest.parse(json.dumps(told)).plan["Dense_0/kernel"],

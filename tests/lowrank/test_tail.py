@@ -121,7 +121,7 @@ def test_the_step_is_soft_thresholding_beyond_the_rank(wrap, shape, dtype):
     np.testing.assert_allclose(np.asarray(moved, np.float64), u * s @ vt, atol=atol)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6), rank=st.integers(0, 5), strength=st.floats(0.0, 3.0))
 def test_no_other_matrix_is_better(seed, rank, strength):
     rng = np.random.default_rng(seed)
