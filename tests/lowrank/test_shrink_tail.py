@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from helpers.transform_checks import (
     planted,
     run,
 )
+from helpers.virtual_devices import EXPLICIT, run_on_devices, TESTS
 
 import rmtjax
 from rmtjax import KernelAxes, ranks
@@ -150,6 +152,7 @@ def test_factors_and_small_kernels_are_left_alone():
     assert cuts(state) == {}
 
 
+@pytest.mark.slow  # three wrappers, each with programs of its own
 def test_masked_partition_and_multi_steps():
     landed = optax.apply_updates(make_params(), make_gradients())
     masked = optax.masked(shrink_tail(1, strength=0.5), {"a": True, "b": False})
@@ -264,3 +267,47 @@ def test_params_and_known_kernels_are_needed():
         optimizer.update(other, state, other)
     with pytest.raises(TypeError, match=r"^`rule` must be a rank rule"):
         UNCHECKED(1, strength=0.5, rule="bema")
+
+
+ON_A_MESH = """
+import sys
+
+import jax
+import numpy as np
+import optax
+from helpers.transform_checks import planted
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from rmtjax import lowrank, ranks
+
+devices = np.array(jax.devices()).reshape(2, 2)
+mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType[sys.argv[1]],) * 2)
+params = {"kernel": planted()}
+placed = jax.device_put(params, NamedSharding(mesh, P("data", "model")))
+
+
+def step(params):
+    optimizer = lowrank.shrink_tail(1, strength=0.5)
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    return optax.apply_updates(params, updates), state.ranks["kernel"]
+
+
+(wanted, one), (found, other) = step(params), step(placed)
+assert one == other == 3
+# Sums over parts of float32 in another order, of entries up to 1.
+np.testing.assert_allclose(found["kernel"], wanted["kernel"], atol=1e-4)
+assert found["kernel"].sharding.spec == P("data", "model"), found["kernel"].sharding
+held = lowrank.to_spectral(placed, rank=6)["kernel"]
+assert (held.u.sharding.spec, held.v.sharding.spec) == (P("data", None), P(None, "model"))
+fit = lowrank.tensor_train(placed["kernel"], ((8, 8), (8, 12)), rule=ranks.fixed(4))
+alone = lowrank.tensor_train(params["kernel"], ((8, 8), (8, 12)), rule=ranks.fixed(4))
+np.testing.assert_allclose(fit.train.multiply(), alone.train.multiply(), atol=1e-4)
+print("alike")
+"""
+
+
+@pytest.mark.slow  # starts a process
+@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=EXPLICIT)])
+def test_divided_over_a_mesh(kind, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", TESTS, prepend=os.pathsep)
+    assert run_on_devices(4, ON_A_MESH, kind) == "alike"
