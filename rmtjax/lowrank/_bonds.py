@@ -32,7 +32,7 @@ class Bond(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How bonds are chosen: by a rule, by the norm that each may lose, or not at all."""
+    """The way to choose bonds: by a rule, by the norm that each may lose, or not at all."""
 
     rule: ranks.RankRule | None
     allowed: Float[np.ndarray, " b"] | None  # for each matrix of a stack
