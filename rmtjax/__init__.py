@@ -2,7 +2,7 @@
 
 import sys as _sys
 
-from rmtjax import certificate, checkpoint, linen, lowrank, nnx, plots
+from rmtjax import certificate, checkpoint, linen, lowrank, moments, nnx, plots
 from rmtjax._axes import Factors, KernelAxes
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax._version import __version__ as __version__
@@ -10,6 +10,7 @@ from rmtjax.laws import marchenko_pastur, tracy_widom
 from rmtjax.models import register_layer
 from rmtjax.noise import fit_bema, metrics_of, ranks, shrinkage, SpectralMetrics
 from rmtjax.planning import (
+    Budget,
     Cost,
     factorize,
     Factorized,
@@ -17,6 +18,9 @@ from rmtjax.planning import (
     merge,
     Plan,
     plan,
+    refit,
+    trade_off,
+    TradeOff,
     truncate,
     Truncated,
 )
@@ -52,6 +56,7 @@ __all__ = [
     "AdmmState",
     "AgreeState",
     "AverageState",
+    "Budget",
     "BulkFit",
     "Cost",
     "DropAndGrowState",
@@ -70,6 +75,7 @@ __all__ = [
     "SpectralMetrics",
     "Spectrum",
     "Spike",
+    "TradeOff",
     "Traps",
     "Truncated",
     "admm",
@@ -92,6 +98,7 @@ __all__ = [
     "merge_replicas",
     "metrics",
     "metrics_of",
+    "moments",
     "nnx",
     "noise_levels",
     "patterns",
@@ -102,12 +109,14 @@ __all__ = [
     "prune_entries",
     "prune_spectrum",
     "ranks",
+    "refit",
     "register_layer",
     "replicate",
     "shrinkage",
     "sparsity",
     "spectrum",
     "tracy_widom",
+    "trade_off",
     "transfer_opt_state",
     "truncate",
     "truncate_matrix",

@@ -16,6 +16,7 @@ import rmtjax
 # which know neither trees nor models, are on step 0.
 STEP = {
     "laws": 1,
+    "moments": 1,
     "noise": 2,
     "spectra": 2,
     "planning": 3,
@@ -58,6 +59,7 @@ PUBLIC = (
     "linen",
     "lowrank",
     "marchenko_pastur",
+    "moments",
     "nnx",
     "patterns",
     "plots",

@@ -19,6 +19,9 @@ The bounds hold for the networks in exact arithmetic, with the parameters as JAX
 rounding of the bounds is added to them. It is $(n + 8)\, \epsilon$ of the sum of magnitudes for a
 sum of n products, $(n + 8)\, \epsilon$ of a norm and $2 \max(m, n)\, \epsilon$ of an operator norm.
 Subnormal numbers count as zero. The rounding of a run in floating point is not included.
+
+`output_changes` is no bound but an equality: the mean square by which the outputs of each layer
+change on data, from the moments of its inputs.
 """
 
 from rmtjax.certificate._certify import Certificate as Certificate, certify as certify
@@ -26,6 +29,18 @@ from rmtjax.certificate._data_path import (
     data_path as data_path,
     PathCertificate as PathCertificate,
 )
+from rmtjax.certificate._outputs import (
+    output_changes as output_changes,
+    OutputChange as OutputChange,
+)
 from rmtjax.certificate._rounding import operator_norm as operator_norm
 
-__all__ = ["Certificate", "PathCertificate", "certify", "data_path", "operator_norm"]
+__all__ = [
+    "Certificate",
+    "OutputChange",
+    "PathCertificate",
+    "certify",
+    "data_path",
+    "operator_norm",
+    "output_changes",
+]

@@ -1,12 +1,17 @@
 """Checkpoints that carry their plan, in .safetensors files and orbax folders.
 
 `save` writes a parameter tree with its plan, `restore` fills a tree or names what does not fit, and
-`load_plan` returns the plan alone. `analyze_file` and `compress_file` work on files that are larger
+`load_plan` returns the plan alone. `save_moments` and `load_moments` do so for the moments of the
+inputs of kernels. `analyze_file` and `compress_file` work on files that are larger
 than memory. Other programs can read the results: factors are tensors with the names `PATH/left` and
 `PATH/right`.
 """
 
 from rmtjax.checkpoint._manifest import read_manifest as read_manifest
+from rmtjax.checkpoint._moments import (
+    load_moments as load_moments,
+    save_moments as save_moments,
+)
 from rmtjax.checkpoint._open import check_target as check_target, open_tensors as open_tensors
 from rmtjax.checkpoint._safetensors import replacing as replacing
 from rmtjax.checkpoint._save_restore import load_plan as load_plan, restore as restore, save as save
@@ -17,4 +22,12 @@ from rmtjax.checkpoint._tensor_names import (
 )
 from rmtjax.checkpoint._tensors import Tensors as Tensors
 
-__all__ = ["analyze_file", "compress_file", "load_plan", "restore", "save"]
+__all__ = [
+    "analyze_file",
+    "compress_file",
+    "load_moments",
+    "load_plan",
+    "restore",
+    "save",
+    "save_moments",
+]

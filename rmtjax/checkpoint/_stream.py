@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +17,19 @@ from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
 from rmtjax.checkpoint._safetensors import check_regular, write_tensors
 from rmtjax.checkpoint._tensor_names import choose, find_leaves, halves, named_parts, tensor_axes
 from rmtjax.checkpoint._tensors import Entry, FilePath, KEY
+from rmtjax.moments import Moments
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import (
+    Budget,
     changed_leaves,
+    decide_all,
     Factorized,
-    make_plan,
+    Findings,
+    merge_findings,
     Plan,
     PlanOptions,
     rows_by_path,
-    time_products,
+    study,
 )
 from rmtjax.report import Report
 
@@ -54,6 +57,17 @@ def _with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
     return jax.tree.map(change, leaf) if dtype else leaf
 
 
+def _check_moments(moments: Moments | None, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError for moments of a model that is not in the file, by the paths."""
+    stray = min((path for path in moments or () if path not in leaves), default=None)
+    if stray is not None:
+        some = ", ".join(map(repr, [*leaves][:3]))
+        raise ValueError(
+            f"`moments` has {stray!r}, which is not in the file, which has {some}. Collect the "
+            "moments with the model of this file, in the tree that was saved."
+        )
+
+
 def _plan_kernels(
     leaves: Mapping[str, Any],
     manifest: Manifest,
@@ -67,19 +81,22 @@ def _plan_kernels(
     # A kernel that was cut has lost its noise. One that was only kept is fitted like any other.
     changes = manifest.plan.changes if manifest.plan else {}
     fits = {path: row.fit for path, row in changes.items()} | dict(options.fits or {})
-    rows, axes = rows_by_path(options.batch, kernels), options.axes
+    rows_by_path(options.batch, kernels)  # raises an error for other paths before the work
+    _check_moments(options.moments, leaves)
+    axes = options.axes
     # A table of `rmtjax.linen` is a dictionary too. As a function it also knows stacked leaves.
     if not callable(axes):
         table = axes or {}
         axes = lambda path, leaf: table[path] if path in table else tensor_axes(path, leaf)
     options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes)
-    plan, clock = Plan(), cache(time_products)  # one clock, so that equal products are timed once
+    found = Findings({}, {}, {}, {})
     for place, (path, leaf) in enumerate(kernels.items()):
         progress(place, len(kernels) + later, path)
         known = {path: fits[path]} if path in fits else None
-        alone = dataclasses.replace(options, fits=known, batch=rows.get(path))
-        plan |= make_plan({path: _with_dtype(leaf, dtype)}, alone, clock)
-    return plan
+        moments = options.moments and options.moments.of([path])
+        alone = dataclasses.replace(options, fits=known, moments=moments, batch=None)
+        found = merge_findings(found, study({path: _with_dtype(leaf, dtype)}, alone))
+    return decide_all(found, options)
 
 
 def _find_outputs(leaves: Mapping[str, Any], plan: Plan) -> dict[str, Entry]:
@@ -109,6 +126,7 @@ def _write_outputs(
     entries: Mapping[str, Entry],
     dtype: np.dtype | None,
     progress: Progress,
+    moments: Moments | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the data of each tensor that is written, leaf by leaf."""
     changes = plan.changes
@@ -117,7 +135,7 @@ def _write_outputs(
         arrays = jax.tree.leaves(leaf)  # those that stay are still in the file
         if path in changes:
             view = MatrixView(path, _with_dtype(leaf, dtype), changes[path].axes)
-            arrays = jax.tree.leaves(dict(changed_leaves({path: view}, changes)))
+            arrays = jax.tree.leaves(dict(changed_leaves({path: view}, changes, moments)))
         held = named_parts(path, leaf) if isinstance(leaf, FactoredKernel) else halves(path)
         for name in [path] if path in entries else held:
             # Each array is dropped before the next is read: a kernel may fill the memory.
@@ -146,6 +164,8 @@ def analyze_file(
     min_size: int = 50,
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
+    moments: Moments | None = None,
+    budget: Budget | float | None = None,
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -163,7 +183,9 @@ def analyze_file(
         layer's name does not contain "conv".
       fits: As in `rmtjax.plan`. By default the levels by which `compress_file` has cut kernels.
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
-      rule, min_size, exact_below, batch: As in `rmtjax.plan`.
+      rule, min_size, exact_below, batch, budget: As in `rmtjax.plan`.
+      moments: As in `rmtjax.plan`, by the paths of the file. They are not centred, since the bias
+        stays as it is.
       dtype: float32 or float64, for the computation. By default the dtype of the kernel, but at
         least float32, and float32 if 64 bits are switched off in jax.
       progress: `progress(done, total, path)` is called before each kernel.
@@ -185,6 +207,7 @@ def analyze_file(
       factorized: 1 of 200 are signal, rank 1
     """
     sizes: dict[str, Any] = {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
+    sizes |= {"moments": moments, "budget": budget}
     options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
     checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
     with open_tensors(path) as tensors:
@@ -208,6 +231,8 @@ def compress_file(
     min_size: int = 50,
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
+    moments: Moments | None = None,
+    budget: Budget | float | None = None,
     mode: Literal["factorize", "truncate"] = "factorize",
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
@@ -222,10 +247,11 @@ def compress_file(
     seven times for a kernel in float64, or computed in float64.
 
     Args:
-      path, rule, where, axes, fits, dtype: As in `analyze_file`. The output has the input's dtypes.
+      path, rule, where, axes, fits, moments, dtype: As in `analyze_file`. The output has the
+        input's dtypes.
       out: The file to write, with a name in .safetensors. An existing file is replaced when the new
         one is complete; its mode is kept, and a link is followed.
-      keep, shrink, min_rank, multiple, min_size, exact_below, batch: As in `rmtjax.plan`.
+      keep, shrink, min_rank, multiple, min_size, exact_below, batch, budget: As in `rmtjax.plan`.
       mode: "factorize" writes PATH/left and PATH/right if they are smaller. "truncate" keeps names
         and shapes, for programs that do not know factors.
       progress: As in `analyze_file`; it is also called before each leaf that is written.
@@ -249,7 +275,19 @@ def compress_file(
       (200, 8)
     """
     options = PlanOptions(
-        rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
+        rule,
+        keep,
+        shrink,
+        where,
+        axes,
+        fits,
+        min_rank,
+        multiple,
+        min_size,
+        exact_below,
+        batch,
+        moments,
+        budget,
     )
     if mode not in ("factorize", "truncate"):
         raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
@@ -270,6 +308,6 @@ def compress_file(
         factors = [path for path in leaves if path not in entries and path not in parts]
         record = _last_changes(manifest, plan, rule)
         text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys, parts=parts)
-        arrays = _write_outputs(leaves, plan, entries, checked, progress)
+        arrays = _write_outputs(leaves, plan, entries, checked, progress, moments)
         write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
     return Report(plan)

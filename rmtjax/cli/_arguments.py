@@ -18,6 +18,7 @@ examples:
   rmtjax analyze checkpoint/ --rule gavish_donoho --include '*encoder*'
   rmtjax compress model.safetensors --out thin.safetensors
   rmtjax compress model.safetensors --out low.safetensors --mode truncate --exclude '*embed*'
+  rmtjax compress model.safetensors --out small.safetensors --budget 0.75 --moments m.safetensors
 
 exit codes:
   0    done
@@ -127,6 +128,10 @@ def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
     add("--exact-below", type=int, default=4096, help="short sides from it on are estimated (4096)")
     add("--multiple", type=int, default=multiple, help="ranks are rounded up to it (%(default)s)")
+    budget = "share of the parameters to reach, over 0 to 1, in place of the rule's ranks"
+    add("--budget", type=float, help=budget)
+    moments = "cuts by output: a file of `rmtjax.checkpoint.save_moments`, by the paths of FILE"
+    add("--moments", metavar="MOMENTS", help=moments)
     add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")

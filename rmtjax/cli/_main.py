@@ -32,6 +32,7 @@ from rmtjax.report import Report
 
 # `removed` shows what a kernel would lose, before it is cut.
 FITTED = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
+OUTPUTS = ("removed_outputs",)
 COSTS = ("parameters", "multiply_adds", "milliseconds")
 
 
@@ -96,7 +97,13 @@ def _show(report: Report, args: argparse.Namespace) -> None:
             file.write(text.encode())
     if not args.quiet:
         timed = report.totals.milliseconds is not None
-        shown = columns or (*FITTED, *(COSTS if timed else ()), "reason")
+        by_output = any(row.removed_outputs is not None for row in report.rows)
+        shown = columns or (
+            *FITTED,
+            *(OUTPUTS if by_output else ()),
+            *(COSTS if timed else ()),
+            "reason",
+        )
         print(report.table(*shown), flush=True)
 
 
@@ -114,6 +121,8 @@ def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
     options["rule"] = parse_rule(args.rule, args.level, args.trim)
     if options.get("shrink"):
         options["shrink"] = getattr(shrinkage, args.shrink)
+    if options.get("moments"):
+        options["moments"] = checkpoint.load_moments(options["moments"])
     try:
         PlanOptions(**options)
     except (TypeError, ValueError) as error:

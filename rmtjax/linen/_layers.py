@@ -99,6 +99,11 @@ def run_cell(module: nn.Module, params: Mapping[str, Any], args, kwargs):
     layers = [layer for layer in params.values() if isinstance(layer, Mapping)]
     if not any(is_factors(nn.unbox(leaf)) for layer in layers for leaf in layer.values()):
         return None
+    return call_layers(module, params, args, kwargs)
+
+
+def call_layers(module: nn.Module, params: Mapping[str, Any], args, kwargs):
+    """Runs a cell of `CELLS` by the cell that calls its layers."""
     names = (f for f in module.__dataclass_fields__ if f not in ("parent", "name"))
     fields = {name: getattr(module, name) for name in names}
     return CELLS[type(module)](**fields, parent=None).apply({"params": params}, *args, **kwargs)

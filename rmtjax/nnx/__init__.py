@@ -8,6 +8,7 @@ trains like any other. Kernels are those of Flax's layers and of layers that
 `rmtjax.register_layer` has registered.
 """
 
+from rmtjax.nnx._moments import moments as moments
 from rmtjax.nnx._plans import (
     analyze as analyze,
     factorize as factorize,
@@ -17,4 +18,14 @@ from rmtjax.nnx._plans import (
 )
 from rmtjax.nnx._trees import kernel_axes as kernel_axes, params as params, replace as replace
 
-__all__ = ["analyze", "factorize", "kernel_axes", "merge", "params", "plan", "replace", "truncate"]
+__all__ = [
+    "analyze",
+    "factorize",
+    "kernel_axes",
+    "merge",
+    "moments",
+    "params",
+    "plan",
+    "replace",
+    "truncate",
+]

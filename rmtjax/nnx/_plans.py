@@ -7,10 +7,11 @@ from flax import nnx
 
 from rmtjax import planning
 from rmtjax._types import Axes, BulkFit, Where
+from rmtjax.moments import Moments
 from rmtjax.nnx._trees import axes_of, Gates, obstacles, open_layers, params, replace, to_tree
 from rmtjax.nnx._variables import read
 from rmtjax.noise import ranks, Shrink
-from rmtjax.planning import check_plan, in_place, make_plan, Plan, PlanOptions
+from rmtjax.planning import Budget, check_plan, in_place, make_plan, Plan, PlanOptions
 from rmtjax.report import Report
 
 
@@ -29,13 +30,16 @@ def plan(
     min_size: int = 50,
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
+    moments: Moments | None = None,
+    budget: Budget | float | None = None,
 ) -> Plan:
     """Decides the rank of each kernel of a model; changes nothing.
 
     Args:
       model, gates: As in `rmtjax.nnx.params`.
-      rule, keep, shrink, where, axes, min_rank, multiple, min_size, exact_below, batch: As in
-        `rmtjax.plan`. By default `axes` are those of `rmtjax.nnx.kernel_axes`.
+      rule, keep, shrink, where, min_rank, multiple, min_size, exact_below: As in `rmtjax.plan`.
+      batch, moments, budget: As in `rmtjax.plan`.
+      axes: As in `rmtjax.plan`. By default those of `rmtjax.nnx.kernel_axes`.
       fits: Noise levels as in `rmtjax.plan`. Those that `rmtjax.prune_spectrum` carries in an
         `nnx.Optimizer` are `rmtjax.noise_levels(optimizer.opt_state)`.
 
@@ -56,7 +60,19 @@ def plan(
     fits = jax.tree.map(lambda leaf: read(leaf) if is_box(leaf) else leaf, fits, is_leaf=is_box)
     axes = known if axes is None else axes
     options = PlanOptions(
-        rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
+        rule,
+        keep,
+        shrink,
+        where,
+        axes,
+        fits,
+        min_rank,
+        multiple,
+        min_size,
+        exact_below,
+        batch,
+        moments,
+        budget,
     )
     rows = make_plan(to_tree(opened), options)
     # The plan of a tree cannot know which layers can run with factors.
@@ -76,12 +92,13 @@ def analyze(
     min_size: int = 50,
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
+    moments: Moments | None = None,
 ) -> Report:
     """Reports the spectrum, the noise fit and the rank of every kernel of a model.
 
     Args:
       model, gates, axes, fits: As in `rmtjax.nnx.plan`.
-      rule, where, min_size, exact_below, batch: As in `rmtjax.analyze`.
+      rule, where, min_size, exact_below, batch, moments: As in `rmtjax.analyze`.
 
     Examples:
       >>> import flax.nnx as nnx, rmtjax
@@ -91,15 +108,17 @@ def analyze(
     """
     # A report shows the rank that was found, not one rounded up.
     sizes = {"multiple": 1, "min_size": min_size, "exact_below": exact_below, "batch": batch}
-    return Report(plan(model, gates=gates, rule=rule, where=where, axes=axes, fits=fits, **sizes))
+    options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "moments": moments}
+    return Report(plan(model, gates=gates, **options, **sizes))
 
 
-def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
+def truncate(model: nnx.Module, plan: Plan, *, moments: Moments | None = None) -> nnx.Module:
     """Returns a model with the kernels truncated as planned; layers, shapes and dtypes stay.
 
     Args:
       model: The model that the plan was made from, or one of the same shapes.
       plan: From `rmtjax.nnx.plan`.
+      moments: Those that the plan was made with, if any.
 
     Raises:
       ValueError, TypeError: The plan is for another model, or an argument has another type.
@@ -112,16 +131,17 @@ def truncate(model: nnx.Module, plan: Plan) -> nnx.Module:
       16
     """
     check_plan(plan)
-    return replace(model, planning.truncate(to_tree(open_layers(model, plan)), plan))
+    tree = planning.truncate(to_tree(open_layers(model, plan)), plan, moments=moments)
+    return replace(model, tree)
 
 
-def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
+def factorize(model: nnx.Module, plan: Plan, *, moments: Moments | None = None) -> nnx.Module:
     """Returns a model with thin layers where the plan factorizes their kernels.
 
     Its outputs are those of `truncate(model, plan)` up to rounding. Thin layers become thinner.
 
     Args:
-      model, plan: As in `truncate`, which raises the same errors.
+      model, plan, moments: As in `truncate`, which raises the same errors.
 
     Examples:
       >>> import flax.nnx as nnx, jax.numpy as jnp, rmtjax
@@ -131,7 +151,8 @@ def factorize(model: nnx.Module, plan: Plan) -> nnx.Module:
       (2, 60)
     """
     check_plan(plan)
-    return replace(model, planning.factorize(to_tree(open_layers(model, plan)), plan))
+    tree = planning.factorize(to_tree(open_layers(model, plan)), plan, moments=moments)
+    return replace(model, tree)
 
 
 def merge(model: nnx.Module) -> nnx.Module:

@@ -25,7 +25,8 @@ _REWRITERS = tuple(getattr(nnx, n) for n in ("WeightNorm", "SpectralNorm") if ha
 register_container(nnx.Module, "give `rmtjax.nnx.params(model)`, or use `rmtjax.nnx`.")
 
 
-def _name(path: tuple) -> str:
+def name_of(path: tuple) -> str:
+    """Returns a path in a model as a string."""
     return "/".join(map(str, path))
 
 
@@ -46,7 +47,7 @@ def variables_of(model: nnx.Module) -> dict[tuple, nnx.Param]:
 
 def paths_of(model: nnx.Module) -> dict[int, str]:
     """Returns the path of each parameter by its identity."""
-    return {id(node): _name(path) for path, node in variables_of(model).items()}
+    return {id(node): name_of(path) for path, node in variables_of(model).items()}
 
 
 def open_layers(model: nnx.Module, gates: Gates | Plan = "fused") -> nnx.Module:
@@ -162,7 +163,7 @@ def kernel_axes(model: nnx.Module, *, gates: Gates = "fused") -> dict[str, Kerne
 
 def _mismatch(opened: nnx.Module, leaves: Mapping[str, Any]) -> str | None:
     """Returns how a tree differs from that of a model in paths or shapes, or None."""
-    params = {_name(path): param for path, param in variables_of(opened).items()}
+    params = {name_of(path): param for path, param in variables_of(opened).items()}
     other = min(params.keys() ^ leaves.keys(), default=None)
     if other is not None:
         lacks = other in params
@@ -203,7 +204,7 @@ def _close_layers(opened: nnx.Module) -> None:
         if is_factors(value := read(variable)):
             holder, held = type(nodes[path[:-1]]).__name__, type(value).__name__
             raise ValueError(
-                f"`params` has `{held}` for {_name(path)!r}, and {holder} cannot run with them: "
+                f"`params` has `{held}` for {name_of(path)!r}, and {holder} cannot run with them: "
                 "leave it out by `where`, or register its axes by `rmtjax.register_layer`."
             )
 
@@ -239,6 +240,6 @@ def replace(model: nnx.Module, params: PyTree) -> nnx.Module:
     if words := _mismatch(copy, leaves):
         raise ValueError(f"`params` {words}. Change the tree that `rmtjax.nnx.params` returns.")
     for path, param in variables_of(copy).items():
-        write(param, leaves[_name(path)])
+        write(param, leaves[name_of(path)])
     _close_layers(copy)
     return copy

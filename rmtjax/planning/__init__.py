@@ -1,10 +1,12 @@
 """From a parameter tree to a plan, and from a plan to a smaller tree.
 
 `find_kernels` sees the leaves of a tree as matrices. `make_plan` measures their spectra and
-decides the rank of each kernel, with a reason. `truncate` and `factorize` do what a plan says, and
+decides the rank of each kernel, with a reason. With moments of the inputs it also measures what a
+cut does to the outputs. `truncate` and `factorize` do what a plan says, and
 `merge` multiplies factors out again. Nothing is changed before a plan is applied.
 """
 
+from rmtjax.planning._budget import Budget as Budget
 from rmtjax.planning._cost import (
     add_costs as add_costs,
     Cost as Cost,
@@ -25,12 +27,24 @@ from rmtjax.planning._kernels import (
     register_factor_layers as register_factor_layers,
     to_predicate as to_predicate,
 )
+from rmtjax.planning._measure import (
+    Findings as Findings,
+    merge_findings as merge_findings,
+    study as study,
+)
 from rmtjax.planning._options import (
     check_count as check_count,
     check_share as check_share,
     PlanOptions as PlanOptions,
 )
-from rmtjax.planning._plan import make_plan as make_plan, plan as plan
+from rmtjax.planning._plan import (
+    decide_all as decide_all,
+    make_plan as make_plan,
+    plan as plan,
+    trade_off as trade_off,
+    TradeOff as TradeOff,
+)
+from rmtjax.planning._refit import refit as refit
 from rmtjax.planning._rows import (
     check_plan as check_plan,
     check_plan_fits as check_plan_fits,

@@ -152,15 +152,22 @@ def hindrance(view: MatrixView, rank: int) -> str | None:
     return None if saving else "no saving from factors"
 
 
-def _count(kernel: KernelLeaf, rows: int, lookup: bool, rank: int | None) -> tuple[int, int]:
-    """Returns parameters and multiply-adds with factors of a rank, or dense."""
+def count(kernel: KernelLeaf, rows: int, rank: int | None) -> tuple[int, int]:
+    """Returns parameters and multiply-adds with factors of a rank, or dense.
+
+    A lookup in a table of embeddings multiplies nothing.
+    """
     if isinstance(kernel.leaf, FactoredKernel):
         held = sum(math.prod(part.shape) for part in jax.tree.leaves(kernel.leaf))
         return held, rows * kernel.leaf.multiply_adds
     left, right = math.prod(kernel.shape), 0
     if rank is not None and isinstance(kernel, MatrixView):
         left, right = (kernel.stack * rank * side for side in (kernel.rows, kernel.columns))
-    return left + right, rows * (right if lookup else left + right)
+    return left + right, rows * (right if _is_table(kernel) else left + right)
+
+
+def _is_table(kernel: KernelLeaf) -> bool:
+    return kernel.path.rpartition("/")[2] == "embedding"
 
 
 def weigh(
@@ -171,8 +178,8 @@ def weigh(
     The matrices of a stack take turns, as under `nn.scan`. `rank` is that of `kernel` where its
     shape stays. Without `rows`, the time is not measured.
     """
-    lookup = kernel.path.rpartition("/")[2] == "embedding"
-    before, after = (_count(kernel, rows or 1, lookup, r) for r in (kernel.rank, rank))
+    lookup = _is_table(kernel)
+    before, after = (count(kernel, rows or 1, r) for r in (kernel.rank, rank))
     untimed = kernel.in_parts or obstacle(kernel, min_size=1)
     if rows is None or not isinstance(kernel, MatrixView) or untimed:
         return Cost(*before, None, *after, None), None

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from rmtjax._types import Axes, BulkFit, check_type, Where
+from rmtjax.moments import Moments
 from rmtjax.noise import check_rule, ranks, Shrink
+from rmtjax.planning._budget import Budget, to_budget
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -49,6 +51,8 @@ class PlanOptions:
     min_size: int = 50  # a shorter short side has too few eigenvalues for a law
     exact_below: int = 4096  # from this short side on, spectra are estimated in O(n^2)
     batch: int | Mapping[str, int] | None = None  # rows for which products are timed
+    moments: Moments | None = None  # what the data feed to kernels: cuts are by output
+    budget: Budget | float | None = None  # a size to reach, in the place of the rule's ranks
 
     def __post_init__(self):
         check_rule(self.rule)
@@ -74,6 +78,18 @@ class PlanOptions:
             check_type("fits", self.fits, Mapping, of_state)
             for path, fit in self.fits.items():
                 check_type(f"fits[{path!r}]", fit, BulkFit, "Those of a plan are `plan.fits`.")
+        if self.moments is not None:
+            of = "Collect them with `rmtjax.linen.moments` or `rmtjax.nnx.moments`."
+            check_type("moments", self.moments, Moments, of)
+            if self.shrink is not None:
+                raise ValueError(
+                    "`shrink` must be None with `moments`: it changes singular values of the "
+                    f"weights, and cuts by output have none. Got {self.shrink!r}."
+                )
+        object.__setattr__(self, "budget", to_budget(self.budget))
+        if self.budget is not None and (self.shrink is not None or self.keep > 0):
+            name = "keep" if self.keep > 0 else "shrink"
+            raise ValueError(f"`{name}` must be left out with `budget`, which decides what stays.")
         for name in ("min_rank", "multiple", "min_size", "exact_below"):
             check_count(name, getattr(self, name))
         for path, rows in self.batch.items() if isinstance(self.batch, Mapping) else ():

@@ -1,84 +1,23 @@
 """Decides the rank of each kernel, and gives the reason, before anything is changed."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Float, Int, PyTree
 
-from rmtjax._axes import KernelLeaf, MatrixView
-from rmtjax._sharding import fetch
-from rmtjax._types import Axes, BulkFit, Spectrum, Where
-from rmtjax.noise import kept_rank, ranks, Shrink
-from rmtjax.planning._cost import Clock, hindrance, rows_by_path, time_products, weigh
-from rmtjax.planning._kernels import check_tree, find_kernels, leaves_by_path, obstacle
-from rmtjax.planning._measure import measure, Measurement
+from rmtjax._axes import KernelLeaf
+from rmtjax._types import Axes, BulkFit, Where
+from rmtjax.moments import Moments
+from rmtjax.noise import ranks, Shrink
+from rmtjax.planning._budget import Budget, path_of
+from rmtjax.planning._cost import Clock, rows_by_path, time_products, weigh
+from rmtjax.planning._decide import choices, decide, give_ranks
+from rmtjax.planning._measure import Findings, study
 from rmtjax.planning._options import PlanOptions
-from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan, Truncated
-from rmtjax.spectra import shrink_values
-
-# One program in the place of several small ones.
-_kept_rank = jax.jit(kept_rank)
-
-
-def _refusal(measured: Measurement) -> str | None:
-    """Returns why the rule may not be believed, or None."""
-    if not np.isfinite(measured.spectra.eigenvalues).all():
-        return "not finite"
-    if not measured.spectra.eigenvalues.any():
-        return "all zero"
-    if not measured.accepted.all():
-        size = measured.spectra.eigenvalues.shape[-1]
-        if not measured.noisy.all():
-            return "no noise above rounding; of a truncated kernel `fits` must tell it"
-        if (measured.fits.num_spikes >= size // 2).any():
-            return f"half of the {size} directions stand out, and leave no bulk to fit"
-        return f"law does not fit (distance {measured.fits.distance.max():.3f})"
-    # Nothing stands out, as before training; to cut to nothing would destroy the network.
-    return None if measured.signal.any() else "no signal stands out of the noise"
-
-
-def _unshrinkable(measured: Measurement, shrink: Shrink, view: MatrixView) -> str | None:
-    """Returns why the values that are kept may not be shrunk, or None."""
-    spectra, variance = measured.spectra, measured.fits.variance
-    if not (np.isfinite(variance) & measured.noisy).all():
-        return "no noise level to shrink by"
-    values = np.sqrt(view.long * spectra.eigenvalues)
-    shrunken = shrink_values(jnp.asarray(values), shrink, variance, (view.rows, view.columns))
-    return None if shrunken.any(axis=-1).all() else "shrinkage would leave nothing"
-
-
-def _decide(view: MatrixView, measured: Measurement, options: PlanOptions) -> LayerPlan:
-    """Returns the row of a kernel from its measurement."""
-    size, shrink = view.full_rank, options.shrink
-    # One rank for a stack: that of its richest member.
-    populated = int(measured.populated.max())
-    count = min(int(measured.signal.max()), populated)
-    rank = int(_kept_rank(count, populated, options.keep, options.min_rank))
-    rank = min(-(-rank // options.multiple) * options.multiple, size)  # rounded up
-    words = f"{count} of {size} are signal, rank {rank}" + (", shrunk" if shrink else "")
-    note = " (spectrum estimated)" if measured.estimated else ""
-    # A kernel that is not a stack has one matrix, and its row no leading axis.
-    unstack = lambda tree: tree if view.axes.batch else jax.tree.map(lambda leaf: leaf[0], tree)
-    eigenvalues, ratio = measured.spectra
-    spectrum = Spectrum(unstack(eigenvalues), ratio[0])
-    known: Any = {"shape": view.shape, "axes": view.axes, "spectrum": spectrum}
-    known["fit"] = unstack(measured.fits)
-    held = view.in_parts and f"held as {view.in_parts} ({count} of {size} are signal)"
-    refusal = _refusal(measured) or held or (shrink and _unshrinkable(measured, shrink, view))
-    if refusal:
-        return Kept(f"kept: {refusal}{note}", rank=size, **known)
-    if rank == size and shrink is None:
-        return Kept(f"kept: full rank ({words}){note}", rank=size, **known)
-    known |= {"rank": rank, "shrink": shrink}
-    if cause := hindrance(view, rank):
-        return Truncated(f"truncated: {cause} ({words}){note}", **known)
-    again = " again" if view.is_factored else ""
-    return Factorized(f"factorized{again}: {words}{note}", **known)
+from rmtjax.planning._rows import Factorized, in_place, LayerPlan, Plan
 
 
 def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -> LayerPlan:
@@ -88,56 +27,26 @@ def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -
     return replace(in_place(row, slow) if slow else row, cost=cost)
 
 
-def _check_paths(name: str, by_path: Any, params: PyTree) -> None:
-    """Raises ValueError if an option by path has one that is not in the tree."""
-    # A table of `rmtjax.linen`, also a function, may know leaves that were stacked since.
-    if isinstance(by_path, Mapping) and not callable(by_path):
-        unknown = min(by_path.keys() - leaves_by_path(params).keys(), default=None)
-        if unknown is not None:
-            raise ValueError(
-                f"`{name}` has {unknown!r}, which is no path of `params`: give it for this tree."
-            )
-
-
-def _given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkFit]:
-    """Returns the noise levels that are known, as NumPy numbers."""
-    levels = jax.tree.map(np.asarray, fetch(dict(fits or {})))
-    given = {path: fit for path, fit in levels.items() if np.isfinite(fit.threshold).all()}
-    for path in given.keys() & kernels.keys():
-        kernel, count = kernels[path], np.size(given[path].threshold)
-        if isinstance(kernel, MatrixView) and count != kernel.stack:
-            raise ValueError(
-                f"`fits` must have an entry for each matrix of {path!r}, {kernel.stack}, got "
-                f"{count}. Take them from the state of `prune_spectrum` with the same `axes`."
-            )
-    return given
+def decide_all(found: Findings, options: PlanOptions, clock: Clock | None = None) -> Plan:
+    """Returns the plan of kernels that were measured."""
+    clock, rows = clock or cache(time_products), rows_by_path(options.batch, found.kernels)
+    slow: set[str] = set()
+    while True:
+        ranks = give_ranks(found, options, rows, slow)
+        decided = {path: decide(found, path, options, ranks) for path in found.kernels}
+        plan = Plan(
+            {p: _weigh(row, found.kernels[p], rows.get(p), clock) for p, row in decided.items()}
+        )
+        # What saves no time must not save parameters either, so the others give more.
+        again = {p for p in ranks or () if p not in slow and plan[p].action != decided[p].action}
+        if not again:
+            return plan
+        slow |= again
 
 
 def make_plan(params: PyTree, options: PlanOptions, clock: Clock | None = None) -> Plan:
     """Returns the plan of a tree; a clock that is shared times equal products once."""
-    check_tree(params)
-    # Without a word, the kernel that is meant would be fitted anew, or seen along other axes.
-    _check_paths("axes", options.axes, params)
-    _check_paths("fits", options.fits, params)
-    kernels = find_kernels(params, options.where, options.axes)
-    given = _given_fits(options.fits, kernels)
-    rows, clock = rows_by_path(options.batch, kernels), clock or cache(time_products)
-    decided: dict[str, LayerPlan] = {}
-    views = {}
-    for path, kernel in kernels.items():
-        cause = obstacle(kernel, options.min_size)
-        # What a factorization has left out cannot be fitted any more.
-        if not cause and kernel.is_factored and options.rule.needs_noise and path not in given:
-            cause = "factorized, and `fits` has no noise level for it"
-        if not cause and path in given and (given[path].threshold < 0).any():
-            cause = "pruning left it alone while training"
-        if cause or not isinstance(kernel, MatrixView):
-            decided[path] = Kept(f"kept: {cause}", kernel.shape, getattr(kernel, "axes", None))
-        else:
-            views[path] = kernel
-    measured = measure(views, options.rule, given, options.exact_below)
-    decided |= {path: _decide(view, measured[path], options) for path, view in views.items()}
-    return Plan({p: _weigh(decided[p], kernels[p], rows.get(p), clock) for p in kernels})
+    return decide_all(study(params, options), options, clock)
 
 
 def plan(
@@ -154,6 +63,8 @@ def plan(
     min_size: int = 50,
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
+    moments: Moments | None = None,
+    budget: Budget | float | None = None,
 ) -> Plan:
     r"""Decides the rank of each kernel of a parameter tree; changes nothing.
 
@@ -191,12 +102,22 @@ def plan(
         keeps its shape if factors do not win by 5 %, and its rank goes down all the same. A
         dictionary has the rows by path and leaves other kernels untimed. Each shape and rank
         takes half a second, or five calls if that is longer.
+      moments: What the data feed to each kernel, from `rmtjax.linen.moments` or
+        `rmtjax.nnx.moments`. The rule counts signal directions of the weights as before. The
+        directions that stay are then those of the outputs with most energy, and each row tells
+        what the cut does to the outputs. Kernels without moments are cut by their weights.
+      budget: A size to reach, in place of the ranks that the rule finds: the share of the
+        parameters of the chosen kernels, in (0, 1], or a `rmtjax.Budget`. All kernels share it.
+        The sum of the shares of energy that they lose is smallest: of outputs with moments, of
+        squared entries without. The size is at most one step of a rank below it. The rule is only
+        reported. Kernels whose factors are too slow, by `batch`, stay as they are.
 
     Returns:
       A `Plan`: path to `Kept`, `Truncated` or `Factorized`, with a reason for every kernel chosen.
 
     Raises:
-      ValueError, TypeError: An option is not as described, or does not fit the tree.
+      ValueError, TypeError: An option is not as described, or does not fit the tree. Or the
+        budget is below the size of the smallest plan.
 
     Examples:
       >>> import jax, rmtjax
@@ -206,6 +127,89 @@ def plan(
       Dense_0/kernel  factorized: 1 of 200 are signal, rank 8
     """
     options = PlanOptions(
-        rule, keep, shrink, where, axes, fits, min_rank, multiple, min_size, exact_below, batch
+        rule,
+        keep,
+        shrink,
+        where,
+        axes,
+        fits,
+        min_rank,
+        multiple,
+        min_size,
+        exact_below,
+        batch,
+        moments,
+        budget,
     )
     return make_plan(params, options)
+
+
+@dataclass(frozen=True, eq=False)
+class TradeOff:
+    """The sizes that plans can reach, and what each loses. `rmtjax.trade_off` makes it.
+
+    Attributes:
+      sizes: Numbers in the chosen kernels, from all of them to the smallest plan.
+      shares: `sizes` as shares of the first.
+      removed: Mean over the kernels that can be cut of the share of energy that each loses: of its
+        outputs if it has moments, else of its squared entries. With gradients, shares count by what
+        they do to the outputs of the model.
+      findings: What was measured of the kernels.
+      options: The options of the plans.
+    """
+
+    sizes: Int[np.ndarray, " k"]
+    shares: Float[np.ndarray, " k"]
+    removed: Float[np.ndarray, " k"]
+    findings: Findings
+    options: PlanOptions
+
+    def plan(self, budget: float | Budget) -> Plan:
+        """Returns the plan for a size, as `rmtjax.plan` makes it, without measuring again."""
+        return decide_all(self.findings, replace(self.options, budget=budget))
+
+
+def trade_off(
+    params: PyTree,
+    *,
+    moments: Moments | None = None,
+    where: Where | None = None,
+    axes: Axes | None = None,
+    min_rank: int = 1,
+    multiple: int = 8,
+    min_size: int = 50,
+    exact_below: int = 4096,
+    batch: int | Mapping[str, int] | None = None,
+) -> TradeOff:
+    """Returns the sizes that plans of a tree can reach, with the energy that each loses.
+
+    The kernels are measured once. Each point is the plan of `rmtjax.plan(params, budget=...)` for
+    its size, and `rmtjax.plots.trade_off` draws them.
+
+    Args:
+      params, moments, where, axes, min_rank, multiple, min_size, exact_below, batch: As in
+        `rmtjax.plan`.
+
+    Returns:
+      A `TradeOff`, whose `plan(budget)` makes a plan.
+
+    Raises:
+      ValueError, TypeError: As `rmtjax.plan`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> kernels = jax.random.normal(jax.random.key(0), (2, 80, 80))
+      >>> curve = rmtjax.trade_off({"a": {"kernel": kernels[0]}, "b": {"kernel": kernels[1] ** 3}})
+      >>> print(curve.sizes[:2], curve.removed[:2].round(3))
+      [12800 11520] [0.    0.027]
+      >>> len(curve.plan(0.75).changes)
+      2
+    """
+    known: dict[str, Any] = {"where": where, "axes": axes, "min_rank": min_rank}
+    known |= {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
+    options = PlanOptions(**known, batch=batch, moments=moments, budget=Budget(share=1.0))
+    found = study(params, options)
+    able, fixed = choices(found, options, rows_by_path(batch, found.kernels))
+    path = path_of(able, fixed)
+    whole = max(int(path.sizes[0]), 1)
+    return TradeOff(path.sizes, path.sizes / whole, path.losses, found, options)

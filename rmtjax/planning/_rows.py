@@ -8,6 +8,7 @@ from rmtjax._axes import factored_axes, FactoredKernel, Factors, kernel_shape, K
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import Shrink
 from rmtjax.planning._cost import Cost
+from rmtjax.spectra import OutputLosses
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Kept:
     fit: BulkFit | None = None
     spectrum: Spectrum | None = None
     cost: Cost | None = None
+    loss: OutputLosses | None = None
     action = "keep"
     shrink = None
 
@@ -40,6 +42,7 @@ class _Lowered:
     spectrum: Spectrum | None = None
     shrink: Shrink | None = None
     cost: Cost | None = None
+    loss: OutputLosses | None = None
 
 
 class Truncated(_Lowered):
@@ -54,6 +57,9 @@ class Truncated(_Lowered):
       spectrum: The spectrum as NumPy arrays; None if not computed, and after loading from a file.
       shrink: Changes the singular values that stay; None leaves them.
       cost: Parameters, multiply-adds and milliseconds, before and after the plan.
+      loss: What a cut by output takes, for each rank from 0: `outputs`, the mean over the data of
+        the squared change of the outputs, `weighted`, the same with the weights of the moments, and
+        `squares` of the entries. None without moments, and after loading from a file.
     """
 
     action = "truncate"

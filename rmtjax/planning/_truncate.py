@@ -5,15 +5,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from rmtjax._axes import Factors, is_factors, MatrixView, Views
+from rmtjax._axes import Factors, is_factors, KernelAxes, MatrixView, to_stack, Views
 from rmtjax._sharding import place_factors, place_like
+from rmtjax._types import check_type
+from rmtjax.moments import Moments
 from rmtjax.planning._kernels import check_tree, leaves_by_path, map_kernels
+from rmtjax.planning._measure import bias_of, second_of
 from rmtjax.planning._rows import check_plan, check_plan_fits, Factorized, Plan, Truncated
 from rmtjax.spectra import (
     keeps_most,
+    lift,
+    matmul,
     multiply,
+    output_factors,
     product,
     shrink_values,
     singular_vectors,
@@ -42,10 +48,54 @@ def _pad(factors: Factors, view: MatrixView) -> Factors:
     return Factors(left, jnp.pad(right, widths(right, len(view.axes.batch))))
 
 
-def changed_leaves(views: Views, rows: Rows) -> Iterator[tuple[str, Any]]:
-    """Yields path and new leaf of each kernel, one at a time: a leaf may still be in a file."""
+def _new_leaf(factors: Factors, view: MatrixView, row: Truncated | Factorized) -> Any:
+    """Returns the leaf of a kernel: factors if the row says so, else its shape stays."""
+    if isinstance(row, Factorized):
+        return _cast(factors, view)
+    if view.is_factored:
+        return _cast(_pad(factors, view), view)
+    return place_like(product(factors, view), view.leaf)
+
+
+def _through(rows: Array, leaf: Any, axes: KernelAxes) -> Array:
+    """Returns the products of rows (stack, m) with a kernel, or with its two factors in turn."""
+    for matrices in jax.tree.leaves(to_stack(leaf, axes)):
+        rows = matmul(rows[:, None], lift(matrices))[:, 0]
+    return rows
+
+
+def _shift(bias: Any, mean: Any, view: MatrixView, new_leaf: Any) -> Array:
+    """Returns a bias that keeps the mean of the outputs: b + m (W - W')."""
+    rows = jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (view.stack, view.rows))
+    change = _through(rows, view.leaf, view.axes) - _through(rows, new_leaf, view.axes)
+    old = jnp.asarray(bias)
+    return place_like((lift(old) + change.reshape(old.shape)).astype(old.dtype), bias)
+
+
+def _cut_by_output(view: MatrixView, row, moments: Moments, leaves: Mapping[str, Any]):
+    """Yields path and new leaf of a kernel, and of its bias if the moments are centred."""
+    second = second_of(moments, view, leaves)
+    leaf = _new_leaf(output_factors(view, second, row.rank), view, row)
+    yield view.path, leaf
+    bias = bias_of(view, leaves)
+    if second.mean is not None and bias is not None:
+        yield bias, _shift(leaves[bias], second.mean, view, leaf)
+
+
+def changed_leaves(
+    views: Views,
+    rows: Rows,
+    moments: Moments | None = None,
+    leaves: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Yields path and new leaf of each kernel, one at a time: a leaf may still be in a file.
+
+    With moments, which need all `leaves` of the tree, those that have any are cut by output.
+    """
     rest = dict(views)
-    for path, view in views.items():
+    for path in [path for path in views if moments is not None and path in moments]:
+        yield from _cut_by_output(rest.pop(path), rows[path], moments, leaves or {})
+    for path, view in list(rest.items()):
         row = rows[path]
         if isinstance(row, Truncated) and row.shrink is None and keeps_most(view, row.rank):
             yield path, place_like(without_last(rest.pop(path), row.rank), view.leaf)
@@ -55,27 +105,35 @@ def changed_leaves(views: Views, rows: Rows) -> Iterator[tuple[str, Any]]:
             # One variance for each matrix of a stack, in the shape of the batch axes.
             variance = jnp.reshape(row.fit.variance, s.shape[:-1])
             s = shrink_values(jnp.asarray(s), row.shrink, variance, (view.rows, view.columns))
-        factors = split(u, s, vt)
-        if isinstance(row, Factorized):
-            yield path, _cast(factors, view)
-        elif view.is_factored:
-            yield path, _cast(_pad(factors, view), view)
-        else:
-            yield path, place_like(product(factors, view), view.leaf)
+        yield path, _new_leaf(split(u, s, vt), view, row)
 
 
-def _change(params: PyTree, plan: Plan) -> PyTree:
+def _check_moments(plan: Plan, moments: Moments | None) -> None:
+    """Raises an error if a plan by output would be applied without its moments."""
+    if moments is not None:
+        check_type("moments", moments, Moments, "Give those that the plan was made with.")
+    lacks = lambda path: moments is None or path not in moments
+    path = next((path for path, row in plan.changes.items() if row.loss and lacks(path)), None)
+    if path is not None:
+        raise ValueError(
+            f"`moments` must have {path!r}, which the plan cuts by output: give those that the "
+            "plan was made with."
+        )
+
+
+def _change(params: PyTree, plan: Plan, moments: Moments | None) -> PyTree:
     """Returns the tree with the leaves that the plan changes."""
     check_tree(params)
+    _check_moments(plan, moments)
     leaves = leaves_by_path(params)
     check_plan_fits(plan, leaves)
     rows = plan.changes
     views = {path: MatrixView(path, leaves[path], row.axes) for path, row in rows.items()}
-    changed = dict(changed_leaves(views, rows))
+    changed = dict(changed_leaves(views, rows, moments, leaves))
     return map_kernels(lambda path, leaf: changed[path], params, changed)
 
 
-def truncate(params: PyTree, plan: Plan) -> PyTree:
+def truncate(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> PyTree:
     """Lowers the rank of each kernel as planned; shapes and dtypes stay.
 
     Factors keep their shapes too. Their last directions become 0 in both, and no gradient moves
@@ -85,6 +143,8 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
       params: The tree that the plan was made from, or one of the same shapes.
       plan: From `rmtjax.plan`. Works under `jit` with the plan held fixed; derivatives do not go
         through it.
+      moments: Those that the plan was made with, if any. Kernels with moments keep the directions
+        of their outputs with most energy.
 
     Returns:
       The tree; leaves that are kept are the same objects.
@@ -101,10 +161,10 @@ def truncate(params: PyTree, plan: Plan) -> PyTree:
       ((80, 60), 16)
     """
     check_plan(plan)
-    return _change(params, plan.in_place())
+    return _change(params, plan.in_place(), moments)
 
 
-def factorize(params: PyTree, plan: Plan) -> PyTree:
+def factorize(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> PyTree:
     """Replaces each kernel by two thin factors where the plan says they are smaller.
 
     The tree computes what `truncate(params, plan)` computes. Kernels whose factors would not be
@@ -112,7 +172,7 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
     `rmtjax.linen.apply`.
 
     Args:
-      params, plan: As in `truncate`, which also tells the errors.
+      params, plan, moments: As in `truncate`, which also tells the errors.
 
     Returns:
       The smaller tree, with `Factors(left, right)` in the place of a kernel. They also replace
@@ -128,7 +188,7 @@ def factorize(params: PyTree, plan: Plan) -> PyTree:
     # The box names the axes of the dense kernel, which factors do not have.
     boxed = lambda node: hasattr(node, "replace_boxed") and is_factors(node.value)
     unbox = lambda node: node.value if boxed(node) else node
-    thin = _change(params, plan)
+    thin = _change(params, plan, moments)
     return jax.tree.map(unbox, thin, is_leaf=lambda node: boxed(node) or is_factors(node))
 
 

@@ -18,6 +18,7 @@ from rmtjax.plots._results import (
     accuracy as accuracy,
     certificate as certificate,
     layers as layers,
+    trade_off as trade_off,
     training as training,
 )
 from rmtjax.plots._spectra import (
@@ -26,4 +27,13 @@ from rmtjax.plots._spectra import (
     singular_values as singular_values,
 )
 
-__all__ = ["accuracy", "certificate", "esd", "layers", "quantiles", "singular_values", "training"]
+__all__ = [
+    "accuracy",
+    "certificate",
+    "esd",
+    "layers",
+    "quantiles",
+    "singular_values",
+    "trade_off",
+    "training",
+]

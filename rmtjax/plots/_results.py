@@ -1,4 +1,4 @@
-"""Draws results: ranks of kernels, training, accuracy of networks, certificates."""
+"""Draws results: ranks of kernels, sizes, training, accuracy of networks, certificates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TYPE_CHECKING
@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Real
 
 from rmtjax._types import check_type
-from rmtjax.planning import LayerPlan
+from rmtjax.planning import LayerPlan, TradeOff
 from rmtjax.plots._style import BLUE, dot_size, finish, new_axes, style, VERMILION
 
 if TYPE_CHECKING:
@@ -125,6 +125,28 @@ def accuracy(
         ax.errorbar(x[named], y[named], error, capsize=cap, linewidth=1, label=name, **style(index))
     ax.set_xscale("log")
     return finish(ax, "parameters", "accuracy, %", title, form="k")
+
+
+def trade_off(
+    curves: TradeOff | Mapping[str, TradeOff], *, ax: "Axes | None" = None, title: str = ""
+) -> "Axes":
+    """Draws the energy that plans remove against the share of the parameters that they keep.
+
+    Args:
+      curves: From `rmtjax.trade_off`, or several of them by name; anything else raises TypeError.
+      ax, title: As in `layers`.
+    """
+    named = {"": curves} if isinstance(curves, TradeOff) else curves
+    check_type("curves", named, Mapping, "Give what `rmtjax.trade_off` returns.")
+    ax = new_axes() if ax is None else ax
+    for index, (name, curve) in enumerate(named.items()):
+        check_type(f"curves[{name!r}]", curve, TradeOff, "Give what `rmtjax.trade_off` returns.")
+        shown = style(index) | {"marker": "", "label": name or None}
+        # A plan lands between two points too: on the line up to a step of a rank.
+        ax.plot(curve.shares, curve.removed, **shown)
+    ax.set_xlim(right=1)
+    ax.set_ylim(bottom=0)
+    return finish(ax, "share of the parameters", "mean share of energy removed", title)
 
 
 def certificate(

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from rmtjax._text import printable
 from rmtjax._types import Axes, BulkFit, Where
+from rmtjax.moments import Moments
 from rmtjax.noise import ranks
 from rmtjax.planning import add_costs, Cost, make_plan, Plan, PlanOptions
 from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics
@@ -207,12 +208,13 @@ def analyze(
     min_size: int = 50,
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
+    moments: Moments | None = None,
 ) -> Report:
     """Analyzes every kernel of a parameter tree; changes nothing.
 
     Args:
       params: Nested dictionaries of arrays, as `module.init(...)["params"]`.
-      rule, where, axes, fits, min_size, exact_below, batch: As in `rmtjax.plan`.
+      rule, where, axes, fits, min_size, exact_below, batch, moments: As in `rmtjax.plan`.
 
     Returns:
       A `Report`. Ranks are not rounded up to a multiple, and kernels under `min_size` have rows
@@ -229,5 +231,6 @@ def analyze(
       (1, 'factorized: 1 of 200 are signal, rank 1')
     """
     sizes: dict[str, Any] = {"multiple": 1, "min_size": min_size, "exact_below": exact_below}
-    options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
+    known: dict[str, Any] = {"where": where, "axes": axes, "fits": fits, "moments": moments}
+    options = PlanOptions(rule, batch=batch, **known, **sizes)
     return Report(make_plan(params, options))

@@ -29,6 +29,8 @@ class Row(NamedTuple):
       rank: Rank of the kernel after the plan.
       removed: Share of the sum of squared entries that the plan removes, in [0, 1). What shrinkage
         removes is not counted.
+      removed_outputs: Share of the mean square of the outputs that the plan removes, on the data
+        of the moments; None without moments.
       parameters: Numbers in the kernel.
       multiply_adds: Multiply-adds for the rows of `batch`, or for one row without `batch`.
       milliseconds: Measured time of one call; None if it was not timed.
@@ -49,6 +51,7 @@ class Row(NamedTuple):
     distance: float | None = None
     rank: int | None = None
     removed: float | None = None
+    removed_outputs: float | None = None
     parameters: int | None = None
     multiply_adds: int | None = None
     milliseconds: float | None = None
@@ -62,6 +65,20 @@ def to_number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _removed(layer: LayerPlan) -> tuple[float | None, float | None]:
+    """Returns the shares of squared entries and of squared outputs that a plan removes."""
+    cut = layer.action != "keep"
+    if layer.loss is None:
+        # In float64: for a large kernel float32 would lose digits in the sum.
+        eigenvalues = np.asarray(layer.spectrum.eigenvalues, np.float64)
+        lost = eigenvalues[..., layer.rank :].sum() / eigenvalues.sum() if cut else 0.0
+        return to_number(lost), None
+    losses = layer.loss.squares, layer.loss.outputs
+    shares = (lost[..., layer.rank].sum() / lost[..., 0].sum() for lost in losses)
+    squares, outputs = (to_number(share) if cut else 0.0 for share in shares)
+    return squares, outputs
+
+
 def make_row(path: str, layer: LayerPlan) -> Row:
     """Returns the row of a kernel from its row of the plan."""
     fit, spectrum = layer.fit, layer.spectrum
@@ -69,11 +86,7 @@ def make_row(path: str, layer: LayerPlan) -> Row:
     row = Row(path, layer.shape, layer.action, layer.reason, **costs)
     if fit is None or spectrum is None:
         return row
-    distance, removed = to_number(np.max(fit.distance)), 0.0
-    if layer.action != "keep":
-        # In float64: for a large kernel float32 would lose digits in the sum.
-        eigenvalues = np.asarray(spectrum.eigenvalues, np.float64)
-        removed = to_number(eigenvalues[..., layer.rank :].sum() / eigenvalues.sum())
+    distance, (removed, outputs) = to_number(np.max(fit.distance)), _removed(layer)
     return row._replace(
         ratio=to_number(spectrum.ratio),
         variance=to_number(np.mean(fit.variance)),
@@ -83,6 +96,7 @@ def make_row(path: str, layer: LayerPlan) -> Row:
         distance=distance,
         rank=layer.rank,
         removed=removed,
+        removed_outputs=outputs,
     )
 
 

@@ -14,12 +14,15 @@ from rmtjax.spectra._factors import (
     truncate_matrix as truncate_matrix,
 )
 from rmtjax.spectra._lanczos import largest_eigenvalue as largest_eigenvalue
+from rmtjax.spectra._outputs import OutputLosses as OutputLosses
 from rmtjax.spectra._select import (
     cross_validate as cross_validate,
     decompose as decompose,
     Directions as Directions,
     estimated_spectra as estimated_spectra,
     keeps_most as keeps_most,
+    output_factors as output_factors,
+    output_losses as output_losses,
     product as product,
     singular_vectors as singular_vectors,
     spectra as spectra,

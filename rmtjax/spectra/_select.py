@@ -17,6 +17,8 @@ Conditions are tried from top to bottom. p is the short side, n the long one, r 
 | merge of replicas | on the host | Gram matrices in grades, a fold a thread | `_fold` | n p^2 |
 | | replicas divided over devices | the same in XLA, each device its own fold | `_fold` | n p^2 |
 | | else | the same in XLA, one fold after another | `_fold` | n p^2 |
+| outputs, given moments | traced | root of the moment, then SVD in XLA | `_outputs` | m^3 |
+| | else | eigenvectors of W^T C W, LAPACK in float64 | `_outputs` | m n^2 |
 | pruning step | one matrix, known noise, p >= 1000 | iteration above it | `_svd` | n p r |
 | | else; all directions | eigenvectors of the Gram matrix in XLA | `_svd` | n p^2 |
 
@@ -37,12 +39,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rmtjax._axes import Factors, KernelAxes, MatrixView, to_stack, Views
+from rmtjax._axes import Factors, KernelAxes, MatrixView, to_matrices, to_stack, Views
 from rmtjax._sharding import by_compiler, fetch, mesh_of
 from rmtjax._types import Spectrum
-from rmtjax.spectra import _fold, _lapack, _sharded, _svd
+from rmtjax.moments import Second
+from rmtjax.spectra import _fold, _lapack, _outputs, _sharded, _svd
 from rmtjax.spectra._factors import compose, contract, project
 from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
+from rmtjax.spectra._outputs import OutputLosses
 from rmtjax.spectra._spectrum import each, lift
 from rmtjax.spectra._subspace_iteration import block_size, iteration_pays, Leading, leading_above
 
@@ -165,6 +169,43 @@ def singular_vectors(views: Views, ranks: Mapping[str, int]) -> Iterator[tuple[s
     for path, view in views.items():
         if path not in divided:
             yield path, _vectors_of_one(view, ranks[path])
+
+
+def output_losses(view: MatrixView, second: Second) -> OutputLosses:
+    """Returns what a kernel that is not traced loses at each rank, if it is cut by output.
+
+    Args:
+      view: The kernel; one that is divided over devices is gathered on the host.
+      second: The second moments of its inputs: for each matrix of a stack, or for all together.
+    """
+    return _outputs.host_losses(_host_stack(view), second)
+
+
+def _host_stack(view: MatrixView) -> Any:
+    """Returns the stack of a kernel in the memory of the host."""
+    if view.is_factored:
+        return jax.tree.map(np.asarray, fetch(view.matrices()))
+    leaf = view.leaf if _on_host(view) else fetch(view.leaf)
+    return to_matrices(np.asarray(leaf), view.axes)
+
+
+def output_factors(view: MatrixView, second: Second, rank: int) -> Factors:
+    """Returns the factors of the nearest kernel of a rank in outputs, in the axes of factors.
+
+    Args:
+      view, second: As in `output_losses`. The kernel may be traced.
+      rank: The number of directions kept; of factors there are no more than they have.
+    """
+    stack = view.matrices()
+    if _is_eager() and not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(stack)):
+        down, up = _outputs.host_directions(_host_stack(view), second, rank)
+    else:
+        find = partial(_outputs.compiled_directions, second=second, rank=rank)
+        down, up = by_compiler(find, stack, out=(None, None))
+    left, right = _outputs.project(stack, down, up)
+    inputs, outputs, batch = ([view.shape[axis] for axis in group] for group in view.axes)
+    kept = left.shape[-1]
+    return Factors(left.reshape(*batch, *inputs, kept), right.reshape(*batch, kept, *outputs))
 
 
 def keeps_most(view: MatrixView, rank: int) -> bool:

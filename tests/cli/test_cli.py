@@ -9,12 +9,15 @@ import stat
 import sys
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.cli_models import names_of, save, save_model, spiked, usage_error
 
 import rmtjax
 from rmtjax import checkpoint, cli
+from rmtjax.moments import Moments
+from rmtjax.moments._moment import sums_of_rows
 
 
 @pytest.fixture
@@ -233,3 +236,29 @@ def test_an_end_leaves_no_half_written_file(tmp_path, plain, model, name, code):
         assert "b.weight/left" in names_of(out)
     finally:
         signal.signal(number, before)
+
+
+def test_moments_and_a_budget_shape_the_plan(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    params = {"a": {"kernel": rng.normal(size=(80, 60)).astype(np.float32)}}
+    rows = (rng.normal(size=(1, 300, 80)) * 0.9 ** np.arange(80)).astype(np.float32)
+    moments = Moments(
+        {"a/kernel": sums_of_rows(jnp.asarray(rows))}, {}, (("a/kernel", "a/kernel"),)
+    )
+    names = [str(tmp_path / f"{name}.safetensors") for name in ("model", "moments", "out")]
+    checkpoint.save(names[0], params)
+    checkpoint.save_moments(names[1], moments)
+    argv = ["compress", names[0], "--out", names[2], "--budget", "0.5"]
+    assert cli.main([*argv, "--moments", names[1]]) == 0
+    shown = capsys.readouterr().out
+    assert "removed_outputs" in shown
+    assert "rank 16 of 60 under the budget by output" in shown
+    plan = rmtjax.plan(params, moments=moments, budget=0.5)
+    expected = rmtjax.factorize(params, plan, moments=moments)["a"]["kernel"]
+    found = checkpoint.restore(names[2])["a"]["kernel"]
+    np.testing.assert_allclose(found.left @ found.right, expected.left @ expected.right, atol=1e-4)
+    assert cli.main([*argv, "--force"]) == 0
+    assert "removed_outputs" not in capsys.readouterr().out
+    assert "`budget` must be in (0, 1]" in usage_error(capsys, *argv[:-1], "1.5", "--force")
+    assert cli.main(["analyze", names[1], "--moments", names[0]]) == 1
+    assert "holds no moments" in capsys.readouterr().err

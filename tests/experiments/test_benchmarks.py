@@ -15,6 +15,7 @@ from experiments.benchmarks import (
     latency,
     memory,
     merge,
+    moments,
     report,
     sizes,
     timing,
@@ -50,6 +51,12 @@ def test_sizes_find_what_is_planted(tmp_path, monkeypatch, capsys):
 def test_truncation_is_that_of_the_decomposition(tmp_path, monkeypatch):
     arguments = ["--sizes", "200", "--ranks", "3", "--rounds", "1"]
     (row,) = run(truncation, arguments, tmp_path, monkeypatch)
+    assert row["relative difference"] < 1e-5
+
+
+def test_sums_over_inputs_are_those_of_float64(tmp_path, monkeypatch):
+    arguments = ["--widths", "60", "--rows", "500", "--rounds", "1"]
+    (row,) = run(moments, arguments, tmp_path, monkeypatch)
     assert row["relative difference"] < 1e-5
 
 

@@ -138,3 +138,29 @@ DRAWN = {
 @pytest.mark.parametrize("name", DRAWN)
 def test_figures_of_results_look_as_they_did(name, plan, tmp_path):
     check_image(name, lambda ax: DRAWN[name](ax, plan), tmp_path)
+
+
+def curves():
+    """Two curves of made-up points, which no decomposition has a part in."""
+    options = rmtjax.planning.PlanOptions(budget=1.0)
+    nothing = rmtjax.planning.Findings({}, {}, {}, {})
+    shares = np.linspace(1, 0.3, 15)
+    made = {"weights": (1 - shares) / 1.4, "output": (1 - shares) ** 2 / 2}
+    sizes = np.round(1e4 * shares).astype(int)
+    return {n: rmtjax.TradeOff(sizes, shares, lost, nothing, options) for n, lost in made.items()}
+
+
+def test_trade_off_has_a_line_for_each_curve(ax):
+    found = curves()
+    plots.trade_off(found, ax=ax)
+    assert labels(ax) == ["weights", "output"]
+    for name, curve in found.items():
+        np.testing.assert_array_equal(line(ax, name), [curve.shares, curve.removed])
+    alone = plots.trade_off(found["output"], ax=Figure().subplots())
+    assert alone.get_legend() is None
+    with pytest.raises(TypeError, match="curves"):
+        plots.trade_off({"a": 1.0})
+
+
+def test_the_image_of_trade_off(tmp_path):
+    check_image("trade_off", lambda ax: plots.trade_off(curves(), ax=ax), tmp_path)

@@ -1,0 +1,212 @@
+"""Collects the moments of the inputs of kernels over batches, for models of any API."""
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._sharding import fetch
+from rmtjax.models._products import find_uses, Tap
+from rmtjax.models._uses import Use, View
+from rmtjax.moments import Moment, Moments
+
+# Called before each batch with the number of batches done, that of all or -1, and what is done.
+Progress = Callable[[int, int, str], None]
+# A kernel with more outputs has no weights for them: the matrix of these would be large.
+_MOST = 8192
+Names = tuple[tuple[str, str], ...]  # pairs of the path of a kernel and the name of its group
+
+
+def _input_axes(view: MatrixView) -> KernelAxes:
+    """Returns the axes of what meets the inputs: the kernel, or its left factor."""
+    if view.in_parts or not view.is_factored:
+        return view.axes
+    return view.axes._replace(outputs=(view.leaf.left.ndim - 1,))
+
+
+def _traced_as(view: MatrixView) -> list[View | None]:
+    """Returns what the interpreter follows of each array of a leaf: of factors, the left one."""
+    if view.in_parts:  # no one array of it meets the inputs
+        return [None] * len(jax.tree.leaves(view.leaf))
+    if view.is_factored:
+        return [View(view.path, tuple(range(view.leaf.left.ndim))), None]
+    return [View(view.path, tuple(range(len(view.shape))))]
+
+
+def _stacked(use: Use, batch: tuple[int, ...]) -> Moment:
+    """Returns the sums of a use with one leading axis, in the order of the batch axes."""
+    count = len(use.axes)
+    # Without axes, the members of a stack all have the same rows, which are summed once.
+    order = [use.axes.index(axis) for axis in batch] if count else []
+
+    def stack(array):
+        moved = jnp.transpose(array, (*order, *range(count, array.ndim)))
+        return moved.reshape(-1, *array.shape[count:])
+
+    return jax.tree.map(stack, use.sums)
+
+
+def _group(uses: list[Use], axes: Mapping[str, KernelAxes]) -> tuple[dict[str, Moment], Names]:
+    """Returns the sums by group, and the group of each kernel: those of equal inputs make one."""
+    # Of a kernel that rows meet on both sides, as tied weights, no one moment decides.
+    both = {use.path for use in uses if use.side == "outputs"}
+    by_path: dict[str, list[Use]] = {}
+    for use in uses:
+        if use.path not in both:
+            by_path.setdefault(use.path, []).append(use)
+    owners, groups, names = {}, {}, []
+    for path, found in sorted(by_path.items()):
+        owner = owners.setdefault(tuple((use.key, use.axes) for use in found), path)
+        if owner == path:
+            first, *others = (_stacked(use, axes[path].batch) for use in found)
+            groups[path] = sum(others, first)
+        names.append((path, owner))
+    return groups, tuple(names)
+
+
+def _check_finite(state: Mapping[str, tuple[Any, Any]], place: int) -> None:
+    for path, (_, finite) in state.items():
+        if not finite:
+            raise ValueError(
+                f"`batches` makes inputs of {path!r} that are not finite, in batch {place}. Check "
+                "the batch and the parameters, or leave the kernel out with `where`."
+            )
+
+
+def _check_traced(traced: list[Names], views: Mapping[str, MatrixView]) -> None:
+    if not traced:
+        raise ValueError("`batches` must have at least one batch, got none.")
+    if not traced[0]:
+        some = ", ".join(map(repr, list(views)[:3])) or "none are chosen"
+        raise ValueError(
+            f"`batches` meets none of the kernels ({some}) in a product. Choose kernels of layers "
+            "that the model calls with `where`, and give their `axes`."
+        )
+    if len(set(traced)) > 1:
+        path = min(set(traced[0]) ^ set(traced[-1]))[0]
+        raise ValueError(
+            f"`batches` uses {path!r} in another way in some batch. Collect the moments of each "
+            "kind of batch alone, and add them up with `+`."
+        )
+
+
+def _taps(views: Mapping[str, MatrixView]) -> dict[str, Tap]:
+    """Returns zeros by kernel, whose gradients are the sums over those of the kernel's outputs."""
+    taps = {}
+    for path, view in views.items():
+        batch = [view.shape[axis] for axis in view.axes.batch]
+        shapes: Any = {"total": [view.columns], "second": [view.columns] * 2}
+        shapes |= {"third": [view.columns], "fourth": []}
+        # The left factor of a kernel has the rank for outputs.
+        if not view.is_factored and view.columns <= _MOST:
+            zeros = {name: jnp.zeros((*batch, *shape)) for name, shape in shapes.items()}
+            taps[path] = Tap(view.axes.batch, zeros)
+    return taps
+
+
+def _along_random(key: Any, outputs: list[Any]) -> Any:
+    """Returns the inner product of outputs with standard normal draws, if they have derivatives."""
+    draws = zip(jax.random.split(key, max(len(outputs), 1)), outputs, strict=False)
+    parts = [
+        jnp.sum(jax.random.normal(key, array.shape, jnp.float32) * array)
+        for key, array in draws
+        if jnp.issubdtype(array.dtype, jnp.floating)
+    ]
+    return sum(parts, jnp.zeros(()))
+
+
+def _to_moments(sums: dict[str, dict], rows: Mapping[str, Any], names: Names) -> dict[str, Moment]:
+    """Returns the sums over gradients by path, for the kernels that have moments."""
+    found = {}
+    for path, owner in names:
+        if path in sums:
+            stack = len(np.shape(sums[path]["fourth"]))
+            flat = {n: np.reshape(a, (-1, *np.shape(a)[stack:])) for n, a in sums[path].items()}
+            found[path] = Moment(rows[owner], **flat)
+    return found
+
+
+def collect(
+    function: Callable[[Mapping[str, Any], PyTree, PyTree], Any],
+    views: Mapping[str, MatrixView],
+    rest: PyTree,
+    batches: Iterable[PyTree],
+    progress: Progress | None,
+    key: Any = None,
+) -> Moments:
+    """Returns the moments of the inputs of kernels, summed over batches.
+
+    Args:
+      function: `function(leaves, rest, batch)` calls the model. Its result is not used.
+      views: The kernels by path, whose leaves are given to the function.
+      rest: What else the function needs, as a tree of arrays.
+      batches: Trees of arrays. A second shape compiles a second program.
+      progress, key: As in `rmtjax.linen.moments`.
+    """
+    # In the order in which JAX flattens a dictionary.
+    views = dict(sorted(views.items()))
+    leaves = {path: view.leaf for path, view in views.items()}
+    known = [view for one in views.values() for view in _traced_as(one)]
+    axes = {path: _input_axes(view) for path, view in views.items()}
+    traced: list[Names] = []  # of each program that is compiled
+
+    def run(taps, arguments):
+        others = [None] * (len(jax.tree.leaves(arguments)) - len(known))
+        uses, outputs = find_uses(function, arguments, [*known, *others], axes, taps)
+        groups, names = _group(uses, axes)
+        traced.append(names)
+        return groups, outputs
+
+    def with_gradients(key, arguments):
+        taps = _taps(views)
+
+        def project(zeros):
+            tapped = {path: tap._replace(zeros=zeros[path]) for path, tap in taps.items()}
+            groups, outputs = run(tapped, arguments)
+            return _along_random(key, outputs), groups
+
+        zeros = {path: tap.zeros for path, tap in taps.items()}
+        return jax.grad(project, has_aux=True)(zeros)[::-1]
+
+    @partial(jax.jit, donate_argnums=0)  # the sums are updated in place
+    def add(totals, key, *arguments):
+        if key is None:
+            groups, gradients = run({}, arguments)[0], {}
+        else:
+            groups, gradients = with_gradients(key, arguments)
+        sums = groups, gradients
+        finite = lambda moment: jnp.isfinite(moment.fourth).all()
+        state = {name: (moment.rows, finite(moment)) for name, moment in groups.items()}
+        return sums if totals is None else jax.tree.map(jnp.add, totals, sums), state
+
+    totals, count = None, len(batches) if isinstance(batches, Sized) else -1
+    rows: dict[str, Any] = {}
+    waiting = None
+    for place, batch in enumerate(batches):
+        if progress:
+            progress(place, count, "moments")
+        draw = None if key is None else jax.random.fold_in(key, place)
+        totals, state = add(totals, draw, leaves, rest, batch)
+        _check_traced(traced, views)
+        # The state of the batch before is read while the device computes.
+        rows = _read(rows, waiting)
+        waiting = place, state
+    _check_traced(traced, views)
+    rows, (groups, gradients) = _read(rows, waiting), fetch(totals)
+    groups = {name: replace(moment, rows=rows[name]) for name, moment in groups.items()}
+    return Moments(groups, _to_moments(gradients, rows, traced[0]), traced[0])
+
+
+def _read(rows: dict[str, Any], waiting: tuple[int, Any] | None) -> dict[str, Any]:
+    """Returns the rows with those of a batch, counted by the host in 64 bits."""
+    if waiting is None:
+        return rows
+    place, state = waiting[0], fetch(waiting[1])
+    _check_finite(state, place)
+    return {n: rows.get(n, 0) + np.asarray(more, np.int64) for n, (more, _) in state.items()}

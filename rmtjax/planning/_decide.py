@@ -1,0 +1,169 @@
+"""Decides what is done to one kernel, from its measurement, with the reason in words."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmtjax._axes import MatrixView
+from rmtjax._types import Spectrum
+from rmtjax.moments import Moments
+from rmtjax.noise import kept_rank, Shrink
+from rmtjax.planning._budget import allocate, Budget, Choices, choices_of, size_of
+from rmtjax.planning._cost import hindrance
+from rmtjax.planning._measure import Findings, Measurement
+from rmtjax.planning._options import PlanOptions
+from rmtjax.planning._rows import Factorized, Kept, LayerPlan, Truncated
+from rmtjax.spectra import shrink_values
+
+# One program in the place of several small ones.
+_kept_rank = jax.jit(kept_rank)
+
+
+def _broken(measured: Measurement) -> str | None:
+    """Returns why a kernel cannot be cut at all, or None."""
+    if not np.isfinite(measured.spectra.eigenvalues).all():
+        return "not finite"
+    return None if measured.spectra.eigenvalues.any() else "all zero"
+
+
+def _refusal(measured: Measurement) -> str | None:
+    """Returns why the rule may not be believed, or None."""
+    if broken := _broken(measured):
+        return broken
+    if not measured.accepted.all():
+        size = measured.spectra.eigenvalues.shape[-1]
+        if not measured.noisy.all():
+            return "no noise above rounding; of a truncated kernel `fits` must tell it"
+        if (measured.fits.num_spikes >= size // 2).any():
+            return f"half of the {size} directions stand out, and leave no bulk to fit"
+        return f"law does not fit (distance {measured.fits.distance.max():.3f})"
+    # Nothing stands out, as before training; to cut to nothing would destroy the network.
+    return None if measured.signal.any() else "no signal stands out of the noise"
+
+
+def _unshrinkable(measured: Measurement, shrink: Shrink, view: MatrixView) -> str | None:
+    """Returns why the values that are kept may not be shrunk, or None."""
+    spectra, variance = measured.spectra, measured.fits.variance
+    if not (np.isfinite(variance) & measured.noisy).all():
+        return "no noise level to shrink by"
+    values = np.sqrt(view.long * spectra.eigenvalues)
+    shrunken = shrink_values(jnp.asarray(values), shrink, variance, (view.rows, view.columns))
+    return None if shrunken.any(axis=-1).all() else "shrinkage would leave nothing"
+
+
+def _losses(found: Findings, path: str) -> np.ndarray:
+    """Returns the share of energy that a kernel loses at each rank: of outputs, or of squares."""
+    if path in found.losses:
+        lost = np.asarray(found.losses[path].weighted, np.float64)
+    else:
+        eigenvalues = np.asarray(found.measured[path].spectra.eigenvalues, np.float64)
+        from_rank = np.cumsum(eigenvalues[:, ::-1], axis=1)[:, ::-1]
+        lost = np.pad(from_rank, ((0, 0), (0, 1)))
+    lost = lost.reshape(-1, lost.shape[-1]).sum(axis=0)
+    return np.clip(lost / lost[0], 0, 1)
+
+
+def _weights(found: Findings, moments: Moments | None) -> dict[str, float]:
+    """Returns how much the share of energy that each kernel loses counts, 1 on average.
+
+    With the gradients of a model's outputs, the energy itself is comparable: it is the change of
+    these outputs to first order. Neither the energy nor the share alone is best for deep cuts, so
+    the weight of a share is the root of the energy. Without gradients all shares count alike.
+    """
+    known = moments.gradients if moments is not None else {}
+    energies = {
+        path: float(np.sum(np.asarray(known[path].rows) * loss.weighted[..., 0]))
+        for path, loss in found.losses.items()
+        if path in known
+    }
+    roots = {path: np.sqrt(energy) for path, energy in energies.items() if energy > 0}
+    mean = np.mean([*roots.values()]) if roots else 1.0
+    return {path: float(roots.get(path, mean) / mean) for path in found.measured}
+
+
+def choices(
+    found: Findings, options: PlanOptions, rows: Mapping[str, int], whole: Collection[str] = ()
+) -> tuple[dict[str, Choices], int]:
+    """Returns the choices of the kernels that a budget may cut, and the size of the others.
+
+    `whole` are kernels that stay as they are.
+    """
+    budget = options.budget or Budget(share=1.0)
+    able, fixed, weights = {}, 0, _weights(found, options.moments)
+    for path, kernel in found.kernels.items():
+        count, one = rows.get(path, 1), None
+        fixed_form = path in whole or getattr(kernel, "in_parts", None)
+        if path in found.measured and not fixed_form and not _broken(found.measured[path]):
+            sizes = options.multiple, options.min_rank
+            losses = weights[path] * _losses(found, path)
+            one = choices_of(kernel, losses, budget, count, *sizes)
+        if one is None or len(one.ranks) == 1:
+            fixed += size_of(kernel, budget, count)
+        else:
+            able[path] = one
+    return able, fixed
+
+
+def give_ranks(
+    found: Findings, options: PlanOptions, rows: Mapping[str, int], whole: Collection[str] = ()
+) -> dict[str, int | None] | None:
+    """Returns the rank of each kernel under a budget, None for one that stays; None without one."""
+    if options.budget is None:
+        return None
+    able, fixed = choices(found, options, rows, whole)
+    sizes = (size_of(kernel, options.budget, rows.get(p, 1)) for p, kernel in found.kernels.items())
+    ranks = allocate(able, fixed, options.budget.limit(sum(sizes)))
+    return dict.fromkeys(found.measured) | ranks
+
+
+def _signal_rank(view: MatrixView, measured: Measurement, options: PlanOptions) -> tuple[int, str]:
+    """Returns the rank by the signal in the weights, and in words."""
+    # One rank for a stack: that of its richest member.
+    populated = int(measured.populated.max())
+    count = min(int(measured.signal.max()), populated)
+    rank = int(_kept_rank(count, populated, options.keep, options.min_rank))
+    size = view.full_rank
+    rank = min(-(-rank // options.multiple) * options.multiple, size)  # rounded up
+    shrunk = ", shrunk" if options.shrink else ""
+    return rank, f"{count} of {size} are signal, rank {rank}{shrunk}"
+
+
+def decide(
+    found: Findings, path: str, options: PlanOptions, ranks: Mapping[str, int | None] | None
+) -> LayerPlan:
+    """Returns the row of a kernel: by the signal in its weights, or by a rank that is given."""
+    if path in found.rows:
+        return found.rows[path]
+    view: Any = found.kernels[path]
+    measured, loss, shrink = found.measured[path], found.losses.get(path), options.shrink
+    size = view.full_rank
+    # A kernel that is not a stack has one matrix, and its row no leading axis.
+    unstack = lambda tree: tree if view.axes.batch else jax.tree.map(lambda leaf: leaf[0], tree)
+    eigenvalues, ratio = measured.spectra
+    spectrum = Spectrum(unstack(eigenvalues), ratio[0])
+    known: Any = {"shape": view.shape, "axes": view.axes, "spectrum": spectrum}
+    known |= {"fit": unstack(measured.fits), "loss": unstack(loss)}
+    note = " (spectrum estimated)" if measured.estimated else ""
+    note += " (no moments: by weights)" if options.moments is not None and not loss else ""
+    if ranks is None:
+        refusal = _refusal(measured) or (shrink and _unshrinkable(measured, shrink, view))
+        rank, words = _signal_rank(view, measured, options)
+    else:
+        refusal = _broken(measured) or (None if ranks[path] else "whole under the budget")
+        rank = ranks[path] or size
+        words = f"rank {rank} of {size} under the budget"
+    words += " by output" if loss else ""
+    if view.in_parts:
+        refusal = refusal or f"held as {view.in_parts} ({words.partition(', rank')[0]})"
+    if refusal:
+        return Kept(f"kept: {refusal}{note}", rank=size, **known)
+    if rank == size and shrink is None:
+        return Kept(f"kept: full rank ({words}){note}", rank=size, **known)
+    known |= {"rank": rank, "shrink": shrink}
+    if cause := hindrance(view, rank):
+        return Truncated(f"truncated: {cause} ({words}){note}", **known)
+    again = " again" if view.is_factored else ""
+    return Factorized(f"factorized{again}: {words}{note}", **known)

@@ -1,0 +1,97 @@
+"""Repairs factors after a cut: least squares on the outputs of the dense kernel, from moments."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from rmtjax._axes import Factors, kernel_shape, MatrixView
+from rmtjax._sharding import place_like
+from rmtjax._types import Axes, check_type
+from rmtjax.moments import Moments, shrink
+from rmtjax.planning._kernels import check_tree, find_kernels, leaves_by_path, map_kernels
+from rmtjax.planning._measure import bias_of, second_of
+from rmtjax.spectra import multiply
+
+
+def _solve(smooth: np.ndarray, left: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """Returns the right factor that is nearest in outputs, for a left one."""
+    weighted = smooth[:, None] * left if smooth.ndim == 1 else smooth @ left
+    # Directions without inputs, or that two columns share, have no say: no inverse is taken.
+    return np.linalg.lstsq(left.T @ weighted, weighted.T @ dense, rcond=1e-12)[0]
+
+
+def _refit(view: MatrixView, factors: Factors, second) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the right factors of a stack, and what the change adds to the bias."""
+    thin = MatrixView(view.path, factors, view.axes)
+    lefts = np.asarray(thin.matrices().left, np.float64)
+    whole = view.matrices() if not view.is_factored else multiply(view.matrices())
+    dense, smooth = np.asarray(whole, np.float64), shrink(second)
+    place = lambda index: index % len(smooth)
+    pairs = enumerate(zip(lefts, dense, strict=True))
+    rights = np.stack([_solve(smooth[place(i)], left, matrix) for i, (left, matrix) in pairs])
+    if second.mean is None:
+        return rights, np.zeros((view.stack, view.columns))
+    mean = np.broadcast_to(second.mean, (view.stack, view.rows))
+    return rights, np.einsum("bi,bij->bj", mean, dense - lefts @ rights)
+
+
+def refit(
+    params: PyTree, factored: PyTree, moments: Moments, *, axes: Axes | None = None
+) -> PyTree:
+    r"""Repairs the right factors of a factorized tree, and its biases, by least squares.
+
+    $R = \operatorname{argmin}_R E\,|x W - x L R|^2 = (L^T C L)^+ L^T C W$ for the left factor L,
+    layer by layer, from moments alone. With `moments.with_options(centred=True)` a bias takes up
+    what is left of the mean. Factors that were cut by output with the same moments are already the
+    best for their left factors. So it repairs factors that were cut by weights, trained with other
+    data, or rounded.
+
+    Args:
+      params: The tree before the cut.
+      factored: The tree after it, with `Factors` in the place of some kernels.
+      moments: Of the inputs of the kernels.
+      axes: As in `rmtjax.plan`; needed where `params` has stacks.
+
+    Returns:
+      The factored tree with other right factors, in their dtypes. Kernels without factors or
+      without moments stay as they are.
+
+    Raises:
+      ValueError, TypeError: The trees or the moments do not fit each other.
+
+    Examples:
+      >>> import flax.linen as nn, jax, rmtjax
+      >>> module, x = nn.Dense(60), jax.random.normal(jax.random.key(0), (500, 80)) ** 3
+      >>> params = module.init(jax.random.key(0), x)["params"]
+      >>> moments = rmtjax.linen.moments(module, {"params": params}, [x])
+      >>> thin = rmtjax.factorize(params, rmtjax.plan(params, budget=0.5))
+      >>> again = rmtjax.refit(params, thin, moments)
+      >>> change = lambda tree: rmtjax.certificate.output_changes(params, tree, moments)
+      >>> bool(change(again)["kernel"].change < change(thin)["kernel"].change)
+      True
+    """
+    check_tree(params)
+    check_type("moments", moments, Moments, "Collect them with `rmtjax.linen.moments`.")
+    old, new = leaves_by_path(params), leaves_by_path(factored)
+    kernels = find_kernels(params, lambda path, leaf: path in moments, axes)
+    changed: dict[str, Any] = {}
+    for path, view in kernels.items():
+        leaf = new.get(path)
+        if not isinstance(leaf, Factors) or not isinstance(view, MatrixView):
+            continue
+        if kernel_shape(leaf) != view.shape or view.axes.order != tuple(range(len(view.shape))):
+            raise ValueError(
+                f"`factored` must have factors of shape {view.shape} for {path!r}, got "
+                f"{kernel_shape(leaf)}: give the tree that was made of `params`."
+            )
+        rights, shift = _refit(view, leaf, second_of(moments, view, old))
+        right = jnp.asarray(rights.reshape(leaf.right.shape)).astype(leaf.right.dtype)
+        changed[path] = Factors(leaf.left, place_like(right, leaf.right))
+        bias = bias_of(view, old)
+        if moments.centred and bias is not None and bias in new:
+            value = np.asarray(old[bias], np.float64) + shift.reshape(np.shape(old[bias]))
+            value = jnp.asarray(value).astype(jnp.asarray(new[bias]).dtype)
+            changed[bias] = place_like(value, new[bias])
+    return map_kernels(lambda path, leaf: changed[path], factored, changed)
