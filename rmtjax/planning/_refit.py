@@ -63,7 +63,7 @@ def refit(
 
     Examples:
       >>> import flax.linen as nn, jax, rmtjax
-      >>> module, x = nn.Dense(60), jax.random.normal(jax.random.key(0), (500, 80)) ** 3
+      >>> module, x = nn.Dense(60), jax.random.normal(jax.random.key(0), (500, 80)).cumsum(1)
       >>> params = module.init(jax.random.key(0), x)["params"]
       >>> moments = rmtjax.linen.moments(module, {"params": params}, [x])
       >>> thin = rmtjax.factorize(params, rmtjax.plan(params, budget=0.5))
