@@ -205,7 +205,7 @@ def metrics_of(
       >>> print(f"{metrics.stable_rank:.1f}, {metrics.condition:.1f}, {metrics.snr:.3f}")
       15.0, 1.0, 0.071
       >>> print(f"{metrics.hill:.2f} +- {metrics.hill_error:.2f}")
-      2.63 +- 0.16
+      2.65 +- 0.17
 
     References:
       Clauset, Shalizi and Newman, SIAM Review 51 (2009) 661-703, https://arxiv.org/abs/0706.1062.
