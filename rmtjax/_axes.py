@@ -196,6 +196,18 @@ def split_stacks(joined: PyTree, sizes: Sequence[int]) -> list[Any]:
     return [jax.tree.map(operator.itemgetter(part), joined) for part in parts]
 
 
+def _is_numpy(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray)
+
+
+def native(leaf: Any) -> Any:
+    """Returns a NumPy array of numbers in the byte order and the precisions of JAX."""
+    if not _is_numpy(leaf) or leaf.dtype.kind not in "fiuc":
+        return leaf
+    wide = leaf.dtype.kind == "f" and leaf.dtype.itemsize > 8
+    return leaf.astype(np.float64 if wide else leaf.dtype.newbyteorder("="), copy=False)
+
+
 @dataclass(frozen=True, eq=False)
 class KernelLeaf:
     """A leaf of a parameter tree that was chosen as a kernel."""
@@ -204,6 +216,12 @@ class KernelLeaf:
     # A JAX or NumPy array, `Factors`, a `jax.ShapeDtypeStruct`, or any object with `shape`, `dtype`
     # and `__array__`, such as a tensor that is still in a file.
     leaf: Any
+
+    def __post_init__(self):
+        # JAX has neither other byte orders, as in files of HDF5 and FITS, nor long doubles.
+        arrays = jax.tree.leaves(self.leaf, is_leaf=_is_numpy)
+        if any(native(array) is not array for array in arrays):
+            object.__setattr__(self, "leaf", jax.tree.map(native, self.leaf, is_leaf=_is_numpy))
 
     @property
     def is_factored(self) -> bool:
@@ -242,6 +260,7 @@ class MatrixView(KernelLeaf):
     axes: KernelAxes  # of the dense kernel
 
     def __post_init__(self):
+        super().__post_init__()
         check_axes(self.path, self.axes, len(self.shape))
 
     @property

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from rmtjax._axes import KernelAxes
+from rmtjax._axes import KernelAxes, native
 
 
 def mesh_of(array: Any) -> Any:
@@ -158,7 +158,7 @@ def beside(new: Any, old: Any) -> jax.Array:
     """Returns an array where another one of its shape lies: it may have a device of its own."""
     arrays = isinstance(new, jax.Array) and isinstance(old, jax.Array)
     if not arrays or any(isinstance(array, jax.core.Tracer) for array in (new, old)):
-        return jnp.asarray(new)
+        return jnp.asarray(native(new))
     return new if new.devices() == old.devices() else jax.device_put(new, old.sharding)
 
 

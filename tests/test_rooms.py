@@ -39,6 +39,7 @@ OWNERS = {
     "etils": {"checkpoint"},
     "flax": {"linen", "nnx"},
     "matplotlib": {"plots"},
+    "ml_dtypes": {"checkpoint"},
     "optax": {"lowrank", "replicas", "sparse", "training"},
     "orbax": {"checkpoint"},
     "pandas": {"report"},

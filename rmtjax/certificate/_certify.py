@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler, mesh_of
 from rmtjax.certificate._chain import check_activation, check_inputs, Pairs, read_chain
 from rmtjax.certificate._rounding import affine, eps, Layer, lost_squares, mean, norm, operator_norm
@@ -151,6 +152,7 @@ def _certify(
     return Certificate(*_bound(hidden, *pairs[-1], labels), removed=sum(removed, zero[0]))
 
 
+@in_usual_modes
 def certify(
     before: PyTree,
     after: PyTree,

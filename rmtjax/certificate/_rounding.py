@@ -7,6 +7,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from rmtjax._modes import in_usual_modes
 from rmtjax.spectra import check_matrix, lift, matmul, spectrum
 
 
@@ -32,6 +33,7 @@ def norm(array: Array, axis: int | None = None) -> Array:
     return norm * (1 + (size + 8) * eps(array))
 
 
+@in_usual_modes
 def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
     r"""Returns the largest singular value $\|W\|_2$, rounded up; NaN if the matrix is not finite.
 

@@ -12,7 +12,7 @@ import numpy as np
 from rmtjax._axes import check_axes, KernelAxes
 from rmtjax._types import BulkFit
 from rmtjax._version import __version__
-from rmtjax.checkpoint._tensors import are_sizes, CODES, Entry, KEY, parse_object, Tensors
+from rmtjax.checkpoint._tensors import are_sizes, code_of, Entry, KEY, parse_object, Tensors
 from rmtjax.noise import ranks, shrinkage
 from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
@@ -71,7 +71,7 @@ def to_json(
         "rule": None if rule is None else str(rule),
         "plan": None if plan is None else {path: _dump_row(row) for path, row in plan.items()},
         "factors": None if factors is None else sorted(factors),
-        "entries": entries and {n: [CODES[e.dtype], *e.shape] for n, e in entries.items()},
+        "entries": entries and {n: [code_of(e.dtype), *e.shape] for n, e in entries.items()},
         "keys": dict(keys or {}),
     }
     if parts:

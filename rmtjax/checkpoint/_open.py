@@ -59,7 +59,7 @@ def _check_shard(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
-    """Opens several files as one checkpoint. An index, if there is one, names every tensor."""
+    """Opens several files as one checkpoint. An index decides which tensor is in which file."""
     named = _read_index(index) if index else {}
     names = {*named.values()} if index else {path.name for path in folder.glob(f"*{SUFFIX}")}
     paths = [_check_shard(folder, name) for name in sorted(names)]
@@ -68,6 +68,9 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
         for path in paths:
             shard = stack.enter_context(open_file(path))
             for name, entry in shard.entries.items():
+                # A copy that is left over in another shard does not count.
+                if named.get(name, path.name) != path.name:
+                    continue
                 if name in shards:
                     raise ValueError(
                         f"{str(path)!r} and {str(shards[name].path)!r} both have the tensor "
@@ -75,13 +78,12 @@ def _open_shards(folder: Path, index: Path | None) -> Iterator[Tensors]:
                     )
                 shards[name], entries[name] = shard, entry
             metadata |= shard.metadata
-        placed = {name: shard.path.name for name, shard in shards.items()}
-        for name in [*named, *placed] if index else ():
-            if named.get(name) != placed.get(name):
-                raise ValueError(
-                    f"the index of {str(folder)!r} places the tensor {name!r} in "
-                    f"{named.get(name)!r}, and it is in {placed.get(name)!r}: download both again."
-                )
+        missing = min(named.keys() - shards.keys(), default=None)
+        if missing is not None:
+            raise ValueError(
+                f"the index of {str(folder)!r} places the tensor {missing!r} in "
+                f"{named[missing]!r}, which does not have it: download both again."
+            )
         read = lambda name: shards[name].read(name)
         files = (*paths, index) if index else (*paths,)
         yield Tensors(folder, "safetensors", entries, metadata, read, files)

@@ -1,6 +1,7 @@
 """Reads the leaves of a folder that orbax wrote, one at a time, and writes such folders."""
 
 import contextlib
+import errno
 import functools
 import os
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rmtjax.checkpoint._tensors import CODES, Entry, KEY, parse_object, reading, Tensors
+from rmtjax.checkpoint._tensors import Entry, KEY, parse_object, reading, Tensors, UnsupportedError
 from rmtjax.planning import path_name
 
 # Orbax compresses with zstd, of which a block of 4 bytes or more holds at most 128 KiB.
@@ -59,9 +60,7 @@ def _find_arrays(tree: Any, ours: bool, size: int) -> dict[str, tuple[Entry, Any
             continue
         name, entry = path_name(key[:-1] if boxed else key), Entry.of(leaf)
         if name in arrays:
-            raise ValueError(f"two leaves have the path {name!r}")
-        if entry.dtype not in CODES:
-            raise ValueError(f"{name!r} has dtype {entry.dtype}, none of {[*map(str, CODES)]}")
+            raise UnsupportedError(f"two leaves have the path {name!r}: save it with other names")
         # Checked before the first read: tensorstore ends the process if it cannot allocate a chunk.
         chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None)
         for claimed in (entry, entry._replace(shape=tuple(chunk or ()))):
@@ -122,5 +121,12 @@ def save_folder(path: Path, tree: Any, metadata: Mapping[str, str]) -> None:
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
     ):
         finished = Path(temporary) / path.name
-        checkpointer.save(finished, args=ocp.args.PyTreeSave(tree), custom_metadata=dict(metadata))
+        try:
+            item = ocp.args.PyTreeSave(tree)
+            checkpointer.save(finished, args=item, custom_metadata=dict(metadata))
+        except ValueError as error:
+            # What tensorstore raises for a full disk.
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise OSError(errno.ENOSPC, "no space left", str(path)) from error
+            raise
         os.rename(finished, path)

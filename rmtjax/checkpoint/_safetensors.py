@@ -18,17 +18,29 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rmtjax.checkpoint._tensors import are_sizes, CODES, Entry, parse_object, reading, Tensors
+from rmtjax.checkpoint._tensors import (
+    are_sizes,
+    code_of,
+    CODES,
+    Entry,
+    parse_object,
+    reading,
+    Tensors,
+)
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
+_FIELDS = ("dtype", "shape", "data_offsets")
 Places = dict[str, tuple[Entry, int]]  # of each tensor its entry, and its offset in the file
 
 
 def _parse_place(name: str, fields: Any) -> tuple[Entry, int, int]:
     """Returns the entry of a tensor, and where in the data it begins and ends."""
-    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r} needs a dtype, a shape and data_offsets alone")
+    # The library of the format's authors takes a list of the three, and other fields besides.
+    if isinstance(fields, list) and len(fields) == 3:
+        fields = dict(zip(_FIELDS, fields, strict=True))
+    if not isinstance(fields, dict) or not fields.keys() >= {*_FIELDS}:
+        raise ValueError(f"tensor {name!r} needs a dtype, a shape and data_offsets")
     entry, offsets = Entry.parse(name, fields["dtype"], fields["shape"]), fields["data_offsets"]
     if not are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has no two offsets of at least 0")
@@ -40,8 +52,10 @@ def _parse_place(name: str, fields: Any) -> tuple[Entry, int, int]:
 
 def _parse_header(header: bytes, begin: int, size: int) -> tuple[Places, dict[str, str]]:
     """Returns the places of the tensors, in their order, and the metadata."""
-    fields = parse_object(header)
-    metadata = fields.pop("__metadata__", {})
+    # The library of the format's authors takes the last of two tensors with one name.
+    fields = parse_object(header, once=("__metadata__", *_FIELDS))
+    metadata = fields.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is not a JSON object")
     for text in (*fields, *metadata, *metadata.values()):
@@ -82,13 +96,13 @@ def _read_tensor(file: BinaryIO, entry: Entry, begin: int) -> np.ndarray:
     buffer = np.empty(entry.num_bytes + _ALIGNED, np.uint8)
     first = -buffer.ctypes.data % _ALIGNED
     data = buffer[first : first + entry.num_bytes]
-    array = data.view(entry.dtype).reshape(entry.shape)
+    array = data if entry.is_packed else data.view(entry.dtype).reshape(entry.shape)
     file.seek(begin)
     if file.readinto(data.data) != data.size:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("it has become shorter since it was opened")
-    # NumPy expects no other bytes in booleans, and counts wrongly with them.
-    if entry.dtype == np.bool_ and data.max(initial=0) > 1:
-        raise ValueError("it has a boolean that is neither 0 nor 1")
+    # NumPy expects no other bytes in booleans than 0 and 1, and counts wrongly with them.
+    if entry.dtype == np.bool_:
+        np.minimum(data, 1, out=data)
     return array
 
 
@@ -112,6 +126,15 @@ def open_file(path: Path) -> Iterator[Tensors]:
         yield Tensors(path, "safetensors", entries, metadata, read, (path,))
 
 
+def check_code(name: str, entry: Entry) -> None:
+    """Raises ValueError for a dtype that a .safetensors file cannot hold."""
+    if code_of(entry.dtype) is None:
+        raise ValueError(
+            f"{name!r} has dtype {entry.dtype}, which a .safetensors file cannot hold: cast it to "
+            f"one of {', '.join(map(str, CODES))}."
+        )
+
+
 def _make_header(
     entries: Mapping[str, Entry], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
@@ -121,13 +144,9 @@ def _make_header(
     # Larger items first, so that each tensor begins at a multiple of its item size.
     for name in sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name)):
         entry = entries[name]
-        if entry.dtype not in CODES:
-            raise ValueError(
-                f"`entries` has {name!r} of dtype {entry.dtype}, which a .safetensors file cannot "
-                f"hold: cast it to one of {', '.join(map(str, CODES))}."
-            )
+        check_code(name, entry)
         end = position + entry.num_bytes
-        row = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": (position, end)}
+        row = {"dtype": code_of(entry.dtype), "shape": entry.shape, "data_offsets": (position, end)}
         fields[name], offsets[name], position = row, position, end
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
@@ -178,9 +197,10 @@ def write_tensors(
             array = np.asarray(array, order="C")
             if name not in offsets:
                 raise ValueError(f"`arrays` has {name!r} twice, or `entries` does not have it.")
-            entry = Entry.of(array)
-            if entry != entries[name]:
-                raise ValueError(f"`arrays` gave {entry} for {name!r}, not {entries[name]}.")
+            entry, wanted = Entry.of(array), entries[name]
+            bytes_alone = Entry((wanted.num_bytes,), np.dtype(np.uint8))
+            if entry != (bytes_alone if wanted.is_packed else wanted):
+                raise ValueError(f"`arrays` gave {entry} for {name!r}, not {wanted}.")
             file.seek(offsets.pop(name))
             file.write(array.reshape(-1).view(np.uint8).data)
             del array  # so that its memory is free before the next one is read

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import Factors, is_factors
+from rmtjax._modes import in_usual_modes
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import open_tensors, SUFFIX
 from rmtjax.checkpoint._orbax import save_folder
@@ -26,7 +28,7 @@ from rmtjax.checkpoint._tensor_names import (
 )
 from rmtjax.checkpoint._tensors import CODES, Entry, FilePath, KEY, Tensors
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import check_plan_fits, in_factor_layer, path_name, Plan
+from rmtjax.planning import check_concrete, check_plan_fits, in_factor_layer, path_name, Plan
 
 # A Python number, and the dtypes it may be saved as: an integer of any size.
 _NUMBERS = {bool: np.bool_, int: np.integer, float: jnp.floating, complex: np.complexfloating}
@@ -92,9 +94,11 @@ def _nest(leaves: Mapping[str, Any], keys: Mapping[str, Keys | None]) -> dict[st
 
 
 def _check_addressable(arrays: Mapping[str, Any]) -> None:
-    """Raises ValueError if an array is spread over several processes."""
+    """Raises an error if an array is spread over several processes, or traced."""
     # Each process would write the file, and none of them has all the data.
     for path, array in arrays.items():
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError(f"{path!r} has no value yet: save the tree outside `jit`.")
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             raise ValueError(
                 f"{path!r} is on devices of several processes: save it in one, after gathering by "
@@ -124,6 +128,7 @@ def _check_entries(entries: Mapping[str, Entry], wanted: Mapping[str, Entry], so
         raise ValueError("; ".join(faults[:10]) + more)
 
 
+@in_usual_modes
 def save(
     path: FilePath, params: PyTree, plan: Plan | None = None, rule: ranks.RankRule | None = None
 ) -> None:
@@ -141,7 +146,7 @@ def save(
     Raises:
       ValueError: A leaf is not an array of numbers, or is on devices of several processes. Two
         leaves have one path. Factors or the plan do not fit the tree. The folder exists.
-      TypeError: `plan` is not a plan, or `rule` is not a rank rule.
+      TypeError: `plan` is not a plan, `rule` is not a rank rule, or a leaf has no value.
 
     Examples:
       >>> import jax, rmtjax, tempfile
@@ -155,6 +160,7 @@ def save(
     """
     if rule is not None:
         check_rule(rule)
+    check_concrete(params)
     leaves, arrays, keys = _flatten(params)
     _check_addressable(arrays)
     _check_no_halves(leaves, plan or {})
@@ -207,6 +213,7 @@ def _check_like(like: PyTree, arrays: Mapping[str, Any], entries: Mapping[str, E
     _check_entries(entries, wanted, "`like`")
 
 
+@in_usual_modes
 def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
     """Restores a checkpoint completely, or raises an error that names what does not fit.
 
@@ -253,7 +260,7 @@ def restore(path: FilePath, like: PyTree | None = None) -> PyTree:
             cause = str(error).rstrip(".")
             raise ValueError(f"cannot restore {os.fspath(path)!r}: {cause}.") from error
         names = jax.tree.unflatten(jax.tree.structure(like), arrays)
-        return jax.tree.map(lambda name, leaf: _like_leaf(tensors.read(name), leaf), names, like)
+        return jax.tree.map(lambda name, leaf: _like_leaf(tensors.array(name), leaf), names, like)
 
 
 def load_plan(path: FilePath) -> Plan:

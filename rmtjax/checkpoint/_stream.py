@@ -11,21 +11,25 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from rmtjax._axes import FactoredKernel, MatrixView
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
-from rmtjax.checkpoint._safetensors import check_regular, write_tensors
-from rmtjax.checkpoint._tensor_names import choose, find_leaves, halves, named_parts, tensor_axes
+from rmtjax.checkpoint._safetensors import check_code, check_regular, write_tensors
+from rmtjax.checkpoint._tensor_names import choose, find_leaves, halves, named_parts, unchosen
 from rmtjax.checkpoint._tensors import Entry, FilePath, KEY
 from rmtjax.moments import Moments
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import (
     Budget,
     changed_leaves,
+    count_others,
     decide_all,
     Factorized,
     Findings,
+    guess_axes,
     merge_findings,
+    Neighbours,
     Plan,
     PlanOptions,
     rows_by_path,
@@ -83,20 +87,21 @@ def _plan_kernels(
     fits = {path: row.fit for path, row in changes.items()} | dict(options.fits or {})
     rows_by_path(options.batch, kernels)  # raises an error for other paths before the work
     _check_moments(options.moments, leaves)
-    axes = options.axes
+    others = unchosen(leaves, kernels) if options.where is None else {}
+    axes, tree = options.axes, Neighbours(leaves)
     # A table of `rmtjax.linen` is a dictionary too. As a function it also knows stacked leaves.
     if not callable(axes):
         table = axes or {}
-        axes = lambda path, leaf: table[path] if path in table else tensor_axes(path, leaf)
+        axes = lambda path, leaf: table[path] if path in table else guess_axes(path, leaf, tree)
     options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes)
-    found = Findings({}, {}, {}, {})
+    found = Findings({}, {}, {}, {}, {})
     for place, (path, leaf) in enumerate(kernels.items()):
         progress(place, len(kernels) + later, path)
         known = {path: fits[path]} if path in fits else None
         moments = options.moments and options.moments.of([path])
         alone = dataclasses.replace(options, fits=known, moments=moments, batch=None)
         found = merge_findings(found, study({path: _with_dtype(leaf, dtype)}, alone))
-    return decide_all(found, options)
+    return decide_all(found._replace(others=others), options)
 
 
 def _find_outputs(leaves: Mapping[str, Any], plan: Plan) -> dict[str, Entry]:
@@ -138,6 +143,10 @@ def _write_outputs(
             arrays = jax.tree.leaves(dict(changed_leaves({path: view}, changes, moments)))
         held = named_parts(path, leaf) if isinstance(leaf, FactoredKernel) else halves(path)
         for name in [path] if path in entries else held:
+            if entries[name].is_packed:  # bytes, which are copied
+                stored: Any = leaf
+                yield name, stored.tensors.read(name)
+                continue
             # Each array is dropped before the next is read: a kernel may fill the memory.
             yield name, np.asarray(arrays.pop(0)).astype(entries[name].dtype, copy=False)
 
@@ -153,6 +162,7 @@ def _last_changes(
     return Plan(earlier | plan | {path: earlier[path] for path in stay}), rule if one_rule else None
 
 
+@in_usual_modes
 def analyze_file(
     path: FilePath,
     *,
@@ -174,13 +184,12 @@ def analyze_file(
     Args:
       path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
       where: Chooses the kernels, as in `rmtjax.plan`, or by a dictionary from paths to booleans. A
-        leaf has a shape and a dtype, or is `Factors` of two such leaves. By default Flax's `kernel`
-        and `embedding`, and Torch's weights with two axes or more. The state of an optimizer is not
-        chosen: the leaves below `opt_state`, or below `0/mu`, `0/nu` or `0/trace` with any number.
-      axes: As in `rmtjax.plan`. By default guessed from Flax's names. Torch stores
-        (outputs, inputs, *window): its first axis is taken against the others. A stack of Torch
-        kernels needs `axes`. Three axes count as a stack if the last is longer than 16 and the
-        layer's name does not contain "conv".
+        leaf has a shape and a dtype, or is `Factors` of two such leaves. By default as there, and
+        the state of an optimizer is not chosen: the leaves below `opt_state`, or below `0/mu`,
+        `0/nu` or `0/trace` with any number.
+      axes: As in `rmtjax.plan`. Torch stores (outputs, inputs, *window): its first axis is taken
+        against the others. A stack of Torch kernels needs `axes`. An axis after the second that is
+        longer than 16 means a stack, unless the layer's name contains "conv".
       fits: As in `rmtjax.plan`. By default the levels by which `compress_file` has cut kernels.
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
       rule, min_size, exact_below, batch, budget: As in `rmtjax.plan`.
@@ -213,9 +222,11 @@ def analyze_file(
     with open_tensors(path) as tensors:
         manifest = read_manifest(tensors)
         leaves = find_leaves(tensors, manifest)
-        return Report(_plan_kernels(leaves, manifest, options, checked, progress))
+        plan = _plan_kernels(leaves, manifest, options, checked, progress)
+        return Report(plan, count_others(leaves, plan))
 
 
+@in_usual_modes
 def compress_file(
     path: FilePath,
     out: FilePath,
@@ -299,6 +310,8 @@ def compress_file(
         if Path(out).suffix != SUFFIX:
             raise ValueError(f"`out` must end in {SUFFIX}, and got '{out}': give '{out}{SUFFIX}'.")
         manifest = read_manifest(tensors)
+        for name, entry in tensors.entries.items():
+            check_code(name, entry)  # before hours of work
         leaves = find_leaves(tensors, manifest)
         plan = _plan_kernels(leaves, manifest, options, checked, progress, later=len(leaves))
         if mode == "truncate":
@@ -310,4 +323,4 @@ def compress_file(
         text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys, parts=parts)
         arrays = _write_outputs(leaves, plan, entries, checked, progress, moments)
         write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
-    return Report(plan)
+    return Report(plan, count_others(leaves, plan))

@@ -7,33 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rmtjax._axes import (
-    factored_axes,
-    FactoredKernel,
-    Factors,
-    kernel_shape,
-    KernelAxes,
-)
+from rmtjax._axes import factored_axes, FactoredKernel, Factors, KernelLeaf
 from rmtjax.checkpoint._manifest import Manifest
 from rmtjax.checkpoint._tensors import Entry, StoredTensor, Tensors
-from rmtjax.planning import guess_axes, is_kernel, path_name, PlanOptions, to_predicate
-
-# Linear, convolution and embedding; fused attention; recurrent layers and cells.
-_TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+from rmtjax.planning import (
+    is_kernel,
+    is_untold,
+    nothing_chosen,
+    path_name,
+    PlanOptions,
+    to_predicate,
+)
 
 # An optax moment has the name of its parameter, below `opt_state`, or `0/mu` of a state alone.
 _MOMENT = re.compile(r"(.*/)?opt_state/.*|(.*/)?\d+/(mu|nu|trace)/.+/[^/]+")
-# The longest window of Torch's one-dimensional convolutions. A longer last axis means a stack.
-_WINDOW = 16
 
 
 def _flax_path(name: str) -> str:
     """Returns a name with "/" between its parts; Torch and some other writers use dots."""
     return name.replace(".", "/")
-
-
-def _is_torch(name: str) -> bool:
-    return bool(_TORCH.fullmatch(_flax_path(name).rpartition("/")[2]))
 
 
 def is_moment(name: str) -> bool:
@@ -42,26 +34,14 @@ def is_moment(name: str) -> bool:
 
 
 def is_kernel_tensor(name: str, leaf: Any) -> bool:
-    """Returns True for a kernel of Flax or Torch, but not for a moment, which ends in its name."""
-    # A Torch weight with one axis is the scale of a normalization.
-    is_torch_kernel = _is_torch(name) and len(kernel_shape(leaf)) >= 2
-    return not is_moment(name) and (is_kernel(_flax_path(name), leaf) or is_torch_kernel)
+    """Returns True for a kernel, but not for an optimizer's moment, which ends in its name."""
+    return not is_moment(name) and is_kernel(name, leaf)
 
 
-def tensor_axes(name: str, leaf: Any) -> KernelAxes | None:
-    """Guesses the axes of a kernel from its name and shape; None if it is not a matrix.
-
-    Kernels of Torch keep the order in which they are stored. Fused ones are one matrix: those of q,
-    k and v (3 E, E), of the gates of a recurrent layer (4 H, inputs), GPT-2's `c_attn`.
-    """
-    shape = kernel_shape(leaf)
-    if not _is_torch(name):
-        return guess_axes(_flax_path(name), leaf)
-    # Every weight of Torch has the same last name, so the name of its layer decides.
-    parent = ("", *_flax_path(name).split("/"))[-2].lower()
-    depthwise = len(shape) > 2 and shape[1] == 1  # or grouped: (outputs, 1, *window)
-    stacked = len(shape) == 3 and shape[2] > _WINDOW and "conv" not in parent
-    return None if depthwise or stacked else KernelAxes((0,), tuple(range(1, len(shape))))
+def unchosen(leaves: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, KernelLeaf]:
+    """Returns the leaves that may be kernels, and that nothing has chosen."""
+    told = lambda path, leaf: path not in chosen and not is_moment(path) and is_untold(path, leaf)
+    return {path: KernelLeaf(path, leaf) for path, leaf in leaves.items() if told(path, leaf)}
 
 
 def choose(leaves: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
@@ -80,10 +60,7 @@ def choose(leaves: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
     is_chosen = to_predicate(where, dict(leaves)) or default
     chosen = {path: leaf for path, leaf in leaves.items() if is_chosen(path, leaf)}
     if not chosen:
-        some = ", ".join(map(repr, list(leaves)[:5])) or "none"
-        raise ValueError(
-            f"no tensor is chosen as a kernel, of {len(leaves)} such as {some}: change `where`."
-        )
+        raise ValueError(nothing_chosen(leaves))
     return chosen
 
 

@@ -4,12 +4,13 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 FilePath = str | os.PathLike[str]
@@ -29,7 +30,25 @@ DTYPES = {
     "C64": np.dtype(np.complex64),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_NDIM = 32  # the limit of NumPy 1, so that every NumPy can read the shape
+# Dtypes of fewer bits than a byte, which the format packs. Their bytes are copied, and not read.
+PACKED = {
+    "F4": (np.dtype(ml_dtypes.float4_e2m1fn), 4),
+    "F6_E2M3": (np.dtype(ml_dtypes.float6_e2m3fn), 6),
+    "F6_E3M2": (np.dtype(ml_dtypes.float6_e3m2fn), 6),
+}
+_BITS = {dtype: bits for dtype, bits in PACKED.values()}
+_ALL = CODES | {dtype: code for code, (dtype, _) in PACKED.items()}
+_BY_CODE = {code: dtype for dtype, code in _ALL.items()}
+MAX_NDIM = 64  # the limit of NumPy 2
+
+
+class UnsupportedError(ValueError):
+    """Tells of a file that is not damaged, and that this package cannot read."""
+
+
+def code_of(dtype: np.dtype) -> str | None:
+    """Returns the code of a dtype in the safetensors format; None for one that it cannot hold."""
+    return _ALL.get(dtype)
 
 
 def are_sizes(value: Any) -> bool:
@@ -52,15 +71,28 @@ class Entry(NamedTuple):
     @classmethod
     def parse(cls, name: str, code: Any, shape: Any) -> "Entry":
         """Parses the entry of a tensor from JSON; raises ValueError if no array can have it."""
-        if not isinstance(code, str) or code not in DTYPES:
-            raise ValueError(f"tensor {name!r} has dtype {code!r}, not one of {list(DTYPES)}")
+        if not isinstance(code, str):
+            raise ValueError(f"tensor {name!r} has dtype {code!r}, which is not a text")
+        if code not in _BY_CODE:
+            raise UnsupportedError(
+                f"tensor {name!r} has dtype {code!r}, not one of {list(_BY_CODE)}. Upgrade rmtjax, "
+                "or write this tensor in another dtype"
+            )
         if not are_sizes(shape):
             raise ValueError(f"tensor {name!r} has no shape of sizes of at least 0")
-        entry = cls(tuple(shape), DTYPES[code])
+        entry = cls(tuple(shape), _BY_CODE[code])
+        if math.prod(shape) * _BITS.get(entry.dtype, 8) % 8:
+            raise ValueError(f"tensor {name!r} is {entry}, which does not fill its last byte")
         # NumPy refuses huge shapes even if one size is 0 and the array is empty.
         largest = entry._replace(shape=tuple(max(size, 1) for size in shape))
         if len(shape) > MAX_NDIM or largest.num_bytes >= 2**63:
-            raise ValueError(f"tensor {name!r} is larger than any memory")
+            empty = 0 in shape or len(shape) > MAX_NDIM
+            words = f"tensor {name!r} has a shape {str(shape)[:40]} that is larger than any memory"
+            raise (
+                UnsupportedError(f"{words}, and no array can have it")
+                if empty
+                else ValueError(words)
+            )
         return entry
 
     def __str__(self) -> str:
@@ -70,7 +102,13 @@ class Entry(NamedTuple):
     def num_bytes(self) -> int:
         """The size of the data in bytes."""
         # In Python integers: a damaged file may claim a shape that overflows 64 bits.
-        return math.prod(self.shape) * self.dtype.itemsize
+        bits = _BITS.get(self.dtype, 8 * self.dtype.itemsize)
+        return math.prod(self.shape) * bits // 8
+
+    @property
+    def is_packed(self) -> bool:
+        """Returns True if several entries share a byte, so that the data are bytes alone."""
+        return self.dtype in _BITS
 
 
 @dataclass(frozen=True)
@@ -81,8 +119,18 @@ class Tensors:
     layout: Literal["safetensors", "orbax"]
     entries: Mapping[str, Entry]  # in the order of the file
     metadata: Mapping[str, str]  # texts that were saved with the tensors
-    read: Callable[[str], np.ndarray]  # keeps no reference to the tensor that it returns
+    # Keeps no reference to the tensor that it returns; of a packed one, the bytes.
+    read: Callable[[str], np.ndarray]
     files: tuple[Path, ...]  # those that stay open, or the folder that orbax wrote
+
+    def array(self, name: str) -> np.ndarray:
+        """Reads one tensor; raises ValueError if it is packed."""
+        if self.entries[name].is_packed:
+            raise ValueError(
+                f"{name!r} is {self.entries[name].dtype}, of which several share a byte: it can be "
+                "copied, and not read. Leave it out by `where`, or write it in another dtype."
+            )
+        return self.read(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +145,7 @@ class StoredTensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy  # every read is a new array
-        return self.tensors.read(self.name).astype(dtype or self.dtype, copy=False)
+        return self.tensors.array(self.name).astype(dtype or self.dtype, copy=False)
 
 
 @contextlib.contextmanager
@@ -105,6 +153,8 @@ def reading(path: Path, kind: str, errors: type[Exception] = ValueError) -> Iter
     """Turns an error of a damaged file into a ValueError with its path and a remedy."""
     try:
         yield
+    except UnsupportedError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}.") from error
     except errors as error:
         raise ValueError(
             f"cannot read {str(path)!r}: {error}. It is damaged or not {kind}: copy it again, or "
@@ -112,14 +162,18 @@ def reading(path: Path, kind: str, errors: type[Exception] = ValueError) -> Iter
         ) from error
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Parses a JSON object with unique names and finite numbers; raises ValueError for others."""
+def parse_object(text: str | bytes, once: Container[str] | None = None) -> dict[str, Any]:
+    """Parses a JSON object with finite numbers; raises ValueError for others.
+
+    Names must be unique in their object, or only those that may be there `once`. Of others the last
+    one is then taken.
+    """
 
     def unique(pairs):
-        names = dict(pairs)
-        if len(names) < len(pairs):
+        names = [name for name, _ in pairs if once is None or name in once]
+        if len({*names}) < len(names):
             raise ValueError("a name stands twice in an object")
-        return names
+        return dict(pairs)
 
     def refuse(constant: str):
         raise ValueError(f"{constant} is not JSON")

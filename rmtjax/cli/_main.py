@@ -36,7 +36,7 @@ OUTPUTS = ("removed_outputs",)
 COSTS = ("parameters", "multiply_adds", "milliseconds")
 
 
-def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str]) -> Where:
+def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str]) -> Where | None:
     """Returns the choice of kernels by patterns; raises ValueError if one matches nothing."""
     matchers = {pattern: matcher(pattern) for pattern in (*include, *exclude)}
     names = list(checkpoint.find_leaves(tensors, checkpoint.read_manifest(tensors)))
@@ -56,7 +56,8 @@ def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str])
         chosen = not include or any(matchers[pattern](name) for pattern in include)
         return name in include or (chosen and checkpoint.is_kernel_tensor(name, leaf))
 
-    return where
+    # Without patterns, tensors that may be kernels under another name are told.
+    return where if matchers else None
 
 
 @contextlib.contextmanager

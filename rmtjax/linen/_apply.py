@@ -12,7 +12,7 @@ from flax.core.scope import Scope, subtract_filters
 from jaxtyping import PyTree
 
 from rmtjax._axes import as_pair, FactoredKernel, Factors, is_factors
-from rmtjax.linen._layers import call_inputs, run_cell, run_embed, run_layer
+from rmtjax.linen._layers import call_inputs, has_variables, run_cell, run_embed, run_layer
 from rmtjax.models import evaluate, registered
 from rmtjax.spectra import multiply
 
@@ -50,9 +50,9 @@ def _merge(module: nn.Module, params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: multiply(leaf) if is_factors(leaf) else leaf for name, leaf in unboxed.items()}
 
 
-def _run_merged(module: nn.Module, method: str, args, kwargs):
+def _run_merged(module: nn.Module, method: str, args, kwargs, remedy: str = REMEDY):
     """Runs a module that is not a known layer, with its factors multiplied out."""
-    _warn(module, REMEDY)
+    _warn(module, remedy)
     run = lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
     merge = lambda variables: {"params": _merge(module, variables["params"])}
     return nn.map_variables(run, "params", merge)(module, *args, **kwargs)
@@ -119,6 +119,10 @@ def _interceptor(next_fun, args, kwargs, context):
         # The layer calls a module that belongs to another one, which the separate scope lacks.
         except flax.errors.FlaxError:
             return _run_merged(module, method, args, kwargs)
+    if has_variables(module):
+        # They belong to one product, and two thin ones would need two of them.
+        remedy = "Its product has variables, such as scales of fp8. Leave it out with `where`."
+        return _run_merged(module, method, args, kwargs, remedy)
     outputs = _run_thin(module, method, params, args, kwargs)
     return _run_merged(module, method, args, kwargs) if outputs is None else outputs
 

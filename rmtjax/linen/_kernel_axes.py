@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from rmtjax._axes import KernelAxes
+from rmtjax._axes import kernel_shape, KernelAxes
 from rmtjax.linen._layers import call_inputs, KNOWN, layer_axes
 from rmtjax.models import check_names, registered
-from rmtjax.planning import guess_axes, leaves_by_path, NAMES
+from rmtjax.planning import guess_axes, leaves_by_path, NAMES, Neighbours
 
 # The axes of a kernel, None if it is not a matrix, and its shape where its layer uses it.
 Used = tuple[KernelAxes | None, tuple[int, ...]]
@@ -63,17 +63,21 @@ class KernelTable(dict[str, KernelAxes | None]):
 
     Attributes:
       used: The axes and the shape of each kernel by path, where its layer used it.
+      tree: The shapes of all leaves, as the module has them.
     """
 
     def __init__(self, used: dict[str, Used], params: PyTree):
         self.used = used
         leaves = leaves_by_path(params)
+        self.tree = Neighbours(leaves)
         super().__init__({path: self(path, leaves[path]) for path in used if path in leaves})
 
     def __call__(self, path: str, leaf: Any) -> KernelAxes | None:
         """Returns the axes of a leaf. Axes that its layer did not see are batch axes."""
         if path not in self.used:
-            return guess_axes(path, leaf)
+            # Of a leaf that was stacked since, the neighbours were stacked too.
+            seen = self.tree.shape(path) == kernel_shape(leaf)
+            return guess_axes(path, leaf, *[self.tree] * seen)
         axes, shape = self.used[path]
         return axes and _lift_axes(axes, jnp.shape(leaf), shape)
 

@@ -47,6 +47,14 @@ def layer_axes(module: nn.Module, ndim: int, equation: str | None) -> KernelAxes
     return None if grouped or transposed or masked else KernelAxes(tuple(range(first)), (first,))
 
 
+def has_variables(module: nn.Module) -> bool:
+    """Returns True if the product of a layer is a module, with variables beside `params`."""
+    products = ("dot_general", "conv_general_dilated")
+    classes = any(getattr(module, f"{name}_cls", None) is not None for name in products)
+    modules = any(isinstance(getattr(module, name, None), nn.Module) for name in products)
+    return classes or modules or not {*module.variables} <= {"params"}
+
+
 def _stages(module: nn.Module, factors: Factors, equation: str | None):
     """Returns the two layers that stand for one; None if the factors do not fit it."""
     left, right = factors

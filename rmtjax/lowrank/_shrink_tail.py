@@ -12,12 +12,20 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.lowrank._judge import EACH
 from rmtjax.lowrank._tail import beyond, check_strength, shrink_beyond
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import check_count, find_kernels, map_kernels, obstacle
+from rmtjax.planning import (
+    check_count,
+    find_kernels,
+    is_abstract,
+    map_kernels,
+    obstacle,
+    warn_if_idle,
+)
 from rmtjax.spectra import decompose, from_singular_values
 from rmtjax.training import is_due, is_placeholder, map_alike, moving_kernels, register_state
 
@@ -208,12 +216,19 @@ def shrink_tail(
         fine = lambda view: not (view.is_factored or obstacle(view, min_size))
         return {p: view for p, view in views.items() if isinstance(view, MatrixView) and fine(view)}
 
+    @in_usual_modes
     def init_fn(params: PyTree) -> ShrinkState:
+        if is_abstract(params):
+            return jax.eval_shape(init_fn, params)
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
             return ShrinkState._make([step] * len(ShrinkState._fields))
-        return ShrinkState(step, *_by_field({p: _fresh(view) for p, view in find(params).items()}))
+        views = find(params)
+        if not views:
+            warn_if_idle("shrink_tail", find_kernels(params, where, axes), params, min_size)
+        return ShrinkState(step, *_by_field({p: _fresh(view) for p, view in views.items()}))
 
+    @in_usual_modes
     def update_fn(updates, state, params: Any = None, **extra_args):
         del extra_args
         views, chosen = moving_kernels(updates, params, find, state.ranks)

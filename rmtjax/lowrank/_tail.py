@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rmtjax._axes import KernelAxes
+from rmtjax._modes import in_usual_modes
 from rmtjax.lowrank._judge import kernel_view
 from rmtjax.spectra import decompose, lift, matmul, svd
 
@@ -42,6 +43,7 @@ def _tail_sum_jvp(primals, tangents):
     return jnp.sum(tail), jnp.sum(gradient * tangents[0])
 
 
+@in_usual_modes
 def tail_sum(
     kernel: Float[ArrayLike, "..."],
     rank: Int[ArrayLike, ""] | int,
@@ -91,6 +93,7 @@ def shrink_beyond(matrices, u, s, rank, strength) -> Float[Array, "b m n"]:
     return matrices - matmul(u * lost[:, None], matmul(u.mT, matrices))
 
 
+@in_usual_modes
 def prox_tail(
     kernel: Float[ArrayLike, "..."],
     rank: Int[ArrayLike, ""] | int,

@@ -11,7 +11,15 @@ from rmtjax.moments import Moments
 from rmtjax.nnx._trees import axes_of, Gates, obstacles, open_layers, params, replace, to_tree
 from rmtjax.nnx._variables import read
 from rmtjax.noise import ranks, Shrink
-from rmtjax.planning import Budget, check_plan, in_place, make_plan, Plan, PlanOptions
+from rmtjax.planning import (
+    Budget,
+    check_plan,
+    count_others,
+    in_place,
+    make_plan,
+    Plan,
+    PlanOptions,
+)
 from rmtjax.report import Report
 
 
@@ -109,7 +117,8 @@ def analyze(
     # A report shows the rank that was found, not one rounded up.
     sizes = {"multiple": 1, "min_size": min_size, "exact_below": exact_below, "batch": batch}
     options = {"rule": rule, "where": where, "axes": axes, "fits": fits, "moments": moments}
-    return Report(plan(model, gates=gates, **options, **sizes))
+    rows = plan(model, gates=gates, **options, **sizes)
+    return Report(rows, count_others(to_tree(open_layers(model, gates)), rows))
 
 
 def truncate(model: nnx.Module, plan: Plan, *, moments: Moments | None = None) -> nnx.Module:

@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import BulkFit, check_type, Count, Scalar, Spectrum
 from rmtjax.laws import bulk_law, check_level, marchenko_pastur, noise_threshold
 
@@ -189,6 +190,7 @@ def _check_rank(rank, size: int) -> None:
         raise ValueError(f"`rank` must be an integer in [0, {size}], or None, got {rank}.")
 
 
+@in_usual_modes
 def fit_bema(
     spectrum: Spectrum,
     *,

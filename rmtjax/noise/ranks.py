@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.laws import check_level, check_significance, critical_distance, marchenko_pastur
 from rmtjax.noise._bema import above_rounding, bulk_fit, check_trim, count_above, fit_bema
@@ -134,6 +135,7 @@ class gavish_donoho(_AboveThreshold):  # noqa: N801
       https://arxiv.org/abs/1305.5870.
     """
 
+    @in_usual_modes
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
         """Takes the noise level from the median eigenvalue and the threshold from its formula."""
         ratio = spectrum.ratio
@@ -215,6 +217,7 @@ class fixed(_WithoutNoise):  # noqa: N801
         return jnp.asarray(min(self.rank, spectrum.eigenvalues.shape[-1]), jnp.int32)
 
 
+@in_usual_modes
 def kept_rank(
     num_signal: Int[ArrayLike, ""],
     size: Int[ArrayLike, ""],

@@ -6,6 +6,15 @@ cut does to the outputs. `truncate` and `factorize` do what a plan says, and
 `merge` multiplies factors out again. Nothing is changed before a plan is applied.
 """
 
+from rmtjax._names import (
+    guess_axes as guess_axes,
+    in_factor_layer as in_factor_layer,
+    is_kernel as is_kernel,
+    is_untold as is_untold,
+    NAMES as NAMES,
+    Neighbours as Neighbours,
+    register_factor_layers as register_factor_layers,
+)
 from rmtjax.planning._budget import Budget as Budget
 from rmtjax.planning._cost import (
     add_costs as add_costs,
@@ -14,18 +23,22 @@ from rmtjax.planning._cost import (
     time_products as time_products,
 )
 from rmtjax.planning._kernels import (
+    check_chosen as check_chosen,
+    check_concrete as check_concrete,
+    count_others as count_others,
     find_kernels as find_kernels,
-    guess_axes as guess_axes,
-    in_factor_layer as in_factor_layer,
-    is_kernel as is_kernel,
+    is_abstract as is_abstract,
     leaves_by_path as leaves_by_path,
     map_kernels as map_kernels,
-    NAMES as NAMES,
+    NO_OTHERS as NO_OTHERS,
+    nothing_chosen as nothing_chosen,
     obstacle as obstacle,
+    Others as Others,
     path_name as path_name,
     register_container as register_container,
-    register_factor_layers as register_factor_layers,
     to_predicate as to_predicate,
+    unchosen as unchosen,
+    warn_if_idle as warn_if_idle,
 )
 from rmtjax.planning._measure import (
     Findings as Findings,

@@ -24,17 +24,22 @@ _kept_rank = jax.jit(kept_rank)
 
 def _broken(measured: Measurement) -> str | None:
     """Returns why a kernel cannot be cut at all, or None."""
-    if not np.isfinite(measured.spectra.eigenvalues).all():
+    if not measured.finite.all():
         return "not finite"
+    if not measured.held.all():
+        return "squares of its entries leave the range of float64"
     return None if measured.spectra.eigenvalues.any() else "all zero"
 
 
-def _refusal(measured: Measurement) -> str | None:
+def _refusal(measured: Measurement, min_size: int) -> str | None:
     """Returns why the rule may not be believed, or None."""
     if broken := _broken(measured):
         return broken
+    # A matrix of zeros in a stack has no law, and no signal either.
+    size = int(measured.live.min())
+    if 0 < size < min(min_size, measured.spectra.eigenvalues.shape[-1]):
+        return f"short side {size} under {min_size} without rows and columns of zeros"
     if not measured.accepted.all():
-        size = measured.spectra.eigenvalues.shape[-1]
         if not measured.noisy.all():
             return "no noise above rounding; of a truncated kernel `fits` must tell it"
         if (measured.fits.num_spikes >= size // 2).any():
@@ -50,8 +55,18 @@ def _unshrinkable(measured: Measurement, shrink: Shrink, view: MatrixView) -> st
     if not (np.isfinite(variance) & measured.noisy).all():
         return "no noise level to shrink by"
     values = np.sqrt(view.long * spectra.eigenvalues)
-    shrunken = shrink_values(jnp.asarray(values), shrink, variance, (view.rows, view.columns))
+    rows, columns = np.where(measured.live > 0, measured.live, (view.rows, view.columns)).T
+    shrunken = shrink_values(jnp.asarray(values), shrink, variance, (rows, columns))
     return None if shrunken.any(axis=-1).all() else "shrinkage would leave nothing"
+
+
+def _zeros(view: MatrixView, measured: Measurement) -> str:
+    """Returns how many rows and columns are zero, the most of a stack, in words."""
+    live = measured.live[measured.live.all(axis=1)]  # a matrix of zeros has its own reason
+    rows, columns = ((view.rows, view.columns) - live).max(axis=0, initial=0)
+    counts = {"rows": rows, "columns": columns}
+    words = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f" ({words} are zero)" if words else ""
 
 
 def _losses(found: Findings, path: str) -> np.ndarray:
@@ -147,9 +162,12 @@ def decide(
     known: Any = {"shape": view.shape, "axes": view.axes, "spectrum": spectrum}
     known |= {"fit": unstack(measured.fits), "loss": unstack(loss)}
     note = " (spectrum estimated)" if measured.estimated else ""
+    note += _zeros(view, measured)
     note += " (no moments: by weights)" if options.moments is not None and not loss else ""
     if ranks is None:
-        refusal = _refusal(measured) or (shrink and _unshrinkable(measured, shrink, view))
+        refusal = _refusal(measured, options.min_size) or (
+            shrink and _unshrinkable(measured, shrink, view)
+        )
         rank, words = _signal_rank(view, measured, options)
     else:
         refusal = _broken(measured) or (None if ranks[path] else "whole under the budget")

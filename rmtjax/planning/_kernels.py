@@ -1,24 +1,24 @@
 """Finds the kernels of a parameter tree, and the axes that make each of them a matrix."""
 
+import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, KernelLeaf, MatrixView
+from rmtjax._names import guess_axes, is_kernel, is_untold, Neighbours
 from rmtjax._types import Axes, Where
 
-NAMES = ("kernel", "embedding")
-# Flax's attention projects to (heads, head_dim) with these, and back with "out".
-HEAD_PROJECTIONS = ("query", "key", "value")
-# Objects that JAX takes for trees of parameters, with a hint, and names of layers that hold one
-# factor of a kernel. The rooms that know them register them: this room does not import Flax.
+# Objects that JAX takes for trees of parameters, with a hint. The rooms that know them register
+# them: this room does not import Flax.
 _CONTAINERS: dict[type, str] = {}
-_FACTOR_LAYERS: set[str] = set()
 
 
 def register_container(kind: type, hint: str) -> None:
@@ -26,47 +26,21 @@ def register_container(kind: type, hint: str) -> None:
     _CONTAINERS[kind] = hint
 
 
-def register_factor_layers(*names: str) -> None:
-    """Registers names of layers that hold one factor of a kernel each, and no kernel."""
-    _FACTOR_LAYERS.update(names)
-
-
-def in_factor_layer(path: str) -> bool:
-    """Returns True for a leaf in a layer that holds one factor of a kernel."""
-    return not _FACTOR_LAYERS.isdisjoint(path.split("/"))
-
-
-def is_kernel(path: str, leaf: Any) -> bool:
-    """Returns True for what Flax's layers multiply by: leaves named `kernel` or `embedding`."""
-    del leaf
-    return path.split("/")[-1] in NAMES and not in_factor_layer(path)
-
-
-def guess_axes(path: str, leaf: Any) -> KernelAxes | None:
-    """Guesses the axes of a kernel of one of Flax's layers from its path and shape.
-
-    - `Dense` (in, out), `Embed` (vocabulary, features): as they are.
-    - `Conv` (*window, in, out), known by its name, and the `out` projection of attention
-      (heads, head_dim, out): all axes but the last are inputs.
-    - The `query`, `key` and `value` projections (in, heads, head_dim): all but the first
-      are outputs.
-    - Other names with more axes than two, and leaves with fewer: None.
-    """
-    ndim = len(kernel_shape(leaf))
-    parent = path.split("/")[-2] if "/" in path else ""
-    if ndim == 3 and parent in HEAD_PROJECTIONS:
-        return KernelAxes((0,), (1, 2))
-    if ndim == 2 or (ndim > 2 and "conv" in parent.lower()) or (ndim == 3 and parent == "out"):
-        return KernelAxes(tuple(range(ndim - 1)), (ndim - 1,))
-    return None
-
-
 def path_name(path: tuple[Any, ...]) -> str:
-    """Returns the place of a leaf as a string, "Dense_0/kernel"."""
+    """Returns the place of a leaf as a string, "Dense_0/kernel", also of a key such as a tuple."""
     # `nn.Partitioned` and `nnx.Variable` hold a leaf as their attribute `value`. The box has no
     # name in the model, so the path leaves it out.
     boxed = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
-    return jax.tree_util.keystr(path[: len(path) - boxed], simple=True, separator="/")
+    names = (_key_name(key) for key in path[: len(path) - boxed])
+    return "/".join(names)
+
+
+def _key_name(key: Any) -> str:
+    """Returns the name of one key. `flax.traverse_util.flatten_dict` makes keys that are tuples."""
+    parts = getattr(key, "key", None)
+    if type(parts) is tuple and all(type(part) is str for part in parts):
+        return "/".join(parts)
+    return jax.tree_util.keystr((key,), simple=True)
 
 
 def leaves_by_path(
@@ -102,6 +76,36 @@ def check_tree(params: PyTree) -> None:
         )
 
 
+def is_abstract(params: PyTree) -> bool:
+    """Returns True for a tree of shapes without values."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+
+
+def check_concrete(params: PyTree) -> None:
+    """Raises TypeError for a tree of shapes without values."""
+    for key, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"the tree must have arrays with values, got {leaf} at {path_name(key)!r}. For "
+                "shapes alone, call the function by `jax.eval_shape`."
+            )
+
+
+def check_values(kernels: Mapping[str, KernelLeaf]) -> None:
+    """Raises TypeError for a kernel without values, or whose values are not known yet."""
+    remedies = {
+        jax.ShapeDtypeStruct: "a spectrum needs values",
+        jax.core.Tracer: "make the plan outside `jit`, `grad` and `vmap`, as ranks become shapes",
+    }
+    for path, kernel in kernels.items():
+        for leaf in jax.tree.leaves(kernel.leaf):
+            for kind, remedy in remedies.items():
+                if isinstance(leaf, kind):
+                    name = type(leaf).__name__
+                    words = f"got {name} of shape {kernel.shape} at {path!r}: {remedy}."
+                    raise TypeError(f"`params` must have arrays with values, {words}")
+
+
 def _from_mask(mask: PyTree, params: PyTree) -> Callable[[str, Any], bool]:
     """Returns the choice of a tree of booleans with the structure of `params`, or a prefix."""
     spread = lambda chosen, tree: jax.tree.map(lambda _: chosen, tree, is_leaf=is_factors)
@@ -133,7 +137,7 @@ def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bo
     return _from_mask(where, params)
 
 
-def _view(path: str, leaf: Any, axes: Axes | None) -> KernelLeaf:
+def _view(path: str, leaf: Any, axes: Axes | None, tree: Neighbours) -> KernelLeaf:
     """Returns a chosen leaf as a matrix, or as it is if nothing makes it one."""
     if is_factors(leaf):
         return MatrixView(path, leaf, factored_axes(leaf))
@@ -142,7 +146,7 @@ def _view(path: str, leaf: Any, axes: Axes | None) -> KernelLeaf:
     if callable(axes):
         named = axes(path, leaf)
     else:
-        named = axes[path] if axes and path in axes else guess_axes(path, leaf)
+        named = axes[path] if axes and path in axes else guess_axes(path, leaf, tree)
     if named is None:
         return KernelLeaf(path, leaf)
     return MatrixView(path, leaf, KernelAxes(*map(tuple, named)))  # lists would not be hashable
@@ -153,14 +157,83 @@ def find_kernels(
 ) -> dict[str, KernelLeaf]:
     """Returns the kernels of a tree by path, in its order: a `MatrixView` for each matrix.
 
-    By default, `where` chooses the leaves named `kernel` or `embedding`, and those that `axes`
-    names by path. Without `axes`, and for paths that a dictionary does not have, axes are guessed.
+    By default, `where` chooses the leaves that `is_kernel` knows by name, and those that `axes`
+    names by path. Without `axes`, and for paths that a dictionary does not have, `guess_axes` finds
+    the axes.
     """
     check_container(params)
     by_path = axes if isinstance(axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel(path, leaf)
-    leaves = leaves_by_path(params, to_predicate(where, params) or default)
-    return {path: _view(path, leaf, axes) for path, leaf in leaves.items()}
+    chosen = to_predicate(where, params) or default
+    leaves = _last_leaves(params)
+    tree = Neighbours(leaves)
+    kernels = leaves_by_path(params, chosen)
+    return {path: _view(path, leaf, axes, tree) for path, leaf in kernels.items()}
+
+
+def _last_leaves(params: PyTree) -> dict[str, Any]:
+    """Returns leaves by their paths; of several with one path, which are no kernels, the last."""
+    pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
+    return {path_name(key): leaf for key, leaf in pairs}
+
+
+def unchosen(params: PyTree, kernels: Mapping[str, Any]) -> dict[str, KernelLeaf]:
+    """Returns the leaves that may be kernels, and that nothing has chosen."""
+    leaves = _last_leaves(params)
+    return {p: KernelLeaf(p, a) for p, a in leaves.items() if p not in kernels and is_untold(p, a)}
+
+
+class Others(NamedTuple):
+    """Counts what a plan has no row for, such as biases and scales.
+
+    Attributes:
+      tensors: The number of leaves.
+      parameters: The numbers in them.
+    """
+
+    tensors: int = 0
+    parameters: int = 0
+
+
+NO_OTHERS = Others()
+
+
+def count_others(params: PyTree, rows: Mapping[str, Any]) -> Others:
+    """Counts the leaves of a tree, or of a dictionary by path, that have no row."""
+    leaves = [leaf for path, leaf in _last_leaves(params).items() if path not in rows]
+    return Others(len(leaves), sum(math.prod(kernel_shape(leaf)) for leaf in leaves))
+
+
+def nothing_chosen(leaves: Mapping[str, Any]) -> str:
+    """Returns what to say of leaves among which no kernel is chosen."""
+    some = ", ".join(map(repr, list(leaves)[:5])) or "none"
+    return f"no tensor is chosen as a kernel, of {len(leaves)} such as {some}: change `where`."
+
+
+def check_chosen(kernels: Mapping[str, Any], params: PyTree) -> None:
+    """Raises ValueError if no kernel is chosen in a tree that has leaves."""
+    leaves = _last_leaves(params)
+    if leaves and not kernels:
+        raise ValueError(nothing_chosen(leaves))
+
+
+def warn_if_idle(transform: str, kernels: Mapping[str, KernelLeaf], params: PyTree, least: int):
+    """Warns that a transform has no kernel to change, with the cause.
+
+    Args:
+      transform: Its name.
+      kernels: The kernels that were chosen, none of which it can change.
+      params: The tree.
+      least: The smallest short side that it changes.
+    """
+    leaves = _last_leaves(params)
+    if not leaves:
+        return  # as in a group of `optax.partition` without members
+    cause = nothing_chosen(leaves)
+    if kernels:
+        causes = {p: obstacle(k, least) or "stored as factors" for p, k in kernels.items()}
+        cause = "; ".join(f"{path!r}: {why}" for path, why in list(causes.items())[:3]) + "."
+    warnings.warn(f"`{transform}` will never change a kernel. {cause}", stacklevel=3)
 
 
 def map_kernels(change: Callable[[str, Any], Any], params: PyTree, paths) -> PyTree:
@@ -181,7 +254,7 @@ def obstacle(kernel: KernelLeaf, min_size: int) -> str | None:
     if jnp.finfo(dtype).bits < 16:
         return f"too few bits ({dtype})"
     if not isinstance(kernel, MatrixView):
-        hint = ", unless `axes` says how it is one" if len(shape) > 2 else ""
+        hint = ", unless `axes` says how it is one" if len(shape) > 1 else ""
         return f"no matrix (shape {shape}){hint}"
     if 0 in shape:
         return f"empty (shape {shape})"

@@ -10,12 +10,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._axes import join_stacks, kernel_shape, KernelLeaf, MatrixView, split_stacks, Views
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import beside_accelerator, fetch
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.moments import Moments, Second
 from rmtjax.noise import above_rounding, count_above
 from rmtjax.planning._cost import rows_by_path
-from rmtjax.planning._kernels import check_tree, find_kernels, leaves_by_path, obstacle
+from rmtjax.planning._kernels import (
+    check_chosen,
+    check_tree,
+    check_values,
+    find_kernels,
+    leaves_by_path,
+    obstacle,
+    unchosen,
+)
 from rmtjax.planning._options import PlanOptions
 from rmtjax.planning._rows import Kept, LayerPlan
 from rmtjax.spectra import each, estimated_spectra, output_losses, OutputLosses, spectra, Values
@@ -31,11 +40,61 @@ class Measurement(NamedTuple):
 
     spectra: Spectrum  # those of factors end in the zeros that the dense kernel would have
     fits: BulkFit  # the noise in force; NaN for factors that were given none
+    finite: Bool[Array, " b"]  # whether all entries are finite
+    held: Bool[Array, " b"]  # whether float64 has room for the squares
     noisy: Bool[Array, " b"]  # whether there is noise above rounding
     accepted: Bool[Array, " b"]  # whether the rule may be believed
     signal: Int[Array, " b"]  # number of signal directions
     populated: Int[Array, " b"]  # number of directions that may be kept: of factors, not the zeros
+    live: Int[np.ndarray, "b 2"]  # number of rows and of columns that are not zero
     estimated: bool = False  # whether the bulk of the spectra is made of estimated quantiles
+
+
+class _Piece(NamedTuple):
+    """Matrices of a kernel with as many rows and columns that are not zero.
+
+    Rows and columns of zeros are no noise, and the law is that of the others.
+    """
+
+    path: str
+    matrices: slice
+    spectra: Spectrum  # of the others
+    shrunk: float  # their longer side over that of the kernel
+    exponent: Int[np.ndarray, " b"]
+
+
+def _pieces(path: str, values: Values, view: MatrixView) -> list[_Piece]:
+    """Returns a kernel as one piece, or matrix by matrix if there are zeros."""
+    (eigenvalues, ratio), _, live, exponent = values
+    sides = np.array((view.rows, view.columns))
+    if (live == sides).all() or not live.any():
+        return [_Piece(path, slice(None), values.spectrum, 1.0, exponent)]
+    pieces = []
+    for index, counts in enumerate(live):
+        short, long = sorted(map(int, counts if counts.all() else sides))
+        one = slice(index, index + 1)
+        kept: Any = eigenvalues[one, :short] * ratio.dtype.type(view.long / long)
+        new: Any = np.full(1, short / long, ratio.dtype)
+        pieces.append(_Piece(path, one, Spectrum(kept, new), long / view.long, exponent[one]))
+    return pieces
+
+
+def _rescale(fits: BulkFit, piece: _Piece, *, back: bool) -> BulkFit:
+    """Returns fits on the scale of a piece, or back on that of the kernel."""
+    if piece.shrunk == 1 and not piece.exponent.any():
+        return fits
+    power, factor = (
+        (2 * piece.exponent, piece.shrunk) if back else (-2 * piece.exponent, 1 / piece.shrunk)
+    )
+    # In float64, which has room for squares of float32, unless only zeros were left out.
+    wide = lambda number: number.astype(np.float64) if piece.exponent.any() else number
+    move = lambda number: np.ldexp(wide(np.asarray(number)), power)
+    along = lambda number: (move(number) * factor).astype(move(number).dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        # The variance of an entry does not depend on how many there are.
+        return fits._replace(
+            variance=move(fits.variance), edge=along(fits.edge), threshold=along(fits.threshold)
+        )
 
 
 @partial(jax.jit, static_argnames=("rule", "factored"))
@@ -62,33 +121,73 @@ def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> 
     }
 
 
+def _judge_pieces(pieces: list[_Piece], views: Views, rule, fits: Fits) -> list[dict[str, Any]]:
+    """Judges pieces, those with as many eigenvalues together: one program judges a group."""
+    given = {}
+    for index, piece in enumerate(pieces):
+        if piece.path in fits:
+            level = jax.tree.map(
+                lambda n, piece=piece: np.ravel(n)[piece.matrices], fits[piece.path]
+            )
+            moved = _rescale(level, piece, back=False)
+            cast = lambda new, old: new.astype(old.dtype)
+            given[index] = jax.tree.map(cast, moved, level)
+    groups: dict[tuple, list[int]] = {}
+    for index, piece in enumerate(pieces):
+        eigenvalues = piece.spectra.eigenvalues
+        dtype = given[index].threshold.dtype if index in given else None
+        program = eigenvalues.shape[1], eigenvalues.dtype, dtype, views[piece.path].is_factored
+        groups.setdefault(program, []).append(index)
+    results: dict[int, Any] = {}
+    for (*_, factored), group in groups.items():
+        spectra = join_stacks([pieces[index].spectra for index in group])
+        levels = [given[index] for index in group if index in given]
+        with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
+            judged = _judge(
+                spectra, join_stacks(levels) if levels else None, rule=rule, factored=factored
+            )
+        sizes = [len(pieces[index].spectra.eigenvalues) for index in group]
+        results |= zip(group, split_stacks(jax.device_get(judged), sizes), strict=True)
+    return [results[index] for index in range(len(pieces))]
+
+
+def _on_scale(spectrum: Spectrum, exponent: np.ndarray) -> Spectrum:
+    """Returns a spectrum on the scale of its kernel: in float64, if it was moved."""
+    if not exponent.any():
+        return spectrum
+    eigenvalues: Any = spectrum.eigenvalues
+    with np.errstate(over="ignore", under="ignore"):
+        moved: Any = np.ldexp(eigenvalues.astype(np.float64), 2 * exponent[:, None])
+    return spectrum._replace(eigenvalues=moved)
+
+
 def _measure_values(
     views: Views, values: Mapping[str, Values], rule, fits: Fits
 ) -> dict[str, Measurement]:
-    """Judges spectra, those with as many eigenvalues together: one program judges a group."""
-    groups: dict[tuple, list[str]] = {}
-    for path, found in values.items():
-        eigenvalues = found.spectrum.eigenvalues
-        given = fits[path].threshold.dtype if path in fits else None
-        program = eigenvalues.shape[1], eigenvalues.dtype, given, views[path].is_factored
-        groups.setdefault(program, []).append(path)
+    """Judges the spectra of kernels."""
+    pieces = [piece for path in values for piece in _pieces(path, values[path], views[path])]
+    parts: dict[str, list] = {path: [] for path in values}
+    for piece, judged in zip(pieces, _judge_pieces(pieces, views, rule, fits), strict=True):
+        judged["fits"] = _rescale(judged["fits"], piece, back=True)
+        parts[piece.path].append(judged)
     measured = {}
-    for paths in groups.values():
-        spectra = join_stacks([values[path].spectrum for path in paths])
-        given = [jax.tree.map(np.ravel, fits[path]) for path in paths if path in fits]
-        levels = join_stacks(given) if given else None
-        with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
-            judged = _judge(spectra, levels, rule=rule, factored=views[paths[0]].is_factored)
-        parts = split_stacks(jax.device_get(judged), [views[path].stack for path in paths])
-        for path, part in zip(paths, parts, strict=True):
-            spectrum, num_exact = values[path]
-            estimated = bool((num_exact < views[path].full_rank).any())
-            measured[path] = Measurement(spectrum, **part, estimated=estimated)
+    for path, (spectrum, num_exact, live, exponent) in values.items():
+        whole: Any = parts[path][0] if len(parts[path]) == 1 else join_stacks(parts[path])
+        estimated = bool((num_exact < views[path].full_rank).any())
+        finite = np.isfinite(spectrum.eigenvalues).all(axis=-1)
+        scaled = _on_scale(spectrum, exponent)
+        usual = lambda s: np.isfinite(s.eigenvalues[:, 0]) & (s.eigenvalues[:, 0] > 0)
+        held = usual(scaled) == usual(spectrum)
+        known: Any = {"finite": finite, "held": held, "live": live, "estimated": estimated}
+        measured[path] = Measurement(scaled, **whole, **known)
     return measured
 
 
-def _decides(measured: Measurement, values: Values) -> bool:
+def _decides(measured: Measurement, values: Values, view: MatrixView) -> bool:
     """Returns True if an estimated spectrum leaves no doubt about the plan."""
+    # Quantiles of a bulk between which there are zeros are not those of the others.
+    if (measured.live != (view.rows, view.columns)).any():
+        return False
     counted = measured.accepted & (measured.signal <= values.num_exact)
     refused = ~measured.accepted & (measured.fits.distance > _CLEARLY)
     return bool((counted | refused).all())
@@ -99,7 +198,9 @@ def measure(views: Views, rule, fits: Fits, exact_below: int) -> dict[str, Measu
     values = estimated_spectra(views, exact_below)
     measured = _measure_values(views, values, rule, fits)
     # Where the estimate of a large kernel does not decide, the spectrum is computed.
-    measured = {path: row for path, row in measured.items() if _decides(row, values[path])}
+    measured = {
+        path: row for path, row in measured.items() if _decides(row, values[path], views[path])
+    }
     rest = {path: view for path, view in views.items() if path not in measured}
     measured |= _measure_values(views, spectra(rest), rule, fits)
     return {path: measured[path] for path in views}
@@ -182,12 +283,14 @@ class Findings(NamedTuple):
       rows: Those of the kernels that no number can change.
       measured: The spectra and the noise of the others.
       losses: What cuts do to their outputs, of those that have moments.
+      others: Leaves that may be kernels under another name, and were not chosen.
     """
 
     kernels: dict[str, KernelLeaf]
     rows: dict[str, LayerPlan]
     measured: dict[str, Measurement]
     losses: dict[str, OutputLosses]
+    others: dict[str, KernelLeaf]
 
 
 def merge_findings(one: Findings, other: Findings) -> Findings:
@@ -195,6 +298,7 @@ def merge_findings(one: Findings, other: Findings) -> Findings:
     return Findings(*({**ours, **theirs} for ours, theirs in zip(one, other, strict=True)))
 
 
+@in_usual_modes
 def study(params: PyTree, options: PlanOptions) -> Findings:
     """Measures the kernels of a tree."""
     check_tree(params)
@@ -203,6 +307,8 @@ def study(params: PyTree, options: PlanOptions) -> Findings:
     _check_paths("fits", options.fits, params)
     _check_paths("moments", options.moments, params)
     kernels = find_kernels(params, options.where, options.axes)
+    check_chosen(kernels, params)
+    others = unchosen(params, kernels) if options.where is None else {}
     rows_by_path(options.batch, kernels)  # raises an error for other paths before the work
     given = _given_fits(options.fits, kernels)
     rows: dict[str, LayerPlan] = {}
@@ -219,7 +325,7 @@ def study(params: PyTree, options: PlanOptions) -> Findings:
             rows[path] = Kept(f"kept: {cause}", kernel.shape, getattr(kernel, "axes", None))
         else:
             views[path] = kernel
+    check_values(views)
     measured = measure(views, options.rule, given, options.exact_below)
-    return Findings(
-        kernels, rows, measured, _all_losses(views, options.moments, leaves_by_path(params))
-    )
+    losses = _all_losses(views, options.moments, leaves_by_path(params))
+    return Findings(kernels, rows, measured, losses, others)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 from rmtjax._axes import KernelLeaf
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.moments import Moments
 from rmtjax.noise import ranks, Shrink
@@ -17,7 +18,7 @@ from rmtjax.planning._cost import Clock, rows_by_path, time_products, weigh
 from rmtjax.planning._decide import choices, decide, give_ranks
 from rmtjax.planning._measure import Findings, study
 from rmtjax.planning._options import PlanOptions
-from rmtjax.planning._rows import Factorized, in_place, LayerPlan, Plan
+from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan
 
 
 def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -> LayerPlan:
@@ -27,6 +28,13 @@ def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -
     return replace(in_place(row, slow) if slow else row, cost=cost)
 
 
+def _unchosen_row(leaf: KernelLeaf) -> Kept:
+    """Returns the row of a leaf that may be a kernel, and is not one by its name."""
+    cost, _ = weigh(leaf, None, None, time_products)
+    return Kept("kept: not a kernel by its name, unless `where` chooses it", leaf.shape, cost=cost)
+
+
+@in_usual_modes
 def decide_all(found: Findings, options: PlanOptions, clock: Clock | None = None) -> Plan:
     """Returns the plan of kernels that were measured."""
     clock, rows = clock or cache(time_products), rows_by_path(options.batch, found.kernels)
@@ -40,7 +48,7 @@ def decide_all(found: Findings, options: PlanOptions, clock: Clock | None = None
         # What saves no time must not save parameters either, so the others give more.
         again = {p for p in ranks or () if p not in slow and plan[p].action != decided[p].action}
         if not again:
-            return plan
+            return Plan(plan | {p: _unchosen_row(leaf) for p, leaf in found.others.items()})
         slow |= again
 
 
@@ -83,10 +91,13 @@ def plan(
         0. Use it once: its result is no longer signal plus noise.
       where: Chooses the kernels: a function `where(path, leaf)` with paths such as
         "Dense_0/kernel", a regular expression that is searched in the path, or a tree of booleans
-        as optax's masks. By default the leaves named `kernel` or `embedding`.
+        as optax's masks. By default the leaves named `kernel` or `embedding`, and with two axes or
+        more `weight` of Torch and Equinox, `w` and `embeddings` of Haiku. Other floating leaves of
+        two axes or more are kept, with a reason; vectors such as biases have no row.
       axes: The axes that make a kernel a matrix, as `rmtjax.KernelAxes`: a function
         `axes(path, leaf)`, or a dictionary by path, whose leaves are chosen too. By default they
-        are guessed from Flax's names. Stacked kernels need it: see `rmtjax.linen.kernel_axes`.
+        follow from names and shapes. Where these could also be those of a stack, they are not
+        known: see `rmtjax.linen.kernel_axes`.
       fits: Noise levels in the place of new fits, by path, such as
         `rmtjax.noise_levels(opt_state)`. A truncated spectrum must not be fitted as if it were
         whole. So a factorized kernel without a level is kept, if the rule needs one. Dense kernels
@@ -116,8 +127,8 @@ def plan(
       A `Plan`: path to `Kept`, `Truncated` or `Factorized`, with a reason for every kernel chosen.
 
     Raises:
-      ValueError, TypeError: An option is not as described, or does not fit the tree. Or the
-        budget is below the size of the smallest plan.
+      ValueError, TypeError: An option is not as described, or does not fit the tree. Or no leaf is
+        chosen as a kernel, or the budget is below the size of the smallest plan.
 
     Examples:
       >>> import jax, rmtjax

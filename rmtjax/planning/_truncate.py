@@ -5,18 +5,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from rmtjax._axes import Factors, is_factors, KernelAxes, MatrixView, to_stack, Views
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import place_factors, place_like
 from rmtjax._types import check_type
 from rmtjax.moments import Moments
-from rmtjax.planning._kernels import check_tree, leaves_by_path, map_kernels
+from rmtjax.planning._kernels import check_tree, is_abstract, leaves_by_path, map_kernels
 from rmtjax.planning._measure import bias_of, second_of
 from rmtjax.planning._rows import check_plan, check_plan_fits, Factorized, Plan, Truncated
 from rmtjax.spectra import (
     keeps_most,
     lift,
+    live_sides,
     matmul,
     multiply,
     output_factors,
@@ -103,8 +106,10 @@ def changed_leaves(
         view, row = views[path], rows[path]
         if row.shrink is not None:
             # One variance for each matrix of a stack, in the shape of the batch axes.
-            variance = jnp.reshape(row.fit.variance, s.shape[:-1])
-            s = shrink_values(jnp.asarray(s), row.shrink, variance, (view.rows, view.columns))
+            variance = np.reshape(row.fit.variance, s.shape[:-1])
+            # Zeros are no noise. A matrix of zeros stays as it is.
+            live = jnp.maximum(live_sides(view), 1).reshape(*s.shape[:-1], 2)
+            s = shrink_values(jnp.asarray(s), row.shrink, variance, (live[..., 0], live[..., 1]))
         yield path, _new_leaf(split(u, s, vt), view, row)
 
 
@@ -125,6 +130,8 @@ def _change(params: PyTree, plan: Plan, moments: Moments | None) -> PyTree:
     """Returns the tree with the leaves that the plan changes."""
     check_tree(params)
     _check_moments(plan, moments)
+    if is_abstract(params):
+        return jax.eval_shape(lambda tree: _change(tree, plan, moments), params)
     leaves = leaves_by_path(params)
     check_plan_fits(plan, leaves)
     rows = plan.changes
@@ -133,6 +140,7 @@ def _change(params: PyTree, plan: Plan, moments: Moments | None) -> PyTree:
     return map_kernels(lambda path, leaf: changed[path], params, changed)
 
 
+@in_usual_modes
 def truncate(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> PyTree:
     """Lowers the rank of each kernel as planned; shapes and dtypes stay.
 
@@ -164,6 +172,7 @@ def truncate(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> P
     return _change(params, plan.in_place(), moments)
 
 
+@in_usual_modes
 def factorize(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> PyTree:
     """Replaces each kernel by two thin factors where the plan says they are smaller.
 
@@ -192,6 +201,7 @@ def factorize(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> 
     return jax.tree.map(unbox, thin, is_leaf=lambda node: boxed(node) or is_factors(node))
 
 
+@in_usual_modes
 def merge(params: PyTree) -> PyTree:
     """Multiplies all factors out: dense kernels again, batch and input axes first.
 

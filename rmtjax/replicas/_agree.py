@@ -11,9 +11,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, Where
-from rmtjax.planning import check_count, check_share, find_kernels, map_kernels, obstacle
+from rmtjax.planning import (
+    check_count,
+    check_share,
+    find_kernels,
+    is_abstract,
+    map_kernels,
+    obstacle,
+    warn_if_idle,
+)
 from rmtjax.spectra import cross_validate
 from rmtjax.training import (
     frobenius_norm,
@@ -218,13 +227,20 @@ def agree(
         fine = lambda view: not (view.is_factored or obstacle(view, 1))
         return {p: view for p, view in views.items() if isinstance(view, MatrixView) and fine(view)}
 
+    @in_usual_modes
     def init_fn(params: PyTree) -> AgreeState:
+        if is_abstract(params):
+            return jax.eval_shape(init_fn, params)
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
             return AgreeState._make([step] * len(AgreeState._fields))
-        periods = {path: _fresh(view.leaf) for path, view in find(params).items()}
+        views = find(params)
+        if not views:
+            warn_if_idle("agree", find_kernels(params, where, axes), params, 1)
+        periods = {path: _fresh(view.leaf) for path, view in views.items()}
         return AgreeState(step, *_by_field(periods))
 
+    @in_usual_modes
     def update_fn(updates, state, params: Any = None, **extra_args):
         del extra_args
         views, chosen = moving_kernels(updates, params, find, state.start)

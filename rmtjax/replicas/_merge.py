@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from rmtjax._axes import is_factors, MatrixView
+from rmtjax._axes import is_factors, MatrixView, native
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import place_like
 from rmtjax._types import Axes, Where
 from rmtjax.planning import check_share, find_kernels, obstacle, path_name
@@ -49,6 +50,7 @@ def _merge_leaf(leaf: Any, replicas: Any) -> Any:
     return jax.tree.map(place_like, merged, leaf)
 
 
+@in_usual_modes
 def merge_replicas(
     start: PyTree,
     replicas: PyTree | Sequence[PyTree],
@@ -118,6 +120,7 @@ def merge_replicas(
     check_share("rest", rest, "the change not agreed on that is kept")
     views = find_kernels(start, where, axes)
     check_arrays("start", start)
+    start = jax.tree.map(native, start)
     stacked = stack_replicas(start, replicas)
     merged, kept, rank = [], {}, {}
     leaves, structure = jax.tree_util.tree_flatten_with_path(start, is_leaf=is_factors)

@@ -8,7 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
-from rmtjax.planning import check_count
+from rmtjax._modes import in_usual_modes
+from rmtjax.planning import check_count, is_abstract
 
 
 def _check_replicas(k: Any) -> None:
@@ -18,6 +19,7 @@ def _check_replicas(k: Any) -> None:
     check_count("k", k, 2)
 
 
+@in_usual_modes
 def replicate(tree: PyTree, k: int) -> PyTree:
     """Returns k replicas of a tree as one tree whose arrays have a leading axis of k.
 
@@ -48,6 +50,8 @@ def replicate(tree: PyTree, k: int) -> PyTree:
       False
     """
     _check_replicas(k)
+    if is_abstract(tree):
+        return jax.eval_shape(lambda tree: replicate(tree, k), tree)
 
     def copy(leaf):
         leaf = jnp.asarray(leaf)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from rmtjax._axes import native
 from rmtjax._sharding import beside
 from rmtjax.planning import path_name
 
@@ -84,4 +85,4 @@ def stack_replicas(start: PyTree, replicas: Any) -> PyTree:
         return jax.tree.map(gather, start, *trees)
     _check_structure("replicas", replicas, start)
     _check_axis(replicas, start)
-    return jax.tree.map(jnp.asarray, replicas)
+    return jax.tree.map(lambda leaf: jnp.asarray(native(leaf)), replicas)

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._text import printable
 from rmtjax._types import BulkFit
 from rmtjax.laws import law_curve, roots, rounding
-from rmtjax.planning import Cost, LayerPlan, Plan
+from rmtjax.planning import Cost, LayerPlan, NO_OTHERS, Others, Plan
 from rmtjax.report._row import Row, to_cell
 
 BINS, POINTS, MOST_SPIKES = 80, 60, 50
@@ -76,7 +77,11 @@ def _laws(drawn: Sequence[_Drawn]) -> list[dict[str, Any]]:
         return []
     numbers = ((d.ratio, d.values.size, d.fit.num_spikes, d.fit.edge) for d in drawn)
     ratio, size, spikes, edge = map(np.array, zip(*numbers, strict=True))
-    grids, densities = map(np.asarray, _curve(np.float32(ratio), size, spikes, np.float32(edge)))
+    # At an edge of 1, and moved in float64: edges may leave the range of float32.
+    units = np.ones(len(edge), np.float32)
+    grids, densities = map(np.asarray, _curve(np.float32(ratio), size, spikes, units))
+    root = np.sqrt(edge.astype(np.float64))[:, None]
+    grids, densities = grids * root, densities / root
     peaks = densities.max(axis=1)
     # Integers of three digits: the page of a large model has 180,000 of them.
     heights = np.rint(1000 * densities / peaks[:, None]).astype(int)
@@ -147,10 +152,13 @@ def _line(row: Row, columns: Sequence[str]) -> str:
     return f'<tr><th scope="row">{path}</th>{cells}</tr>'
 
 
-def _totals(actions: Counter[str], totals: Cost) -> str:
+def _totals(actions: Counter[str], totals: Cost, others: Others) -> str:
     """Returns the totals that are shown above the table."""
     words = ", ".join(f"{count:,} {_VERDICTS[name]}" for name, count in actions.items())
     entries = {"kernels": f"{actions.total():,} <small>{words}</small>"}
+    if others.tensors:
+        numbers = f"{others.parameters:,} numbers, not looked at"
+        entries["other tensors"] = f"{others.tensors:,} <small>{numbers}</small>"
     for name in _COSTS:
         before, after = getattr(totals, name), getattr(totals, f"{name}_after")
         if before is not None:
@@ -170,7 +178,10 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
+@in_usual_modes
+def render(
+    title: str, rows: Sequence[Row], totals: Cost, plan: Plan, others: Others = NO_OTHERS
+) -> str:
     """Returns the page of a report; `plan` has the spectra of the rows, in the same order."""
     columns = _TEXTS + (_NUMBERS if totals.milliseconds is not None else _NUMBERS[:-1])
     numbers = {name: [getattr(row, name) for row in rows] for name in _NUMBERS}
@@ -186,7 +197,7 @@ def render(title: str, rows: Sequence[Row], totals: Cost, plan: Plan) -> str:
         "script": script,
         "style_digest": _digest(style),
         "script_digest": _digest(script),
-        "totals": _totals(actions, totals),
+        "totals": _totals(actions, totals, others),
         "options": "".join(map(option, actions)),
         "head": "".join(map(head, columns)),
         "rows": "\n".join(_line(row, columns) for row in rows),

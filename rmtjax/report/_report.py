@@ -16,7 +16,16 @@ from rmtjax._text import printable
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.moments import Moments
 from rmtjax.noise import ranks
-from rmtjax.planning import add_costs, Cost, make_plan, Plan, PlanOptions
+from rmtjax.planning import (
+    add_costs,
+    Cost,
+    count_others,
+    make_plan,
+    NO_OTHERS,
+    Others,
+    Plan,
+    PlanOptions,
+)
 from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics
 from rmtjax.report._page import render
 from rmtjax.report._row import make_row, Row, to_cell, to_text
@@ -47,9 +56,11 @@ class Report:
 
     Attributes:
       plan: The plan behind the report, with the spectra.
+      others: How many tensors have no row, such as biases and scales, and the numbers in them.
     """
 
     plan: Plan
+    others: Others = NO_OTHERS
 
     # Cached, because every form of the report asks for them. A frozen dataclass allows it: the
     # cache writes into `__dict__`, and not by `setattr`.
@@ -106,12 +117,15 @@ class Report:
     def to_dict(self, *columns: str) -> dict[str, Any]:
         """Returns data that JSON can hold: "rows", a list of dictionaries, and "totals".
 
-        By default the rows have all fields of `Row`.
+        By default the rows have all fields of `Row`. The totals also count the tensors without a
+        row, if there are some, and their numbers.
         """
         columns = expand_columns(columns) or Row._fields
         plain = lambda value: list(value) if isinstance(value, tuple) else value
         rows = [{name: plain(self._value(row, name)) for name in columns} for row in self.rows]
-        return {"rows": rows, "totals": self.totals._asdict()}
+        others = {f"other_{name}": count for name, count in self.others._asdict().items()}
+        totals = self.totals._asdict() | (others if any(self.others) else {})
+        return {"rows": rows, "totals": totals}
 
     def to_json(self, *columns: str) -> str:
         """Returns the data of `to_dict` as text."""
@@ -195,7 +209,7 @@ class Report:
         Without JavaScript the table is still there. Spectra are drawn from histograms: a page of
         3,000 kernels has a few megabytes.
         """
-        return render(title, self.rows, self.totals, self.plan)
+        return render(title, self.rows, self.totals, self.plan, self.others)
 
 
 def analyze(
@@ -233,4 +247,5 @@ def analyze(
     sizes: dict[str, Any] = {"multiple": 1, "min_size": min_size, "exact_below": exact_below}
     known: dict[str, Any] = {"where": where, "axes": axes, "fits": fits, "moments": moments}
     options = PlanOptions(rule, batch=batch, **known, **sizes)
-    return Report(make_plan(params, options))
+    plan = make_plan(params, options)
+    return Report(plan, count_others(params, plan))

@@ -10,8 +10,16 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, Where
-from rmtjax.planning import check_count, check_share, map_kernels
+from rmtjax.planning import (
+    check_count,
+    check_share,
+    find_kernels,
+    is_abstract,
+    map_kernels,
+    warn_if_idle,
+)
 from rmtjax.sparse._masks import (
     check_pattern,
     check_size,
@@ -184,17 +192,24 @@ def prune_entries(
         found = find_grouped(params, pattern, where, axes)
         return Chooser(pattern, tuple((path, found[path]) for path in sorted(kernels)))
 
+    @in_usual_modes
     def init_fn(params: PyTree) -> PruneEntriesState:
+        if is_abstract(params):
+            return jax.eval_shape(init_fn, params)
         # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
         step, selecting, goal = (jnp.zeros((), jnp.int32) for _ in range(3))
         if is_placeholder(params):
             return PruneEntriesState(step, step, selecting, goal)  # pyright: ignore[reportArgumentType]
-        masks = pick_masks(mask, find(params))
+        kernels = find(params)
+        if not kernels:
+            warn_if_idle("prune_entries", find_kernels(params, where), params, 1)
+        masks = pick_masks(mask, kernels)
         check_size(masks)
         choose(params, masks)
         # The user's mask must outlive a state that is donated to `jit`.
         return PruneEntriesState(step, jax.tree.map(jnp.copy, masks), selecting, goal)
 
+    @in_usual_modes
     def update_fn(updates, state, params: Any = None, **extra_args):
         del extra_args
         kernels, chosen = moving_kernels(updates, params, find, state.masks)

@@ -24,9 +24,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from rmtjax._axes import matrix_shape, MatrixView
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import Spectrum, Where
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import check_plan, check_plan_fits, LayerPlan, Plan
+from rmtjax.planning import (
+    check_chosen,
+    check_concrete,
+    check_plan,
+    check_plan_fits,
+    find_kernels,
+    LayerPlan,
+    Plan,
+)
 from rmtjax.sparse._densities import cell_gates, layer_densities, random_mask
 from rmtjax.sparse._masks import check_sparsity, fill, find_floating, pick_masks, shrink
 from rmtjax.spectra import lift
@@ -52,6 +61,7 @@ def _spread(values: Float[Array, " b"], row: LayerPlan) -> Array:
     return MatrixView("", np.empty(shape), row.axes).from_matrices(values.reshape(-1, 1, 1))
 
 
+@in_usual_modes
 def entry_threshold(
     variance: Float[ArrayLike, "*batch"], shape: tuple[int, ...], delta: float = 0.05
 ) -> Float[Array, "*batch"]:
@@ -102,6 +112,7 @@ def _above(path: str, kernel, row: LayerPlan, delta: float, rule) -> Bool[Array,
     return ~(jnp.abs(lift(kernel)) <= threshold)
 
 
+@in_usual_modes
 def threshold_mask(
     params: PyTree,
     plan: Plan,
@@ -156,6 +167,7 @@ def _edges(plan: Plan) -> dict[str, np.ndarray]:
     return {path: score(edge) for path, edge in edges.items()}
 
 
+@in_usual_modes
 def edge_weights(
     plan: Plan,
     sparsity: Float[ArrayLike, ""],
@@ -205,6 +217,7 @@ def edge_weights(
     return {path: _spread(weight(edge), plan[path]) for path, edge in _edges(plan).items()}
 
 
+@in_usual_modes
 def magnitude_mask(
     params: PyTree,
     sparsity: Float[ArrayLike, ""],
@@ -241,6 +254,8 @@ def magnitude_mask(
        [0. 2.]]
     """
     check_sparsity(sparsity)
+    check_concrete(params)
+    check_chosen(find_kernels(params, where), params)
     kernels = find_floating(params, where)
     masks = shrink(kernels, pick_masks(mask, kernels), weights, sparsity)
     return fill(params, masks)

@@ -21,6 +21,7 @@ from rmtjax.spectra._select import (
     Directions as Directions,
     estimated_spectra as estimated_spectra,
     keeps_most as keeps_most,
+    live_sides as live_sides,
     output_factors as output_factors,
     output_losses as output_losses,
     product as product,

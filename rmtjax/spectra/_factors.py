@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax._axes import factored_axes, FactoredKernel, Factors, KernelAxes
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler, constrain, merged_sharding
-from rmtjax.spectra._spectrum import check_matrix, each, einsum, lift, matmul
+from rmtjax.spectra._spectrum import as_matrix, each, einsum, lift, matmul
 
 
 def svd(matrix: Float[Array, "*batch m n"] | Factors) -> tuple[Array, Array, Array]:
@@ -90,13 +92,18 @@ def shrink_values(
     s: Float[Array, "*batch k"],
     shrink: Callable[[Array, Array], Array],
     variance: Float[ArrayLike, "*batch"],
-    shape: tuple[int, int],
+    sides: tuple[Int[ArrayLike, "*#batch"], Int[ArrayLike, "*#batch"]],
 ) -> Float[Array, "*batch k"]:
-    r"""Returns $\sqrt n\, \sigma\, \eta(s / (\sqrt n\, \sigma), \gamma)$ for sides `shape`."""
-    scale = jnp.sqrt(max(shape) * jnp.asarray(variance, s.dtype))[..., None]
-    return scale * shrink(s / scale, jnp.asarray(min(shape) / max(shape), s.dtype))
+    r"""Returns $\sqrt n\, \sigma\, \eta(s / (\sqrt n\, \sigma), \gamma)$ for two sides."""
+    first, second = (jnp.asarray(side, s.dtype) for side in sides)
+    longer = jnp.maximum(first, second)
+    # The variance may be in float64, since squares can leave the range of float32.
+    deviation = np.sqrt(variance) if isinstance(variance, np.ndarray) else jnp.sqrt(variance)
+    scale = (jnp.sqrt(longer) * jnp.asarray(deviation, s.dtype))[..., None]
+    return scale * shrink(s / scale, (jnp.minimum(first, second) / longer)[..., None])
 
 
+@in_usual_modes
 def truncate_matrix(
     matrix: Float[ArrayLike, "m n"], rank: Int[Array, ""] | int
 ) -> Float[Array, "m n"]:
@@ -118,13 +125,13 @@ def truncate_matrix(
     References:
       Eckart and Young, Psychometrika 1 (1936) 211-218.
     """
-    matrix = jnp.asarray(matrix)
-    check_matrix("truncate_matrix", matrix)
+    matrix = as_matrix("truncate_matrix", matrix)
     if not isinstance(rank, jax.Array) and operator.index(rank) < 0:
         raise ValueError(f"`rank` must be at least 0, got {rank}.")
     return compose(*svd(matrix), rank).astype(matrix.dtype)
 
 
+@in_usual_modes
 def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
     """Returns the two thin factors of the nearest matrix of rank `rank`.
 
@@ -144,8 +151,7 @@ def factorize_matrix(matrix: Float[ArrayLike, "m n"], rank: int) -> Factors:
       >>> left.shape, right.shape
       ((6, 1), (1, 4))
     """
-    matrix = jnp.asarray(matrix)
-    check_matrix("factorize_matrix", matrix)
+    matrix = as_matrix("factorize_matrix", matrix)
     rank = operator.index(rank)  # raises for a float, and for a value traced by jit
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(f"`rank` must be in [1, {min(matrix.shape)}], got {rank}.")

@@ -133,8 +133,18 @@ def _chunks(views: Views) -> list[tuple[int, list[tuple[str, int]]]]:
     return chunks
 
 
-def squared_singular_values(views: Views) -> dict[str, np.ndarray]:
-    """Returns the squared singular values of kernels as arrays (stack, p), descending."""
+def _live_sides(matrices: np.ndarray) -> np.ndarray:
+    """Returns how many rows and columns of each matrix of a stack are not zero, (stack, 2)."""
+    # A matrix at a time, so that a stack needs no more memory.
+    count = lambda present: [np.count_nonzero(present.any(axis)) for axis in (1, 0)]
+    return np.array([count(matrix != 0) for matrix in matrices], np.int32).reshape(-1, 2)
+
+
+def squared_singular_values(views: Views) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns the squared singular values of kernels, (stack, p), descending, and live sides.
+
+    The live sides are the numbers of rows and columns that are not zero, (stack, 2).
+    """
     # Before the pool: a leaf may run code of its user's when it becomes an array.
     arrays = {path: np.asarray(view.leaf) for path, view in views.items()}
 
@@ -156,7 +166,8 @@ def squared_singular_values(views: Views) -> dict[str, np.ndarray]:
     for places, rows in zip(large + small, values, strict=True):
         for (path, index), row in zip(places, rows, strict=True):
             squared[path][index] = row[::-1]
-    return squared
+    live = {p: _live_sides(to_matrices(arrays[p], view.axes)) for p, view in views.items()}
+    return {path: (squared[path], live[path]) for path in views}
 
 
 def _talls(kernel: Any, axes: KernelAxes) -> np.ndarray:

@@ -47,7 +47,7 @@ from rmtjax.spectra import _fold, _lapack, _outputs, _sharded, _svd
 from rmtjax.spectra._factors import compose, contract, project
 from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
 from rmtjax.spectra._outputs import OutputLosses
-from rmtjax.spectra._spectrum import each, lift
+from rmtjax.spectra._spectrum import each, lift, to_unit
 from rmtjax.spectra._subspace_iteration import block_size, iteration_pays, Leading, leading_above
 
 
@@ -57,12 +57,17 @@ class Values(NamedTuple):
     Attributes:
       spectrum: NumPy arrays with a leading axis for the matrices of a stack, in float32 at least.
         Of factors it is that of their product, with zeros up to the short side.
+        They are those of the kernel over a power of two, if its squares could leave float32.
       num_exact: How many of the largest eigenvalues are those of the matrix. The others are
         estimated quantiles of its bulk.
+      live: The number of rows and of columns that are not zero; of factors, all.
+      exponent: The exponents of the powers of two.
     """
 
     spectrum: Spectrum
     num_exact: Int[np.ndarray, " stack"]
+    live: Int[np.ndarray, "stack 2"]
+    exponent: Int[np.ndarray, " stack"]
 
 
 class Directions(NamedTuple):
@@ -113,8 +118,13 @@ def _cut_by_host(view: MatrixView) -> bool:
 
 @partial(jax.jit, static_argnames="axes")
 def _estimate(kernel, *, axes: KernelAxes):
-    find = lambda kernel: each(estimated_spectrum, to_stack(kernel, axes))
-    return by_compiler(find, kernel)
+    def estimate(matrix):
+        scaled, exponent = to_unit(lift(matrix))
+        return *estimated_spectrum(scaled), exponent
+
+    find = lambda kernel: each(estimate, to_stack(kernel, axes))
+    spectrum, num_exact, exponent = by_compiler(find, kernel)
+    return spectrum, num_exact, _svd.live_sides(kernel, axes=axes), exponent
 
 
 def estimated_spectra(views: Views, exact_below: int) -> dict[str, Values]:
@@ -131,14 +141,37 @@ def spectra(views: Views) -> dict[str, Values]:
     host = {path: view for path, view in views.items() if _on_host(view)}
     divided = {p: view for p, view in views.items() if p not in host and _is_divided(view)}
     rest = {p: view for p, view in views.items() if p not in host and p not in divided}
-    squared = _lapack.squared_singular_values(host) | _sharded.squared_singular_values(divided)
-    spectra = _svd.compiled_spectra(rest)
-    for path, view in (host | divided).items():
-        dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
-        eigenvalues: Any = (np.maximum(squared[path], 0) / view.long).astype(dtype)
-        ratio: Any = np.full(view.stack, view.short / view.long, dtype)
-        spectra[path] = Spectrum(eigenvalues, ratio)
-    return {p: Values(spectra[p], np.full(v.stack, v.short, np.int32)) for p, v in views.items()}
+    squared = _lapack.squared_singular_values(host)
+    of_parts = _sharded.squared_singular_values(divided)
+    squared |= {p: (found, live_sides(divided[p])) for p, found in of_parts.items()}
+    spectra = {path: _from_squares(views[path], found) for path, (found, _) in squared.items()}
+    spectra |= _svd.compiled_spectra(rest)
+    live = {path: sides for path, (_, sides) in squared.items()}
+    live |= {path: live_sides(view) for path, view in rest.items()}
+    exact = {path: np.full(view.stack, view.short, np.int32) for path, view in views.items()}
+    return {p: Values(spectra[p][0], exact[p], live[p], spectra[p][1]) for p in views}
+
+
+def live_sides(view: MatrixView) -> Any:
+    """Returns the numbers of rows and columns that are not zero, (stack, 2); of factors, all."""
+    if view.is_factored:
+        return np.full((view.stack, 2), (view.rows, view.columns), np.int32)
+    leaf = view.leaf if isinstance(view.leaf, jax.Array) else np.asarray(view.leaf)
+    live = _svd.live_sides(leaf, axes=view.axes)
+    return fetch(live) if _is_eager() else live
+
+
+def _from_squares(view: MatrixView, squared: np.ndarray) -> tuple[Spectrum, Any]:
+    """Returns the spectrum of a kernel from squared singular values in float64, and exponents."""
+    dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
+    eigenvalues = np.maximum(squared, 0) / view.long
+    largest = eigenvalues[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        usual = ~(np.abs(np.log10(largest)) > 20) | ~np.isfinite(largest) | (largest == 0)
+    exponent = np.where(usual, 0, np.frexp(largest)[1] // 2).astype(np.int32)
+    eigenvalues: Any = np.ldexp(eigenvalues, -2 * exponent[:, None]).astype(dtype)
+    ratio: Any = np.full(view.stack, view.short / view.long, dtype)
+    return Spectrum(eigenvalues, ratio), exponent
 
 
 def _vectors_of_one(view: MatrixView, rank: int) -> Directions:

@@ -8,10 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
+from rmtjax._axes import native
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler
 from rmtjax._types import Spectrum
+
+# Entries between this and its reciprocal have squares in the range of float32, and small ones too.
+_RANGE = 1e10
 
 # The default precision on accelerators rounds the operands, which a spectrum would show.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -32,6 +37,18 @@ def check_matrix(name: str, matrix: Float[Array, "m n"]) -> None:
             f"`{name}` needs a real floating-point matrix, got dtype {matrix.dtype}. "
             "Cast it with `matrix.astype(jnp.float32)` if its values are meant as weights."
         )
+
+
+def as_matrix(name: str, matrix: Any) -> Array:
+    """Returns an argument as a matrix; raises an error for anything else."""
+    if isinstance(matrix, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"`{name}` needs a matrix with values, got {matrix}. For shapes alone, call "
+            f"`jax.eval_shape(rmtjax.{name}, ...)`."
+        )
+    matrix = jnp.asarray(native(matrix))
+    check_matrix(name, matrix)
+    return matrix
 
 
 def lift(array: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -85,6 +102,7 @@ def triangle(matrix: Float[Array, "m n"]) -> Float[Array, "n n"]:
     return _triangle_of(triangles.reshape(-1, columns))
 
 
+@in_usual_modes
 def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     r"""Returns the empirical spectral density of a matrix.
 
@@ -110,9 +128,22 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
       >>> print(f"{eigenvalues.mean():.1f}")  # the mean square of the entries
       1.0
     """
-    matrix = jnp.asarray(matrix)
-    check_matrix("spectrum", matrix)
+    matrix = as_matrix("spectrum", matrix)
     return by_compiler(_spectrum, matrix)
+
+
+def to_unit(array: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array, ""]]:
+    """Returns an array over a power of two near its largest entry, and the exponent.
+
+    The exponent is 0 unless squares could leave the range of float32: no ordinary array changes.
+    """
+    largest = jnp.max(jnp.abs(array), initial=0)
+    _, exponent = jnp.frexp(largest)
+    usual = (largest > 1 / _RANGE) & (largest < _RANGE) | ~jnp.isfinite(largest) | (largest == 0)
+    exponent = jnp.where(usual, 0, exponent)
+    # In two steps: the reciprocal of a large power of two is no normal number.
+    half = exponent // 2
+    return jnp.ldexp(jnp.ldexp(array, -half), half - exponent), exponent
 
 
 def _spectrum(matrix: Float[Array, "m n"]) -> Spectrum:

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rmtjax._axes import Factors, KernelAxes, split_stacks, to_stack, Views
 from rmtjax._sharding import by_compiler, fetch, in_shares, mesh_of, replicating_mesh
 from rmtjax._types import Spectrum
 from rmtjax.spectra._factors import svd
-from rmtjax.spectra._spectrum import each, lift, matmul, spectrum, triangle
+from rmtjax.spectra._spectrum import each, lift, matmul, spectrum, to_unit, triangle
 from rmtjax.spectra._subspace_iteration import leading
 
 Vectors = tuple[Array, Array, Array]  # (u, s, vt)
@@ -123,19 +123,24 @@ def gram_svd(matrices: Float[Array, "b m n"], floor: Float[Array, " b"]) -> Vect
     return lax.cond(jnp.all(clear), lambda: vectors, lambda: svd(matrices))
 
 
-def _spectrum_of(matrix) -> Spectrum:
-    """Returns the spectrum of a matrix, or of the product of two factors, which is not formed."""
+def _spectrum_of(matrix) -> tuple[Spectrum, Array]:
+    """Returns the spectrum of a matrix over a power of two, and its exponent.
+
+    Of two factors it is that of their product, which is not formed.
+    """
     if not isinstance(matrix, Factors):
-        return spectrum(matrix)
+        scaled, exponent = to_unit(lift(matrix))
+        return spectrum(scaled), exponent
     sides = matrix.left.shape[0], matrix.right.shape[1]
-    _, s, _ = svd(matrix)
+    (left, first), (right, second) = map(to_unit, map(lift, matrix))
+    _, s, _ = svd(Factors(left, right))
     eigenvalues = jnp.pad(s**2 / max(sides), (0, min(sides) - len(s)))
-    return Spectrum(eigenvalues, jnp.asarray(min(sides) / max(sides), s.dtype))
+    return Spectrum(eigenvalues, jnp.asarray(min(sides) / max(sides), s.dtype)), first + second
 
 
 @partial(jax.jit, static_argnames=("axes", "mesh"))
-def _stacked_spectra(kernels: list, *, axes: tuple[KernelAxes, ...], mesh: Any) -> Spectrum:
-    """Returns the spectra of kernels with sides in common as one stack."""
+def _stacked_spectra(kernels: list, *, axes: tuple[KernelAxes, ...], mesh: Any):
+    """Returns the spectra of kernels with sides in common as one stack, and their exponents."""
 
     def find(kernels):
         stacks = map(to_stack, kernels, axes)
@@ -147,8 +152,22 @@ def _stacked_spectra(kernels: list, *, axes: tuple[KernelAxes, ...], mesh: Any) 
     return by_compiler(find, kernels)
 
 
-def compiled_spectra(views: Views) -> dict[str, Spectrum]:
-    """Returns the spectra of kernels as NumPy arrays, those of one shape in one program."""
+@partial(jax.jit, static_argnames="axes")
+def live_sides(kernel, *, axes: KernelAxes) -> Int[Array, "b 2"]:
+    """Returns how many rows and columns of each matrix of a dense kernel are not zero."""
+
+    def count(kernel):
+        # In the axes of the kernel: merging axes that are divided would gather them.
+        present, (inputs, outputs, _) = kernel != 0, axes
+        rows = jnp.any(present, outputs, keepdims=True).sum(inputs, jnp.int32, keepdims=True)
+        columns = jnp.any(present, inputs, keepdims=True).sum(outputs, jnp.int32, keepdims=True)
+        return jnp.stack([side.transpose(axes.order).ravel() for side in (rows, columns)], axis=1)
+
+    return by_compiler(count, kernel)
+
+
+def compiled_spectra(views: Views) -> dict[str, tuple[Spectrum, Any]]:
+    """Returns spectra with exponents as NumPy arrays, those of one shape in one program."""
     # A decomposition compiles for seconds, so kernels of one shape share a program.
     groups: dict[tuple, list[str]] = {}
     for path, view in views.items():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num, PyTree
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler
 from rmtjax._types import BulkFit
 from rmtjax.training._prune_spectrum import PruneState
@@ -95,6 +96,7 @@ def _numbers(name: str, values: Any) -> dict[str, Array]:
     return {"/".join((name, *map(str, i))): array[i] for i in np.ndindex(array.shape)}
 
 
+@in_usual_modes
 def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     """Returns numbers on each kernel under a transform of this package, for a log.
 
@@ -167,6 +169,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     return {name: number for numbers in by_path.values() for name, number in numbers.items()}
 
 
+@in_usual_modes
 def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
     """Returns the noise level that a transform carries for each kernel.
 

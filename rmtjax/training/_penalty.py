@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import Where
-from rmtjax.planning import find_kernels
+from rmtjax.planning import check_chosen, check_concrete, find_kernels
 from rmtjax.spectra import lift, multiply
 
 
+@in_usual_modes
 def penalty(
     params: PyTree,
     *,
@@ -54,7 +56,10 @@ def penalty(
         if not isinstance(value, jax.Array) and not 0 <= value < math.inf:
             raise ValueError(f"`{name}` must be at least 0 and finite, got {value}.")
     total = jnp.zeros((), jnp.float32)
-    for view in find_kernels(params, where).values():
+    check_concrete(params)
+    kernels = find_kernels(params, where)
+    check_chosen(kernels, params)
+    for view in kernels.values():
         kernel = multiply(view.leaf) if view.is_factored else jnp.asarray(view.leaf)
         if jnp.issubdtype(kernel.dtype, jnp.floating):
             kernel = lift(kernel)

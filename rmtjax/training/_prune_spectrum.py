@@ -9,10 +9,19 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rmtjax._axes import MatrixView
+from rmtjax._axes import MatrixView, native
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import check_count, check_share, find_kernels, map_kernels, obstacle
+from rmtjax.planning import (
+    check_count,
+    check_share,
+    find_kernels,
+    is_abstract,
+    map_kernels,
+    obstacle,
+    warn_if_idle,
+)
 from rmtjax.training._guard import Guard, guard_if
 from rmtjax.training._pruning_step import (
     call_if,
@@ -132,6 +141,10 @@ def prune_spectrum(
     noise, or if the cut would take too much. The level of the rule holds over all looks together:
     at look j it is $level / (j (j + 1))$.
 
+    Wrappers that mix updates again, such as `optax.contrib.schedule_free`, `optax.lookahead`,
+    `optax.contrib.mechanize` and `optax.contrib.sam`, belong into the chain before it. Inside of
+    them a cut does not land. The next update notices that and forgets it, see `rmtjax.metrics`.
+
     Args:
       every: Pruning period in steps, at least 1. Steps are counted from 1, as this transform sees
         them: `optax.MultiSteps` counts as one step what it accumulates.
@@ -159,6 +172,9 @@ def prune_spectrum(
       `update`, and of extra arguments reads `value_fn` alone. It works inside `masked`,
       `partition`, `MultiSteps` and `inject_hyperparams` (with callables and `min_size` as
       `static_args`). Under `vmap` with a batched state every step costs a decomposition.
+
+    Warns:
+      UserWarning: `init` finds no kernel that can be pruned.
 
     Raises:
       ValueError: A number is out of range, `update` was called without `params` or with a kernel
@@ -192,14 +208,22 @@ def prune_spectrum(
         fine = lambda view: not (view.is_factored or obstacle(view, min_size))
         return {p: view for p, view in views.items() if isinstance(view, MatrixView) and fine(view)}
 
+    @in_usual_modes
     def init_fn(params: PyTree) -> PruneState:
+        if is_abstract(params):
+            return jax.eval_shape(init_fn, params)
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
             kept = (None, None) if max_rise is None else (params, step)
             return PruneState._make([step, *[step] * len(KernelState._fields), *kept])
         views = find(params)
+        if not views:
+            warn_if_idle("prune_spectrum", find_kernels(params, where, axes), params, min_size)
         # A copy, since the parameters may be donated.
-        copy = lambda: (jax.tree.map(jnp.copy, params), jnp.full((), jnp.nan, jnp.float32))
+        copy = lambda: (
+            jax.tree.map(lambda leaf: jnp.copy(native(leaf)), params),
+            jnp.full((), jnp.nan, jnp.float32),
+        )
         kept = (None, None) if max_rise is None else copy()
         return PruneState._make([step, *_by_field(views, map(unpruned, views.values())), *kept])
 
@@ -212,6 +236,7 @@ def prune_spectrum(
         loses = (1.0 if guarded else 0.5) if max_removed is None else max_removed
         return StepNumbers(look, share, min_rank, 0.0 if settled is None else settled, loses)
 
+    @in_usual_modes
     def update_fn(updates, state, params: Any = None, *, value_fn: Any = None, **extra_args):
         del extra_args
         views, chosen = moving_kernels(updates, params, find, state.ranks)

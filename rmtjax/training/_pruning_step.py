@@ -103,7 +103,7 @@ class StepNumbers(NamedTuple):
 def unpruned(view: MatrixView) -> KernelState:
     """Returns the state of a kernel before the first step."""
     shape = (view.stack,) if view.axes.batch else ()
-    dtype = jnp.promote_types(view.dtype, jnp.float32)
+    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(view.dtype, jnp.float32))
     # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
     unknown = lambda shape=(): jnp.full(shape, jnp.nan, dtype)
     fit = BulkFit(*(unknown(shape) for _ in range(4)), num_spikes=jnp.zeros(shape, jnp.int32))

@@ -1,5 +1,6 @@
 """Transfers the state of an optimizer from dense kernels to their factors."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from rmtjax._axes import factored_axes, FactoredKernel, Factors, is_factors, kernel_shape
+from rmtjax._modes import in_usual_modes
 from rmtjax.planning import path_name
 from rmtjax.spectra import lift, multiply
 from rmtjax.training._metrics import STATES
@@ -130,7 +132,10 @@ def _fresh_nodes(treedef, optimizer, factorized: PyTree) -> list[Any]:
     if optimizer is None:
         return [None] * treedef.num_leaves
     try:
-        return treedef.flatten_up_to(optimizer.init(factorized))
+        with warnings.catch_warnings():
+            # The transforms go on with what is left, which may be nothing.
+            warnings.filterwarnings("ignore", ".*will never change a kernel")
+            return treedef.flatten_up_to(optimizer.init(factorized))
     except ValueError as error:
         raise ValueError(
             "`optimizer` does not start with a state like `opt_state`: give the one that made it. "
@@ -138,6 +143,7 @@ def _fresh_nodes(treedef, optimizer, factorized: PyTree) -> list[Any]:
         ) from error
 
 
+@in_usual_modes
 def transfer_opt_state(
     opt_state: PyTree,
     params: PyTree,

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, strategies as st
 
+import rmtjax
 from rmtjax.checkpoint import _orbax
 from rmtjax.checkpoint._open import open_tensors
 from rmtjax.checkpoint._tensors import Entry
@@ -157,10 +158,18 @@ def test_a_leaf_that_is_lost(tmp_path):
         read(folder)
 
 
-def test_a_dtype_that_is_not_known(tmp_path):
-    folder = save(tmp_path / "saved", {"a": jnp.ones(2, jnp.int4)})
-    with pytest.raises(ValueError, match="'a' has dtype int4, none of"):
-        read(folder)
+@pytest.mark.parametrize("dtype", [jnp.int4])
+def test_a_dtype_that_no_file_of_safetensors_holds(tmp_path, dtype):
+    kernel = (np.random.default_rng(0).normal(size=(80, 60)) + 1).astype(np.float32)
+    tree = {"a": {"kernel": kernel}, "b": {"kernel": jnp.ones((64, 64), dtype)}}
+    folder = save(tmp_path / "saved", tree)
+    np.testing.assert_array_equal(read(folder)["b/kernel"], tree["b"]["kernel"])
+    rows = rmtjax.checkpoint.analyze_file(folder).rows
+    assert [row.spikes for row in rows] == [1, None]
+    assert rows[1].reason == f"kept: not floating ({jnp.dtype(dtype)})"
+    with pytest.raises(ValueError, match=r"'b/kernel' has dtype u?int4, which a .safetensors file"):
+        rmtjax.checkpoint.compress_file(folder, tmp_path / "out.safetensors")
+    assert [*tmp_path.iterdir()] == [folder]
 
 
 @pytest.fixture(scope="module")

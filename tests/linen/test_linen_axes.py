@@ -102,7 +102,7 @@ def test_kernel_axes_computes_nothing_and_guesses_what_it_does_not_know():
     params = variables["params"]
     assert axes("Dense_0/kernel", params["Dense_0"]["kernel"]) == KernelAxes((0,), (1,))
     assert axes("kernel", params["kernel"]) is None
-    assert axes("elsewhere/query/kernel", params["kernel"]) == KernelAxes((0,), (1, 2))
+    assert axes("elsewhere/query/kernel", params["kernel"]) is None  # it may be a stack
 
 
 def test_kernel_axes_of_another_tree_are_refused():

@@ -42,11 +42,9 @@ def axes_by_path(params):
     return {path: row.axes for path, row in rmtjax.plan(params, min_size=10_000).items()}
 
 
-def view_of(path, kernel):
-    """A kernel at a path, with the axes that are guessed for it."""
-    parent, _, name = path.rpartition("/")
-    tree = {parent: {name: kernel}} if parent else {name: kernel}
-    return find_kernels(tree)[path]
+def view_of(path, params):
+    """A kernel at a path of a tree, with the axes that follow from its neighbours."""
+    return find_kernels(params)[path]
 
 
 def inputs_first(ndim):
@@ -100,10 +98,9 @@ def test_stacks_are_told_by_the_axes_given():
 )
 def test_the_matrix_of_a_convolution_multiplies_patches(window, names, options):
     inputs = jax.random.normal(KEY, (2, *(7,) * len(window), 5))
-    layer = nn.Conv(4, window, use_bias=False, **options)
+    layer = nn.Conv(4, window, **options)
     outputs, variables = layer.init_with_output(KEY, inputs)
-    kernel = variables["params"]["kernel"]
-    (matrix,) = view_of("Conv_0/kernel", kernel).matrices()
+    (matrix,) = view_of("Conv_0/kernel", {"Conv_0": variables["params"]}).matrices()
     strides = (options.get("strides", 1),) * len(window)
     patches = lax.conv_general_dilated_patches(
         inputs, window, strides, options.get("padding", "SAME"), dimension_numbers=names
@@ -130,8 +127,7 @@ def test_the_matrices_of_attention_multiply_as_its_projections_do(name):
     with nn.intercept_methods(record):
         module.apply(variables, inputs)
     ((seen, outputs),) = calls
-    kernel = variables["params"][name]["kernel"]
-    (matrix,) = view_of(f"{name}/kernel", kernel).matrices()
+    (matrix,) = view_of(f"{name}/kernel", variables["params"]).matrices()
     rows = seen.reshape(2, 4, -1)
     np.testing.assert_allclose(rows @ matrix, outputs.reshape(2, 4, -1), **CLOSE)
 
@@ -139,8 +135,7 @@ def test_the_matrices_of_attention_multiply_as_its_projections_do(name):
 def test_the_matrix_of_a_dense_layer_is_its_kernel():
     inputs = jax.random.normal(KEY, (2, 8))
     outputs, variables = nn.Dense(5, use_bias=False).init_with_output(KEY, inputs)
-    kernel = variables["params"]["kernel"]
-    (matrix,) = view_of("kernel", kernel).matrices()
+    (matrix,) = view_of("kernel", variables["params"]).matrices()
     np.testing.assert_allclose(inputs @ matrix, outputs, **CLOSE)
 
 

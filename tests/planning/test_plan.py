@@ -29,7 +29,7 @@ BAD = {
     "number": (1.0, MATRIX, "kept: no matrix (shape ())"),
     "scalar": (np.float32(1), MATRIX, "kept: no matrix (shape ())"),
     "vector": (np.ones(80, np.float32), MATRIX, "kept: no matrix (shape (80,))"),
-    "no axes": (GOOD, None, "kept: no matrix (shape (60, 80))"),
+    "no axes": (GOOD, None, "kept: no matrix (shape (60, 80)), unless `axes` says how it is one"),
     "factors": (
         Factors(jnp.ones((60, 4)), jnp.ones((4, 80))),
         MATRIX,
@@ -190,7 +190,7 @@ def test_a_plan_has_a_row_for_every_kernel_and_nothing_else():
     ]
 
 
-def test_a_tree_without_kernels_has_an_empty_plan():
-    for params in ({}, {"Dense_0": {"bias": np.ones(3)}}, {"kernel": None}):
+def test_a_tree_without_leaves_has_an_empty_plan():
+    for params in ({}, {"Dense_0": {}}, {"kernel": None}):
         assert rmtjax.plan(params) == {}
         assert str(rmtjax.plan(params)) == ""

@@ -65,15 +65,18 @@ def test_a_plan_changes_nothing():
 
 
 def test_where_chooses_leaves_by_path_and_shape():
-    params = {"a": {"kernel": GOOD, "weight": GOOD}, "b": {"kernel": GOOD, "bias": np.ones(80)}}
+    params = {"a": {"kernel": GOOD, "table": GOOD}, "b": {"kernel": GOOD, "bias": np.ones(80)}}
     chosen = lambda **options: list(rmtjax.plan(params, rule=Count(1), **options))
-    assert chosen() == ["a/kernel", "b/kernel"]
-    assert chosen(where=lambda path, leaf: path == "a/weight") == ["a/weight"]
+    assert chosen() == ["a/kernel", "b/kernel", "a/table"]  # the last is only told
+    assert chosen(where=lambda path, leaf: path == "a/table") == ["a/table"]
     assert chosen(where=lambda path, leaf: leaf.ndim == 1) == ["b/bias"]
-    assert chosen(where=lambda path, leaf: False) == []
+    with pytest.raises(
+        ValueError, match=r"no tensor is chosen as a kernel, of 4 such as 'a/kernel'"
+    ):
+        chosen(where=lambda path, leaf: False)
     assert chosen(where="^b/") == ["b/bias", "b/kernel"]
-    assert chosen(where=re.compile("weight|bias")) == ["a/weight", "b/bias"]
-    mask = {"a": {"kernel": True, "weight": False}, "b": False}  # a prefix, as optax's masks
+    assert chosen(where=re.compile("table|bias")) == ["a/table", "b/bias"]
+    mask = {"a": {"kernel": True, "table": False}, "b": False}  # a prefix, as optax's masks
     assert chosen(where=mask) == ["a/kernel"]
 
 

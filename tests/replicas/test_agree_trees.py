@@ -59,6 +59,7 @@ PASSING = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*will never change a kernel")
 @pytest.mark.parametrize("params", PASSING.values(), ids=PASSING)
 def test_a_tree_without_kernels_passes(params):
     optimizer = agree(2, start=2, where="")

@@ -100,8 +100,8 @@ def test_empty_trees_and_empty_kernels_pass():
 
 
 KINDS = {
-    "conv": ("Conv_0/kernel", (3, 3, 4, 20), None, (36, 20)),
-    "query": ("query/kernel", (30, 4, 5), None, (30, 20)),
+    "conv": ("Conv_0/kernel", (3, 3, 4, 20), KernelAxes((0, 1, 2), (3,)), (36, 20)),
+    "query": ("query/kernel", (30, 4, 5), KernelAxes((0,), (1, 2)), (30, 20)),
     "embedding": ("Embed_0/embedding", (80, 16), None, (80, 16)),
     "stack": ("x/kernel", (2, 30, 20), KernelAxes((1,), (2,), (0,)), (30, 20)),
     "stacks": ("x/kernel", (30, 2, 20, 3), KernelAxes((0,), (2,), (3, 1)), (30, 20)),

@@ -132,6 +132,18 @@ def test_empty_tree():
     ]
 
 
+def test_what_has_no_row_is_counted():
+    tree = {"a": {"kernel": SHORT["kernel"], "bias": np.ones(7)}, "norm": {"scale": np.ones(5)}}
+    report = rmtjax.analyze(tree)
+    assert report.others == (2, 12)
+    totals = report.to_dict()["totals"]
+    assert (totals["other_tensors"], totals["other_parameters"]) == (2, 12)
+    assert (
+        "<dt>other tensors</dt><dd>2 <small>12 numbers, not looked at</small>" in report.to_page()
+    )
+    assert rmtjax.analyze(SHORT).others == (0, 0)
+
+
 def test_options_reach_the_plan(params):
     options = {"rule": rmtjax.ranks.fixed(7), "where": "^Dense_0/kernel"}
     (row,) = rmtjax.analyze(params, **options, min_size=81).rows

@@ -144,6 +144,7 @@ def test_the_state_outlives_factors():
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*will never change a kernel")
 def test_a_state_without_kernels_has_no_numbers():
     assert rmtjax.metrics(PRUNE.init({"bias": jnp.zeros(3)})) == {}
 

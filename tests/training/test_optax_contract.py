@@ -10,6 +10,9 @@ from absl.testing import parameterized
 
 import rmtjax
 
+# Some trees of these tests have no kernel that is long enough.
+pytestmark = pytest.mark.filterwarnings("ignore:.*will never change a kernel")
+
 Rate = optax.ScalarOrSchedule
 
 

@@ -91,7 +91,8 @@ def test_where_chooses_and_coefficients_may_be_traced():
     value = jax.jit(lambda l1: penalty(params, l1=l1, where=biases))(0.5)
     bias = np.abs(np.asarray(params["Dense_0"]["bias"], np.float64)).sum()
     np.testing.assert_allclose(value, 0.5 * bias, rtol=1e-6)
-    assert penalty({"bias": jnp.ones(3)}, l1=1.0) == 0
+    with pytest.raises(ValueError, match="no tensor is chosen as a kernel, of 1 such as 'bias'"):
+        penalty({"bias": jnp.ones(3)}, l1=1.0)
 
 
 @pytest.mark.parametrize("name", ["l1", "l2"])

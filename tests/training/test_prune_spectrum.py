@@ -187,7 +187,13 @@ def test_a_stack_has_one_rank_that_of_its_richest(batch):
 )
 def test_kernels_of_many_axes_are_matrices_by_flax_names(path, shape, matrix_shape):
     matrix = planted(shape=matrix_shape)
-    params, state = prune_once({path: {"kernel": matrix.reshape(shape)}}, rule=Fixed(3))
+    # The other projections, and a bias of one axis, prove that it is not a stack.
+    params = {n: {"kernel": jnp.ones((96, 4, 16))} for n in ("query", "key", "value")}
+    params["out"] = {"kernel": jnp.ones((4, 16, 96)), "bias": jnp.ones(96)}
+    params[path] = params.get(path, {}) | {"kernel": matrix.reshape(shape)}
+    params[path]["bias"] = jnp.ones((4, 16) if path == "query" else 96)
+    where = lambda name, _: name == f"{path}/kernel"
+    params, state = prune_once(params, rule=Fixed(3), where=where)
     lower = params[path]["kernel"]
     assert lower.shape == shape
     np.testing.assert_allclose(lower.reshape(matrix_shape), truncated(matrix, 3), atol=ATOL)

@@ -11,6 +11,9 @@ import pytest
 import rmtjax
 from rmtjax import Factors, prune_entries, PruneEntriesState, transfer_opt_state
 
+# Factors are not pruned, and nothing else is left of these trees.
+pytestmark = pytest.mark.filterwarnings("ignore:.*will never change a kernel")
+
 
 def random_tree(seed=0):
     """Kernels whose paths end alike, and a bias."""

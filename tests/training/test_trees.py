@@ -101,6 +101,10 @@ PASSING = {
 }
 
 
+IDLE = pytest.mark.filterwarnings("ignore:.*will never change a kernel")
+
+
+@IDLE
 @EACH
 @pytest.mark.parametrize("params", [v for v in PASSING.values() if v is not None])
 def test_a_tree_without_kernels_passes(make, params):
@@ -112,12 +116,14 @@ def test_a_tree_without_kernels_passes(make, params):
     assert int(getattr(state, "sparse", state).step) == 1
 
 
+@IDLE
 @EACH
 @pytest.mark.parametrize("name", ["8 bits", "factors", "integers"])
 def test_what_has_no_kernel_in_it_is_not_chosen_by_where(make, name):
     assert paths_of(make(where=lambda *_: True).init(PASSING[name])) == []
 
 
+@IDLE
 @EACH
 def test_optax_flatten_hides_the_kernels_but_works(make):
     optimizer, params = optax.flatten(make()), {"a": {"kernel": KERNEL}}
