@@ -1,0 +1,51 @@
+"""A short part of the campaign, and a longer one among the slow tests."""
+
+import pytest
+
+from campaign import files, names, training, trees, writers
+from campaign.tally import Tally
+
+SHORT = {
+    "trees": (trees.run, 4),
+    "safetensors": (files.run_safetensors, 200),
+    "indexes": (files.run_indexes, 100),
+    "training": (training.run, 2),
+}
+LONG = {
+    "trees": (trees.run, 25),
+    "large": (trees.run_large, 1),
+    "files": (files.run, 5000),
+    "writers": (writers.run, 40),
+    "names": (names.run, 20),
+    "training": (training.run, 10),
+}
+
+
+def without_faults(run, rounds, seed):
+    tally = Tally()
+    run(tally, rounds, seed)
+    assert not tally.faults, str(tally)
+    assert tally.tried.total() >= rounds
+
+
+@pytest.mark.parametrize(("run", "rounds"), SHORT.values(), ids=SHORT)
+def test_a_short_campaign_finds_nothing(run, rounds):
+    without_faults(run, rounds, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "rounds"), LONG.values(), ids=LONG)
+def test_a_longer_campaign_finds_nothing(run, rounds):
+    without_faults(run, rounds, seed=1)
+
+
+def test_the_tally_tells_errors_of_the_package_from_others():
+    tally = Tally()
+    with tally.trial("ours", "x"):
+        trees.rmtjax.ranks.fixed(0)
+    with tally.trial("foreign", "y"):
+        int("no number")
+    with tally.trial("wrong", "z"):
+        assert 1 == 2
+    assert (tally.refused["ours"], len(tally.faults)) == (1, 2)
+    assert "foreign: ValueError" in tally.faults[0]

@@ -1,0 +1,308 @@
+"""Random trees: every public verb on each, against singular values in float64."""
+
+import collections
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import flax.core
+import hypothesis
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+from hypothesis import strategies as st
+
+import rmtjax
+from rmtjax import Kept, KernelAxes, ranks
+from rmtjax._axes import native
+from rmtjax.planning import path_name
+
+SIZES = (0, 1, 2, 3, 50, 60, 90)
+DTYPES = {
+    "float32": 6,
+    "float16": 1,
+    "bfloat16": 1,
+    "float64": 1,
+    ">f4": 1,
+    "longdouble": 1,
+    "int32": 1,
+    "bool": 1,
+    "complex64": 1,
+    "float8_e4m3fn": 1,
+    "int4": 1,
+}
+FILLS = {
+    "noise": 4,
+    "signal": 6,
+    "constant": 1,
+    "zeros": 1,
+    "nan": 1,
+    "inf": 1,
+    "dead rows": 2,
+    "dead columns": 1,
+    "duplicates": 1,
+    "huge": 1,
+    "tiny": 1,
+}
+NAMES = (
+    *("kernel", "kernel", "kernel", "embedding", "weight", "w", "bias", "scale", "lora_A.weight"),
+    *("a/b", "a.b", "=1+1", "<b>", "\x1b[31m", "", "é", "\u202e", "0", "gate_up_proj", "x" * 200),
+)
+Pair = collections.namedtuple("Pair", ["kernel", "bias"])
+RULES = (ranks.bema(), ranks.gavish_donoho(), ranks.energy(0.9), ranks.fixed(3))
+EACH_RULE = st.sampled_from(RULES)
+
+
+def weighted(choices):
+    return st.sampled_from([name for name, weight in choices.items() for _ in range(weight)])
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """How to make a leaf: random numbers come from its seed."""
+
+    shape: tuple
+    dtype: str
+    fill: str
+    seed: int
+    device: bool
+
+    def array(self):
+        rng = np.random.default_rng(self.seed)
+        array = rng.normal(size=self.shape)
+        if self.fill == "constant":
+            array[...] = 1.5
+        elif self.fill == "zeros":
+            array[...] = 0
+        elif self.fill == "signal":
+            array = array + 1.0
+        elif self.fill in ("nan", "inf") and array.size:
+            array.flat[array.size // 2] = float(self.fill)
+        elif self.fill == "dead rows" and array.ndim:
+            array[: array.shape[0] // 3] = 0
+        elif self.fill == "dead columns" and array.ndim:
+            array[..., ::3] = 0
+        elif self.fill == "duplicates" and array.ndim:
+            array[: array.shape[0] // 2] = array[array.shape[0] // 2 :][: array.shape[0] // 2]
+        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+        wide = (dtype.kind == "f" and dtype.itemsize >= 4) or self.dtype == "bfloat16"
+        if wide:
+            array *= {"huge": 1e25, "tiny": 1e-25}.get(self.fill, 1)
+        with np.errstate(all="ignore"):
+            array = array.astype(dtype)
+        known = self.device and dtype.isnative and self.dtype not in ("longdouble", "float64")
+        return jnp.asarray(array) if known else array
+
+
+LEAVES = st.builds(
+    Leaf,
+    st.lists(st.sampled_from(SIZES), min_size=2, max_size=2).map(tuple)
+    | st.lists(st.sampled_from(SIZES[:5]), max_size=4).map(tuple)
+    | st.just((60, 90)),
+    weighted(DTYPES),
+    weighted(FILLS),
+    st.integers(0, 10**6),
+    st.booleans(),
+)
+
+
+def nodes(children):
+    named = st.dictionaries(st.sampled_from(NAMES), children, max_size=4)
+    lists = st.lists(children, max_size=3)
+    pairs = st.builds(Pair, children, children)
+    return named | named | lists | lists.map(tuple) | pairs | named.map(flax.core.freeze)
+
+
+TREES = nodes(st.recursive(LEAVES, nodes, max_leaves=5))
+is_leaf = lambda node: isinstance(node, Leaf)
+make = partial(jax.tree.map, lambda leaf: leaf.array(), is_leaf=is_leaf)
+
+
+def matrices_of(leaf, axes):
+    """The matrices of a kernel in float64."""
+    array = np.asarray(leaf).astype(np.float64).transpose(axes.order)
+    count = lambda group: int(np.prod([leaf.shape[axis] for axis in group], dtype=int))
+    return array.reshape(count(axes.batch), count(axes.inputs), count(axes.outputs))
+
+
+def eps_of(leaf):
+    dtype = np.dtype(leaf.dtype)
+    known = dtype == np.float64 or dtype.itemsize > 8
+    # Without 64 bits, JAX computes in float32.
+    return float(jnp.finfo(np.float32 if known else dtype).eps) if dtype.kind != "i" else 0
+
+
+def check_row(path, row, leaf):
+    """What a row says of a kernel, against NumPy in float64."""
+    if row.spectrum is None:
+        assert isinstance(row, Kept), path
+        return
+    matrices = matrices_of(leaf, row.axes)
+    finite = np.isfinite(matrices).all()
+    assert ("not finite" in row.reason) == (not finite), (path, row.reason)
+    if not finite:
+        return
+    assert ("all zero" in row.reason) == (not matrices.any()), (path, row.reason)
+    values = np.linalg.svd(matrices, compute_uv=False) ** 2 / max(matrices.shape[1:])
+    found = np.asarray(row.spectrum.eigenvalues, np.float64).reshape(values.shape)
+    # Singular values in float32 are off by about p eps of the largest one.
+    top = values.max(initial=0)
+    np.testing.assert_allclose(found, values, rtol=1e-3, atol=1e-5 * top, err_msg=path)
+    threshold = np.asarray(row.fit.threshold, np.float64).reshape(-1, 1)
+    clear = np.abs(values - threshold) > 1e-3 * threshold
+    above = ((values > threshold) & clear).sum(axis=1)
+    unsure = (~clear).sum(axis=1)
+    count = np.ravel(row.fit.num_spikes)
+    if np.isfinite(threshold).all() and "rounding" not in row.reason:
+        assert ((above <= count) & (count <= above + unsure)).all(), (path, above, count)
+    live = matrices.any(axis=2).sum(axis=1).max()
+    if live and "cut" not in row.reason:
+        dead = matrices.shape[1] - min(m.any(axis=1).sum() for m in matrices if m.any())
+        assert (f"{dead} rows" in row.reason) == (dead > 0), (path, dead, row.reason)
+
+
+def lowered(matrices, rank):
+    u, s, vt = np.linalg.svd(matrices, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+
+
+def check_cuts(tree, plan):
+    """Truncated and factorized trees, against NumPy in float64."""
+    old = leaves_of(tree)
+    cut, thin = rmtjax.truncate(tree, plan), rmtjax.factorize(tree, plan)
+    merged = rmtjax.merge(thin)
+    for result in (cut, merged):
+        assert jax.tree.structure(result) == jax.tree.structure(tree)
+        for path, leaf in leaves_of(result).items():
+            row = plan.changes.get(path)
+            if row is None:
+                assert leaf is old[path], path
+                continue
+            matrices = matrices_of(old[path], row.axes)
+            wanted = lowered(matrices, row.rank)
+            found = matrices_of(leaf, row.axes)
+            # Values that are nearly equal may turn into one another: compare what is left.
+            norm = np.linalg.norm(matrices, axis=(1, 2))
+            far = np.linalg.norm(found - wanted, axis=(1, 2))
+            rest = lambda kept, old=matrices: np.linalg.norm(old - kept, axis=(1, 2))
+            close = (
+                np.minimum(far, np.abs(rest(found) - rest(wanted)))
+                <= (1e-4 + 4 * eps_of(old[path])) * norm
+            )
+            assert close.all(), (path, far, norm)
+
+
+def leaves_of(tree):
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(key): leaf for key, leaf in pairs}
+
+
+def train(tree, make_transform):
+    """One eager and one compiled step: updates have the structure, shapes and dtypes given."""
+    transform = make_transform()
+    transform.init(tree)
+    # A program takes arrays of JAX alone.
+    tree = jax.tree.map(lambda leaf: jnp.asarray(native(leaf)), tree)
+    state = transform.init(tree)
+    zero = jax.tree.map(lambda leaf: jnp.zeros(np.shape(leaf), jnp.asarray(leaf).dtype), tree)
+    for update in (transform.update, jax.jit(transform.update)):
+        updates, state = update(zero, state, tree)
+        assert jax.tree.structure(updates) == jax.tree.structure(tree)
+        for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(zero), strict=True):
+            assert (new.shape, new.dtype) == (old.shape, old.dtype)
+    return state
+
+
+def restored(tree, plan):
+    """What a file gives back, bit by bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.safetensors")
+        rmtjax.checkpoint.save(path, tree, plan)
+        back = rmtjax.checkpoint.restore(path, like=tree)
+        for new, old in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+            assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+        if plan:
+            assert rmtjax.checkpoint.load_plan(path).keys() == plan.keys()
+
+
+EVERY = partial(jax.tree.map, lambda _: True)
+TRANSFORMS = {
+    "prune_spectrum": lambda: rmtjax.prune_spectrum(1, rule=ranks.fixed(2), min_size=2),
+    "prune_entries": lambda: rmtjax.prune_entries(0.5),
+    "agree": lambda: rmtjax.agree(2),
+    "masked": lambda: optax.masked(
+        rmtjax.prune_entries(0.2), partial(jax.tree.map, lambda _: True)
+    ),
+}
+
+
+def run_tree(tally, spec, rule, small):
+    """All verbs on one tree."""
+    tree, told = make(spec), str(spec)[:500]
+    plan = None
+    with tally.trial("plan", told):
+        plan = rmtjax.plan(tree, rule=rule, min_size=2 if small else 50, multiple=1)
+        leaves = leaves_of(tree)
+        for path, row in plan.items():
+            check_row(path, row, leaves[path])
+    if plan is not None:
+        with tally.trial("cut", told):
+            check_cuts(tree, plan)
+        with tally.trial("report", told):
+            report = rmtjax.Report(plan)
+            for form in (str, rmtjax.Report.to_json, rmtjax.Report.to_csv, rmtjax.Report.to_html):
+                form(report)
+            rmtjax.Report.to_markdown(report)
+            rmtjax.Report.to_page(report)
+    with tally.trial("file", told):
+        restored(tree, plan)
+    with tally.trial("penalty", told):
+        assert float(rmtjax.penalty(tree, l2=1.0)) >= 0 or "nan" in told or "inf" in told
+    with tally.trial("mask", told):
+        mask = rmtjax.sparsity.magnitude_mask(tree, 0.5)
+        assert all(leaf.dtype == bool for leaf in jax.tree.leaves(mask))
+    with tally.trial("merge_replicas", told):
+        merged = rmtjax.merge_replicas(tree, [tree, tree]).params
+        assert jax.tree.structure(merged) == jax.tree.structure(tree)
+    for name, transform in TRANSFORMS.items():
+        with tally.trial(name, told):
+            train(tree, transform)
+
+
+def run(tally, rounds, seed):
+    """Tries so many trees."""
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=rounds,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(TREES, EACH_RULE, st.booleans())
+    def trial(spec, rule, small):
+        run_tree(tally, spec, rule, small)
+        if sum(tally.tried.values()) % 400 < 12:
+            jax.clear_caches()  # each program holds memory mappings, of which Linux allows few
+
+    trial()
+
+
+# Kernels as large as those of real networks are few: a decomposition takes a second.
+def run_large(tally, rounds, seed):
+    """Tries large kernels, some of them stacks."""
+    rng = np.random.default_rng(seed)
+    for _ in range(rounds):
+        rows, columns = (int(size) for size in rng.integers(200, 3000, 2))
+        stack = int(rng.integers(1, 3)) if rows * columns < 10**6 else 1
+        leaf = Leaf((stack, rows, columns), "float32", "signal", int(rng.integers(10**6)), True)
+        tree = {"layers": {"kernel": leaf.array()}}
+        with tally.trial("large", leaf):
+            axes = {"layers/kernel": KernelAxes((1,), (2,), (0,))}
+            plan = rmtjax.plan(tree, axes=axes, multiple=1)
+            check_row("layers/kernel", plan["layers/kernel"], tree["layers"]["kernel"])
+            check_cuts(tree, plan)
