@@ -36,6 +36,7 @@ _RULES = {
     "gavish_donoho": (None, ranks.gavish_donoho),
     "energy": (float, ranks.energy),
     "fixed": (int, ranks.fixed),
+    "size": (float, ranks.size),
 }
 
 
@@ -49,7 +50,8 @@ def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.Rank
     kind, rule = _RULES.get(name.replace("-", "_"), (None, None))
     if rule is None or bool(colon) != bool(kind):
         raise UsageError(
-            f"--rule must be bema, gavish_donoho, energy:SHARE or fixed:RANK, got {text!r}."
+            "--rule must be bema, gavish_donoho, energy:SHARE, fixed:RANK or size:SHARE, got "
+            f"{text!r}."
         )
     # Only what was given is passed on, so that the defaults stand in one place.
     options = {k: value for k, value in (("level", level), ("trim", trim)) if value is not None}
@@ -116,7 +118,8 @@ def check_outputs(args: argparse.Namespace) -> None:
 def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add, pattern = command.add_argument, {"action": "append", "default": [], "metavar": "PATTERN"}
     add("file", metavar="FILE", help=".safetensors file, sharded folder or orbax checkpoint")
-    add("--rule", default="bema", help="bema (default), gavish_donoho, energy:SHARE or fixed:RANK")
+    rules = "bema (default), gavish_donoho, energy:SHARE, fixed:RANK or size:SHARE"
+    add("--rule", default="bema", help=rules)
     add("--level", type=float, help="of bema: P(noise alone gives a spike), default 0.01")
     add("--trim", type=float, help="of bema: share left out at each end, default 0.25")
     include = (

@@ -24,7 +24,7 @@ from rmtjax._types import BulkFit, Spectrum
 from rmtjax.laws import check_level, check_significance, critical_distance, marchenko_pastur
 from rmtjax.noise._bema import above_rounding, bulk_fit, check_trim, count_above, fit_bema
 
-__all__ = ["RankRule", "bema", "energy", "fixed", "gavish_donoho"]
+__all__ = ["RankRule", "bema", "energy", "fixed", "gavish_donoho", "size"]
 
 Rank = Int[ArrayLike, ""] | None
 
@@ -215,6 +215,40 @@ class fixed(_WithoutNoise):  # noqa: N801
         """Returns the rank."""
         del fit
         return jnp.asarray(min(self.rank, spectrum.eigenvalues.shape[-1]), jnp.int32)
+
+
+@dataclass(frozen=True)
+class size(_WithoutNoise):  # noqa: N801
+    r"""Returns the rank at which factors have a share of the numbers of the kernel.
+
+    Factors of rank r of a kernel of m inputs and n outputs have $r (m + n)$ numbers, so the rank
+    is $share \cdot m n / (m + n)$, which is $share \cdot p / (1 + \gamma)$. It is rounded down to a
+    multiple, so that a plan that rounds up to the same one keeps to the share. It is never below
+    that multiple, or the rank without rounding if that is smaller, or 1.
+
+    Attributes:
+      share: Numbers of the factors over those of the kernel, in (0, 1).
+      multiple: Ranks are multiples of it; by default the 8 of `rmtjax.plan`.
+    """
+
+    share: float
+    multiple: int = 8
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise ValueError(f"`share` must be in (0, 1), such as 0.5, got {self.share}.")
+        whole = isinstance(self.multiple, int) and not isinstance(self.multiple, bool)
+        if not whole or self.multiple < 1:
+            raise ValueError(f"`multiple` must be an integer of at least 1, got {self.multiple!r}.")
+
+    def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
+        """Returns the rank."""
+        del fit
+        exact = self.share * spectrum.eigenvalues.shape[-1] / (1 + spectrum.ratio)
+        # In float32 a rank of 32 may come out as 31.999998.
+        exact = jnp.floor(exact.astype(jnp.float32) + 1e-3).astype(jnp.int32)
+        rounded = exact // self.multiple * self.multiple
+        return jnp.maximum(jnp.maximum(rounded, jnp.minimum(exact, self.multiple)), 1)
 
 
 @in_usual_modes

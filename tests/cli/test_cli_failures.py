@@ -19,10 +19,14 @@ def model(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--rule", "beam"], "--rule must be bema, gavish_donoho, energy:SHARE or fixed:RANK"),
+        (
+            ["--rule", "beam"],
+            "--rule must be bema, gavish_donoho, energy:SHARE, fixed:RANK or size",
+        ),
         (["--rule", "energy"], "--rule must be"),
         (["--rule", "bema:3"], "--rule must be"),
         (["--rule", "fixed:many"], "--rule fixed:many"),
+        (["--rule", "size:1"], "`share` must be in (0, 1), such as 0.5, got 1.0"),
         (["--rule", "energy:1.5"], "`share` must be in"),
         (["--rule", "fixed:16", "--level", "0.1"], "options of the rule bema"),
         (["--level", "2"], "`level` must be in"),

@@ -7,7 +7,7 @@ import pytest
 import rmtjax
 from rmtjax import ranks, Spectrum
 
-RULES = [ranks.bema(), ranks.gavish_donoho(), ranks.energy(0.9), ranks.fixed(3)]
+RULES = [ranks.bema(), ranks.gavish_donoho(), ranks.energy(0.9), ranks.fixed(3), ranks.size(0.3)]
 each_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
 
 

@@ -99,7 +99,31 @@ def test_fixed_is_the_rank_or_all(rank, expected):
     assert ranks.fixed(rank)(spectrum_of([5, 4, 3, 2, 1])) == expected
 
 
-@pytest.mark.parametrize("rule", [ranks.energy(0.5), ranks.fixed(2)], ids=repr)
+@given(
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    share=st.fractions(Fraction(1, 100), Fraction(99, 100), max_denominator=100),
+    multiple=st.integers(1, 16),
+)
+def test_size_is_the_largest_rank_whose_factors_hold_the_share(shape, share, multiple):
+    short, long = sorted(shape)
+    spectrum = spectrum_of(np.ones(short), np.float32(short) / np.float32(long))
+    rank = int(ranks.size(float(share), multiple)(spectrum))
+    # A thousandth of a rank is forgiven, as float32 needs it.
+    exact = math.floor(share * short * long / (short + long) + Fraction(1, 1000))
+    assert rank == max(exact // multiple * multiple, min(exact, multiple), 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "share", "rank"),
+    [((128, 128), 0.5, 32), ((128, 128), 0.4, 24), ((576, 64), 0.4, 16), ((64, 50), 0.2, 5)],
+)
+def test_size_by_hand(shape, share, rank):
+    spectrum = rmtjax.spectrum(noise_of(shape))
+    assert ranks.size(share)(spectrum) == rank
+    assert jax.jit(ranks.size(share))(spectrum) == rank
+
+
+@pytest.mark.parametrize("rule", [ranks.energy(0.5), ranks.fixed(2), ranks.size(0.5)], ids=repr)
 def test_rules_that_ask_nothing_of_the_noise_report_it(rule):
     spectrum = spiked()
     expected = rmtjax.fit_bema(spectrum)
@@ -226,6 +250,8 @@ def test_rules_are_frozen(rule):
         ],
         *[(functools.partial(ranks.energy, x), "share") for x in (0.0, 1.1, -0.5, math.nan)],
         *[(functools.partial(ranks.fixed, x), "rank") for x in (0, -1, True)],
+        *[(functools.partial(ranks.size, x), "share") for x in (0.0, 1.0, -0.5, math.nan)],
+        *[(functools.partial(ranks.size, 0.5, x), "multiple") for x in (0, -1, True)],
     ],
 )
 def test_wrong_parameters_are_errors_that_name_them(build, name):
