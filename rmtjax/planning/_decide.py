@@ -51,9 +51,11 @@ def _refusal(measured: Measurement, min_size: int) -> str | None:
 
 def _unshrinkable(measured: Measurement, shrink: Shrink, view: MatrixView) -> str | None:
     """Returns why the values that are kept may not be shrunk, or None."""
-    spectra, variance = measured.spectra, measured.fits.variance
+    spectra, (variance, edge, threshold, *_) = measured.spectra, measured.fits
     if not (np.isfinite(variance) & measured.noisy).all():
         return "no noise level to shrink by"
+    if (np.isnan(edge) & np.isfinite(threshold)).any():
+        return "shrinkage would remove what had to stay while training"
     values = np.sqrt(view.long * spectra.eigenvalues)
     rows, columns = np.where(measured.live > 0, measured.live, (view.rows, view.columns)).T
     shrunken = shrink_values(jnp.asarray(values), shrink, variance, (rows, columns))

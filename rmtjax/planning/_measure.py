@@ -110,13 +110,15 @@ def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> 
         levels = each(rule.fit, spectra)
     # A supplied fit came from another spectrum. Recount its spikes on this one.
     levels = levels._replace(num_spikes=jax.vmap(count_above)(spectra, levels.threshold))
+    # Without an edge a threshold is a floor, above which pruning had to leave all.
+    floored = jnp.where(jnp.isnan(levels.edge), levels.num_spikes, 0)
     # The directions of factors that a truncation has left are not zero.
     present = lambda s: jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored)
     return {
         "fits": levels,
         "noisy": jax.vmap(above_rounding)(spectra, levels.variance),
         "accepted": jax.vmap(rule.accepts)(spectra, levels),
-        "signal": jax.vmap(rule)(spectra, levels),
+        "signal": jnp.maximum(jax.vmap(rule)(spectra, levels), floored),
         "populated": jnp.sum(jax.vmap(present)(spectra), axis=1, dtype=jnp.int32),
     }
 

@@ -35,11 +35,16 @@ def _numbers_of_pruning(state: PruneState) -> Numbers:
 def _levels_of_pruning(state: PruneState) -> dict[str, BulkFit]:
     """Returns the noise levels that `prune_spectrum` carries."""
 
+    def floored(fit: BulkFit, floor: Array) -> BulkFit:
+        # What a refused cut has left must not be cut by a plan. Without an edge it knows that this
+        # is no threshold of the noise.
+        where = lambda least, own: jnp.where(jnp.isnan(floor), own, least)
+        return fit._replace(edge=where(jnp.nan, fit.edge), threshold=where(floor, fit.threshold))
+
     def level(path: str, fit: BulkFit) -> BulkFit:
         # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
         fit, floor = BulkFit(*map(jnp.asarray, fit)), jnp.asarray(state.floors[path])
-        # What a refused cut has left must not be cut by a plan.
-        return fit._replace(threshold=by_compiler(jnp.fmin, fit.threshold, floor))
+        return by_compiler(floored, fit, floor)
 
     return {path: level(path, fit) for path, fit in state.fits.items()}
 
@@ -109,7 +114,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       that is carried; NaN before the first cut;
     - `distance/PATH`: Kolmogorov distance between the bulk and the law of that fit;
     - `removed/PATH`: the share of the sum of squares that the last pruning step has removed;
-    - `refused/PATH`: the share that it would have removed, if it had been allowed to;
+    - `refused/PATH`: the share beyond the rank that it has left, as it fades or had to stay;
     - `cost/PATH`: what its cut was predicted to add to the loss; NaN without `value_fn`;
     - `landed/PATH`: False if the last cut is not in the parameters, as after a wrapper that mixes
       updates: it is then forgotten. Always True on a mesh with explicit axes.
@@ -182,8 +187,8 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
 
     Returns:
       Path to `BulkFit`, NaN before the first cut; of a stack with an entry for each matrix. If a
-      cut was held back or made smaller, the threshold is below the directions that had to stay,
-      and -1 if all had to: `plan` then keeps the kernel.
+      cut was held back or made smaller, the edge is NaN and the threshold is a floor, below the
+      directions that had to stay: no rule of a `plan` goes further. At -1 it keeps the kernel.
 
     Examples:
       >>> import jax, optax, rmtjax

@@ -187,6 +187,22 @@ def test_noise_levels_that_are_given_are_used():
     )
 
 
+@pytest.mark.parametrize("rule", [ranks.fixed(1), Count(1), ranks.gavish_donoho()], ids=str)
+def test_no_rule_goes_below_a_floor_of_training(rule):
+    found = row_of(GOOD)
+    below = np.float32(found.spectrum.eigenvalues[19:21].mean())
+    level = jax.tree.map(jnp.asarray, found.fit._replace(threshold=below))
+    floor = level._replace(edge=jnp.asarray(np.nan))
+    options = {"rule": rule, "multiple": 1}
+    assert row_of(GOOD, fits={"kernel": floor}, **options).rank == 20
+    # With an edge the same number is a threshold of the noise, which a size does not ask for.
+    expected = 20 if rule.needs_noise else 1
+    assert row_of(GOOD, fits={"kernel": level}, **options).rank == expected
+    options["shrink"] = rmtjax.shrinkage.frobenius
+    words = "kept: shrinkage would remove what had to stay while training"
+    assert row_of(GOOD, fits={"kernel": floor}, **options).reason == words
+
+
 def test_noise_levels_of_another_tree_are_refused():
     fit = jax.tree.map(jnp.asarray, row_of(GOOD).fit)
     with pytest.raises(ValueError, match="`fits` has 'params/kernel', which is no path"):
