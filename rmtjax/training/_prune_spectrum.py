@@ -1,6 +1,8 @@
 """Prunes the spectrum of kernels in an optax chain: truncates them to their signal."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args, Literal, NamedTuple
 
 import jax
@@ -49,7 +51,7 @@ class PruneState(NamedTuple):
       ranks: Path to the rank after the last pruning; full before.
       signal: Path to the number of signal directions at the last pruning step; 0 before.
       removed: Path to the share of the squares that it has removed, in [0, 1).
-      refused: Path to the share that it would have removed and was not allowed to.
+      refused: Path to the share beyond the rank that is left: it fades, or was not allowed to go.
       floors: Path to the eigenvalue down to which directions must stay, since a cut was held back;
         -1 if all must, NaN if the threshold decides.
       costs: Path to what the cut was predicted to add to the loss; NaN without `value_fn`.
@@ -58,6 +60,7 @@ class PruneState(NamedTuple):
       landed: Path to whether the last cut was found in the parameters.
       reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
       fall: By how much `value_fn` fell over the period before the last step; NaN before.
+      spent: Share of the gain that all steps together have undone by fading.
     """
 
     step: Int[Array, ""]
@@ -73,31 +76,11 @@ class PruneState(NamedTuple):
     landed: dict[str, Bool[Array, ""]]
     reference: PyTree = None
     fall: PyTree = None
+    spent: PyTree = None
 
 
-def _check(every, start, keep, noise, settled, max_removed, max_rise, min_rank, min_size) -> None:
-    """Raises an error if an option is out of range. Arrays may be traced and are not checked."""
-    check_count("every", every)
-    check_count("start", start, 0)
-    check_count("min_rank", min_rank)
-    if isinstance(min_size, jax.Array):
-        raise TypeError(
-            "`min_size` must be a Python integer, since it decides which kernels have a state, got "
-            "an array. Use optax.inject_hyperparams(prune_spectrum, "
-            'static_args=("rule", "min_size", "where", "axes")).'
-        )
-    check_count("min_size", min_size)
-    if not callable(keep):
-        check_share("keep", keep, "the directions that are not signal and stay")
-    if max_removed is not None:
-        check_share("max_removed", max_removed, "its squares that a kernel may lose in one cut")
-    if max_rise is not None:
-        check_share("max_rise", max_rise, "what training has gained that a step may undo")
-    if noise not in get_args(Noise):
-        raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {noise!r}.")
-    if settled is not None:
-        meaning = "its signal directions by which a kernel that is ready for a cut may change"
-        check_share("settled", settled, meaning, below_one=True)
+# The fields of a state that have an entry for each kernel, in the order of `KernelState`.
+_FIELDS = PruneState._fields[1 : 1 + len(KernelState._fields)]
 
 
 def _by_field(paths: Iterable[str], states: Iterable[KernelState]) -> list[dict[str, Any]]:
@@ -107,12 +90,148 @@ def _by_field(paths: Iterable[str], states: Iterable[KernelState]) -> list[dict[
     return [{path: state[field] for path, state in by_path.items()} for field in fields]
 
 
+@dataclass(frozen=True, eq=False)
+class _Pruning:
+    """The options of `prune_spectrum`, and what it does with them."""
+
+    every: ArrayLike
+    start: ArrayLike
+    rule: ranks.RankRule
+    keep: Keep
+    fade: ArrayLike | None
+    noise: Noise
+    settled: ArrayLike | None
+    max_removed: ArrayLike | None
+    max_rise: ArrayLike | None
+    where: Where | None
+    axes: Axes | None
+    min_rank: ArrayLike
+    min_size: Any
+
+    def __post_init__(self):
+        check_rule(self.rule)
+        check_count("every", self.every)
+        check_count("start", self.start, 0)
+        check_count("min_rank", self.min_rank)
+        if isinstance(self.min_size, jax.Array):
+            raise TypeError(
+                "`min_size` must be a Python integer, since it decides which kernels have a state, "
+                "got an array. Use optax.inject_hyperparams(prune_spectrum, "
+                'static_args=("rule", "min_size", "where", "axes")).'
+            )
+        check_count("min_size", self.min_size)
+        if self.noise not in get_args(Noise):
+            raise ValueError(f"`noise` must be one of {get_args(Noise)}, got {self.noise!r}.")
+        if self.fade is not None and self.noise == "refit":
+            raise ValueError(
+                '`noise` must be "first" with `fade`, got "refit": what fades is no noise to fit.'
+            )
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """Raises an error if a share is out of range. Arrays may be traced and are not checked."""
+        if not callable(self.keep):
+            check_share("keep", self.keep, "the directions that are not signal and stay")
+        meanings = {
+            "max_removed": "its squares that a kernel may lose in one cut",
+            "max_rise": "what training has gained that a step may undo",
+            "fade": "a value beyond the rank that is left after a step",
+            "settled": "its signal directions by which a kernel that is ready for a cut may change",
+        }
+        for name, meaning in meanings.items():
+            if (value := getattr(self, name)) is not None:
+                check_share(name, value, meaning, below_one=name in ("fade", "settled"))
+
+    def find(self, params: PyTree) -> dict[str, MatrixView]:
+        """Returns the kernels that can be pruned: factors and small ones cannot."""
+        views = find_kernels(params, self.where, self.axes)
+        fine = lambda view: not (view.is_factored or obstacle(view, self.min_size))
+        return {p: view for p, view in views.items() if isinstance(view, MatrixView) and fine(view)}
+
+    @in_usual_modes
+    def init(self, params: PyTree) -> PruneState:
+        """Returns the state before the first step."""
+        if is_abstract(params):
+            return jax.eval_shape(self.init, params)
+        step, guards = jnp.zeros((), jnp.int32), self.max_rise is not None
+        if is_placeholder(params):
+            kept = (params, step, step) if guards else (None, None, None)
+            return PruneState._make([step, *[step] * len(KernelState._fields), *kept])
+        views = self.find(params)
+        if not views:
+            kernels = find_kernels(params, self.where, self.axes)
+            warn_if_idle("prune_spectrum", kernels, params, self.min_size)
+        # A copy, since the parameters may be donated.
+        number = partial(jnp.full, (), dtype=jnp.float32)
+        whole = lambda: jax.tree.map(lambda leaf: jnp.copy(native(leaf)), params)
+        copy = lambda: (whole(), number(jnp.nan), number(0))
+        kept = copy() if guards else (None, None, None)
+        return PruneState._make([step, *_by_field(views, map(unpruned, views.values())), *kept])
+
+    def numbers_at(self, step: Array, guarded: bool) -> StepNumbers:
+        """Returns the options in force at a step, which is the number of those before it."""
+        first = jnp.where(jnp.asarray(self.start) > 0, self.start, self.every)
+        look = jnp.asarray((step + 1 - first) // self.every + 1, jnp.int32)
+        share = self.keep(step) if callable(self.keep) else self.keep
+        settled = 0.0 if self.settled is None else self.settled
+        # The loss says more than the squares.
+        loses = (1.0 if guarded else 0.5) if self.max_removed is None else self.max_removed
+        return StepNumbers(look, share, self.min_rank, settled, loses, self.fade)
+
+    def guarded(self, due, state: PruneState, trees, look: Array, views, before, after):
+        """Returns updates and states as the loss allows, and what the state keeps of the loss."""
+        # A schedule of `keep` asks for a smaller rank at each step; else at 2, 4, 8 and so on.
+        again = callable(self.keep) or look & (look - 1) == 0
+        kept = state.reference, state.fall, again, self.max_rise, self.fade, state.spent
+        return guard_if(due, Guard(*trees, *kept), views, before, after)
+
+    @in_usual_modes
+    def update(self, updates, state, params: Any = None, *, value_fn: Any = None, **extra_args):
+        """Returns the updates that land on pruned kernels, and the new state."""
+        del extra_args
+        views, moves = moving_kernels(updates, params, self.find, state.ranks)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        guarded = value_fn is not None and self.max_rise is not None and len(views) > 0
+        numbers = self.numbers_at(jnp.asarray(state.step), guarded)
+        before, after = self._prune(step, state, views, moves, numbers)
+        reference, fall, spent = state.reference, state.fall, state.spent
+        if guarded:
+            due, trees = is_due(step, self.every, self.start), (value_fn, params, updates)
+            kernels, look = [*views.values()], jnp.asarray(numbers.look)
+            found = self.guarded(due, state, trees, look, kernels, before, after)
+            after, fall, spent = found
+        moves, states = zip(*after, strict=True) if after else ((), ())
+        # Kernels without an update, and those that were factorized since, keep their state.
+        old = (getattr(state, field) for field in _FIELDS)
+        fields = (old | new for old, new in zip(old, _by_field(views, states), strict=True))
+        rewritten = dict(zip(views, moves, strict=True))
+        updates = map_kernels(lambda path, _: rewritten[path], updates, rewritten)
+        if guarded:
+            # Also before the first pruning step, which compares with the period before it.
+            ends = (step - self.start) % self.every == 0
+            reference = call_if(ends, lambda: optax.apply_updates(params, updates), reference)
+        return updates, PruneState._make([step, *fields, reference, fall, spent])
+
+    def _prune(self, step: Array, state: PruneState, views, moves, numbers: StepNumbers):
+        """Returns updates with states of kernels, as they are and as their rules prune them."""
+        kernels, axes = [v.leaf for v in views.values()], tuple(v.axes for v in views.values())
+        of_path = lambda path: KernelState(*(getattr(state, field)[path] for field in _FIELDS))
+        was_due = is_due(jnp.asarray(state.step), self.every, self.start)
+        old = forget_lost(was_due, kernels, [*map(of_path, views)], axes=axes)
+        due, moves = is_due(step, self.every, self.start), [*moves.values()]
+        options = StepOptions(self.rule, self.noise, self.settled is not None)
+        new = prune_if(due, kernels, moves, old, numbers, axes=axes, options=options)
+        pairs = lambda moves, states: list(zip(moves, states, strict=True))
+        return pairs(moves, old), pairs(*new)
+
+
 def prune_spectrum(
     every: Int[ArrayLike, ""],
     *,
     start: Int[ArrayLike, ""] = 0,
     rule: ranks.RankRule | None = None,
     keep: Keep = 0.0,
+    fade: Float[ArrayLike, ""] | None = None,
     noise: Noise = "first",
     settled: Float[ArrayLike, ""] | None = None,
     max_removed: Float[ArrayLike, ""] | None = None,
@@ -136,6 +255,12 @@ def prune_spectrum(
     at the pruning steps number 2, 4, 8 and so on, counted from `start`, or at each with a schedule
     of `keep`. All takes 15 forward passes at most.
 
+    With `fade` directions beyond the rank are not removed. Their singular values are multiplied by
+    it at each pruning step, while training moves what they know to the others. Ranks stay full, and
+    `rmtjax.plan` with the same rule, such as `ranks.size(0.45)`, makes the cut in the end. This cut
+    may raise `value_fn` by `max_rise`, and all steps before by seven times as much: what costs more
+    fades less, and a kernel that the loss needs is kept.
+
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
     noise, or if the cut would take too much. The level of the rule holds over all looks together:
@@ -153,6 +278,8 @@ def prune_spectrum(
       keep: Share of the directions that are not signal and stay, in [0, 1]; or an optax schedule of
         it, called with the number of steps before this one. The papers have 0.45, or
         `optax.linear_schedule(1.0, 0.0, N * steps_per_epoch)` with N of 200, 300 and 1000.
+      fade: What is left of a singular value beyond the rank after a pruning step, in [0, 1). None
+        removes it. `refused/PATH` of `rmtjax.metrics` is the share of the squares that is left.
       noise: "first" carries the noise level of the first cut. "refit" fits the ranks that the last
         pruning has left, if `keep` leaves enough: it follows a scale that weight decay changes.
       settled: In [0, 1). `settled=0.2` waits with the first pruning of a kernel until its number of
@@ -196,78 +323,10 @@ def prune_spectrum(
       Shmalo, Jenkins and Krupchytskyi (2023), https://arxiv.org/abs/2303.08986. They refit a kernel
       at each pruning; this function carries the noise level of the first cut.
     """
-    _check(every, start, keep, noise, settled, max_removed, max_rise, min_rank, min_size)
     # Not the default of the signature: `optax.inject_hyperparams` calls a callable as a schedule.
     rule = ranks.bema() if rule is None else rule
-    check_rule(rule)
-    options = StepOptions(rule, noise, waits=settled is not None)
-
-    def find(params: PyTree) -> dict[str, MatrixView]:
-        """Returns the kernels that can be pruned: factors and small ones cannot."""
-        views = find_kernels(params, where, axes)
-        fine = lambda view: not (view.is_factored or obstacle(view, min_size))
-        return {p: view for p, view in views.items() if isinstance(view, MatrixView) and fine(view)}
-
-    @in_usual_modes
-    def init_fn(params: PyTree) -> PruneState:
-        if is_abstract(params):
-            return jax.eval_shape(init_fn, params)
-        step = jnp.zeros((), jnp.int32)
-        if is_placeholder(params):
-            kept = (None, None) if max_rise is None else (params, step)
-            return PruneState._make([step, *[step] * len(KernelState._fields), *kept])
-        views = find(params)
-        if not views:
-            warn_if_idle("prune_spectrum", find_kernels(params, where, axes), params, min_size)
-        # A copy, since the parameters may be donated.
-        copy = lambda: (
-            jax.tree.map(lambda leaf: jnp.copy(native(leaf)), params),
-            jnp.full((), jnp.nan, jnp.float32),
-        )
-        kept = (None, None) if max_rise is None else copy()
-        return PruneState._make([step, *_by_field(views, map(unpruned, views.values())), *kept])
-
-    def numbers_at(step: Array, guarded: bool) -> StepNumbers:
-        """Returns the options in force at a step, which is the number of those before it."""
-        first = jnp.where(jnp.asarray(start) > 0, start, every)
-        look = jnp.asarray((step + 1 - first) // every + 1, jnp.int32)
-        share = keep(step) if callable(keep) else keep
-        # The loss says more than the squares.
-        loses = (1.0 if guarded else 0.5) if max_removed is None else max_removed
-        return StepNumbers(look, share, min_rank, 0.0 if settled is None else settled, loses)
-
-    @in_usual_modes
-    def update_fn(updates, state, params: Any = None, *, value_fn: Any = None, **extra_args):
-        del extra_args
-        views, chosen = moving_kernels(updates, params, find, state.ranks)
-        guarded = value_fn is not None and max_rise is not None and len(views) > 0
-        kernels, shapes = [v.leaf for v in views.values()], tuple(v.axes for v in views.values())
-        _, *fields, reference, fall = state
-        old = [KernelState(*(field[path] for field in fields)) for path in views]
-        old = forget_lost(is_due(jnp.asarray(state.step), every, start), kernels, old, axes=shapes)
-        step = jnp.asarray(optax.safe_increment(state.step))
-        due, numbers = is_due(step, every, start), numbers_at(jnp.asarray(state.step), guarded)
-        moves = list(chosen.values())
-        new = prune_if(due, kernels, moves, old, numbers, axes=shapes, options=options)
-        if guarded:
-            trees = params, updates, reference
-            # A schedule of `keep` asks for a smaller rank at each step; else at 2, 4, 8 and so on.
-            look = jnp.asarray(numbers.look)
-            again = callable(keep) or look & (look - 1) == 0
-            guard = Guard(value_fn, *trees, fall, again, max_rise)
-            pairs = [list(zip(*side, strict=True)) for side in ((moves, old), new)]
-            cuts, fall = guard_if(due, guard, list(views.values()), *pairs)
-            new = zip(*cuts, strict=True)
-        moves, states = new
-        # Kernels without an update, and those that were factorized since, keep their state.
-        fields = (old | new for old, new in zip(fields, _by_field(views, states), strict=True))
-        rewritten = dict(zip(views, moves, strict=True))
-        updates = map_kernels(lambda path, _: rewritten[path], updates, rewritten)
-        if guarded:
-            # Also before the first pruning step, which compares with the period before it.
-            ends = (step - start) % every == 0
-            land = lambda: optax.apply_updates(params, updates)
-            reference = call_if(ends, land, reference)
-        return updates, PruneState._make([step, *fields, reference, fall])
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    pruning = _Pruning(
+        every, start, rule, keep, fade, noise, settled, max_removed, max_rise, where, axes,
+        min_rank, min_size,
+    )  # fmt: skip
+    return optax.GradientTransformationExtraArgs(pruning.init, pruning.update)

@@ -16,7 +16,7 @@ from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import kept_rank, ranks
 from rmtjax.planning import leaves_by_path
-from rmtjax.spectra import from_singular_values, truncate_by
+from rmtjax.spectra import from_singular_values, lift, truncate_by
 from rmtjax.training._stands_out import stands_out
 
 # How a rule is mapped over a stack: its matrices have one aspect ratio.
@@ -98,6 +98,7 @@ class StepNumbers(NamedTuple):
     min_rank: ArrayLike
     settled: ArrayLike
     max_removed: ArrayLike
+    fade: ArrayLike | None  # what is left of a value beyond the rank; None if it is removed
 
 
 def unpruned(view: MatrixView) -> KernelState:
@@ -136,7 +137,8 @@ def _has_settled(signal, state: KernelState, size: int, settled: ArrayLike) -> B
     """Returns True if the number of signal directions is stable, or the kernel was pruned."""
     change = jnp.abs(signal - state.signal)
     stable = change <= settled * jnp.maximum(signal, state.signal)
-    return (state.rank < size) | (stable & (state.signal > 0))
+    pruned = (state.rank < size) | jnp.isfinite(state.fit.threshold).all()
+    return pruned | (stable & (state.signal > 0))
 
 
 def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers, options):
@@ -204,6 +206,9 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     changed = ready & (rank < size)
     share = share.astype(state.removed.dtype)
     removed = jnp.where(changed, share, 0)
+    if numbers.fade is not None:
+        lower, rank = lower + numbers.fade * (lift(matrices) - lower), size
+        removed = removed * (1 - jnp.square(jnp.asarray(numbers.fade, removed.dtype)))
     new = state._replace(
         fit=fit,
         # A kernel that is left alone still has the rank of an earlier pruning.
