@@ -91,7 +91,8 @@ def load_moments(path: FilePath) -> Moments:
             missing = min({group for _, group in names} - found["groups"].keys(), default=None)
             if missing is not None:
                 raise ValueError(f"the sums of {missing!r} are missing")
-            moments = Moments(**found, names=names, centred=bool(options["centred"]))
+            sums = found["groups"], found["gradients"]
+            moments = Moments(*sums, names, centred=bool(options["centred"]))
             return moments.with_options(shrinkage=options["shrinkage"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the moments in '{path}' cannot be read: {error}.") from error

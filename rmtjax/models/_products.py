@@ -143,7 +143,7 @@ class _Interpreter:
         arrays = [operand.array for operand in operands]
         views = [_deeper(value.view, i >= last) for i, value in enumerate(operands)]
         views[first:last] = [None] * (last - first)  # a kernel that a loop may change
-        in_turn = {view.path: view.levels[-1] for view in views[last:] if view}
+        in_turn: Any = {view.path: view.levels[-1] for view in views[last:] if view}
         moved = {
             path: _first_axis(taps[path], axis) for path, axis in in_turn.items() if path in taps
         }

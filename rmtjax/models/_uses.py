@@ -71,7 +71,9 @@ class Use(NamedTuple):
 Table = Mapping[str, KernelAxes]
 
 
-def _side(axes: KernelAxes, view: View, contracted: Sequence[int], batch: Sequence[int]):
+def _side(
+    axes: KernelAxes, view: View, contracted: Sequence[int], batch: Sequence[int]
+) -> Side | None:
     """Returns the side of a product by the axes of the kernel in it; None if it is another one."""
     taken = [*(axis for axis in view.levels if axis is not None), *batch]
     # The members of a stack have their rows each, or all of them the same rows.
@@ -195,7 +197,8 @@ def _patches(images: Array, shape: Sequence[int], order: Sequence[int], params) 
     out, features, *window = params["dimension_numbers"].rhs_spec
     images = lax.stop_gradient(images).astype(jnp.promote_types(images.dtype, jnp.float32))
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
-    options = {name: params[name] for name in names} | {"precision": lax.Precision.HIGHEST}
+    options: Any = {name: params[name] for name in names}
+    options |= {"precision": lax.Precision.HIGHEST}
     convolve = lambda images, kernel: lax.conv_general_dilated(images, kernel, **options)
     places = [shape[axis] for axis in window]
     inputs, count = [*places, shape[features]], math.prod(places)

@@ -23,7 +23,7 @@ def _call(model: Any, batch: Any) -> Any:
 def _places(model: nnx.Module) -> dict[str, tuple[str, ...]]:
     """Returns the paths of the variables of each kernel: one, or those of its factors."""
     paths = {id(variable): name_of(path) for path, variable in variables_of(model).items()}
-    places = {path: (path,) for path in paths.values()}
+    places: dict[str, tuple[str, ...]] = {path: (path,) for path in paths.values()}
     for path, layer in nnx.iter_graph(model):
         for kernel, pair in pairs_of(layer).items() if isinstance(layer, nnx.Module) else ():
             places[name_of((*path, kernel))] = paths[id(pair.left)], paths[id(pair.right)]

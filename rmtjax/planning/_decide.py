@@ -108,12 +108,13 @@ def choices(
 
     `whole` are kernels that stay as they are.
     """
-    budget = options.budget or Budget(share=1.0)
+    budget: Any = options.budget or Budget(share=1.0)
     able, fixed, weights = {}, 0, _weights(found, options.moments)
     for path, kernel in found.kernels.items():
         count, one = rows.get(path, 1), None
         fixed_form = path in whole or getattr(kernel, "in_parts", None)
-        if path in found.measured and not fixed_form and not _broken(found.measured[path]):
+        can_be_cut = path in found.measured and not fixed_form
+        if can_be_cut and isinstance(kernel, MatrixView) and not _broken(found.measured[path]):
             sizes = options.multiple, options.min_rank
             losses = weights[path] * _losses(found, path)
             one = choices_of(kernel, losses, budget, count, *sizes)
@@ -128,11 +129,12 @@ def give_ranks(
     found: Findings, options: PlanOptions, rows: Mapping[str, int], whole: Collection[str] = ()
 ) -> dict[str, int | None] | None:
     """Returns the rank of each kernel under a budget, None for one that stays; None without one."""
-    if options.budget is None:
+    budget: Any = options.budget
+    if budget is None:
         return None
     able, fixed = choices(found, options, rows, whole)
-    sizes = (size_of(kernel, options.budget, rows.get(p, 1)) for p, kernel in found.kernels.items())
-    ranks = allocate(able, fixed, options.budget.limit(sum(sizes)))
+    sizes = (size_of(kernel, budget, rows.get(p, 1)) for p, kernel in found.kernels.items())
+    ranks = allocate(able, fixed, budget.limit(sum(sizes)))
     return dict.fromkeys(found.measured) | ranks
 
 

@@ -297,7 +297,8 @@ class Findings(NamedTuple):
 
 def merge_findings(one: Findings, other: Findings) -> Findings:
     """Returns the findings of two trees as those of one."""
-    return Findings(*({**ours, **theirs} for ours, theirs in zip(one, other, strict=True)))
+    parts: Any = ({**ours, **theirs} for ours, theirs in zip(one, other, strict=True))
+    return Findings(*parts)
 
 
 @in_usual_modes

@@ -96,8 +96,9 @@ def changed_leaves(
     With moments, which need all `leaves` of the tree, those that have any are cut by output.
     """
     rest = dict(views)
-    for path in [path for path in views if moments is not None and path in moments]:
-        yield from _cut_by_output(rest.pop(path), rows[path], moments, leaves or {})
+    for path in views:
+        if moments is not None and path in moments:
+            yield from _cut_by_output(rest.pop(path), rows[path], moments, leaves or {})
     for path, view in list(rest.items()):
         row = rows[path]
         if isinstance(row, Truncated) and row.shrink is None and keeps_most(view, row.rank):

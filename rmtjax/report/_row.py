@@ -70,7 +70,8 @@ def _removed(layer: LayerPlan) -> tuple[float | None, float | None]:
     cut = layer.action != "keep"
     if layer.loss is None:
         # In float64: for a large kernel float32 would lose digits in the sum.
-        eigenvalues = np.asarray(layer.spectrum.eigenvalues, np.float64)
+        spectrum: Any = layer.spectrum
+        eigenvalues = np.asarray(spectrum.eigenvalues, np.float64)
         lost = eigenvalues[..., layer.rank :].sum() / eigenvalues.sum() if cut else 0.0
         return to_number(lost), None
     losses = layer.loss.squares, layer.loss.outputs

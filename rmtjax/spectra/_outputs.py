@@ -164,14 +164,16 @@ def host_directions(stack: Any, second: Second, rank: int) -> tuple[np.ndarray, 
 
 def host_losses(stack: Any, second: Second) -> OutputLosses:
     """Returns what a stack, or `Factors` of stacks, loses at each rank."""
-    found = [_losses(*member) for member in _members(stack, second)]
-    return OutputLosses(*map(np.stack, zip(*found, strict=True)))
+    members: Any = _members(stack, second)
+    found = [_losses(*member) for member in members]
+    fields: Any = map(np.stack, zip(*found, strict=True))
+    return OutputLosses(*fields)
 
 
 def compiled_directions(stack: Any, second: Second, rank: int) -> tuple[Array, Array]:
     """Returns the directions, down and up, in a program, where a kernel is traced."""
     first, *rest = jax.tree.leaves(jax.tree.map(lift, stack))
-    moments = [member[2:] for member in _members(stack, second)]
+    moments: Any = [member[2:] for member in _members(stack, second)]
     stacked = lambda arrays: jnp.asarray(np.stack(list(arrays)), jnp.float32)
     roots = stacked(_root(smooth) for smooth, _ in moments)
     thin = roots[..., None] * first if roots.ndim == 2 else matmul(roots, first)

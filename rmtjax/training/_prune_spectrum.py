@@ -183,7 +183,7 @@ class _Pruning:
         # A schedule of `keep` asks for a smaller rank at each step; else at 2, 4, 8 and so on.
         again = callable(self.keep) or look & (look - 1) == 0
         kept = state.reference, state.fall, again, self.max_rise, self.fade, state.spent
-        return guard_if(due, Guard(*trees, *kept), views, before, after)
+        return guard_if(due, Guard._make([*trees, *kept]), views, before, after)
 
     @in_usual_modes
     def update(self, updates, state, params: Any = None, *, value_fn: Any = None, **extra_args):
