@@ -157,7 +157,8 @@ def _members(stack: Any, second: Second):
 
 def host_directions(stack: Any, second: Second, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the directions, down (stack, n, r) and up (stack, r, n), by LAPACK in float64."""
-    found = [_directions(one, *moments, rank) for one, _, *moments in _members(stack, second)]
+    members = _members(stack, second)
+    found = [_directions(one, smooth, mine, rank) for one, _, smooth, mine in members]
     downs, ups = zip(*found, strict=True)
     return np.stack(downs), np.stack(ups)
 
