@@ -17,10 +17,8 @@ from rmtjax.training._metrics import (
     register_state as register_state,
 )
 from rmtjax.training._penalty import penalty as penalty
-from rmtjax.training._prune_spectrum import (
-    prune_spectrum as prune_spectrum,
-    PruneState as PruneState,
-)
+from rmtjax.training._prune_spectrum import prune_spectrum as prune_spectrum
+from rmtjax.training._prune_state import PruneState as PruneState
 from rmtjax.training._pruning_step import (
     frobenius_norm as frobenius_norm,
     is_due as is_due,

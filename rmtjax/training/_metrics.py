@@ -11,7 +11,7 @@ from jaxtyping import Array, Num, PyTree
 from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler
 from rmtjax._types import BulkFit
-from rmtjax.training._prune_spectrum import PruneState
+from rmtjax.training._prune_state import PruneState
 
 # What a state says on its kernels: the kind of a number, and for each path its values.
 Numbers = Mapping[str, Mapping[str, Any]]

@@ -1,19 +1,19 @@
 """Prunes the spectrum of kernels in an optax chain: truncates them to their signal."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args, Literal, NamedTuple
+from typing import Any, get_args, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax._axes import MatrixView, native
 from rmtjax._modes import in_usual_modes
-from rmtjax._types import Axes, BulkFit, Where
+from rmtjax._types import Axes, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import (
     check_count,
@@ -25,6 +25,7 @@ from rmtjax.planning import (
     warn_if_idle,
 )
 from rmtjax.training._guard import Guard, guard_if
+from rmtjax.training._prune_state import by_field, FIELDS, PruneState
 from rmtjax.training._pruning_step import (
     call_if,
     forget_lost,
@@ -40,54 +41,6 @@ from rmtjax.training._pruning_step import (
 
 Noise = Literal["first", "refit"]
 Keep = ArrayLike | Callable[[Any], ArrayLike]
-
-
-class PruneState(NamedTuple):
-    """State of `prune_spectrum`, of arrays.
-
-    Attributes:
-      step: Number of updates seen.
-      fits: Path to the noise level that is carried, as `rmtjax.noise_levels` returns it.
-      ranks: Path to the rank after the last pruning; full before.
-      signal: Path to the number of signal directions at the last pruning step; 0 before.
-      removed: Path to the share of the squares that it has removed, in [0, 1).
-      refused: Path to the share beyond the rank that is left: it fades, or was not allowed to go.
-      floors: Path to the eigenvalue down to which directions must stay, since a cut was held back;
-        -1 if all must, NaN if the threshold decides.
-      costs: Path to what the cut was predicted to add to the loss; NaN without `value_fn`.
-      norms: Path to the norm that the last step lands on; NaN if it did not cut.
-      previous: Path to the rank before the last step.
-      landed: Path to whether the last cut was found in the parameters.
-      reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
-      fall: By how much `value_fn` fell over the period before the last step; NaN before.
-      spent: Share of the gain that all steps together have undone by fading.
-    """
-
-    step: Int[Array, ""]
-    fits: dict[str, BulkFit]
-    ranks: dict[str, Int[Array, ""]]
-    signal: dict[str, Int[Array, ""]]
-    removed: dict[str, Float[Array, ""]]
-    refused: dict[str, Float[Array, ""]]
-    floors: dict[str, Float[Array, "..."]]
-    costs: dict[str, Float[Array, ""]]
-    norms: dict[str, Float[Array, ""]]
-    previous: dict[str, Int[Array, ""]]
-    landed: dict[str, Bool[Array, ""]]
-    reference: PyTree = None
-    fall: PyTree = None
-    spent: PyTree = None
-
-
-# The fields of a state that have an entry for each kernel, in the order of `KernelState`.
-_FIELDS = PruneState._fields[1 : 1 + len(KernelState._fields)]
-
-
-def _by_field(paths: Iterable[str], states: Iterable[KernelState]) -> list[dict[str, Any]]:
-    """Returns states of kernels as dictionaries by path, one for each field of `PruneState`."""
-    by_path = dict(zip(paths, states, strict=True))
-    fields = range(len(KernelState._fields))
-    return [{path: state[field] for path, state in by_path.items()} for field in fields]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +119,7 @@ class _Pruning:
         whole = lambda: jax.tree.map(lambda leaf: jnp.copy(native(leaf)), params)
         copy = lambda: (whole(), number(jnp.nan), number(0))
         kept = copy() if guards else (None, None, None)
-        return PruneState._make([step, *_by_field(views, map(unpruned, views.values())), *kept])
+        return PruneState._make([step, *by_field(views, map(unpruned, views.values())), *kept])
 
     def numbers_at(self, step: Array, guarded: bool) -> StepNumbers:
         """Returns the options in force at a step, which is the number of those before it."""
@@ -202,8 +155,8 @@ class _Pruning:
             after, fall, spent = found
         moves, states = zip(*after, strict=True) if after else ((), ())
         # Kernels without an update, and those that were factorized since, keep their state.
-        old = (getattr(state, field) for field in _FIELDS)
-        fields = (old | new for old, new in zip(old, _by_field(views, states), strict=True))
+        old = (getattr(state, field) for field in FIELDS)
+        fields = (old | new for old, new in zip(old, by_field(views, states), strict=True))
         rewritten = dict(zip(views, moves, strict=True))
         updates = map_kernels(lambda path, _: rewritten[path], updates, rewritten)
         if guarded:
@@ -215,7 +168,7 @@ class _Pruning:
     def _prune(self, step: Array, state: PruneState, views, moves, numbers: StepNumbers):
         """Returns updates with states of kernels, as they are and as their rules prune them."""
         kernels, axes = [v.leaf for v in views.values()], tuple(v.axes for v in views.values())
-        of_path = lambda path: KernelState(*(getattr(state, field)[path] for field in _FIELDS))
+        of_path = lambda path: KernelState(*(getattr(state, field)[path] for field in FIELDS))
         was_due = is_due(jnp.asarray(state.step), self.every, self.start)
         old = forget_lost(was_due, kernels, [*map(of_path, views)], axes=axes)
         due, moves = is_due(step, self.every, self.start), [*moves.values()]

@@ -14,7 +14,7 @@ from rmtjax._modes import in_usual_modes
 from rmtjax.planning import path_name
 from rmtjax.spectra import lift, multiply
 from rmtjax.training._metrics import STATES
-from rmtjax.training._prune_spectrum import PruneState
+from rmtjax.training._prune_state import PruneState
 
 # Fields of optax's states that hold, for each kernel, sums of gradients or sums of the squares of
 # their entries. Not `ema`, which is as often a mean of parameters: a guess would ruin it.
