@@ -11,6 +11,12 @@ from rmtjax.noise._bema import (
     count_above as count_above,
     fit_bema as fit_bema,
 )
+from rmtjax.noise._pieces import (
+    on_scale as on_scale,
+    Piece as Piece,
+    rescale as rescale,
+    split_pieces as split_pieces,
+)
 from rmtjax.noise._spectral_metrics import (
     metrics_of as metrics_of,
     metrics_of_each as metrics_of_each,

@@ -14,7 +14,7 @@ from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import beside_accelerator, fetch
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.moments import Moments, Second
-from rmtjax.noise import above_rounding, count_above
+from rmtjax.noise import above_rounding, count_above, on_scale, Piece, rescale, split_pieces
 from rmtjax.planning._cost import rows_by_path
 from rmtjax.planning._kernels import (
     check_chosen,
@@ -50,53 +50,6 @@ class Measurement(NamedTuple):
     estimated: bool = False  # whether the bulk of the spectra is made of estimated quantiles
 
 
-class _Piece(NamedTuple):
-    """Matrices of a kernel with as many rows and columns that are not zero.
-
-    Rows and columns of zeros are no noise, and the law is that of the others.
-    """
-
-    path: str
-    matrices: slice
-    spectra: Spectrum  # of the others
-    shrunk: float  # their longer side over that of the kernel
-    exponent: Int[np.ndarray, " b"]
-
-
-def _pieces(path: str, values: Values, view: MatrixView) -> list[_Piece]:
-    """Returns a kernel as one piece, or matrix by matrix if there are zeros."""
-    (eigenvalues, ratio), _, live, exponent = values
-    sides = np.array((view.rows, view.columns))
-    if (live == sides).all() or not live.any():
-        return [_Piece(path, slice(None), values.spectrum, 1.0, exponent)]
-    pieces = []
-    for index, counts in enumerate(live):
-        short, long = sorted(map(int, counts if counts.all() else sides))
-        one = slice(index, index + 1)
-        kept: Any = eigenvalues[one, :short] * ratio.dtype.type(view.long / long)
-        new: Any = np.full(1, short / long, ratio.dtype)
-        pieces.append(_Piece(path, one, Spectrum(kept, new), long / view.long, exponent[one]))
-    return pieces
-
-
-def _rescale(fits: BulkFit, piece: _Piece, *, back: bool) -> BulkFit:
-    """Returns fits on the scale of a piece, or back on that of the kernel."""
-    if piece.shrunk == 1 and not piece.exponent.any():
-        return fits
-    power, factor = (
-        (2 * piece.exponent, piece.shrunk) if back else (-2 * piece.exponent, 1 / piece.shrunk)
-    )
-    # In float64, which has room for squares of float32, unless only zeros were left out.
-    wide = lambda number: number.astype(np.float64) if piece.exponent.any() else number
-    move = lambda number: np.ldexp(wide(np.asarray(number)), power)
-    along = lambda number: (move(number) * factor).astype(move(number).dtype)
-    with np.errstate(over="ignore", under="ignore"):
-        # The variance of an entry does not depend on how many there are.
-        return fits._replace(
-            variance=move(fits.variance), edge=along(fits.edge), threshold=along(fits.threshold)
-        )
-
-
 @partial(jax.jit, static_argnames=("rule", "factored"))
 def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> dict[str, Any]:
     """Returns what a `Measurement` says besides the spectra, by the names of its fields."""
@@ -123,7 +76,7 @@ def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> 
     }
 
 
-def _judge_pieces(pieces: list[_Piece], views: Views, rule, fits: Fits) -> list[dict[str, Any]]:
+def _judge_pieces(pieces: list[Piece], views: Views, rule, fits: Fits) -> list[dict[str, Any]]:
     """Judges pieces, those with as many eigenvalues together: one program judges a group."""
     given = {}
     for index, piece in enumerate(pieces):
@@ -131,7 +84,7 @@ def _judge_pieces(pieces: list[_Piece], views: Views, rule, fits: Fits) -> list[
             level = jax.tree.map(
                 lambda n, piece=piece: np.ravel(n)[piece.matrices], fits[piece.path]
             )
-            moved = _rescale(level, piece, back=False)
+            moved = rescale(level, piece, back=False)
             cast = lambda new, old: new.astype(old.dtype)
             given[index] = jax.tree.map(cast, moved, level)
     groups: dict[tuple, list[int]] = {}
@@ -153,31 +106,21 @@ def _judge_pieces(pieces: list[_Piece], views: Views, rule, fits: Fits) -> list[
     return [results[index] for index in range(len(pieces))]
 
 
-def _on_scale(spectrum: Spectrum, exponent: np.ndarray) -> Spectrum:
-    """Returns a spectrum on the scale of its kernel: in float64, if it was moved."""
-    if not exponent.any():
-        return spectrum
-    eigenvalues: Any = spectrum.eigenvalues
-    with np.errstate(over="ignore", under="ignore"):
-        moved: Any = np.ldexp(eigenvalues.astype(np.float64), 2 * exponent[:, None])
-    return spectrum._replace(eigenvalues=moved)
-
-
 def _measure_values(
     views: Views, values: Mapping[str, Values], rule, fits: Fits
 ) -> dict[str, Measurement]:
     """Judges the spectra of kernels."""
-    pieces = [piece for path in values for piece in _pieces(path, values[path], views[path])]
+    pieces = [piece for path in values for piece in split_pieces(path, values[path], views[path])]
     parts: dict[str, list] = {path: [] for path in values}
     for piece, judged in zip(pieces, _judge_pieces(pieces, views, rule, fits), strict=True):
-        judged["fits"] = _rescale(judged["fits"], piece, back=True)
+        judged["fits"] = rescale(judged["fits"], piece, back=True)
         parts[piece.path].append(judged)
     measured = {}
     for path, (spectrum, num_exact, live, exponent) in values.items():
         whole: Any = parts[path][0] if len(parts[path]) == 1 else join_stacks(parts[path])
         estimated = bool((num_exact < views[path].full_rank).any())
         finite = np.isfinite(spectrum.eigenvalues).all(axis=-1)
-        scaled = _on_scale(spectrum, exponent)
+        scaled = on_scale(spectrum, exponent)
         usual = lambda s: np.isfinite(s.eigenvalues[:, 0]) & (s.eigenvalues[:, 0] > 0)
         held = usual(scaled) == usual(spectrum)
         known: Any = {"finite": finite, "held": held, "live": live, "estimated": estimated}
