@@ -24,7 +24,17 @@ from rmtjax.planning import (
     truncate,
     Truncated,
 )
-from rmtjax.replicas import agree, AgreeState, deal, merge_replicas, Merged, replicate
+from rmtjax.replicas import (
+    agree,
+    AgreeState,
+    average_params,
+    averaged,
+    AverageState,
+    deal,
+    merge_replicas,
+    Merged,
+    replicate,
+)
 from rmtjax.report import analyze, Entry, find_traps, Report, Row, Spike, Traps
 from rmtjax.sparse import (
     admm,
@@ -40,9 +50,6 @@ from rmtjax.sparse import (
 )
 from rmtjax.spectra import factorize_matrix, spectrum, truncate_matrix
 from rmtjax.training import (
-    average_params,
-    averaged,
-    AverageState,
     metrics,
     noise_levels,
     penalty,

@@ -2,15 +2,9 @@
 
 `prune_spectrum` goes last in a chain and truncates kernels to their signal. `metrics` and
 `noise_levels` read its state. `transfer_opt_state` carries the state of an optimizer over to
-factorized kernels, `penalty` is a term of a loss, and `average_params` averages parameters once
-training has stalled. Other rooms share its steps that are due.
+factorized kernels, and `penalty` is a term of a loss. Other rooms share its steps that are due.
 """
 
-from rmtjax.training._average import (
-    average_params as average_params,
-    averaged as averaged,
-    AverageState as AverageState,
-)
 from rmtjax.training._metrics import (
     metrics as metrics,
     noise_levels as noise_levels,

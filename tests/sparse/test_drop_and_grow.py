@@ -248,7 +248,8 @@ def test_densities_are_those_of_their_formula(density, distribution):
         "conv_1/kernel": (5, 1, 16, 8),
         "out/kernel": (64, 10),
     }
-    params = {path.split("/")[0]: {"kernel": jnp.ones(shape)} for path, shape in shapes.items()}
+    layer = lambda shape: {"kernel": jnp.ones(shape), "bias": jnp.zeros(shape[-1:])}
+    params = {path.split("/")[0]: layer(shape) for path, shape in shapes.items()}
     found = sparsity.layer_densities(params, density, distribution=distribution)
     sizes = {path: np.prod(shape) for path, shape in shapes.items()}
     total = sum(found[path] * sizes[path] for path in shapes)

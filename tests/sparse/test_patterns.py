@@ -72,7 +72,8 @@ def test_moments_of_the_inputs_and_an_earlier_mask_decide(pattern, full, strengt
 
 def test_groups_lie_along_the_input_channels_of_a_convolution_and_in_each_matrix_of_a_stack():
     conv = jnp.asarray(draw(3, 3, 8, 5), jnp.float32)
-    mask = patterns.nm_mask({"Conv_0": {"kernel": conv}}, (2, 4))["Conv_0"]["kernel"]
+    layer = {"kernel": conv, "bias": jnp.zeros(5)}
+    mask = patterns.nm_mask({"Conv_0": layer}, (2, 4))["Conv_0"]["kernel"]
     assert (mask.reshape(3, 3, 2, 4, 5).sum(3) == 2).all()
     stack = jnp.asarray(draw(3, 8, 5), jnp.float32)
     axes = lambda path, leaf: rmtjax.KernelAxes((1,), (2,), batch=(0,))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from rmtjax.planning import check_count
 from rmtjax.spectra import lift
-from rmtjax.training._pruning_step import is_placeholder
+from rmtjax.training import is_placeholder
 
 
 class AverageState(NamedTuple):
