@@ -126,25 +126,26 @@ def open_file(path: Path) -> Iterator[Tensors]:
         yield Tensors(path, "safetensors", entries, metadata, read, (path,))
 
 
-def check_code(name: str, entry: Entry) -> None:
+def check_codes(entries: Mapping[str, Entry]) -> None:
     """Raises ValueError for a dtype that a .safetensors file cannot hold."""
-    if code_of(entry.dtype) is None:
-        raise ValueError(
-            f"{name!r} has dtype {entry.dtype}, which a .safetensors file cannot hold: cast it to "
-            f"one of {', '.join(map(str, CODES))}."
-        )
+    for name, entry in entries.items():
+        if code_of(entry.dtype) is None:
+            raise ValueError(
+                f"{name!r} has dtype {entry.dtype}, which a .safetensors file cannot hold: cast it "
+                f"to one of {', '.join(map(str, CODES))}."
+            )
 
 
 def _make_header(
     entries: Mapping[str, Entry], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     """Returns the header of a file, and where in the file each tensor begins."""
+    check_codes(entries)
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, position = {}, 0
     # Larger items first, so that each tensor begins at a multiple of its item size.
     for name in sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name)):
         entry = entries[name]
-        check_code(name, entry)
         end = position + entry.num_bytes
         row = {"dtype": code_of(entry.dtype), "shape": entry.shape, "data_offsets": (position, end)}
         fields[name], offsets[name], position = row, position, end

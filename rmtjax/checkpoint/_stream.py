@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -15,9 +14,9 @@ from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
-from rmtjax.checkpoint._safetensors import check_code, check_regular, write_tensors
+from rmtjax.checkpoint._safetensors import check_codes, check_regular, write_tensors
 from rmtjax.checkpoint._tensor_names import choose, find_leaves, halves, named_parts, unchosen
-from rmtjax.checkpoint._tensors import Entry, FilePath, KEY
+from rmtjax.checkpoint._tensors import Entry, FilePath, KEY, with_dtype
 from rmtjax.moments import Moments
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import (
@@ -51,14 +50,6 @@ def _check_dtype(dtype: Any) -> np.dtype | None:
     if jax.dtypes.canonicalize_dtype(checked) != checked:
         raise ValueError("`dtype` float64 needs `jax.config.update('jax_enable_x64', True)`.")
     return checked
-
-
-def _with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
-    """Returns a stored leaf that is read in another dtype, if it is floating."""
-    # float8 keeps its dtype, so that the plan reports that it has too few bits.
-    wide = lambda part: jnp.issubdtype(part.dtype, jnp.floating) and part.dtype.itemsize > 1
-    change = lambda part: dataclasses.replace(part, dtype=dtype) if wide(part) else part
-    return jax.tree.map(change, leaf) if dtype else leaf
 
 
 def _check_moments(moments: Moments | None, leaves: Mapping[str, Any]) -> None:
@@ -95,12 +86,12 @@ def _plan_kernels(
         axes = lambda path, leaf: table[path] if path in table else guess_axes(path, leaf, tree)
     options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes)
     found = Findings({}, {}, {}, {}, {})
-    for place, (path, leaf) in enumerate(kernels.items()):
-        progress(place, len(kernels) + later, path)
+    for place, (path, leaf) in enumerate(kernels.items(), len(others)):
+        progress(place, len(others) + len(kernels) + later, path)
         known = {path: fits[path]} if path in fits else None
         moments = options.moments and options.moments.of([path])
         alone = dataclasses.replace(options, fits=known, moments=moments, batch=None)
-        found = merge_findings(found, study({path: _with_dtype(leaf, dtype)}, alone))
+        found = merge_findings(found, study({path: with_dtype(leaf, dtype)}, alone))
     return decide_all(found._replace(others=others), options)
 
 
@@ -139,13 +130,12 @@ def _write_outputs(
         progress(place, len(plan) + len(leaves), path)
         arrays = jax.tree.leaves(leaf)  # those that stay are still in the file
         if path in changes:
-            view = MatrixView(path, _with_dtype(leaf, dtype), changes[path].axes)
+            view = MatrixView(path, with_dtype(leaf, dtype), changes[path].axes)
             arrays = jax.tree.leaves(dict(changed_leaves({path: view}, changes, moments)))
         held = named_parts(path, leaf) if isinstance(leaf, FactoredKernel) else halves(path)
         for name in [path] if path in entries else held:
             if entries[name].is_packed:  # bytes, which are copied
-                stored: Any = leaf
-                yield name, stored.tensors.read(name)
+                yield name, leaf.tensors.read(name)  # pyright: ignore[reportAttributeAccessIssue]
                 continue
             # Each array is dropped before the next is read: a kernel may fill the memory.
             yield name, np.asarray(arrays.pop(0)).astype(entries[name].dtype, copy=False)
@@ -187,9 +177,8 @@ def analyze_file(
         leaf has a shape and a dtype, or is `Factors` of two such leaves. By default as there, and
         the state of an optimizer is not chosen: the leaves below `opt_state`, or below `0/mu`,
         `0/nu` or `0/trace` with any number.
-      axes: As in `rmtjax.plan`. Torch stores (outputs, inputs, *window): its first axis is taken
-        against the others. A stack of Torch kernels needs `axes`. An axis after the second that is
-        longer than 16 means a stack, unless the layer's name contains "conv".
+      axes: As in `rmtjax.plan`. Torch stores (outputs, inputs, *window): its first axis against the
+        others. A third axis longer than 16 means a stack, unless the name has "conv" in it.
       fits: As in `rmtjax.plan`. By default the levels by which `compress_file` has cut kernels.
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
       rule, min_size, exact_below, batch, budget: As in `rmtjax.plan`.
@@ -310,8 +299,7 @@ def compress_file(
         if Path(out).suffix != SUFFIX:
             raise ValueError(f"`out` must end in {SUFFIX}, and got '{out}': give '{out}{SUFFIX}'.")
         manifest = read_manifest(tensors)
-        for name, entry in tensors.entries.items():
-            check_code(name, entry)  # before hours of work
+        check_codes(tensors.entries)  # before hours of work
         leaves = find_leaves(tensors, manifest)
         plan = _plan_kernels(leaves, manifest, options, checked, progress, later=len(leaves))
         if mode == "truncate":

@@ -5,10 +5,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -146,6 +147,14 @@ class StoredTensor:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy  # every read is a new array
         return self.tensors.array(self.name).astype(dtype or self.dtype, copy=False)
+
+
+def with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
+    """Returns a stored leaf that is read in another dtype, if it is floating."""
+    # float8 keeps its dtype, so that the plan reports that it has too few bits.
+    wide = lambda part: jnp.issubdtype(part.dtype, jnp.floating) and part.dtype.itemsize > 1
+    change = lambda part: replace(part, dtype=dtype) if wide(part) else part
+    return jax.tree.map(change, leaf) if dtype else leaf
 
 
 @contextlib.contextmanager

@@ -37,37 +37,17 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from rmtjax._axes import Factors, KernelAxes, MatrixView, to_matrices, to_stack, Views
 from rmtjax._sharding import by_compiler, fetch, mesh_of
-from rmtjax._types import Spectrum
 from rmtjax.moments import Second
 from rmtjax.spectra import _fold, _lapack, _outputs, _sharded, _svd
 from rmtjax.spectra._factors import compose, contract, project
 from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
 from rmtjax.spectra._outputs import OutputLosses
-from rmtjax.spectra._spectrum import each, lift, to_unit
+from rmtjax.spectra._spectrum import each, from_squares, lift, to_unit, Values
 from rmtjax.spectra._subspace_iteration import block_size, iteration_pays, Leading, leading_above
-
-
-class Values(NamedTuple):
-    """The spectra of a kernel, whatever computed them.
-
-    Attributes:
-      spectrum: NumPy arrays with a leading axis for the matrices of a stack, in float32 at least.
-        Of factors it is that of their product, with zeros up to the short side.
-        They are those of the kernel over a power of two, if its squares could leave float32.
-      num_exact: How many of the largest eigenvalues are those of the matrix. The others are
-        estimated quantiles of its bulk.
-      live: The number of rows and of columns that are not zero; of factors, all.
-      exponent: The exponents of the powers of two.
-    """
-
-    spectrum: Spectrum
-    num_exact: Int[np.ndarray, " stack"]
-    live: Int[np.ndarray, "stack 2"]
-    exponent: Int[np.ndarray, " stack"]
 
 
 class Directions(NamedTuple):
@@ -144,7 +124,7 @@ def spectra(views: Views) -> dict[str, Values]:
     squared = _lapack.squared_singular_values(host)
     of_parts = _sharded.squared_singular_values(divided)
     squared |= {p: (found, live_sides(divided[p])) for p, found in of_parts.items()}
-    spectra = {path: _from_squares(views[path], found) for path, (found, _) in squared.items()}
+    spectra = {path: from_squares(views[path], found) for path, (found, _) in squared.items()}
     spectra |= _svd.compiled_spectra(rest)
     live = {path: sides for path, (_, sides) in squared.items()}
     live |= {path: live_sides(view) for path, view in rest.items()}
@@ -159,19 +139,6 @@ def live_sides(view: MatrixView) -> Any:
     leaf = view.leaf if isinstance(view.leaf, jax.Array) else np.asarray(view.leaf)
     live = _svd.live_sides(leaf, axes=view.axes)
     return fetch(live) if _is_eager() else live
-
-
-def _from_squares(view: MatrixView, squared: np.ndarray) -> tuple[Spectrum, Any]:
-    """Returns the spectrum of a kernel from squared singular values in float64, and exponents."""
-    dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
-    eigenvalues = np.maximum(squared, 0) / view.long
-    largest = eigenvalues[:, 0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        usual = ~(np.abs(np.log10(largest)) > 20) | ~np.isfinite(largest) | (largest == 0)
-    exponent = np.where(usual, 0, np.frexp(largest)[1] // 2).astype(np.int32)
-    eigenvalues: Any = np.ldexp(eigenvalues, -2 * exponent[:, None]).astype(dtype)
-    ratio: Any = np.full(view.stack, view.short / view.long, dtype)
-    return Spectrum(eigenvalues, ratio), exponent
 
 
 def _vectors_of_one(view: MatrixView, rank: int) -> Directions:

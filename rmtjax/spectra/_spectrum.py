@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from rmtjax._axes import native
+from rmtjax._axes import MatrixView, native
 from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler
 from rmtjax._types import Spectrum
@@ -21,6 +22,25 @@ _RANGE = 1e10
 # The default precision on accelerators rounds the operands, which a spectrum would show.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+class Values(NamedTuple):
+    """The spectra of a kernel, whatever computed them.
+
+    Attributes:
+      spectrum: NumPy arrays with a leading axis for the matrices of a stack, in float32 at least.
+        Of factors it is that of their product, with zeros up to the short side.
+        They are those of the kernel over a power of two, if its squares could leave float32.
+      num_exact: How many of the largest eigenvalues are those of the matrix. The others are
+        estimated quantiles of its bulk.
+      live: The number of rows and of columns that are not zero; of factors, all.
+      exponent: The exponents of the powers of two.
+    """
+
+    spectrum: Spectrum
+    num_exact: Int[np.ndarray, " stack"]
+    live: Int[np.ndarray, "stack 2"]
+    exponent: Int[np.ndarray, " stack"]
 
 
 def check_matrix(name: str, matrix: Float[Array, "m n"]) -> None:
@@ -70,6 +90,19 @@ def from_singular_values(
     """Returns the spectrum of a matrix from its singular values, descending."""
     eigenvalues = singular_values**2 / max(matrix.shape[-2:])
     return Spectrum(eigenvalues=eigenvalues, ratio=aspect_ratio(matrix))
+
+
+def from_squares(view: MatrixView, squared: np.ndarray) -> tuple[Spectrum, Any]:
+    """Returns the spectrum of a kernel from squared singular values in float64, and exponents."""
+    dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
+    eigenvalues = np.maximum(squared, 0) / view.long
+    largest = eigenvalues[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        usual = ~(np.abs(np.log10(largest)) > 20) | ~np.isfinite(largest) | (largest == 0)
+    exponent = np.where(usual, 0, np.frexp(largest)[1] // 2).astype(np.int32)
+    eigenvalues: Any = np.ldexp(eigenvalues, -2 * exponent[:, None]).astype(dtype)
+    ratio: Any = np.full(view.stack, view.short / view.long, dtype)
+    return Spectrum(eigenvalues, ratio), exponent
 
 
 def each(function: Callable[[Any], Any], stack: PyTree) -> PyTree:
