@@ -143,7 +143,7 @@ def check_shares(place):
         results = _svd.compiled_spectra(views(placed))
     for path, values in wanted.items():
         expected = values.spectrum.eigenvalues
-        np.testing.assert_allclose(results[path].eigenvalues, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(results[path][0].eigenvalues, expected, rtol=1e-4, atol=1e-5)
     # Of five that are alike and of one, and of a stack of eleven: eight devices have so many.
     assert sorted(sizes) == [1, 1, 2]
     print("shares")

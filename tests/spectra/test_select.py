@@ -48,7 +48,9 @@ def test_spectra_are_those_of_the_compiled_programs(rng):
     views = {name: MatrixView(name, a, axes.get(name, MATRIX)) for name, a in kernels.items()}
     compiled = _svd.compiled_spectra(views)
     for path, values in spectra(views).items():
-        expected = compiled[path]
+        expected, exponents = compiled[path]
+        assert not values.exponent.any()
+        assert not exponents.any()
         np.testing.assert_allclose(
             values.spectrum.eigenvalues, expected.eigenvalues, rtol=1e-4, atol=1e-6
         )
@@ -145,7 +147,9 @@ def test_values_and_vectors_of_any_leaf_have_one_contract(kind):
     np.testing.assert_allclose(
         MatrixView("", product(factors, dense), axes).matrices(), wanted, **close
     )
-    (spectrum, num_exact) = spectra({"kernel": view})["kernel"]
+    spectrum, num_exact, live, exponent = spectra({"kernel": view})["kernel"]
+    assert live.tolist() == [[view.rows, view.columns]] * 2
+    assert exponent.tolist() == [0, 0]
     assert isinstance(spectrum.eigenvalues, np.ndarray)
     assert num_exact.tolist() == [12, 12]
     expected = values**2 / 20
