@@ -97,8 +97,9 @@ def from_squares(view: MatrixView, squared: np.ndarray) -> tuple[Spectrum, Any]:
     dtype = np.dtype(jnp.promote_types(view.dtype, jnp.float32))
     eigenvalues = np.maximum(squared, 0) / view.long
     largest = eigenvalues[:, 0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        usual = ~(np.abs(np.log10(largest)) > 20) | ~np.isfinite(largest) | (largest == 0)
+    with np.errstate(invalid="ignore"):
+        # Those that float32 holds, with room for smaller eigenvalues, stay as they are.
+        usual = (largest > 1e-31) & (largest < 1e35) | ~np.isfinite(largest) | (largest == 0)
     exponent = np.where(usual, 0, np.frexp(largest)[1] // 2).astype(np.int32)
     eigenvalues: Any = np.ldexp(eigenvalues, -2 * exponent[:, None]).astype(dtype)
     ratio: Any = np.full(view.stack, view.short / view.long, dtype)
