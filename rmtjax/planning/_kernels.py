@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, KernelLeaf, MatrixView
-from rmtjax._names import guess_axes, is_kernel, is_untold, Neighbours
+from rmtjax._names import guess_axes, in_factor_layer, is_kernel, is_untold, Neighbours
 from rmtjax._types import Axes, Where
 
 # Objects that JAX takes for trees of parameters, with a hint. The rooms that know them register
@@ -229,9 +229,11 @@ def warn_if_idle(transform: str, kernels: Mapping[str, KernelLeaf], params: PyTr
     leaves = _last_leaves(params)
     if not leaves:
         return  # as in a group of `optax.partition` without members
+    if any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):
+        return  # its kernels were made thin, and training goes on in the factors
     cause = nothing_chosen(leaves)
     if kernels:
-        causes = {p: obstacle(k, least) or "stored as factors" for p, k in kernels.items()}
+        causes = {path: obstacle(kernel, least) for path, kernel in kernels.items()}
         cause = "; ".join(f"{path!r}: {why}" for path, why in list(causes.items())[:3]) + "."
     warnings.warn(f"`{transform}` will never change a kernel. {cause}", stacklevel=3)
 

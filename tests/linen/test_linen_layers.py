@@ -274,7 +274,8 @@ def test_boxed_parameters_are_found_truncated_factorized_and_run(layer, names, i
 def test_axes_by_path_choose_and_name_kernels():
     params = {"a": {"weight": draw(30, 24)}, "b": {"kernel": draw(30, 20)}, "c": draw(30, 10)}
     plan = rmtjax.plan(params, rule=Fixed(3), axes={"a/weight": AXES}, min_size=1, multiple=1)
-    assert set(plan) == {"a/weight", "b/kernel"}
+    assert set(plan) == {"a/weight", "b/kernel", "c"}
+    assert plan["c"].action == "keep"  # it may be a kernel, and nothing says so
     assert plan["a/weight"].axes == plan["b/kernel"].axes == AXES
     only = rmtjax.plan(params, rule=Fixed(3), axes={"c": AXES}, where=lambda p, _: p == "c")
     assert set(only) == {"c"}

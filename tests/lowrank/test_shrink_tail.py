@@ -119,7 +119,8 @@ def test_kernels_without_a_cut_that_holds_keep_their_updates(kernel):
 
 def test_each_matrix_of_a_stack_and_of_a_convolution_is_shrunk_alone():
     stack = jnp.stack([planted(0, num_spikes=2), planted(1, num_spikes=4)])
-    params = {"scan": {"kernel": stack}, "Conv_0": {"kernel": planted().reshape(2, 4, 8, 96)}}
+    conv = {"kernel": planted().reshape(2, 4, 8, 96), "bias": jnp.zeros(96)}
+    params = {"scan": {"kernel": stack}, "Conv_0": conv}
     axes = {"scan/kernel": KernelAxes((1,), (2,), (0,))}
     landed, state = shrink_once(params, axes=axes)
     assert cuts(state) == {"Conv_0/kernel": 3, "scan/kernel": [2, 4]}
