@@ -211,8 +211,9 @@ def prune_spectrum(
     `fade` is an experiment, and off by default. Directions beyond the rank are not removed. Their
     singular values are multiplied by it at each pruning step, while training moves what they know
     to the others. Ranks stay full, and `rmtjax.plan` with the same rule, such as
-    `ranks.size(0.45)`, makes the cut in the end. This cut may raise `value_fn` by `max_rise`, and all steps before by seven times as much: what costs more
-    fades less, and a kernel that the loss needs is kept.
+    `ranks.size(0.45)`, makes the cut in the end. This cut may raise `value_fn` by `max_rise`, and
+    all steps before by seven times as much: what costs more fades less, and a kernel that the loss
+    needs is kept.
 
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
