@@ -143,7 +143,7 @@ def test_figures_of_results_look_as_they_did(name, plan, tmp_path):
 def curves():
     """Two curves of made-up points, which no decomposition has a part in."""
     options = rmtjax.planning.PlanOptions(budget=1.0)
-    nothing = rmtjax.planning.Findings({}, {}, {}, {})
+    nothing = rmtjax.planning.Findings({}, {}, {}, {}, {})
     shares = np.linspace(1, 0.3, 15)
     made = {"weights": (1 - shares) / 1.4, "output": (1 - shares) ** 2 / 2}
     sizes = np.round(1e4 * shares).astype(int)
