@@ -110,8 +110,9 @@ def _dot_general(table: Table, params, lhs: Value, rhs: Value) -> Use | None:
     order = (*batch_lhs, *free, *last)
     sides = [[lhs.array.shape[axis] for axis in group] for group in (batch_lhs, free, last)]
 
-    rows = jnp.transpose(lax.stop_gradient(lhs.array), order)
-    sums = sums_of_rows(rows.reshape([math.prod(group) for group in sides]))
+    shape = [math.prod(group) for group in sides]
+    find = lambda rows: sums_of_rows(jnp.transpose(rows, order).reshape(shape))
+    sums = by_compiler(find, lax.stop_gradient(lhs.array))
     key = "rows", lhs.key, order, len(batch), len(last)
     arrange = _arrange_product(axes, view, (*of_rhs, *batch_rhs), len(batch), len(free), swapped)
     arrange = arrange if side == "inputs" else None
@@ -178,7 +179,7 @@ def _convolve(table: Table, params, lhs: Value, rhs: Value) -> Use | None:
         return None
     order = [inputs.index(axis) for axis in axes.inputs]
     find = lambda array: _patches(array, rhs.array.shape, order, params)
-    sums = _unstack(by_compiler(find, lhs.array, out=(None,)), ())
+    sums = _unstack(by_compiler(find, lhs.array), ())
     options = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
     shape = tuple(rhs.array.shape[axis] for axis in (*window, features))
     key = "patches", lhs.key, shape, tuple(order), str([params[name] for name in options])

@@ -163,7 +163,9 @@ def test_metrics_of_both_transforms_are_read_together():
     twice = optimizer.init(params)[0]
     with pytest.raises(ValueError, match="two states for 'a/kernel'"):
         rmtjax.metrics({"generator": twice, "critic": twice})
-    with pytest.raises(ValueError, match="no state of `rmtjax.prune_spectrum` or `rmtjax.lowrank.shrink_tail`"):
+    with pytest.raises(
+        ValueError, match="no state of `rmtjax.prune_spectrum` or `rmtjax.lowrank.shrink_tail`"
+    ):
         rmtjax.noise_levels(twice)
 
 
