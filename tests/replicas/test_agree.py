@@ -164,7 +164,7 @@ def test_metrics_of_both_transforms_are_read_together():
     with pytest.raises(ValueError, match="two states for 'a/kernel'"):
         rmtjax.metrics({"generator": twice, "critic": twice})
     with pytest.raises(
-        ValueError, match="no state of `rmtjax.prune_spectrum` or `rmtjax.lowrank.shrink_tail`"
+        ValueError, match=r"no state of `rmtjax.prune_spectrum` or `rmtjax.lowrank.shrink_tail`\."
     ):
         rmtjax.noise_levels(twice)
 
