@@ -76,10 +76,9 @@ SLOW_MODES = {
     "transfer guard": lambda: jax.transfer_guard("disallow"),
     "infinity": lambda: jax.debug_infs(True),
     "x64": lambda: jax.enable_x64(True),
-    "no jit": jax.disable_jit,
     "leaks": jax.checking_leaks,
 }
-# Not yet: a state of `prune_spectrum` holds NaN for what is not known, and programs return it.
+# Not yet: `disable_jit`, under which some values are no arrays of JAX. And a state of `prune_spectrum` holds NaN for what is not known, and programs return it.
 MISSING = {("NaN", "prune_spectrum"), ("NaN", "agree")}
 
 
