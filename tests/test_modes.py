@@ -78,7 +78,8 @@ SLOW_MODES = {
     "x64": lambda: jax.enable_x64(True),
     "leaks": jax.checking_leaks,
 }
-# Not yet: `disable_jit`, under which some values are no arrays of JAX. And a state of `prune_spectrum` holds NaN for what is not known, and programs return it.
+# Not yet: `disable_jit`, under which some values are no arrays of JAX. And a state of
+# `prune_spectrum` holds NaN for what is not known, and programs return it.
 MISSING = {("NaN", "prune_spectrum"), ("NaN", "agree")}
 
 
