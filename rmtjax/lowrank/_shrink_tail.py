@@ -27,7 +27,14 @@ from rmtjax.planning import (
     warn_if_idle,
 )
 from rmtjax.spectra import decompose, from_singular_values
-from rmtjax.training import is_due, is_placeholder, map_alike, moving_kernels, register_state
+from rmtjax.training import (
+    by_field,
+    is_due,
+    is_placeholder,
+    map_alike,
+    moving_kernels,
+    register_state,
+)
 
 Strength = ArrayLike | Callable[[Any], ArrayLike]
 
@@ -129,12 +136,6 @@ def _shrink_if(due, kernels, updates, states, strength, *, axes, rule):
     return lax.cond(due, shrink, lambda *same: same, updates, states)
 
 
-def _by_field(states: dict[str, _Kernel]) -> list[dict[str, Any]]:
-    """Returns states of kernels as dictionaries by path, one for each field."""
-    fields = range(len(_Kernel._fields))
-    return [{path: state[field] for path, state in states.items()} for field in fields]
-
-
 def shrink_tail(
     every: Int[ArrayLike, ""],
     *,
@@ -226,7 +227,7 @@ def shrink_tail(
         views = find(params)
         if not views:
             warn_if_idle("shrink_tail", find_kernels(params, where, axes), params, min_size)
-        return ShrinkState(step, *_by_field({p: _fresh(view) for p, view in views.items()}))
+        return ShrinkState(step, *by_field(_Kernel, {p: _fresh(view) for p, view in views.items()}))
 
     @in_usual_modes
     def update_fn(updates, state, params: Any = None, **extra_args):
@@ -239,7 +240,7 @@ def shrink_tail(
         due, moves = is_due(step, every, start), list(chosen.values())
         moves, new = _shrink_if(due, kernels, moves, old, taken, axes=shapes, rule=rule)
         # Kernels without an update, and those that were factorized since, keep their state.
-        fields = _by_field(dict(zip(views, new, strict=True)))
+        fields = by_field(_Kernel, dict(zip(views, new, strict=True)))
         fields = [old | new for old, new in zip(state[1:], fields, strict=True)]
         moved = dict(zip(views, moves, strict=True))
         updates = map_kernels(lambda path, _: moved[path], updates, moved)

@@ -25,6 +25,7 @@ from rmtjax.planning import (
 )
 from rmtjax.spectra import cross_validate
 from rmtjax.training import (
+    by_field,
     frobenius_norm,
     is_due,
     is_placeholder,
@@ -238,7 +239,7 @@ def agree(
         if not views:
             warn_if_idle("agree", find_kernels(params, where, axes), params, 1)
         periods = {path: _fresh(view.leaf) for path, view in views.items()}
-        return AgreeState(step, *_by_field(periods))
+        return AgreeState(step, *by_field(_Period, periods))
 
     @in_usual_modes
     def update_fn(updates, state, params: Any = None, **extra_args):
@@ -255,7 +256,7 @@ def agree(
         )
         # Kernels without an update, and those that were factorized since, keep their state. A
         # period in which one rests has no start, so that it passes unmerged.
-        fields = _by_field(dict(zip(views, new, strict=True)))
+        fields = by_field(_Period, dict(zip(views, new, strict=True)))
         resting = {p: jnp.full_like(state.start[p], jnp.nan) for p in state.start if p not in views}
         fields = [old | new for old, new in zip(state[1:], fields, strict=True)]
         fields[0] |= resting
@@ -264,12 +265,6 @@ def agree(
         return updates, AgreeState._make([optax.safe_increment(step), *fields])
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _by_field(periods: dict[str, _Period]) -> list[dict[str, Array]]:
-    """Returns states of kernels as dictionaries by path, one for each field."""
-    fields = range(len(_Period._fields))
-    return [{path: period[i] for path, period in periods.items()} for i in fields]
 
 
 register_state(

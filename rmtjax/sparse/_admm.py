@@ -17,6 +17,7 @@ from rmtjax.planning import check_count, map_kernels
 from rmtjax.sparse.projections import find_projected, project_kernel, Projection
 from rmtjax.spectra import lift
 from rmtjax.training import (
+    by_field,
     frobenius_norm,
     is_due,
     is_placeholder,
@@ -175,7 +176,7 @@ def admm(
         if is_placeholder(params):
             return AdmmState._make([step] * len(AdmmState._fields))
         duals = {path: _fresh(view.leaf) for path, (view, _) in find_views(params).items()}
-        return AdmmState(step, *_by_field(duals))
+        return AdmmState(step, *by_field(_Dual, duals))
 
     def update_fn(updates, state, params: Any = None, **extra_args):
         del extra_args
@@ -195,18 +196,12 @@ def admm(
             axes=kinds,
         )
         # Kernels without an update keep their state.
-        fields = _by_field(dict(zip(found, new, strict=True)))
+        fields = by_field(_Dual, dict(zip(found, new, strict=True)))
         fields = [old | new for old, new in zip(state[1:], fields, strict=True)]
         moved = dict(zip(found, moves, strict=True))
         return map_kernels(lambda path, _: moved[path], updates, moved), AdmmState(step, *fields)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _by_field(duals: dict[str, _Dual]) -> list[dict[str, Any]]:
-    """Returns states of kernels as dictionaries by path, one for each field."""
-    fields = range(len(_Dual._fields))
-    return [{path: dual[i] for path, dual in duals.items()} for i in fields]
 
 
 register_state(AdmmState, lambda state: {"primal": state.primal, "dual": state.dual})

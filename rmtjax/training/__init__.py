@@ -14,6 +14,7 @@ from rmtjax.training._penalty import penalty as penalty
 from rmtjax.training._prune_spectrum import prune_spectrum as prune_spectrum
 from rmtjax.training._prune_state import PruneState as PruneState
 from rmtjax.training._pruning_step import (
+    by_field as by_field,
     frobenius_norm as frobenius_norm,
     is_due as is_due,
     is_placeholder as is_placeholder,

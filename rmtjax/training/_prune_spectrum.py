@@ -25,8 +25,9 @@ from rmtjax.planning import (
     warn_if_idle,
 )
 from rmtjax.training._guard import Guard, guard_if
-from rmtjax.training._prune_state import by_field, FIELDS, PruneState
+from rmtjax.training._prune_state import FIELDS, PruneState
 from rmtjax.training._pruning_step import (
+    by_field,
     call_if,
     forget_lost,
     is_due,
@@ -119,7 +120,8 @@ class _Pruning:
         whole = lambda: jax.tree.map(lambda leaf: jnp.copy(native(leaf)), params)
         copy = lambda: (whole(), number(jnp.nan), number(0))
         kept = copy() if guards else (None, None, None)
-        return PruneState._make([step, *by_field(views, map(unpruned, views.values())), *kept])
+        states = {path: unpruned(view) for path, view in views.items()}
+        return PruneState._make([step, *by_field(KernelState, states), *kept])
 
     def numbers_at(self, step: Array, guarded: bool) -> StepNumbers:
         """Returns the options in force at a step, which is the number of those before it."""
@@ -156,7 +158,8 @@ class _Pruning:
         moves, states = zip(*after, strict=True) if after else ((), ())
         # Kernels without an update, and those that were factorized since, keep their state.
         old = (getattr(state, field) for field in FIELDS)
-        fields = (old | new for old, new in zip(old, by_field(views, states), strict=True))
+        new = by_field(KernelState, dict(zip(views, states, strict=True)))
+        fields = (old | new for old, new in zip(old, new, strict=True))
         rewritten = dict(zip(views, moves, strict=True))
         updates = map_kernels(lambda path, _: rewritten[path], updates, rewritten)
         if guarded:

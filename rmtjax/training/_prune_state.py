@@ -1,7 +1,6 @@
 """The state of `prune_spectrum`: what it holds of each kernel by path, and of the loss."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -48,10 +47,3 @@ class PruneState(NamedTuple):
 
 # The fields of a state that have an entry for each kernel, in the order of `KernelState`.
 FIELDS = PruneState._fields[1 : 1 + len(KernelState._fields)]
-
-
-def by_field(paths: Iterable[str], states: Iterable[KernelState]) -> list[dict[str, Any]]:
-    """Returns states of kernels as dictionaries by path, one for each field of `PruneState`."""
-    by_path = dict(zip(paths, states, strict=True))
-    fields = range(len(KernelState._fields))
-    return [{path: state[field] for path, state in by_path.items()} for field in fields]

@@ -82,6 +82,11 @@ class KernelState(NamedTuple):
     landed: Bool[Array, ""]
 
 
+def by_field(kind: Any, states: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns states of kernels by path as dictionaries by path, one for each field of a kind."""
+    return [{path: state[i] for path, state in states.items()} for i in range(len(kind._fields))]
+
+
 class StepOptions(NamedTuple):
     """Options that are not arrays. Another value is another program."""
 
