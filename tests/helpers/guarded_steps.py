@@ -62,3 +62,21 @@ def step_of(optimizer, weights, params=PARAMS):
 
 EQUAL = {"a": 1.0, "b": 1.0}
 CHEAP_B = {"a": 1.0, "b": 1e-4}
+
+
+def passes_of(optimizer, num_steps=4):
+    """How often each of some steps asks for the loss, and how often the step is compiled."""
+    passes, counts = [], []
+
+    def counted(params):
+        jax.debug.callback(lambda: passes.append(1))
+        return loss_with(EQUAL)(params)
+
+    update = jax.jit(lambda *args: optimizer.update(*args, value_fn=counted))
+    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)
+    for _ in range(num_steps):
+        _, state = update(zeros, state, PARAMS)
+        jax.effects_barrier()
+        counts.append(len(passes))
+        passes.clear()
+    return counts, update._cache_size()

@@ -53,20 +53,24 @@ def prune_once(params, updates=None, **options):
     return optax.apply_updates(params, updates), state
 
 
-def run(optimizer, num_steps, wrap=lambda step: step):
+def run_from(params, gradients_at, optimizer, num_steps, wrap=lambda step: step):
     """Parameters and states after each step; the state before the first comes first."""
 
-    # Without `jit` the transform compiles its work once for all tests with these shapes.
+    # Without `jit` a transform compiles its work once for all tests with these shapes.
     @wrap
     def step(params, state, gradients):
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = make_params()
     history = [(params, optimizer.init(params))]
     for seed in range(num_steps):
-        history.append(step(*history[-1], make_gradients(seed)))
+        history.append(step(*history[-1], gradients_at(seed)))
     return history
+
+
+def run(optimizer, num_steps, wrap=lambda step: step):
+    """The same from planted parameters on."""
+    return run_from(make_params(), make_gradients, optimizer, num_steps, wrap)
 
 
 def ranks_of(state):

@@ -11,7 +11,7 @@ import pytest
 from flax.training.train_state import TrainState
 from helpers import replica_cases
 from helpers.nnx_checks import update as update_nnx
-from helpers.transform_checks import assert_close, assert_same_bits, describe
+from helpers.transform_checks import assert_close, assert_same_bits, describe, run_from
 
 import rmtjax
 from rmtjax import agree, AgreeState
@@ -44,17 +44,8 @@ def agreed(first, second):
 
 
 def run(optimizer, steps, wrap=lambda step: step):
-    """Parameters and states after each step; the state before the first comes first."""
-
-    @wrap
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    history = [(make_params(), optimizer.init(make_params()))]
-    for seed in range(steps):
-        history.append(step(*history[-1], gradients_at(seed)))
-    return history
+    """Parameters and states after each step, from those of this file on."""
+    return run_from(make_params(), gradients_at, optimizer, steps, wrap)
 
 
 def kernels(params):

@@ -12,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 from helpers.slow import slow_except
+from helpers.transform_checks import run_from
 
 import rmtjax
 from rmtjax import drop_and_grow, sparsity
@@ -40,17 +41,8 @@ def make_gradients(seed):
 
 
 def run(optimizer, num_steps, wrap=jax.jit):
-    """Parameters and states after each step; the state before the first comes first."""
-
-    @wrap
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    history = [(make_params(), optimizer.init(make_params()))]
-    for seed in range(num_steps):
-        history.append(step(*history[-1], make_gradients(seed)))
-    return history
+    """Parameters and states after each step, from those of this file on."""
+    return run_from(make_params(), make_gradients, optimizer, num_steps, wrap)
 
 
 def masks_of(state):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.transform_checks import run_from
 
 from rmtjax import prune_entries, sparsity
 
@@ -28,18 +29,8 @@ def make_gradients(seed=0):
 
 
 def run(optimizer, num_steps, wrap=lambda step: step):
-    """Parameters and states after each step; the state before the first comes first."""
-
-    # Without `jit` the transform compiles its work once for all tests with these shapes.
-    @wrap
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    history = [(make_params(), optimizer.init(make_params()))]
-    for seed in range(num_steps):
-        history.append(step(*history[-1], make_gradients(seed)))
-    return history
+    """Parameters and states after each step, from those of this file on."""
+    return run_from(make_params(), make_gradients, optimizer, num_steps, wrap)
 
 
 def removed(state):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.transform_checks import run_from
 
 import rmtjax
 from rmtjax import prune_entries, sparsity
@@ -30,17 +31,8 @@ def make_gradients(step):
 
 
 def run(optimizer, num_steps, wrap=jax.jit):
-    """Parameters and states after each step; the state before the first comes first."""
-
-    @wrap
-    def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    history = [(make_params(), optimizer.init(make_params()))]
-    for index in range(num_steps):
-        history.append(step(*history[-1], make_gradients(index)))
-    return history
+    """Parameters and states after each step, from those of this file on."""
+    return run_from(make_params(), make_gradients, optimizer, num_steps, wrap)
 
 
 def flat(tree):

@@ -15,6 +15,7 @@ from helpers.guarded_steps import (
     gain,
     loss_with,
     PARAMS,
+    passes_of,
     PATHS,
     RANK,
     SIZE,
@@ -161,26 +162,12 @@ def test_without_max_rise_the_loss_is_not_asked_and_no_copy_is_kept():
 
 @pytest.mark.slow
 def test_a_pruning_step_takes_at_most_fifteen_passes_and_others_none():
-    passes = []
-
-    def counted(params):
-        jax.debug.callback(lambda: passes.append(1))
-        return loss_with(EQUAL)(params)
-
-    optimizer = prune_spectrum(2, max_rise=0.01)
-    update = jax.jit(lambda *args: optimizer.update(*args, value_fn=counted))
-    zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)
-    counts = []
-    for _ in range(4):
-        _, state = update(zeros, state, PARAMS)
-        jax.effects_barrier()
-        counts.append(len(passes))
-        passes.clear()
+    counts, programs = passes_of(prune_spectrum(2, max_rise=0.01))
     assert counts[0] == counts[2] == 0
     # The two with a gradient count as three each.
     assert 5 < counts[1] + 4 <= 15
     assert counts[3] == counts[1]
-    assert update._cache_size() == 1
+    assert programs == 1
 
 
 @pytest.mark.slow
