@@ -1,7 +1,9 @@
 """Laws of a noise matrix of finite size: its bulk, largest eigenvalue and distance from the law."""
 
 import math
+from contextlib import nullcontext
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -75,7 +77,9 @@ def noise_threshold(ratio: Scalar, size: ArrayLike, level: ArrayLike):
     """
     longer = size / ratio
     centre, scale = _largest(size, longer)
-    quantile = tracy_widom.ppf(1 - level).astype(ratio.dtype)
+    with jax.ensure_compile_time_eval() if isinstance(level, float) else nullcontext():
+        quantile = tracy_widom.ppf(1 - level)  # of a number a constant, not a part of the program
+    quantile = quantile.astype(ratio.dtype)
     return (centre + quantile * scale) / longer
 
 

@@ -16,6 +16,9 @@ References:
   Bornemann, Math. Comp. 79 (2010) 871-915, https://arxiv.org/abs/0804.2543 (the quadrature).
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr, ndtri
@@ -53,16 +56,18 @@ def _table(beta: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return points, scores, np.gradient(scores, _STEP, edge_order=2)
 
 
-def _interpolate(x, *table: np.ndarray):
+def _interpolate(x, nodes: np.ndarray, values: np.ndarray, slopes: np.ndarray):
     """Interpolates by cubic Hermite splines, and beyond the table by its last tangents."""
+    steps, rises = np.diff(nodes), np.diff(values)
+    twist = (slopes[1:] + slopes[:-1] - 2 * rises / steps) / steps
+    bend = (rises / steps - slopes[:-1]) / steps - twist
+    cells = np.stack([nodes[:-1], values[:-1], slopes[:-1], bend, twist / steps])
+    left = jnp.clip(jnp.searchsorted(jnp.asarray(nodes, x.dtype), x) - 1, 0, len(steps) - 1)
+    start, value, slope, bend, twist = jnp.asarray(cells, x.dtype)[:, left]
     # Tangents keep the tails monotone, where a cubic would turn back.
-    nodes, values, slopes = (jnp.asarray(column, x.dtype) for column in table)
-    left = jnp.clip(jnp.searchsorted(nodes, x) - 1, 0, len(nodes) - 2)
-    step = nodes[left + 1] - nodes[left]
     inner = jnp.clip(x, nodes[0], nodes[-1])
-    t = (inner - nodes[left]) / step
-    y0, y1, d0, d1 = values[left], values[left + 1], slopes[left], slopes[left + 1]
-    cubic = y0 + (y1 - y0) * t**2 * (3 - 2 * t) + step * t * (1 - t) * (d0 * (1 - t) - d1 * t)
+    step = inner - start
+    cubic = value + step * (slope + step * (bend + step * twist))
     return cubic + (x - inner) * jnp.where(x < nodes[0], slopes[0], slopes[-1])
 
 
@@ -70,6 +75,7 @@ def _lift(x: ArrayLike) -> Float[Array, "..."]:
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
+@partial(jax.jit, static_argnames="beta")  # One small program, and not one for each operation.
 def cdf(x: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
     r"""Returns the probability that the scaled largest eigenvalue is at most x.
 
@@ -88,6 +94,7 @@ def cdf(x: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
     return ndtr(_interpolate(_lift(x), *_table(beta)))
 
 
+@partial(jax.jit, static_argnames="beta")
 def ppf(q: ArrayLike, *, beta: int = 1) -> Float[Array, "..."]:
     r"""Returns quantiles, the inverse of `cdf`.
 

@@ -60,9 +60,9 @@ def stands_out(
     def compared(fit: BulkFit):
         """Returns the threshold, and a threshold over the median of the law."""
         ratio, _ = bulk_law(spectra.ratio, size, fit.num_spikes)
-        at_level = lambda level: noise_threshold(ratio, size - fit.num_spikes, level)
-        raised = at_level(spent) / at_level(level) if has_level else 1
-        return fit.threshold * raised, at_level(spent) / at_level(0.5)
+        levels = jnp.stack([spent, level, 0.5])
+        raised, usual, median = noise_threshold(ratio, size - fit.num_spikes, levels)
+        return fit.threshold * (raised / usual if has_level else 1), raised / median
 
     threshold, margin = jax.vmap(compared)(fits)
     largest = spectra.eigenvalues[:, 0]
