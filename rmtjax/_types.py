@@ -4,7 +4,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Int, PyTree
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes
 
@@ -46,6 +48,32 @@ class BulkFit(NamedTuple):
     threshold: Float[Array, "*batch"]
     distance: Float[Array, "*batch"]
     num_spikes: Int[Array, "*batch"]
+
+
+def no_fit(shape: tuple[int, ...], dtype: Any) -> BulkFit:
+    """Returns what stands in a state for a noise level that is not known yet: it has no NaN."""
+    # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
+    zeros = [jnp.zeros(shape, dtype) for _ in range(3)]
+    return BulkFit(*zeros, distance=jnp.ones(shape, dtype), num_spikes=jnp.zeros(shape, jnp.int32))
+
+
+def is_known(fit: BulkFit) -> Bool[Array, "*batch"]:
+    """Returns True where a fit of a state is a noise level, and not what stands for none."""
+    return (fit.threshold > 0) & (fit.threshold < jnp.inf)
+
+
+def from_state(fit: BulkFit) -> BulkFit:
+    """Returns a fit of a state as rules return it: NaN where no noise level is known."""
+    known = is_known(fit)
+    unknown = lambda number: jnp.where(known, number, jnp.nan)
+    return BulkFit(*map(unknown, fit[:4]), num_spikes=fit.num_spikes)
+
+
+def to_state(fit: BulkFit) -> BulkFit:
+    """Returns a fit as a state holds it: numbers that are not finite are those of `no_fit`."""
+    known, none = is_known(fit), no_fit(fit.threshold.shape, fit.threshold.dtype)
+    finite = lambda new, old: jnp.where(known & jnp.isfinite(new), new, old)
+    return jax.tree.map(finite, fit, none)
 
 
 def check_type(name: str, value: Any, kind: type, remedy: str) -> None:

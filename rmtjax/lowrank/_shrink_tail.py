@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler, typed_sharding
-from rmtjax._types import Axes, BulkFit, Where
+from rmtjax._types import Axes, BulkFit, from_state, no_fit, to_state, Where
 from rmtjax.lowrank._judge import EACH
 from rmtjax.lowrank._tail import beyond, check_strength, shrink_beyond
 from rmtjax.noise import check_rule, ranks
@@ -44,7 +44,8 @@ class ShrinkState(NamedTuple):
 
     Attributes:
       step: Number of updates seen.
-      fits: Path to the noise level that is carried; NaN before, and for rules without one.
+      fits: Path to the noise level that is carried. Before, and for rules without one, all is 0,
+        and the distance 1.
       ranks: Path to the cut of the last shrinking step: the directions that it left. Full before,
         and where nothing was shrunk.
       removed: Path to the share of the squares that the last shrinking step has removed.
@@ -68,10 +69,8 @@ def _fresh(view: MatrixView) -> _Kernel:
     """Returns the state of a kernel before the first step."""
     shape = (view.stack,) if view.axes.batch else ()
     dtype = jnp.promote_types(view.dtype, jnp.float32)
-    # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
-    unknown = (jnp.full(shape, jnp.nan, dtype) for _ in range(4))
-    fit = BulkFit(*unknown, num_spikes=jnp.zeros(shape, jnp.int32))
-    return _Kernel(fit, jnp.full(shape, view.short, jnp.int32), jnp.zeros(shape, dtype))
+    full, removed = jnp.full(shape, view.short, jnp.int32), jnp.zeros(shape, dtype)
+    return _Kernel(no_fit(shape, dtype), full, removed)
 
 
 def _find_cut(s, matrices, fit: BulkFit, rule: ranks.RankRule):
@@ -109,13 +108,15 @@ def _shrink_kernel(kernel, update, state: _Kernel, strength, axes: KernelAxes, r
     # In the dtype of the fit, whatever that of the update: the state must keep its dtypes.
     view = MatrixView("", (kernel + update).astype(state.removed.dtype), axes)
     matrices = view.matrices()
-    flat = jax.tree.map(jnp.ravel, state)
+    flat = jax.tree.map(jnp.ravel, state._replace(fit=from_state(state.fit)))
     lower, ready, new = _shrink_stack(matrices, flat, strength, rule)
     changed = view.from_matrices(jnp.where(ready[:, None, None], jnp.ones_like(matrices), 0)) > 0
     landing = (view.from_matrices(lower) - kernel).astype(update.dtype)
     restore = lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype)
     # A matrix that is left alone keeps its update to the last bit.
-    return jnp.where(changed, landing, update), jax.tree.map(restore, new, state)
+    return jnp.where(changed, landing, update), jax.tree.map(
+        restore, new._replace(fit=to_state(new.fit)), state
+    )
 
 
 # Compiled also for users who call `update` outside `jit`. Without paths among the arguments one

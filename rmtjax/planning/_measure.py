@@ -209,7 +209,10 @@ def _check_paths(name: str, by_path: Any, params: PyTree) -> None:
 def _given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkFit]:
     """Returns the noise levels that are known, as NumPy numbers."""
     levels = jax.tree.map(np.asarray, fetch(dict(fits or {})))
-    given = {path: fit for path, fit in levels.items() if np.isfinite(fit.threshold).all()}
+    # Zeros, and an edge below 0, are how a state says NaN.
+    known = lambda threshold: np.isfinite(threshold).all() and np.any(threshold != 0)
+    floored = lambda fit: fit._replace(edge=np.where(fit.edge < 0, np.nan, fit.edge))
+    given = {path: floored(fit) for path, fit in levels.items() if known(fit.threshold)}
     for path in given.keys() & kernels.keys():
         kernel, count = kernels[path], np.size(given[path].threshold)
         if isinstance(kernel, MatrixView) and count != kernel.stack:

@@ -101,7 +101,7 @@ def plan(
       fits: Noise levels in the place of new fits, by path, such as
         `rmtjax.noise_levels(opt_state)`. A truncated spectrum must not be fitted as if it were
         whole. So a factorized kernel without a level is kept, if the rule needs one. Dense kernels
-        without one, or with a threshold of NaN, are fitted.
+        without one, or with a threshold of 0 or NaN, are fitted.
       min_rank: Smallest rank, at least 1.
       multiple: Ranks are rounded up to a multiple of it, so that few shapes compile.
       min_size: Kernels with a shorter short side are kept: too few eigenvalues for a law.

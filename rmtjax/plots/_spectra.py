@@ -42,7 +42,7 @@ def _to_draw(spectrum: Spectrum, fit: BulkFit) -> _Drawn:
             "`Spectrum(eigenvalues[i], ratio)` and `jax.tree.map(lambda field: field[i], fit)`."
         )
     values = roots(spectrum.eigenvalues)
-    edge, threshold = (float(np.sqrt(cut)) for cut in (fit.edge, fit.threshold))
+    edge, threshold = (float(np.sqrt(np.maximum(n, 0))) for n in (fit.edge, fit.threshold))
     present, spikes = values > rounding(values), int((values > threshold).sum())
     return _Drawn(values, present, int((~present).sum()), edge, threshold, spikes)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._modes import in_usual_modes
@@ -26,12 +26,12 @@ from rmtjax.planning import (
 from rmtjax.spectra import cross_validate
 from rmtjax.training import (
     by_field,
-    frobenius_norm,
     is_due,
     is_placeholder,
     map_alike,
     moving_kernels,
     register_state,
+    root_mean_square,
 )
 
 Rest = ArrayLike | Callable[[Any], ArrayLike]
@@ -44,8 +44,10 @@ class AgreeState(NamedTuple):
       step: Number of updates seen.
       start: Path to the kernel at the start of the period.
       middle: Path to the kernel in the middle of the period.
-      kept: Path to the share of the squares of the change that the last merge has kept; NaN before.
-      effective_rank: Path to the effective rank of what it has kept, as in `Merged`; NaN before.
+      kept: Path to the share of the squares of the change that the last merge has kept; 1 before,
+        and if it passed unmerged.
+      effective_rank: Path to the effective rank of what it has kept, as in `Merged`; 0 likewise.
+      seen: Path to whether the kernel was seen from the start of the period on.
     """
 
     step: Int[Array, ""]
@@ -53,6 +55,7 @@ class AgreeState(NamedTuple):
     middle: dict[str, Float[Array, "..."]]
     kept: dict[str, Float[Array, ""]]
     effective_rank: dict[str, Float[Array, ""]]
+    seen: dict[str, Bool[Array, ""]]
 
 
 class _Period(NamedTuple):
@@ -62,6 +65,7 @@ class _Period(NamedTuple):
     middle: Float[Array, "..."]
     kept: Float[Array, ""]
     effective_rank: Float[Array, ""]
+    seen: Bool[Array, ""]
 
 
 def _wide(leaf) -> jnp.dtype:
@@ -75,8 +79,8 @@ def _fresh(kernel) -> _Period:
     # One array each: a buffer that appears twice in a state cannot be donated to `jit`. Copies
     # keep the sharding.
     kernel = jnp.asarray(kernel)
-    unknown = lambda: jnp.full((), jnp.nan, _wide(kernel))
-    return _Period(jnp.copy(kernel), jnp.copy(kernel), unknown(), unknown())
+    numbers = jnp.ones((), _wide(kernel)), jnp.zeros((), _wide(kernel)), jnp.zeros((), bool)
+    return _Period(jnp.copy(kernel), jnp.copy(kernel), *numbers)
 
 
 def _agree(kernel, update, period: _Period, rest, axes: KernelAxes):
@@ -93,13 +97,13 @@ def _agree(kernel, update, period: _Period, rest, axes: KernelAxes):
     kept, share = view.from_matrices(agreed), jnp.asarray(rest, dtype)
     target = start + kept + share * (landed - start - kept)
     # A kernel that is not finite must not hide that, nor a failed decomposition spoil a kernel.
-    fine = jnp.isfinite(agreed).all()
+    fine = jnp.isfinite(agreed).all() & period.seen
     update = jnp.where(fine, (target - view.leaf).astype(update.dtype), update)
-    norm = frobenius_norm(change)
-    ratio = frobenius_norm(agreed) / jnp.where(norm > 0, norm, 1)
-    numbers = jnp.square(ratio), jnp.mean(ranks)
-    numbers = (jnp.where(fine, number, jnp.nan).astype(dtype) for number in numbers)
-    return update, _Period(period.start, period.middle, *numbers)
+    norm = root_mean_square(change)
+    ratio = root_mean_square(agreed) / jnp.where(norm > 0, norm, 1)
+    kept, rank = jnp.where(fine, jnp.square(ratio), 1), jnp.where(fine, jnp.mean(ranks), 0)
+    numbers = {"kept": kept.astype(dtype), "effective_rank": rank.astype(dtype)}
+    return update, period._replace(**numbers)
 
 
 # Compiled also for users who call `update` outside `jit`. Without paths among the arguments one
@@ -115,7 +119,7 @@ def _advance(step, every, start, kernels, updates, periods, rest, *, axes):
     starts = remember(phase == 0, list(map(snapshot, kernels, starts)), starts)
     middles = remember(phase == every // 2, list(map(snapshot, kernels, middles)), middles)
     periods = [
-        _Period(first, middle, *period[2:])
+        period._replace(start=first, middle=middle, seen=period.seen | (phase == 0))
         for first, middle, period in zip(starts, middles, periods, strict=True)
     ]
 
@@ -257,9 +261,8 @@ def agree(
         # Kernels without an update, and those that were factorized since, keep their state. A
         # period in which one rests has no start, so that it passes unmerged.
         fields = by_field(_Period, dict(zip(views, new, strict=True)))
-        resting = {p: jnp.full_like(state.start[p], jnp.nan) for p in state.start if p not in views}
         fields = [old | new for old, new in zip(state[1:], fields, strict=True)]
-        fields[0] |= resting
+        fields[-1] |= {path: jnp.zeros((), bool) for path in state.seen if path not in views}
         moved = dict(zip(views, moves, strict=True))
         updates = map_kernels(lambda path, _: moved[path], updates, moved)
         return updates, AgreeState._make([optax.safe_increment(step), *fields])

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
@@ -12,13 +13,16 @@ from rmtjax.planning import check_count
 from rmtjax.spectra import lift
 from rmtjax.training import is_placeholder
 
+_HIGHEST = np.finfo(np.float32).max
+
 
 class AverageState(NamedTuple):
     """State of `average_params`, of arrays.
 
     Attributes:
       averaging: True from the step on in which the validation loss had stalled.
-      recent: The last validation losses, the oldest first; infinity before there were so many.
+      recent: The last validation losses, the oldest first; the largest number of float32 before
+        there were so many.
       best: The lowest validation loss before those.
       average: Tree like the parameters: the mean of what they have been since.
       age: How many values are in the mean: of each entry with `reset_zeros`, else of each leaf.
@@ -38,7 +42,8 @@ def _is_floating(leaf: Any) -> bool:
 
 def _record(state: AverageState, value: Any) -> AverageState:
     """Returns the state after a validation loss, which NaN stands for if there is none."""
-    value = jnp.asarray(value, jnp.float32).reshape(())
+    # A loss that is infinite is as high as any, and a state is finite.
+    value = jnp.minimum(jnp.asarray(value, jnp.float32).reshape(()), _HIGHEST)
     stalled = value > state.best  # False for NaN
     best = jnp.minimum(state.best, state.recent[0])
     recent = jnp.concatenate([state.recent[1:], value[None]])
@@ -98,7 +103,7 @@ def average_params(
     check_count("patience", patience)
 
     def init_fn(params: PyTree) -> AverageState:
-        flags = jnp.zeros((), bool), jnp.full((patience,), jnp.inf), jnp.asarray(jnp.inf)
+        flags = jnp.zeros((), bool), jnp.full((patience,), _HIGHEST), jnp.asarray(_HIGHEST)
         if is_placeholder(params):
             return AverageState(*flags, params, flags[0])
         count = lambda leaf: jnp.zeros(jnp.shape(leaf) if reset_zeros else (), jnp.int32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._types import Axes, Where
@@ -18,12 +18,12 @@ from rmtjax.sparse.projections import find_projected, project_kernel, Projection
 from rmtjax.spectra import lift
 from rmtjax.training import (
     by_field,
-    frobenius_norm,
     is_due,
     is_placeholder,
     map_alike,
     moving_kernels,
     register_state,
+    root_mean_square,
 )
 
 
@@ -32,10 +32,11 @@ class AdmmState(NamedTuple):
 
     Attributes:
       step: Number of updates seen.
-      targets: Path to $G$, the projected kernel; NaN before the first projection.
+      targets: Path to $G$, the projected kernel; 0 before the first projection.
       multipliers: Path to $Y$, the Lagrange multipliers of $W = G$.
-      primal: Path to $\|W - G\|_F / \|W\|_F$ at the last projection; NaN before.
-      dual: Path to $\|G - G_{before}\|_F / \|G\|_F$ at the last projection; NaN before the second.
+      primal: Path to $\|W - G\|_F / \|W\|_F$ at the last projection; 1 before.
+      dual: Path to $\|G - G_{before}\|_F / \|G\|_F$ at the last projection; 1 before.
+      projected: Path to whether the kernel was projected.
     """
 
     step: Int[Array, ""]
@@ -43,6 +44,7 @@ class AdmmState(NamedTuple):
     multipliers: dict[str, Float[Array, "..."]]
     primal: dict[str, Float[Array, ""]]
     dual: dict[str, Float[Array, ""]]
+    projected: dict[str, Bool[Array, ""]]
 
 
 class _Dual(NamedTuple):
@@ -52,20 +54,21 @@ class _Dual(NamedTuple):
     multiplier: Float[Array, "..."]
     primal: Float[Array, ""]
     dual: Float[Array, ""]
+    projected: Bool[Array, ""]
 
 
 def _fresh(kernel) -> _Dual:
     """Returns the state of a kernel before the first projection."""
     kernel = lift(jnp.asarray(kernel))
     # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
-    unknown = lambda: jnp.full((), jnp.nan, kernel.dtype)
-    return _Dual(jnp.full_like(kernel, jnp.nan), jnp.zeros_like(kernel), unknown(), unknown())
+    zeros, one = partial(jnp.zeros_like, kernel), partial(jnp.ones, (), kernel.dtype)
+    return _Dual(zeros(), zeros(), one(), one(), jnp.zeros((), bool))
 
 
 def _ratio(part: Array, whole: Array) -> Float[Array, ""]:
     """Returns the norm of a part over that of the whole; 0 for two arrays of zeros."""
-    norm = frobenius_norm(whole)
-    return frobenius_norm(part) / jnp.where(norm > 0, norm, 1)
+    norm = root_mean_square(whole)
+    return root_mean_square(part) / jnp.where(norm > 0, norm, 1)
 
 
 def _renew(arrays, axes: tuple[KernelAxes, Projection], rho) -> _Dual:
@@ -73,12 +76,11 @@ def _renew(arrays, axes: tuple[KernelAxes, Projection], rho) -> _Dual:
     kernel, old = arrays
     view = lambda leaf: MatrixView("", leaf, axes[0])
     wide = kernel.astype(old.target.dtype)
-    first = jnp.isnan(old.dual) & jnp.isnan(old.primal)
     target = project_kernel(view(wide + old.multiplier / rho), axes[1]).astype(wide.dtype)
     # Before the first projection there was no target, of which the multiplier could be.
-    multiplier = jnp.where(first, 0, old.multiplier + rho * (wide - target))
-    dual = jnp.where(first, jnp.nan, _ratio(target - old.target, target))
-    return _Dual(target, multiplier, _ratio(wide - target, wide), dual)
+    multiplier = jnp.where(old.projected, old.multiplier + rho * (wide - target), 0)
+    ratios = _ratio(wide - target, wide), _ratio(target - old.target, target)
+    return _Dual(target, multiplier, *ratios, jnp.ones((), bool))
 
 
 # Compiled also for users who call `update` outside `jit`. Projections are known by their identity.
@@ -92,7 +94,7 @@ def _advance(due, active, kernels, updates, duals, rho, *, axes):
 
     def pull(kernel, update, dual: _Dual):
         gap = kernel.astype(dual.target.dtype) - dual.target
-        gradient = jnp.where(active, dual.multiplier + rho * gap, 0)
+        gradient = jnp.where(active & dual.projected, dual.multiplier + rho * gap, 0)
         return update + gradient.astype(update.dtype)
 
     return list(map(pull, kernels, updates, duals)), duals

@@ -15,10 +15,10 @@ from rmtjax.training._prune_spectrum import prune_spectrum as prune_spectrum
 from rmtjax.training._prune_state import PruneState as PruneState
 from rmtjax.training._pruning_step import (
     by_field as by_field,
-    frobenius_norm as frobenius_norm,
     is_due as is_due,
     is_placeholder as is_placeholder,
     map_alike as map_alike,
     moving_kernels as moving_kernels,
+    root_mean_square as root_mean_square,
 )
 from rmtjax.training._transfer import transfer_opt_state as transfer_opt_state

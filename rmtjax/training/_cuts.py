@@ -76,6 +76,7 @@ class Cut:
         # After a cut, far from the directions that stay and from those that training will add.
         # Without one, between those that must stay and the others, which are still there.
         floor = jnp.where(self.waits, last * next_, jnp.square(last * 0.75)) / self.view.long
+        floor = jnp.maximum(floor, jnp.finfo(floor.dtype).tiny)  # 0 would stand for none
         # The noise is that of the first cut: a kernel that is not cut remembers nothing.
         fit = jax.tree.map(lambda new, old: jnp.where(is_lower, new, old), new.fit, old.fit)
         state = new._replace(
@@ -84,7 +85,7 @@ class Cut:
             removed=removed,
             refused=jnp.maximum(new.removed - removed, 0),
             floor=jnp.where(is_lower, floor, -1).reshape(new.floor.shape),
-            norm=jnp.where(is_lower, landing_norm(self.view.leaf, move), jnp.nan),
+            norm=jnp.where(is_lower, landing_norm(self.view.leaf, move), 0),
         )
         return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
 
@@ -110,6 +111,9 @@ def with_cost(after: Move, start: Array, end: Array, first: Array, last: Array) 
     """
     start, end, first, last = (a.astype(jnp.float32) for a in (start, end, first, last))
     cost = jnp.sum((first + last) / 2 * (end - start))
+    # A cut without a finite cost is the dearest.
+    largest = jnp.finfo(cost.dtype).max
+    cost = jnp.nan_to_num(cost, nan=largest, posinf=largest)
     move, state = after
     return move, state._replace(cost=cost.astype(state.cost.dtype))
 
@@ -117,26 +121,27 @@ def with_cost(after: Move, start: Array, end: Array, first: Array, last: Array) 
 def without_cut(before: Move, after: Move, floor: Array) -> Move:
     """Returns an update without its cut, and a state with a floor for plans."""
     (move, old), new = before, after[1]
-    none, unknown = jnp.zeros_like(new.removed), jnp.full_like(new.norm, jnp.nan)
-    state = new._replace(fit=old.fit, rank=old.rank, floor=floor, removed=none, norm=unknown)
+    none = jnp.zeros_like(new.removed)
+    state = new._replace(
+        fit=old.fit, rank=old.rank, floor=floor, removed=none, norm=jnp.zeros_like(new.norm)
+    )
     return move, state._replace(refused=new.refused + new.removed)
 
 
 def told(wait: Bool[Array, ""], before: Move, after: Move) -> Move:
     """Returns a kernel that waits with its next cut as it is; its floor stays for plans."""
     (move, old), new = before, after[1]
-    none, unknown = jnp.zeros_like(new.removed), jnp.full_like(new.norm, jnp.nan)
-    left = move, new._replace(rank=old.rank, removed=none, norm=unknown)
+    none = jnp.zeros_like(new.removed)
+    left = move, new._replace(rank=old.rank, removed=none, norm=jnp.zeros_like(new.norm))
     return jax.tree.map(partial(jnp.where, wait), left, after)
 
 
 def begins_of(states: list[KernelState], is_first: Array, steps: int):
     """Returns the step at which each cut begins, and the last step of all."""
-    largest, changes = jnp.finfo(jnp.float32).max, jnp.stack([*map(is_cut, states)])
+    changes = jnp.stack([*map(is_cut, states)])
     costs = jnp.stack([state.cost.astype(jnp.float32) for state in states])
-    known = jnp.nan_to_num(costs, nan=largest, posinf=largest)
     # The cheapest is the first, and those that are not cut come last.
-    order = jnp.argsort(jnp.where(changes & is_first, known, jnp.inf))
+    order = jnp.argsort(jnp.where(changes & is_first, costs, jnp.inf))
     first = steps * jnp.any(changes & ~is_first)
     begins = jnp.where(is_first, first + steps * jnp.argsort(order), 0)
     return begins, first + steps * jnp.sum(changes & is_first)

@@ -105,7 +105,7 @@ def _chosen(view: MatrixView, before: Move, after: Move, kernel: Array, share, c
         removed=removed,
         refused=beyond - removed,
         floor=jnp.where(cut, new.floor, -1),
-        norm=jnp.where(begun, landing_norm(view.leaf, move), jnp.nan),
+        norm=jnp.where(begun, landing_norm(view.leaf, move), 0),
     )
     state = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
     return jax.tree.map(partial(jnp.where, is_cut(new)), (move, state), (faded, new))

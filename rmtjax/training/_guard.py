@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import MatrixView
 from rmtjax._sharding import by_compiler
+from rmtjax._types import is_known
 from rmtjax.planning import map_kernels
 from rmtjax.spectra import decompose
 from rmtjax.training._cuts import begins_of, Cut, is_cut, Move, told, with_cost, without_cut
@@ -34,6 +36,7 @@ _RANKS = 32  # the most ranks at which one kernel may end
 # Share of the gain over zeros. A network that learns more in a period is not cut for the first
 # time: what it needs has not grown out of the noise.
 _RIPE = 0.02
+UNKNOWN = float(np.finfo(np.float32).max)  # a fall that was not measured: above every limit
 
 
 class Guard(NamedTuple):
@@ -43,7 +46,7 @@ class Guard(NamedTuple):
       value_fn: The loss of a tree of parameters.
       params, updates: The whole trees, without cuts.
       reference: The parameters one period ago.
-      fall: The fall of the loss over the period before that; NaN if there was none.
+      fall: The fall of the loss over the period before that; `UNKNOWN` if there was none.
       again: Whether kernels that were cut are cut again.
       max_rise: Share of the gain over a network of zeros that the cuts may undo.
       fade: What is left of a value beyond the rank; None if it is removed at once.
@@ -90,7 +93,7 @@ def _gains(guard: Guard, start: Array) -> tuple[Array, Array]:
 def _kernels(guard: Guard, views, whole, states: list[KernelState]) -> _Kernels:
     """Returns what is known of kernels. What fades has a noise level from its first fade on."""
     if guard.fade is not None:
-        is_first = jnp.stack([~jnp.isfinite(state.fit.threshold).all() for state in states])
+        is_first = jnp.stack([~is_known(state.fit).any() for state in states])
         return _Kernels(views, whole, is_first, jnp.zeros_like(is_first))
     is_first = jnp.stack([s.rank >= v.short for v, s in zip(views, states, strict=True)])
     return _Kernels(views, whole, is_first, ~is_first & ~jnp.asarray(guard.again))
@@ -179,7 +182,7 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: list[Move], afte
     start, first = jax.value_and_grad(loss)(whole)
     period, gain = _gains(guard, start)
     # One batch says little of a period: two say more.
-    fall = jnp.where(jnp.isfinite(guard.fall), (period + guard.fall) / 2, period)
+    fall = jnp.where(guard.fall < UNKNOWN, (period + guard.fall) / 2, period)
     kernels = _kernels(guard, views, whole, [state for _, state in before])
     after = _candidates(kernels, before, after, fall <= _RIPE * gain)
     cut = list(map(land, views, after))
@@ -199,6 +202,7 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: list[Move], afte
         rest = kernels._replace(whole=[jnp.where(done, 1, kernel) for kernel in whole])
         after = lax.cond(done, lambda: after, lambda: _lessen(fine, rest, before, after))
         after = list(map(told, kernels.waits, before, after))
+    period = jnp.where(jnp.isfinite(period), period, UNKNOWN)
     return after, *(new.astype(guard.fall.dtype) for new in (period, spent))
 
 

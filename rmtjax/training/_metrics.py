@@ -36,10 +36,10 @@ def _levels_of_pruning(state: PruneState) -> dict[str, BulkFit]:
     """Returns the noise levels that `prune_spectrum` carries."""
 
     def floored(fit: BulkFit, floor: Array) -> BulkFit:
-        # What a refused cut has left must not be cut by a plan. Without an edge it knows that this
-        # is no threshold of the noise.
-        where = lambda least, own: jnp.where(jnp.isnan(floor), own, least)
-        return fit._replace(edge=where(jnp.nan, fit.edge), threshold=where(floor, fit.threshold))
+        # What a refused cut has left must not be cut by a plan. By an edge below 0 it knows that
+        # this is no threshold of the noise.
+        where = lambda least, own: jnp.where(floor == 0, own, least)
+        return fit._replace(edge=where(-1, fit.edge), threshold=where(floor, fit.threshold))
 
     def level(path: str, fit: BulkFit) -> BulkFit:
         # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
@@ -111,20 +111,21 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `signal/PATH`: directions that stood out of the noise at the last pruning step, whether the
       kernel was pruned then or not; 0 before;
     - `threshold/PATH`: the cut for a spike, on the scale of the eigenvalues $s^2 / n$, of the fit
-      that is carried; NaN before the first cut;
-    - `distance/PATH`: Kolmogorov distance between the bulk and the law of that fit;
+      that is carried; 0 before the first cut;
+    - `distance/PATH`: Kolmogorov distance between the bulk and the law of that fit; 1 before;
     - `removed/PATH`: the share of the sum of squares that the last pruning step has removed;
     - `refused/PATH`: the share beyond the rank that it has left, as it fades or had to stay;
-    - `cost/PATH`: what its cut was predicted to add to the loss; NaN without `value_fn`;
+    - `cost/PATH`: what its cut was predicted to add to the loss; 0 without `value_fn`;
     - `landed/PATH`: False if the last cut is not in the parameters, as after a wrapper that mixes
       updates: it is then forgotten. Always True on a mesh with explicit axes.
 
     Each matrix of a stack has a threshold and a distance; its index ends the name.
 
-    Of `rmtjax.agree`, NaN before the first merge:
+    Of `rmtjax.agree`:
 
     - `kept/PATH`: the share of the squares of the change of a period that the last merge has kept;
-    - `effective_rank/PATH`: the effective rank of the change that it has kept.
+    - `effective_rank/PATH`: the effective rank of the change that it has kept. Before the first
+      merge, and if a change passed unmerged, they are 1 and 0.
 
     Of `rmtjax.prune_entries`:
 
@@ -140,7 +141,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `density/PATH`: the share of the entries that are not zero;
     - `moved/PATH`: the share of these that the last change of the mask has dropped.
 
-    Of `rmtjax.admm`, NaN before the first projection:
+    Of `rmtjax.admm`, 1 before the first projection:
 
     - `primal/PATH`: the distance of the kernel from its projection, over its norm;
     - `dual/PATH`: by how much the projection has moved since the last one, over its norm.
@@ -186,9 +187,10 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       opt_state: As in `metrics`, with the same errors; it needs a state of one of the two.
 
     Returns:
-      Path to `BulkFit`, NaN before the first cut; of a stack with an entry for each matrix. If a
-      cut was held back or made smaller, the edge is NaN and the threshold is a floor, below the
-      directions that had to stay: no rule of a `plan` goes further. At -1 it keeps the kernel.
+      Path to `BulkFit`; of a stack with an entry for each matrix. Before the first cut it is 0 at a
+      distance of 1, and a `plan` fits anew. If a cut was held back or made smaller, the edge is -1
+      and the threshold is a floor, below the directions that had to stay: no rule of a `plan` goes
+      further. At -1 it keeps the kernel.
 
     Examples:
       >>> import jax, optax, rmtjax

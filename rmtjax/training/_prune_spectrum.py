@@ -24,7 +24,7 @@ from rmtjax.planning import (
     obstacle,
     warn_if_idle,
 )
-from rmtjax.training._guard import Guard, guard_if
+from rmtjax.training._guard import Guard, guard_if, UNKNOWN
 from rmtjax.training._prune_state import FIELDS, PruneState
 from rmtjax.training._pruning_step import (
     by_field,
@@ -118,7 +118,7 @@ class _Pruning:
         # A copy, since the parameters may be donated.
         number = partial(jnp.full, (), dtype=jnp.float32)
         whole = lambda: jax.tree.map(lambda leaf: jnp.copy(native(leaf)), params)
-        copy = lambda: (whole(), number(jnp.nan), number(0))
+        copy = lambda: (whole(), number(UNKNOWN), number(0))
         kept = copy() if guards else (None, None, None)
         states = {path: unpruned(view) for path, view in views.items()}
         return PruneState._make([step, *by_field(KernelState, states), *kept])

@@ -13,19 +13,21 @@ class PruneState(NamedTuple):
 
     Attributes:
       step: Number of updates seen.
-      fits: Path to the noise level that is carried, as `rmtjax.noise_levels` returns it.
+      fits: Path to the noise level that is carried. Before the first cut all is 0, and the distance
+        1.
       ranks: Path to the rank after the last pruning; full before.
       signal: Path to the number of signal directions at the last pruning step; 0 before.
       removed: Path to the share of the squares that it has removed, in [0, 1).
       refused: Path to the share beyond the rank that is left: it fades, or was not allowed to go.
       floors: Path to the eigenvalue down to which directions must stay, since a cut was held back;
-        -1 if all must, NaN if the threshold decides.
-      costs: Path to what the cut was predicted to add to the loss; NaN without `value_fn`.
-      norms: Path to the norm that the last step lands on; NaN if it did not cut.
+        -1 if all must, 0 if the threshold decides.
+      costs: Path to what the cut was predicted to add to the loss; 0 without `value_fn`.
+      norms: Path to the root mean square that the last step lands on; 0 if it did not cut.
       previous: Path to the rank before the last step.
       landed: Path to whether the last cut was found in the parameters.
       reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
-      fall: By how much `value_fn` fell over the period before the last step; NaN before.
+      fall: By how much `value_fn` fell over the period before the last step; the largest number of
+        float32 before, or if it was not finite.
       spent: Share of the gain that all steps together have undone by fading.
     """
 

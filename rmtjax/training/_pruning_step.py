@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
-from rmtjax._types import BulkFit, Spectrum
+from rmtjax._types import BulkFit, from_state, no_fit, Spectrum, to_state
 from rmtjax.noise import kept_rank, ranks
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import from_singular_values, lift, truncate_by
@@ -111,17 +111,16 @@ def unpruned(view: MatrixView) -> KernelState:
     shape = (view.stack,) if view.axes.batch else ()
     dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(view.dtype, jnp.float32))
     # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
-    unknown = lambda shape=(): jnp.full(shape, jnp.nan, dtype)
-    fit = BulkFit(*(unknown(shape) for _ in range(4)), num_spikes=jnp.zeros(shape, jnp.int32))
+    zeros = lambda shape=(): jnp.zeros(shape, dtype)
     return KernelState(
-        fit=fit,
+        fit=no_fit(shape, dtype),
         rank=jnp.asarray(view.short, jnp.int32),
         signal=jnp.zeros((), jnp.int32),
-        removed=jnp.zeros((), dtype),
-        refused=jnp.zeros((), dtype),
-        floor=unknown(shape),
-        cost=unknown(),
-        norm=unknown(),
+        removed=zeros(),
+        refused=zeros(),
+        floor=zeros(shape),
+        cost=zeros(),
+        norm=zeros(),
         previous=jnp.asarray(view.short, jnp.int32),
         landed=jnp.ones((), bool),
     )
@@ -181,18 +180,18 @@ def removed_share(s, matrices, rank) -> Float[Array, ""]:
     return jnp.maximum(1 - jnp.sum(jnp.square(kept)) / jnp.where(total > 0, total, 1), 0)
 
 
-def frobenius_norm(array: Float[Array, "..."]) -> Float[Array, ""]:
-    """Returns the Frobenius norm, whose squares neither overflow nor underflow."""
+def root_mean_square(array: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the root mean square, which never leaves the range of the entries."""
     scale = jnp.maximum(jnp.max(jnp.abs(array)), jnp.finfo(array.dtype).tiny)
-    return scale * jnp.sqrt(jnp.sum(jnp.square(array / scale)))
+    return scale * jnp.sqrt(jnp.mean(jnp.square(array / scale)))
 
 
 def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
-    """Returns the norm of what an update lands on, as it is rounded there."""
+    """Returns the root mean square of what an update lands on, as it is rounded there."""
     bits = jnp.finfo(kernel.dtype)
     # A cast alone may be left out by the compiler, which then keeps more bits than land.
     landed = lax.reduce_precision(kernel + update, bits.nexp, bits.nmant)
-    return frobenius_norm(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+    return root_mean_square(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
 
 
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
@@ -222,8 +221,8 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
         removed=removed,
         refused=share - removed,
         # A kernel that is held back must not be cut by a plan either: no level lies below -1.
-        floor=jnp.where(held, -1, jnp.where(ready, jnp.nan, state.floor)),
-        cost=jnp.full_like(state.cost, jnp.nan),
+        floor=jnp.where(held, -1, jnp.where(ready, 0, state.floor)),
+        cost=jnp.zeros_like(state.cost),
         previous=state.rank,
     )
     return lower, changed, new
@@ -234,12 +233,14 @@ def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes,
     # In the dtype of the fit, whatever that of the update: the state must keep its dtypes.
     landed = (kernel + update).astype(state.fit.threshold.dtype)
     view = MatrixView("", landed, axes)
-    flat = state._replace(fit=jax.tree.map(jnp.ravel, state.fit), floor=jnp.ravel(state.floor))
+    fit = from_state(jax.tree.map(jnp.ravel, state.fit))
+    flat = state._replace(fit=fit, floor=jnp.ravel(state.floor))
     lower, changed, new = _prune_stack(view.matrices(), flat, numbers, options)
     lower = view.from_matrices(lower)
     # A kernel that keeps its full rank keeps its update to the last bit.
     update = jnp.where(changed, (lower - kernel).astype(update.dtype), update)
-    new = new._replace(norm=jnp.where(changed, landing_norm(kernel, update), jnp.nan))
+    norm = jnp.where(changed, landing_norm(kernel, update), 0)
+    new = new._replace(fit=to_state(new.fit), norm=norm)
     restore = lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype)
     return update, jax.tree.map(restore, new, state)
 
@@ -296,8 +297,8 @@ def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[
     """Returns states without cuts that another transform behind this one, or a wrapper, undid."""
 
     def check(kernel, state: KernelState, axes: KernelAxes) -> KernelState:
-        known = jnp.isfinite(state.norm)
-        norm = frobenius_norm(kernel.astype(state.norm.dtype))
+        known = state.norm > 0
+        norm = root_mean_square(kernel.astype(state.norm.dtype))
         share = jnp.abs((norm / state.norm) ** 2 - 1)
         # A fiftieth of what was removed, over what is left; sums are rounded to some 1e-6.
         most = jnp.maximum(0.02 * state.removed / (1 - state.removed), 1e-5)

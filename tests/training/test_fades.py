@@ -107,7 +107,7 @@ def test_a_loss_that_allows_nothing_leaves_all_as_it_is():
         assert found[f"removed/{path}"] == 0
         np.testing.assert_allclose(found[f"refused/{path}"], beyond(path)[1], rtol=1e-4)
         np.testing.assert_allclose(found[f"cost/{path}"], beyond(path)[0], rtol=1e-4)
-        assert np.isnan(found[f"threshold/{path}"])
+        assert found[f"threshold/{path}"] == 0
     plan = plan_of(params, state)
     assert {row.reason for row in plan.values()} == {"kept: pruning left it alone while training"}
 

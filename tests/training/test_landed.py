@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from helpers.slow import slow_except
@@ -42,7 +41,7 @@ def test_the_last_of_a_chain_lands(every, dtype):
     optimizer = optax.chain(optax.sgd(0.01, momentum=0.9), prune_spectrum(every))
     _, state = train(optimizer, dtype=dtype)
     assert landed(state) == [True, True]
-    assert all(map(np.isfinite, optax.tree.get(state, "norms").values()))
+    assert all(norm > 0 for norm in optax.tree.get(state, "norms").values())
     assert set(ranks_of(state).values()) == {3}
 
 
@@ -62,7 +61,7 @@ def test_what_changes_updates_again_is_noticed_at_the_next_step(name):
     assert landed(state) == [False, False]
     assert set(ranks_of(state).values()) == {64}
     fits = rmtjax.noise_levels(state)
-    assert all(np.isnan(fit.threshold) for fit in fits.values())
+    assert all(fit.threshold == 0 for fit in fits.values())
     # A plan fits the kernels as they are.
     plan, anew = rmtjax.plan(params, fits=fits), rmtjax.plan(params)
     assert {path: row.reason for path, row in plan.items()} == {
@@ -118,7 +117,7 @@ def test_a_small_cut_of_entries_with_a_mean_lands(dtype):
     params = {"kernel": entries.astype(dtype)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     _, state = walk(prune_spectrum(2), [(zeros, True)] * 3, params)
-    assert np.isfinite(state.norms["kernel"])
+    assert state.norms["kernel"] > 0
     assert bool(rmtjax.metrics(state)["landed/kernel"])
 
 

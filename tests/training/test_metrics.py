@@ -61,8 +61,8 @@ def test_before_the_first_step_ranks_are_full_and_nothing_else_is_known():
     found = rmtjax.metrics(PRUNE.init(PARAMS))
     assert found["rank/a/kernel"] == 60
     assert found["signal/a/kernel"] == 0
-    assert np.isnan(found["threshold/a/kernel"])
-    assert np.isnan(found["distance/a/kernel"])
+    assert found["threshold/a/kernel"] == 0
+    assert found["distance/a/kernel"] == 1
 
 
 def by_layer(params):
@@ -110,7 +110,7 @@ def test_each_matrix_of_a_stack_has_its_own_fit():
     assert found.pop("rank/layers/kernel") == 5  # one rank, that of the richest
     assert found.pop("signal/layers/kernel") == 5
     assert found.pop("refused/layers/kernel") == 0
-    assert np.isnan(found.pop("cost/layers/kernel"))
+    assert found.pop("cost/layers/kernel") == 0
     assert found.pop("landed/layers/kernel")
     # Of the sum of the squares of both, what lies beyond that rank.
     values = np.linalg.svd(np.asarray(stack["layers"]["kernel"]), compute_uv=False) ** 2
