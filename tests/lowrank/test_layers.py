@@ -45,7 +45,7 @@ ALL = [
     if kind != "spatial" or form == "conv"
 ]
 FAST = ("operator-linen-Dense", "operator-nnx-Conv", "spatial-linen-Conv", "spectral-nnx-Linear")
-each_layer = pytest.mark.parametrize("name", slow_except(FAST, ALL))
+each_layer = pytest.mark.parametrize("name", slow_except(FAST, ALL), scope="module")
 
 
 def to_parts(tree, kind, form, axes):

@@ -25,14 +25,6 @@ CASES = [("linen", name) for name in architectures.LINEN]
 CASES += [("nnx", name) for name in architectures.NNX]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _little_optimization():
-    """Each program here runs a few times: most of the time goes into compiling it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Run(NamedTuple):
     """A model that has been pruned while it was trained, as trees of parameters.
 

@@ -31,7 +31,7 @@ FAST = (
     "nnx-Conv, grouped",
     "nnx-Einsum, inputs behind outputs",
 )
-each_layer = pytest.mark.parametrize("name", slow_except(FAST, CASES))
+each_layer = pytest.mark.parametrize("name", slow_except(FAST, CASES), scope="module")
 
 
 @functools.cache

@@ -25,7 +25,7 @@ FAST = (
     ("OptimizedLSTMCell", "each"),
     ("vmap", "fused"),
 )
-each_case = pytest.mark.parametrize("case", slow_except(FAST, CASES))
+each_case = pytest.mark.parametrize("case", slow_except(FAST, CASES), scope="module")
 
 
 def loss(tree, x, model):
