@@ -2,7 +2,7 @@
 
 import sys as _sys
 
-from rmtjax import certificate, checkpoint, linen, lowrank, moments, nnx, plots
+from rmtjax import adapters, certificate, checkpoint, linen, lowrank, moments, nnx, plots
 from rmtjax._axes import Factors, KernelAxes
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax._version import __version__ as __version__
@@ -85,6 +85,7 @@ __all__ = [
     "TradeOff",
     "Traps",
     "Truncated",
+    "adapters",
     "admm",
     "agree",
     "analyze",

@@ -31,7 +31,8 @@ STEP = {
     "replicas": 5,
     "sparse": 5,
     "checkpoint": 6,
-    "cli": 7,
+    "adapters": 7,
+    "cli": 8,
 }
 # All may use these. What else is used has one owner: a room, or a file of it.
 FREE = {"jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
@@ -54,6 +55,7 @@ MODULES = sorted(
     for path in FILES
 )
 PUBLIC = (
+    "adapters",
     "certificate",
     "checkpoint",
     "cli",

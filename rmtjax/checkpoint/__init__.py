@@ -15,12 +15,17 @@ from rmtjax.checkpoint._moments import (
 from rmtjax.checkpoint._open import check_target as check_target, open_tensors as open_tensors
 from rmtjax.checkpoint._safetensors import replacing as replacing
 from rmtjax.checkpoint._save_restore import load_plan as load_plan, restore as restore, save as save
-from rmtjax.checkpoint._stream import analyze_file as analyze_file, compress_file as compress_file
+from rmtjax.checkpoint._stream import (
+    analyze_file as analyze_file,
+    analyze_tensors as analyze_tensors,
+    compress_file as compress_file,
+    Progress as Progress,
+)
 from rmtjax.checkpoint._tensor_names import (
     find_leaves as find_leaves,
     is_kernel_tensor as is_kernel_tensor,
 )
-from rmtjax.checkpoint._tensors import Tensors as Tensors
+from rmtjax.checkpoint._tensors import Entry as Entry, FilePath as FilePath, Tensors as Tensors
 
 __all__ = [
     "analyze_file",

@@ -1,6 +1,7 @@
 """Saves and loads moments of the inputs of kernels, as .safetensors files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,14 @@ def load_moments(path: FilePath) -> Moments:
             return moments.with_options(shrinkage=options["shrinkage"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the moments in '{path}' cannot be read: {error}.") from error
+
+
+def check_moments(moments: Moments | None, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError for moments of a model that is not in the file, by the paths."""
+    stray = min((path for path in moments or () if path not in leaves), default=None)
+    if stray is not None:
+        some = ", ".join(map(repr, [*leaves][:3]))
+        raise ValueError(
+            f"`moments` has {stray!r}, which is not in the file, which has {some}. Collect the "
+            "moments with the model of this file, in the tree that was saved."
+        )

@@ -13,10 +13,25 @@ from rmtjax._axes import FactoredKernel, MatrixView
 from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
+from rmtjax.checkpoint._moments import check_moments
 from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
 from rmtjax.checkpoint._safetensors import check_codes, check_regular, write_tensors
-from rmtjax.checkpoint._tensor_names import choose, find_leaves, halves, named_parts, unchosen
-from rmtjax.checkpoint._tensors import Entry, FilePath, KEY, with_dtype
+from rmtjax.checkpoint._tensor_names import (
+    choose,
+    find_leaves,
+    halves,
+    named_parts,
+    pair_adapters,
+    unchosen,
+)
+from rmtjax.checkpoint._tensors import (
+    check_dtype,
+    Entry,
+    FilePath,
+    KEY,
+    Tensors,
+    with_dtype,
+)
 from rmtjax.moments import Moments
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import (
@@ -40,29 +55,6 @@ from rmtjax.report import Report
 Progress = Callable[[int, int, str], None]
 
 
-def _check_dtype(dtype: Any) -> np.dtype | None:
-    if dtype is None:
-        return None
-    checked = np.dtype(dtype)
-    if checked.name not in ("float32", "float64"):
-        raise ValueError(f"`dtype` must be float32 or float64, got {checked}: give one or None.")
-    # JAX would silently compute in float32.
-    if jax.dtypes.canonicalize_dtype(checked) != checked:
-        raise ValueError("`dtype` float64 needs `jax.config.update('jax_enable_x64', True)`.")
-    return checked
-
-
-def _check_moments(moments: Moments | None, leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError for moments of a model that is not in the file, by the paths."""
-    stray = min((path for path in moments or () if path not in leaves), default=None)
-    if stray is not None:
-        some = ", ".join(map(repr, [*leaves][:3]))
-        raise ValueError(
-            f"`moments` has {stray!r}, which is not in the file, which has {some}. Collect the "
-            "moments with the model of this file, in the tree that was saved."
-        )
-
-
 def _plan_kernels(
     leaves: Mapping[str, Any],
     manifest: Manifest,
@@ -77,7 +69,7 @@ def _plan_kernels(
     changes = manifest.plan.changes if manifest.plan else {}
     fits = {path: row.fit for path, row in changes.items()} | dict(options.fits or {})
     rows_by_path(options.batch, kernels)  # raises an error for other paths before the work
-    _check_moments(options.moments, leaves)
+    check_moments(options.moments, leaves)
     others = unchosen(leaves, kernels) if options.where is None else {}
     axes, tree = options.axes, Neighbours(leaves)
     # A table of `rmtjax.linen` is a dictionary too. As a function it also knows stacked leaves.
@@ -172,7 +164,8 @@ def analyze_file(
     """Analyzes every kernel of a checkpoint with one in memory at a time; changes nothing.
 
     Args:
-      path: A .safetensors file, a folder of them with an index, or an orbax checkpoint.
+      path: A .safetensors file, a folder of them with an index, or an orbax checkpoint. Of an
+        adapter (LoRA, by PEFT's names) a kernel is the product B A, which is never formed.
       where: Chooses the kernels, as in `rmtjax.plan`, or by a dictionary from paths to booleans. A
         leaf has a shape and a dtype, or is `Factors` of two such leaves. By default as there, and
         the state of an optimizer is not chosen: the leaves below `opt_state`, or below `0/mu`,
@@ -207,12 +200,22 @@ def analyze_file(
     sizes: dict[str, Any] = {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
     sizes |= {"moments": moments, "budget": budget}
     options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
-    checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
+    checked = check_dtype(dtype)
     with open_tensors(path) as tensors:
-        manifest = read_manifest(tensors)
-        leaves = find_leaves(tensors, manifest)
-        plan = _plan_kernels(leaves, manifest, options, checked, progress)
-        return Report(plan, count_others(leaves, plan))
+        return analyze_tensors(tensors, options, progress, checked)
+
+
+def analyze_tensors(
+    tensors: Tensors,
+    options: PlanOptions,
+    progress: Progress | None = None,
+    dtype: np.dtype | None = None,
+) -> Report:
+    """Analyzes every kernel of an open checkpoint with one in memory at a time."""
+    manifest = read_manifest(tensors)
+    leaves = pair_adapters(find_leaves(tensors, manifest))
+    plan = _plan_kernels(leaves, manifest, options, dtype, progress or (lambda *step: None))
+    return Report(plan, count_others(leaves, plan))
 
 
 @in_usual_modes
@@ -291,7 +294,7 @@ def compress_file(
     )
     if mode not in ("factorize", "truncate"):
         raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
-    checked, progress = _check_dtype(dtype), progress or (lambda *step: None)
+    checked, progress = check_dtype(dtype), progress or (lambda *step: None)
     with open_tensors(path) as tensors:
         check_target(tensors, out, "`out`")
         check_regular(Path(out), "out")

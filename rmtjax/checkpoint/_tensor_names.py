@@ -142,3 +142,18 @@ def find_leaves(tensors: Tensors, manifest: Manifest) -> dict[str, Any]:
     # The left half may come before or after the right one: the first of them places the kernel.
     places = {owners.get(name, name): leaf for name, leaf in stored.items()}
     return {path: factors.get(path, leaf) for path, leaf in places.items()}
+
+
+def pair_adapters(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves with each adapter's A and B, by their names in PEFT, as one kernel."""
+    paired = dict(leaves)
+    for path, inner in leaves.items():
+        module, found, end = path.rpartition(".lora_A.")
+        outer = leaves.get(f"{module}.lora_B.{end}")
+        # Of convolutions, the window belongs to one of both halves.
+        if not found or outer is None or isinstance(inner, Factors) or inner.ndim != 2:
+            continue
+        if inner.ndim == outer.ndim and inner.shape[0] == outer.shape[1]:
+            del paired[path], paired[f"{module}.lora_B.{end}"]
+            paired[f"{module}.{end}"] = Factors(outer, inner)
+    return paired

@@ -149,6 +149,19 @@ class StoredTensor:
         return self.tensors.array(self.name).astype(dtype or self.dtype, copy=False)
 
 
+def check_dtype(dtype: Any) -> np.dtype | None:
+    """Returns the dtype of a computation; raises ValueError for one that it cannot have."""
+    if dtype is None:
+        return None
+    checked = np.dtype(dtype)
+    if checked.name not in ("float32", "float64"):
+        raise ValueError(f"`dtype` must be float32 or float64, got {checked}: give one or None.")
+    # JAX would silently compute in float32.
+    if jax.dtypes.canonicalize_dtype(checked) != checked:
+        raise ValueError("`dtype` float64 needs `jax.config.update('jax_enable_x64', True)`.")
+    return checked
+
+
 def with_dtype(leaf: Any, dtype: np.dtype | None) -> Any:
     """Returns a stored leaf that is read in another dtype, if it is floating."""
     # float8 keeps its dtype, so that the plan reports that it has too few bits.

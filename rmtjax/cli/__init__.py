@@ -1,4 +1,4 @@
-"""The command line: `rmtjax analyze` and `rmtjax compress`.
+"""The command line: `rmtjax analyze`, `rmtjax compress` and `rmtjax diff`.
 
 A path to a checkpoint comes in. A table, a report or a smaller checkpoint goes out.
 """

@@ -19,6 +19,7 @@ examples:
   rmtjax compress model.safetensors --out thin.safetensors
   rmtjax compress model.safetensors --out low.safetensors --mode truncate --exclude '*embed*'
   rmtjax compress model.safetensors --out small.safetensors --budget 0.75 --moments m.safetensors
+  rmtjax diff base.safetensors tuned.safetensors --lora adapter
 
 exit codes:
   0    done
@@ -115,9 +116,9 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise IsADirectoryError(f"{path!r} is a folder: give the path of a file.")
 
 
-def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
+def _add_common(command: argparse.ArgumentParser, multiple: int, file: str = "FILE") -> None:
     add, pattern = command.add_argument, {"action": "append", "default": [], "metavar": "PATTERN"}
-    add("file", metavar="FILE", help=".safetensors file, sharded folder or orbax checkpoint")
+    add("file", metavar=file, help=".safetensors file, sharded folder or orbax checkpoint")
     rules = "bema (default), gavish_donoho, energy:SHARE, fixed:RANK or size:SHARE"
     add("--rule", default="bema", help=rules)
     add("--level", type=float, help="of bema: P(noise alone gives a spike), default 0.01")
@@ -131,12 +132,6 @@ def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
     add("--exact-below", type=int, default=4096, help="short sides from it on are estimated (4096)")
     add("--multiple", type=int, default=multiple, help="ranks are rounded up to it (%(default)s)")
-    budget = "share of the parameters to reach, over 0 to 1, in place of the rule's ranks"
-    add("--budget", type=float, help=budget)
-    moments = "cuts by output: a file of `rmtjax.checkpoint.save_moments`, by the paths of FILE"
-    add("--moments", metavar="MOMENTS", help=moments)
-    add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
-    add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
     columns = "of table, CSV and JSON: names or groups, with commas: summary,law,ranks,tails,cost"
     add("--columns", metavar="NAMES", help=columns)
@@ -145,6 +140,24 @@ def _add_common(command: argparse.ArgumentParser, multiple: int) -> None:
         named = lambda path, form=form: (form, path)
         add(f"--{form}", **files, type=named, help="writes the report; '-' is stdout and no table")
     add("--quiet", action="store_true", help="no table and no progress")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    budget = "share of the parameters to reach, over 0 to 1, in place of the rule's ranks"
+    add("--budget", type=float, help=budget)
+    moments = "cuts by output: a file of `rmtjax.checkpoint.save_moments`, by the paths of FILE"
+    add("--moments", metavar="MOMENTS", help=moments)
+    add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
+    add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
+
+
+def _add_diff(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--lora", dest="out", metavar="OUT", help="folder to write, an adapter for PEFT")
+    add("--force", action="store_true", help="replaces what is in OUT")
+    stored = "kernels are (inputs, outputs) though named weight, as in GPT-2"
+    add("--fan-in-fan-out", action="store_true", help=stored)
 
 
 def _add_compress(command: argparse.ArgumentParser) -> None:
@@ -169,9 +182,16 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text, multiple in (
         ("analyze", "a row for each kernel: its noise, its spikes, its rank", 1),
         ("compress", "writes a checkpoint whose kernels are cut to their spikes", 8),
+        ("diff", "what a fine-tuning has changed, a row for each kernel, or as an adapter", 1),
     ):
         command = commands.add_parser(name, help=text, description=text, **layout)
-        _add_common(command, multiple)
+        if name == "diff":
+            command.add_argument("base", metavar="BASE", help="checkpoint before the fine-tuning")
+            command.set_defaults(dtype=None)
+            _add_diff(command)
+        else:
+            _add_model(command)
+        _add_common(command, multiple, "TUNED" if name == "diff" else "FILE")
         if name == "compress":
             _add_compress(command)
         # For faults that come up later: the usage that is printed is that of the command.

@@ -1,4 +1,4 @@
-"""Runs the command `rmtjax`, which analyzes or compresses a checkpoint."""
+"""Runs the command `rmtjax`, which analyzes, compresses or compares checkpoints."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from rmtjax import checkpoint
+from rmtjax import adapters, checkpoint
 from rmtjax._text import printable
 from rmtjax._types import Where
 from rmtjax.cli._arguments import (
@@ -131,6 +131,39 @@ def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Callable[[], str]]:
+    """Returns the report of a command, and what stands below its table."""
+    if args.command == "diff":
+        found = _diff(args, options)
+        return found.report, lambda: _tell(found)
+    options["dtype"] = args.dtype
+    if args.command == "analyze":
+        return checkpoint.analyze_file(args.file, **options), str
+    report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
+    sizes = lambda: (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
+    return report, lambda: "\n{} -> {}\n".format(*sizes())
+
+
+def _diff(args: argparse.Namespace, options: dict[str, Any]) -> adapters.Difference:
+    if args.out is None:
+        return adapters.analyze_difference(args.base, args.file, **options)
+    del options["multiple"]
+    stored = {"fan_in_fan_out": args.fan_in_fan_out}
+    return adapters.extract_lora(args.base, args.file, args.out, **options, **stored)
+
+
+def _tell(found: adapters.Difference) -> str:
+    """Returns what a difference has beside its rows, a line each."""
+    told = {
+        "unchanged": found.unchanged,
+        "changed, and no kernel": found.others,
+        "in one file only, or in other shapes": found.unmatched,
+    }
+    some = lambda names: ", ".join(map(printable, names[:3])) + (", ..." if names[3:] else "")
+    lines = [f"{words}: {len(names)} ({some(names)})" for words, names in told.items() if names]
+    return "".join(f"\n{line}" for line in lines) + "\n" * bool(lines)
+
+
 def _work(args: argparse.Namespace) -> None:
     """Runs the command."""
     options = _plan_options(args)
@@ -142,17 +175,12 @@ def _work(args: argparse.Namespace) -> None:
                 checkpoint.check_target(tensors, target, f"--{form}")
         options["where"] = _select(tensors, args.include, args.exclude)
     with _progress(args.quiet) as progress:
-        options |= {"dtype": args.dtype, "progress": progress}
-        if args.command == "analyze":
-            report = checkpoint.analyze_file(args.file, **options)
-        else:
-            report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
+        report, words = _run(args, options | {"progress": progress})
     # A report on stdout must be all that is there, so that a program can read it.
     args.quiet |= any(is_stdout(path) for _, path in args.reports)
     _show(report, args)
-    if args.command == "compress" and not args.quiet:
-        before, after = (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
-        print(f"\n{before} -> {after}", flush=True)
+    if not args.quiet:
+        print(words(), end="", flush=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,128 @@
+"""A low-rank adapter of what a fine-tuning has changed, under the names of the PEFT library."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rmtjax._axes import Factors, MatrixView
+from rmtjax._types import Where
+from rmtjax.adapters._difference import analyze_change, Difference, open_difference
+from rmtjax.checkpoint import FilePath, find_leaves, Progress, read_manifest, replacing, save
+from rmtjax.noise import ranks
+from rmtjax.planning import changed_leaves, Factorized, PlanOptions
+
+_ENDS = re.compile(r"[./](weight|kernel|embedding)$")
+
+
+def _module(path: str) -> str:
+    """Returns the name of the module of a kernel, with dots between its parts."""
+    return _ENDS.sub("", path).replace("/", ".")
+
+
+def _pair(path: str, factors: Factors, fan_in_fan_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A of (rank, inputs) and B of (outputs, rank) of a change B A."""
+    left, right = (np.asarray(part) for part in factors)
+    # Torch stores (outputs, inputs). Flax does not, nor does the `Conv1D` of GPT-2.
+    if fan_in_fan_out or not path.endswith("weight"):
+        left, right = right.T, left.T
+    return right, left
+
+
+def _config(found: dict[str, int], fan_in_fan_out: bool) -> dict[str, Any]:
+    """Returns the configuration that PEFT reads. A scale of alpha / rank = 1 for each module."""
+    largest = max(found.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": fan_in_fan_out,
+        "r": largest,
+        "lora_alpha": largest,
+        "target_modules": list(found),
+        "rank_pattern": found,
+        "alpha_pattern": found,
+    }
+
+
+def extract_lora(
+    base: FilePath,
+    tuned: FilePath,
+    out: FilePath,
+    *,
+    rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
+    where: Where | None = None,
+    min_size: int = 50,
+    exact_below: int = 4096,
+    fan_in_fan_out: bool = False,
+    progress: Progress | None = None,
+) -> Difference:
+    r"""Writes what a fine-tuning has changed as a low-rank adapter (LoRA).
+
+    Each kernel gets the leading directions of its change, $\Delta W \approx B A$, with the rank
+    that the rule finds. The adapter is `adapter_model.safetensors` and `adapter_config.json` with
+    the names of PEFT: `base_model.model.MODULE.lora_A.weight`, and a `rank_pattern`.
+
+    Args:
+      base, tuned, rule, where, min_size, exact_below, progress: As in `analyze_difference`.
+      out: The folder to write; it is made if it is not there.
+      fan_in_fan_out: True if the kernels are stored as (inputs, outputs) although their names end
+        in "weight", as those of GPT-2.
+
+    Returns:
+      A `Difference`. Its rows with the action "factorize" are in the adapter, and their `removed`
+      is the share of the squares of the change that the adapter lacks. Other changed kernels are
+      not in it: stacks, convolutions, and changes of so high a rank that an adapter saves nothing.
+
+    Raises:
+      ValueError: No kernel can be in the adapter; or as in `analyze_difference`.
+      OSError: A file cannot be read or written.
+
+    Examples:
+      >>> import jax, rmtjax, tempfile
+      >>> from rmtjax import adapters
+      >>> draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+      >>> base, change = draw(0, 128, 96), draw(1, 128, 4) @ draw(2, 4, 96)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     paths = f"{folder}/base.safetensors", f"{folder}/tuned.safetensors"
+      ...     for path, kernel in zip(paths, (base, base + change)):
+      ...         rmtjax.checkpoint.save(path, {"dense": {"kernel": kernel}})
+      ...     found = adapters.extract_lora(*paths, folder, rule=rmtjax.ranks.energy(0.999))
+      ...     print(found.report.rows[0].rank, found.report.rows[0].removed < 1e-3)
+      4 True
+
+    References:
+      Hu et al., ICLR (2022), https://arxiv.org/abs/2106.09685.
+    """
+    sizes: dict[str, Any] = {"min_size": min_size, "exact_below": exact_below}
+    options = PlanOptions(rule, where=where, multiple=1, **sizes)
+    tensors, found = {}, {}
+    with open_difference(base, tuned) as (change, unmatched):
+        difference = analyze_change(change, unmatched, options, progress)
+        leaves = find_leaves(change, read_manifest(change))
+        for path, row in difference.report.plan.changes.items():
+            if not isinstance(row, Factorized) or len(row.shape) != 2:
+                continue
+            view = MatrixView(path, leaves[path], row.axes)
+            ((_, factors),) = changed_leaves({path: view}, {path: row})
+            module, pair = _module(path), _pair(path, jax.device_get(factors), fan_in_fan_out)
+            for half, array in zip("AB", pair, strict=True):
+                tensors[f"base_model.model.{module}.lora_{half}.weight"] = array
+            found[module] = row.rank
+    if not found:
+        raise ValueError(
+            f"no kernel of {str(tuned)!r} has a change of low rank by {rule}: look at the reasons "
+            "of `analyze_difference`, or give a rank by `rule=rmtjax.ranks.fixed(16)`."
+        )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(folder / "adapter_model.safetensors", tensors)
+    with replacing(folder / "adapter_config.json") as file:
+        file.write(json.dumps(_config(found, fan_in_fan_out), indent=2).encode())
+    return difference

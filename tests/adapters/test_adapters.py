@@ -1,0 +1,143 @@
+"""What a fine-tuning has changed, against NumPy, and the adapter of it as PEFT would apply it."""
+
+import json
+
+import numpy as np
+import pytest
+
+import rmtjax
+from rmtjax import adapters, checkpoint, ranks
+from rmtjax.cli import main
+
+SHAPE = (80, 60)
+
+
+@pytest.fixture
+def tensors():
+    """A base and a tuned model under Torch's names, of which two kernels have changed."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    names = [f"model.layers.{index}.proj.weight" for index in range(3)]
+    base = {name: draw(*SHAPE) for name in names} | {"model.norm.weight": np.ones(60, np.float32)}
+    tuned = dict(base)
+    for rank, name in enumerate(names[:2], 2):
+        tuned[name] = base[name] + 3 * draw(SHAPE[0], rank) @ draw(rank, SHAPE[1]) + draw(*SHAPE)
+    return base, tuned | {"model.norm.weight": 2 * base["model.norm.weight"]}
+
+
+@pytest.fixture
+def paths(tensors, tmp_path):
+    saved = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    for path, tree in zip(saved, tensors, strict=True):
+        checkpoint.save(path, tree)
+    return saved
+
+
+def test_a_row_is_the_plan_of_the_change_and_the_rest_is_named(tensors, paths):
+    base, tuned = tensors
+    checkpoint.save(paths[1], tuned | {"extra.weight": np.ones((3, 2), np.float32)})
+    found = adapters.analyze_difference(*paths)
+    assert [row.rank for row in found.report.rows] == [2, 3]
+    for path, row in found.report.plan.items():
+        alone = rmtjax.plan({path: tuned[path] - base[path]}, multiple=1)[path]
+        assert (row.reason, row.rank) == (alone.reason, alone.rank)
+        np.testing.assert_array_equal(row.spectrum.eigenvalues, alone.spectrum.eigenvalues)
+    assert found.unchanged == ("model.layers.2.proj.weight",)
+    assert found.others == ("model.norm.weight",)
+    assert found.unmatched == ("extra.weight",)
+
+
+def applied(folder, base, fan_in_fan_out=False):
+    """The base with its adapter, by the formula of PEFT: W + alpha / r B A."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    halves = checkpoint.restore(folder / "adapter_model.safetensors")
+    result = dict(base)
+    for module in config["target_modules"]:
+        a, b = (halves[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+        rank = config["rank_pattern"][module]
+        assert (len(a), b.shape[1]) == (rank, rank)
+        change = config["alpha_pattern"][module] / rank * np.asarray(b) @ np.asarray(a)
+        result[f"{module}.weight"] += change.T if fan_in_fan_out else change
+    return config, result
+
+
+def test_an_adapter_is_the_truncated_change(tensors, paths, tmp_path):
+    base, tuned = tensors
+    found = adapters.extract_lora(*paths, tmp_path / "lora")
+    config, result = applied(tmp_path / "lora", {k: v.copy() for k, v in base.items()})
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 3)
+    assert len(config["target_modules"]) == 2
+    for path, row in found.report.plan.items():
+        u, s, vt = np.linalg.svd(np.float64(tuned[path]) - base[path])
+        nearest = (u[:, : row.rank] * s[: row.rank]) @ vt[: row.rank]
+        # Products in float32, relative to the largest singular value.
+        np.testing.assert_allclose(result[path] - base[path], nearest, atol=2e-6 * s[0])
+
+
+@pytest.mark.parametrize(("name", "option"), [("weight", True), ("kernel", False)])
+def test_kernels_of_inputs_and_outputs_are_turned(tmp_path, name, option):
+    rng = np.random.default_rng(1)
+    change = (rng.standard_normal((80, 2)) @ rng.standard_normal((2, 60))).astype(np.float32)
+    saved = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    for path, kernel in zip(saved, (np.zeros_like(change), change), strict=True):
+        checkpoint.save(path, {"block": {name: kernel}})
+    options = {"rule": ranks.fixed(2), "fan_in_fan_out": option}
+    adapters.extract_lora(*saved, tmp_path, **options)
+    config, result = applied(tmp_path, {"block.weight": np.zeros_like(change)}, True)
+    assert config["fan_in_fan_out"] == option
+    np.testing.assert_allclose(result["block.weight"], change, atol=2e-6 * np.linalg.norm(change))
+
+
+def test_half_precision_is_subtracted_in_float32(tensors, tmp_path):
+    base, tuned = tensors
+    saved = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    for path, tree in zip(saved, tensors, strict=True):
+        checkpoint.save(path, {k: v.astype(np.float16) for k, v in tree.items()})
+    for path, row in adapters.analyze_difference(*saved).report.plan.items():
+        change = np.float64(tuned[path].astype(np.float16)) - base[path].astype(np.float16)
+        expected = np.linalg.svd(change, compute_uv=False) ** 2 / max(SHAPE)
+        # Float32, relative to the largest.
+        np.testing.assert_allclose(
+            row.spectrum.eigenvalues, expected, atol=2e-6 * expected[0], rtol=0
+        )
+
+
+def test_the_product_of_an_adapter_is_analyzed(tensors, paths, tmp_path):
+    base, tuned = tensors
+    adapters.extract_lora(*paths, tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    report = checkpoint.analyze_file(path, rule=ranks.energy(1.0))
+    assert [row.shape for row in report.rows] == [SHAPE] * 2
+    for row, rank in zip(report.rows, (2, 3), strict=True):
+        name = row.path.removeprefix("base_model.model.")
+        s = np.linalg.svd(np.float64(tuned[name]) - base[name], compute_uv=False)[:rank]
+        seen = report.plan[row.path].spectrum.eigenvalues[:rank]
+        np.testing.assert_allclose(seen, s**2 / max(SHAPE), rtol=1e-5)  # Float32.
+
+
+def test_faults_are_told(tensors, paths, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing has changed in .*base"):
+        adapters.analyze_difference(paths[0], paths[0])
+    with pytest.raises(ValueError, match=r"no kernel of .* has a change of low rank by fixed"):
+        adapters.extract_lora(*paths, tmp_path / "lora", rule=ranks.fixed(60))
+    assert not (tmp_path / "lora").exists()
+    checkpoint.save(tmp_path / "other.safetensors", {"other": np.ones((3, 2), np.float32)})
+    with pytest.raises(ValueError, match="no floating tensor of one name and shape"):
+        adapters.analyze_difference(paths[0], tmp_path / "other.safetensors")
+
+
+def test_the_command_line(paths, tmp_path, capsys):
+    arguments = ["diff", *map(str, paths), "--lora", str(tmp_path / "lora")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 60 are signal, rank 3" in printed
+    assert "unchanged: 1 (model.layers.2.proj.weight)\n" in printed
+    assert "changed, and no kernel: 1 (model.norm.weight)\n" in printed
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert main(arguments) == 1
+    assert "give --force" in capsys.readouterr().err
+    assert main(["diff", *map(str, paths), "--quiet"]) == 0
+    assert not capsys.readouterr().out
