@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from rmtjax._text import brief_fields
+
 Kernel = Float[Array, "..."] | Float[np.ndarray, "..."]
 
 
@@ -49,6 +51,8 @@ class Factors(NamedTuple):
 
     left: Float[Array, "*inputs r"]
     right: Float[Array, "*r_outputs"]
+
+    __repr__ = brief_fields
 
 
 class FactoredKernel:

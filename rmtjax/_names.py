@@ -23,6 +23,8 @@ _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_rev
 _ADAPTER = re.compile(r"(.*_)?(lora|loha|lokr|hada|vera|dora|ia3|oft|boft)_.+", re.IGNORECASE)
 # Layers whose weight multiplies entry by entry.
 _NORM = re.compile(r"(.*[_\d])?((layer|batch|group|rms|instance)?norms?|ln|bn|gn)\d*([_\d].*)?")
+# Layers of Torch that look rows up. An embedding of patches multiplies.
+_TABLE = re.compile(r"(?!patch).*embed(ding)?s?(_tokens|_positions)?|wte|wpe")
 # Vectors of layers, which have two axes only in a stack or beside several heads.
 _VECTORS = ("bias", "scale", "b", "offset", "mean", "var")
 # Flax's attention projects to (heads, head_dim) with the first three, and back with the last.
@@ -67,6 +69,14 @@ def is_kernel(path: str, leaf: Any) -> bool:
     # A Torch weight with one axis is the scale of a normalization.
     other = _is_torch(parts) or _HAIKU.fullmatch(parts[-1])
     return parts[-1] in NAMES or bool(other and len(kernel_shape(leaf)) >= 2)
+
+
+def is_table(path: str, shape: tuple[int, ...]) -> bool:
+    """Returns True for a table of embeddings, whose rows are looked up and not multiplied."""
+    parts = _parts(path)
+    layer = ("", *parts)[-2]
+    named = _is_torch(parts) and len(shape) == 2 and _TABLE.fullmatch(layer)
+    return parts[-1] in ("embedding", "embeddings") or bool(named)
 
 
 def is_untold(path: str, leaf: Any) -> bool:

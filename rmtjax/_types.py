@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes
+from rmtjax._text import brief_fields
 
 Scalar = Float[Array, ""]
 Count = Int[Array, ""]
@@ -25,6 +26,8 @@ class Spectrum(NamedTuple):
 
     eigenvalues: Float[Array, "*batch p"]
     ratio: Float[Array, ""]
+
+    __repr__ = brief_fields
 
 
 class BulkFit(NamedTuple):
@@ -48,6 +51,8 @@ class BulkFit(NamedTuple):
     threshold: Float[Array, "*batch"]
     distance: Float[Array, "*batch"]
     num_spikes: Int[Array, "*batch"]
+
+    __repr__ = brief_fields
 
 
 def no_fit(shape: tuple[int, ...], dtype: Any) -> BulkFit:

@@ -314,4 +314,4 @@ def compress_file(
         text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys, parts=parts)
         arrays = _write_outputs(leaves, plan, entries, checked, progress, moments)
         write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
-    return Report(plan, count_others(leaves, plan))
+    return Report(plan, count_others(leaves, plan), applied=True)

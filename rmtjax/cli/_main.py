@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -105,7 +106,10 @@ def _show(report: Report, args: argparse.Namespace) -> None:
             *(COSTS if timed else ()),
             "reason",
         )
-        print(report.table(*shown), flush=True)
+        # A terminal has its width. Columns that were asked for are all printed.
+        narrow = not columns and (sys.stdout.isatty() or "COLUMNS" in os.environ)
+        width = shutil.get_terminal_size().columns if narrow else None
+        print(f"{report.table(*shown, width=width)}\n\n{report.summary}", flush=True)
 
 
 def _size(path: str) -> str:

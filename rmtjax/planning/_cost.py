@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rmtjax._axes import FactoredKernel, KernelLeaf, MatrixView
+from rmtjax._names import is_table
 from rmtjax.planning._kernels import obstacle
 
 MARGIN = 0.05  # a layer that gains less is not worth its loss of rank
@@ -163,11 +164,7 @@ def count(kernel: KernelLeaf, rows: int, rank: int | None) -> tuple[int, int]:
     left, right = math.prod(kernel.shape), 0
     if rank is not None and isinstance(kernel, MatrixView):
         left, right = (kernel.stack * rank * side for side in (kernel.rows, kernel.columns))
-    return left + right, rows * (right if _is_table(kernel) else left + right)
-
-
-def _is_table(kernel: KernelLeaf) -> bool:
-    return kernel.path.rpartition("/")[2] == "embedding"
+    return left + right, rows * (right if is_table(kernel.path, kernel.shape) else left + right)
 
 
 def weigh(
@@ -178,7 +175,7 @@ def weigh(
     The matrices of a stack take turns, as under `nn.scan`. `rank` is that of `kernel` where its
     shape stays. Without `rows`, the time is not measured.
     """
-    lookup = _is_table(kernel)
+    lookup = is_table(kernel.path, kernel.shape)
     before, after = (count(kernel, rows or 1, r) for r in (kernel.rank, rank))
     untimed = kernel.in_parts or obstacle(kernel, min_size=1)
     if rows is None or not isinstance(kernel, MatrixView) or untimed:

@@ -1,17 +1,25 @@
 """The rows of a plan: a kernel is kept, truncated or factorized, each with its reason."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from rmtjax._axes import factored_axes, FactoredKernel, Factors, kernel_shape, KernelAxes
+from rmtjax._text import first_lines, html_table, no_such_path, printable, SCREEN
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import Shrink
 from rmtjax.planning._cost import Cost
 from rmtjax.spectra import OutputLosses
 
 
-@dataclass(frozen=True)
+def _brief_row(self: Any) -> str:
+    """Returns a row as text, without the arrays that it holds."""
+    rank = "" if self.rank is None else f", rank={self.rank}"
+    return f"{type(self).__name__}({self.reason!r}, shape={self.shape}{rank})"
+
+
+@dataclass(frozen=True, repr=False)
 class Kept:
     """A kernel that stays as it is; its fields are those of `Truncated`.
 
@@ -28,9 +36,10 @@ class Kept:
     loss: OutputLosses | None = None
     action = "keep"
     shrink = None
+    __repr__ = _brief_row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Lowered:
     """A kernel whose rank goes down: the fields that `Truncated` explains."""
 
@@ -43,6 +52,7 @@ class _Lowered:
     shrink: Shrink | None = None
     cost: Cost | None = None
     loss: OutputLosses | None = None
+    __repr__ = _brief_row
 
 
 class Truncated(_Lowered):
@@ -75,7 +85,10 @@ LayerPlan = Kept | Truncated | Factorized
 
 
 class Plan(dict[str, LayerPlan]):
-    """A dictionary from the path of each kernel to `Kept`, `Truncated` or `Factorized`."""
+    """A dictionary from the path of each kernel to `Kept`, `Truncated` or `Factorized`.
+
+    `print` shows the reason of each kernel. A notebook shows the first twenty.
+    """
 
     @property
     def fits(self) -> dict[str, BulkFit]:
@@ -91,9 +104,29 @@ class Plan(dict[str, LayerPlan]):
         """Returns the plan in which every kernel keeps its shape."""
         return Plan({path: in_place(row) for path, row in self.items()})
 
+    def __missing__(self, path: Any) -> NoReturn:
+        raise no_such_path(path, self)
+
     def __str__(self) -> str:
         width = max(map(len, self), default=0)
         return "\n".join(f"{path:<{width}}  {row.reason}" for path, row in self.items())
+
+    @property
+    def _title(self) -> str:
+        counts = Counter(type(row).__name__.lower() for row in self.values())
+        words = ", ".join(f"{number} {word}" for word, number in sorted(counts.items()))
+        return f"Plan of {len(self)} kernels" + (f": {words}" if words else "")
+
+    def __repr__(self) -> str:
+        return "\n".join([self._title, *first_lines(str(self).splitlines())])
+
+    def _repr_html_(self) -> str:
+        number = lambda row: "-" if row.rank is None else str(row.rank)
+        shape = lambda row: "x".join(map(str, row.shape))
+        rows = [[printable(p), shape(r), number(r), r.reason] for p, r in self.items()][:SCREEN]
+        table = html_table(("path", "shape", "rank", "reason"), rows)
+        more = f" Here are the first {SCREEN}." if len(self) > SCREEN else ""
+        return f"<p>{self._title}.{more}</p>\n{table}"
 
 
 def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:

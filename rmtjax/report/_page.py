@@ -21,14 +21,20 @@ from rmtjax._types import BulkFit
 from rmtjax.laws import law_curve, roots, rounding
 from rmtjax.planning import Cost, LayerPlan, NO_OTHERS, Others, Plan
 from rmtjax.report._row import Row, to_cell
+from rmtjax.report._words import summarize
 
-BINS, POINTS, MOST_SPIKES = 80, 60, 50
+BINS, POINTS, MOST_SPIKES = 80, 60, 500
 _VERDICTS = {"factorize": "factorized", "truncate": "truncated", "keep": "kept"}
 # The style sheet counts the columns in this order on narrow screens.
 _TEXTS = ("path", "action", "reason", "shape")
 _COSTS = ("parameters", "multiply_adds", "milliseconds")
-_NUMBERS = ("spikes", "rank", "distance", *_COSTS)
-_HEADS = {"path": "kernel", "action": "verdict", "multiply_adds": "multiply-adds"}
+_NUMBERS = ("spikes", "rank", "distance", "removed", *_COSTS, "removed_outputs")
+_HEADS = {
+    "path": "kernel",
+    "action": "verdict",
+    "multiply_adds": "multiply-adds",
+    "removed_outputs": "removed of outputs",
+}
 _ARROW = " \u2192\u00a0"  # a line may break before it, not after
 
 
@@ -119,6 +125,7 @@ def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
         "zeros": zeros,
         "law": law,
         "spikes": spikes,
+        "beyond": int((drawn.values[:spikes] > stop).sum()),
         "largest": [_short(float(v)) for v in drawn.values[: min(spikes, MOST_SPIKES)]],
         "place": drawn.place,
         "matrices": drawn.matrices,
@@ -147,8 +154,11 @@ def _line(row: Row, columns: Sequence[str]) -> str:
     texts["reason"] = texts["reason"].removeprefix(f"{verdict}: ")
     path, _, *rest = (html.escape(text) for text in texts.values())
     path = re.sub("[/.]", r"\g<0><wbr>", path)  # where a long name may break
-    badge = f'<b class="{row.action}">{verdict}</b>'
-    cells = "".join(f"<td>{cell}</td>" for cell in (badge, *rest))
+    badge = f'<td><b class="{row.action}">{verdict}</b></td>'
+    # On a narrow screen, where there is no head, the style sheet writes the name before a number.
+    label = lambda name: "" if name == "reason" else f' data-name="{_HEADS.get(name, name)}"'
+    named = zip(columns[2:], rest, strict=True)
+    cells = badge + "".join(f"<td{label(name)}>{cell}</td>" for name, cell in named)
     return f'<tr><th scope="row">{path}</th>{cells}</tr>'
 
 
@@ -180,10 +190,19 @@ def _digest(text: str) -> str:
 
 @in_usual_modes
 def render(
-    title: str, rows: Sequence[Row], totals: Cost, plan: Plan, others: Others = NO_OTHERS
+    title: str,
+    rows: Sequence[Row],
+    totals: Cost,
+    plan: Plan,
+    others: Others = NO_OTHERS,
+    *,
+    applied: bool = False,
 ) -> str:
     """Returns the page of a report; `plan` has the spectra of the rows, in the same order."""
-    columns = _TEXTS + (_NUMBERS if totals.milliseconds is not None else _NUMBERS[:-1])
+    unknown = {"milliseconds"} if totals.milliseconds is None else set()
+    if all(row.removed_outputs is None for row in rows):
+        unknown.add("removed_outputs")
+    columns = _TEXTS + tuple(name for name in _NUMBERS if name not in unknown)
     numbers = {name: [getattr(row, name) for row in rows] for name in _NUMBERS}
     actions = Counter(sorted(row.action for row in rows))
     option = lambda action: f'<option value="{action}">{_VERDICTS[action]}</option>'
@@ -197,6 +216,9 @@ def render(
         "script": script,
         "style_digest": _digest(style),
         "script_digest": _digest(script),
+        "summary": "".join(
+            f"<p>{html.escape(line)}</p>" for line in summarize(rows, totals, others, applied)
+        ),
         "totals": _totals(actions, totals, others),
         "options": "".join(map(option, actions)),
         "head": "".join(map(head, columns)),

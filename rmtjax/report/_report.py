@@ -5,14 +5,14 @@ import html
 import io
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 from jaxtyping import PyTree
 
-from rmtjax._text import printable
+from rmtjax._text import align, html_table, no_such_path, printable, SCREEN
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.moments import Moments
 from rmtjax.noise import ranks
@@ -29,10 +29,11 @@ from rmtjax.planning import (
 from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics
 from rmtjax.report._page import render
 from rmtjax.report._row import make_row, Row, to_cell, to_text
+from rmtjax.report._words import summarize
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 # The default columns of tables, without and with the costs that `batch` measures.
@@ -46,8 +47,9 @@ _SIGNS = re.compile(r"[\\`*\[\]~|]|(?<![^\W_])_|_(?![^\W_])")
 class Report:
     """Shows a plan as tables, text, data or a page. `rmtjax.analyze` makes it.
 
-    A notebook and `rich.print` show it as a table. Names of kernels are escaped in every form, so
-    that they cannot control a terminal or act as markup.
+    A notebook and `rich.print` show it as a table. `report[path]` is the row of a kernel, and the
+    report is also a sequence of its rows. Names of kernels are escaped in every form, so that they
+    cannot control a terminal or act as markup.
 
     The columns of a table are fields of `Row` and of `SpectralMetrics`, by their names or by the
     name of a group: "summary", "law", "ranks", "tails", "cost" or "all". By default these are the
@@ -57,10 +59,12 @@ class Report:
     Attributes:
       plan: The plan behind the report, with the spectra.
       others: How many tensors have no row, such as biases and scales, and the numbers in them.
+      applied: Whether the plan was carried out. If not, tables say "would be factorized".
     """
 
     plan: Plan
     others: Others = NO_OTHERS
+    applied: bool = False
 
     # Cached, because every form of the report asks for them. A frozen dataclass allows it: the
     # cache writes into `__dict__`, and not by `setattr`.
@@ -68,6 +72,21 @@ class Report:
     def rows(self) -> tuple[Row, ...]:
         """A `Row` for each kernel, in the order of the tree."""
         return tuple(make_row(path, layer) for path, layer in self.plan.items())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, path: str) -> Row:
+        row = next((row for row in self.rows if row.path == path), None)
+        if row is None:
+            raise no_such_path(path, self.plan)
+        return row
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -86,8 +105,15 @@ class Report:
     def _value(self, row: Row, name: str) -> Any:
         return getattr(row, name) if name in Row._fields else self.metrics[row.path][name]
 
+    @property
+    def summary(self) -> str:
+        """A few sentences: what was analyzed, what stands out, and what to do next."""
+        return "\n".join(summarize(self.rows, self.totals, self.others, self.applied))
+
     def _cell(self, row: Row, name: str) -> str:
-        return to_cell(row, name) if name in Row._fields else to_text(self._value(row, name))
+        planned = name == "reason" and row.action != "keep" and not self.applied
+        text = to_cell(row, name) if name in Row._fields else to_text(self._value(row, name))
+        return f"would be {text}" if planned else text
 
     def cells(self, *columns: str) -> list[list[str]]:
         """Returns the named columns of each row as text."""
@@ -104,15 +130,32 @@ class Report:
         total = [foot[0] or "total", *foot[1:]] if rows and any(foot) else []
         return list(columns), rows, total
 
-    def table(self, *columns: str) -> str:
-        """Returns the rows as aligned text."""
+    def table(self, *columns: str, width: int | None = None) -> str:
+        """Returns the rows as aligned text.
+
+        In lines of at most `width` characters there is no room for some columns, which are left
+        out. No number is shortened, and long reasons go on in the next line.
+        """
         head, rows, foot = self._lines(columns)
-        lines = [head, *rows, *filter(None, [foot])]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        pad = lambda line: "  ".join(map(str.ljust, line, widths)).rstrip()
-        return "\n".join(map(pad, lines))
+        return align(head, [*rows, *filter(None, [foot])], width)
 
     __str__ = table
+
+    def _first(self) -> tuple["Report", str]:
+        """Returns a report with the first rows, which fit a screen, and how many more there are."""
+        more = len(self) - SCREEN
+        few = replace(self, plan=Plan([*self.plan.items()][:SCREEN]))
+        return few, f"... and {more} more" if more > 0 else ""
+
+    def __repr__(self) -> str:
+        few, more = self._first()
+        head, rows, _ = few._lines(("path", "shape", "spikes", "rank", "removed", "action"))
+        return "\n".join(filter(None, [align(head, rows, 80), more, self.summary]))
+
+    def _repr_html_(self) -> str:
+        few, more = self._first()
+        head, rows, _ = few._lines(())
+        return f"{html_table(head, rows)}\n<p>{more}</p>\n<p>{html.escape(self.summary)}</p>"
 
     def to_dict(self, *columns: str) -> dict[str, Any]:
         """Returns data that JSON can hold: "rows", a list of dictionaries, and "totals".
@@ -158,33 +201,15 @@ class Report:
     def to_html(self, *columns: str) -> str:
         """Returns the rows as an HTML table without a style."""
         head, rows, foot = self._lines(columns)
-        cells = lambda line, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
-        line = lambda line, tag="td": f"<tr>{cells(line, tag)}</tr>"
-        body = "\n".join(map(line, rows))
-        tail = f"\n<tfoot>{line(foot)}</tfoot>" if foot else ""
-        head = f"<thead>{line(head, 'th')}</thead>"
-        # With these classes, notebooks do not take a dollar sign in a name for mathematics.
-        table = '<table class="tex2jax_ignore mathjax_ignore">'
-        return f"{table}\n{head}\n<tbody>\n{body}\n</tbody>{tail}\n</table>"
+        return html_table(head, rows, foot)
 
-    _repr_html_ = to_html  # what a notebook shows
-
-    def __rich__(self) -> "Table":
-        """Returns the table that `rich` shows."""
-        from rich.table import Table
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Yields the table that `rich` shows, as wide as its terminal."""
         from rich.text import Text
 
         timed = () if self.totals.milliseconds is None else ("milliseconds",)
-        # A terminal of 80 columns has room for these.
         columns = ("path", "spikes", "distance", "parameters", *timed, "reason")
-        head, rows, foot = self._lines(columns)
-        table = Table(box=None, show_footer=bool(foot), header_style="bold", footer_style="bold")
-        for name, total in zip(head, foot or [""] * len(head), strict=True):
-            side = "left" if name in ("path", "reason") else "right"
-            table.add_column(name, Text(total), justify=side, overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))  # a `Text` has no markup
-        return table
+        yield Text(self.table(*columns, width=options.max_width))  # a `Text` has no markup
 
     def to_pandas(self, *columns: str) -> "DataFrame":
         """Returns the rows as a `pandas.DataFrame`, with missing values for unknown numbers.
@@ -209,7 +234,8 @@ class Report:
         Without JavaScript the table is still there. Spectra are drawn from histograms: a page of
         3,000 kernels has a few megabytes.
         """
-        return render(title, self.rows, self.totals, self.plan, self.others)
+        numbers = self.rows, self.totals, self.plan, self.others
+        return render(title, *numbers, applied=self.applied)
 
 
 def analyze(

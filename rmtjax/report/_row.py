@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmtjax._text import printable
+from rmtjax._text import brief, printable
 from rmtjax.planning import Cost, LayerPlan
 
 
@@ -58,6 +58,10 @@ class Row(NamedTuple):
     parameters_after: int | None = None
     multiply_adds_after: int | None = None
     milliseconds_after: float | None = None
+
+    def __repr__(self) -> str:
+        known = {name: value for name, value in self._asdict().items() if value is not None}
+        return f"Row({', '.join(f'{name}={brief(value)}' for name, value in known.items())})"
 
 
 def to_number(value: Any) -> float | None:

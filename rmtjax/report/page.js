@@ -81,7 +81,7 @@
 
   // What the picture shows, in words.
   const tell = (spectrum) => {
-    const { size, spikes, largest, stop, zeros, law, distance, place, matrices } = spectrum;
+    const { size, spikes, beyond, largest, zeros, law, distance, place, matrices } = spectrum;
     const which = matrices > 1 ? `Matrix ${place} of ${matrices}, that with most spikes: ` : "";
     const words = [`${which}${count(size)} eigenvalues.`];
     if (law) {
@@ -89,13 +89,15 @@
       words.push(`(distance ${short(distance)}).`);
       words.push(`${spikes ? count(spikes) : "None"} above the threshold.`);
     }
-    const beyond = largest.filter((spike) => spike > stop).length;
     if (spikes) {
       const first = largest.slice(0, 5).map(short).join(", ") + (spikes > 5 ? ", …" : "");
       const hidden = beyond ? `; ${beyond} beyond the right end` : "";
       words.push(`√λ of the largest: ${first}${hidden}.`);
     }
-    if (beyond < largest.length) words.push("Ticks at the foot mark them.");
+    if (beyond < largest.length) {
+      const marked = largest.length < spikes ? `the ${largest.length} largest` : "them";
+      words.push(`Ticks at the foot mark ${marked}.`);
+    }
     if (zeros) words.push(`${count(zeros)} zeros are not drawn.`);
     return words.join(" ");
   };

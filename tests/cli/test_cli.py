@@ -32,7 +32,7 @@ def test_analyze_prints_the_table_and_writes_what_is_asked_for(tmp_path, model, 
     shown = capsys.readouterr()
     report = checkpoint.analyze_file(model, rule=rmtjax.ranks.bema(level=0.05))
     columns = shown.out.splitlines()[0].split()
-    assert shown.out == f"{report.table(*columns)}\n"
+    assert shown.out == f"{report.table(*columns)}\n\n{report.summary}\n"
     assert {"path", "spikes", "removed", "reason"} <= {*columns}
     assert shown.err == ""  # no progress where no terminal is
     assert json.loads(files["json"].read_text())["rows"] == report.to_dict()["rows"]
@@ -115,10 +115,24 @@ def test_analyze_tells_ranks_as_they_are_or_rounded_up_as_compress_does(tmp_path
         assert cli.main([*argv]) == 0
         return capsys.readouterr().out
 
-    assert shown("analyze", model).count("1 of 60 are signal, rank 1\n") == 2
-    rounded = shown("analyze", model, "--multiple", "8")
-    assert rounded.count("1 of 60 are signal, rank 8\n") == 2
-    assert shown("compress", model, "--out", str(tmp_path / "out.safetensors")).startswith(rounded)
+    planned = shown("analyze", model)
+    assert planned.count("would be factorized: 1 of 60 are signal, rank 1\n") == 2
+    assert "2 would be factorized" in planned
+    rounded = shown("analyze", model, "--multiple", "8").partition("\n\n")[0]
+    assert rounded.count("1 of 60 are signal, rank 8") == 2
+    done = shown("compress", model, "--out", str(tmp_path / "out.safetensors"))
+    assert done.startswith(rounded.replace("would be factorized", "factorized"))
+
+
+def test_a_narrow_terminal_leaves_columns_out(model, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["analyze", model]) == 0
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    assert max(map(len, table.splitlines())) <= 60
+    head = table.splitlines()[0].split()
+    assert (head[0], head[-1]) == ("path", "reason")
+    assert "spikes" in head
+    assert "variance" not in head
 
 
 @pytest.mark.parametrize("command", ["analyze", "compress"])
@@ -136,15 +150,16 @@ def test_equal_kernels_are_timed_once(tmp_path, model, command):
 def test_a_name_in_full_makes_a_kernel_of_any_tensor(tmp_path, capsys):
     path = save(tmp_path, projection=spiked(0), mask=spiked(1))
     assert cli.main(["analyze", path, "--include", "projection"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["projection"]
+    table, _, words = capsys.readouterr().out.partition("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == ["path", "projection"]
+    assert words.startswith("Analyzed: 1 kernel with ")
 
 
 def test_a_name_in_full_may_have_brackets(tmp_path, capsys):
     path = save(tmp_path, **{"layers[0].weight": spiked(0), "layers[1].weight": spiked(1)})
     assert cli.main(["analyze", path, "--include", "layers[0].weight"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        "layers[0].weight"
-    ]
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    assert [line.split()[0] for line in table.splitlines()] == ["path", "layers[0].weight"]
 
 
 def test_hostile_names_steer_neither_the_terminal_nor_the_page(tmp_path, capsys):
@@ -153,7 +168,7 @@ def test_hostile_names_steer_neither_the_terminal_nor_the_page(tmp_path, capsys)
     assert cli.main(["analyze", save(tmp_path, **hostile), "--html", str(page)]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
-    assert len(shown.splitlines()) == 3
+    assert len(shown.partition("\n\n")[0].splitlines()) == 3
     assert "<script>x" not in page.read_text()
 
 

@@ -93,8 +93,26 @@ def test_table_is_aligned_and_says_all(report):
     head, *lines = report.table().splitlines()
     assert len(lines) == 3
     start = head.index("reason")
-    assert [line[start:] for line in lines] == [row.reason for row in report.rows]
+    would = {"keep": "", "factorize": "would be ", "truncate": "would be "}
+    assert [line[start:] for line in lines] == [would[row.action] + row.reason for row in report]
     assert str(report) == report.table()
+
+
+def test_representations_fit_a_screen(report):
+    assert len(report) == 3
+    assert all(report[row.path] is row for row in report)
+    with pytest.raises(KeyError, match="there is no kernel 'x'; there are '"):
+        report["x"]
+    with pytest.raises(KeyError, match="there is no kernel 'x'; there are '"):
+        report.plan["x"]
+    (path, row) = next((path, row) for path, row in report.plan.items() if row.spectrum)
+    few = report.plan[path], row.spectrum, row.fit, report[path]
+    assert all(len(repr(one)) < 500 and "array(" not in repr(one) for one in few)
+    many = rmtjax.Report(rmtjax.Plan({f"layers_{i}/kernel": row for i in range(100)}))
+    for text in (repr(many), repr(many.plan)):
+        assert 20 < len(text.splitlines()) < 30
+        assert "... and 80 more" in text
+    assert many._repr_html_().count("<tr>") == many.plan._repr_html_().count("<tr>") == 1 + 20
 
 
 class Cells(HTMLParser):
@@ -116,7 +134,7 @@ def test_page_is_a_table_and_escapes_paths(report):
     assert "<b>&/kernel" in page.cells
     assert "b" not in page.tags
     assert page.tags.count("tr") == 4
-    assert report.to_html() == report._repr_html_()
+    assert "<b>&/kernel" not in report._repr_html_()
 
 
 def test_empty_tree():

@@ -74,13 +74,14 @@ def test_the_spectrum_is_told_in_few_numbers(report):
     assert sum(second["counts"]) == (values <= second["stop"]).sum()
 
 
-def test_what_is_above_the_limits_is_left_out():
+def test_what_is_above_the_limits_is_told(monkeypatch):
+    monkeypatch.setattr(_page, "MOST_SPIKES", 50)
     spikes, bulk = np.linspace(200, 100, 60), np.linspace(3, 0.05, 140)
     spectrum = rmtjax.Spectrum(np.float32([*spikes, *bulk]), np.float32(200 / 300))
     fit = rmtjax.BulkFit(*np.float32([1, 3, 3.3, 0.02]), np.int32(60))
     row = rmtjax.Kept("kept", (200, 300), KernelAxes((0,), (1,)), 200, fit, spectrum)
     (found,) = data_of(rmtjax.Report(rmtjax.Plan(kernel=row)).to_page())["spectra"]
-    assert found["spikes"] == 60
+    assert found["spikes"] == found["beyond"] == 60
     assert len(found["largest"]) == _page.MOST_SPIKES
     assert sum(found["counts"]) == 140  # the bulk is not flattened by what is far away
 
