@@ -59,14 +59,17 @@ def truncation(results: output.Results) -> Figure:
         ax.plot(ranks, values, color=f"C{index}", marker=marker, label=f"seed {seed}")
         if found.curve["spikes"] is not None:
             ax.axvline(found.curve["spikes"], color=f"C{index}", linestyle="--")
+        if values:
+            name = "baseline" if index == 0 else None
+            ax.axhline(values[-1], color="0.6", linestyle=":", zorder=0, label=name)
     path = next(iter(results.seeds.values())).curve["path"]
     ax.set(
         xlabel=f"rank of {path} (dashed: number of spikes)",
         ylabel="test accuracy, %",
         title="baseline, truncated after training",
-        xscale="symlog",  # 0 is one of the ranks
     )
-    ax.set_xlim(left=0)
+    ax.set_xscale("symlog", linthresh=5)  # 0 is one of the ranks, and the next is 5
+    ax.set_xlim(0, max((rank for line in ax.lines for rank in line.get_xdata()), default=1))
     ax.legend(frameon=False)
     return figure
 

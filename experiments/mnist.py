@@ -5,9 +5,10 @@ the same schedule, each with a fresh optimizer for training and for fine-tuning.
 go to the terminal; `results.json` and the figures to the output folder.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -67,8 +68,10 @@ class Config:
     """From two on, a network more: replicas on disjoint images, merged by agreement each epoch."""
     compilation_cache: Path | None = None
     """Folder in which JAX keeps compiled programs for the next run."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/mnist")
-    """Folder for results.json and the figures."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder for results.json and the figures; by default the next free one, as runs/mnist."""
+    overwrite: bool = False
+    """Replaces the results that the folder has."""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "prune_every", "prune_start", "devices", "replicas"):
@@ -258,6 +261,7 @@ def run(config: Config, dataset: data.Dataset, console: Console) -> output.Resul
     results = output.Results(config, data.describe(dataset))
     trained = 2 + (config.replicas > 1)
     epochs = (trained * config.epochs + 3 * config.fine_tune_epochs) * len(config.seeds)
+    assert config.out is not None  # `prepare` has chosen it
     with output.progress(console, epochs) as advance:
         for seed in config.seeds:
             splits = training.to_device(dataset, config.label_noise, seed)
@@ -271,22 +275,43 @@ def run(config: Config, dataset: data.Dataset, console: Console) -> output.Resul
     return results
 
 
+def free_folder(dataset: data.Dataset, overwrite: bool) -> Path:
+    """The folder of a run without `--out`: the first that has no results, or the first of all."""
+    name = dataset.name + "-sample" * (dataset.source == "sample")
+    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    folders = (Path("runs", name + end) for end in ends)
+    return next(one for one in folders if overwrite or not (one / "results.json").exists())
+
+
+def make_folder(folder: Path, overwrite: bool) -> Path:
+    """Makes the folder of a run; raises ValueError if it has results that may not be replaced."""
+    if (folder / "results.json").exists() and not overwrite:
+        raise ValueError(
+            f"--out {folder} has the results of another run: give --overwrite to replace them, or "
+            "another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out can not be made: {error}") from error
+    return folder
+
+
 def prepare(arguments: list[str] | None, console: Console) -> tuple[Config, data.Dataset]:
     """Reads the options, makes the folder for the output and loads the data."""
     config = tyro.cli(Config, args=arguments, description=__doc__)
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out can not be made: {error}") from error
+    if config.out is not None:  # before the data, which may take a while
+        make_folder(config.out, config.overwrite)
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
     dataset = data.load(config.dataset, source=config.source, data_dir=config.data_dir)
+    folder = config.out or make_folder(free_folder(dataset, config.overwrite), config.overwrite)
     for note in dataset.notes:
         console.print(f"passed over: {note}", style="dim", highlight=False, soft_wrap=True)
     console.print(data.describe(dataset), highlight=False)
     if dataset.source == "sample":
         console.print("A sample: on 1,000 test images accuracy has a standard error of a point.")
-    return config, dataset
+    return replace(config, out=folder), dataset
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -300,7 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         results = run(config, dataset, console)
         output.show(results, console)
-        for path in (config.out / "results.json", *figures.draw(results, config.out)):
+        folder = Path(config.out or "")
+        for path in (folder / "results.json", *figures.draw(results, folder)):
             console.print(f"wrote {path}", highlight=False)
     except KeyboardInterrupt:
         console.print(

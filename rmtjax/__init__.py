@@ -1,7 +1,9 @@
 """Random matrix theory for the weights of neural networks, in JAX."""
 
 import sys as _sys
+import types as _python_types
 
+import rmtjax._help as _help
 from rmtjax import adapters, certificate, checkpoint, linen, lowrank, moments, nnx, plots
 from rmtjax._axes import Factors, KernelAxes
 from rmtjax._types import BulkFit, Spectrum
@@ -141,3 +143,9 @@ for _module in (
     tracy_widom,
 ):
     _sys.modules[f"rmtjax.{_module.__name__.rpartition('.')[2]}"] = _module
+
+# So that `dir` and `help` show what is public, in short words.
+for _name in __all__:
+    if isinstance(_module := globals()[_name], _python_types.ModuleType):
+        _help.tidy(_module)
+_help.tidy(_sys.modules[__name__])

@@ -29,6 +29,11 @@ class KernelAxes(NamedTuple):
       inputs: Axes that are contracted with the inputs, in order: the rows.
       outputs: Axes that the outputs carry, in order: the columns.
       batch: Axes over which the kernel is a stack of matrices, as under `nn.scan`.
+
+    Examples:
+      >>> import rmtjax
+      >>> rmtjax.KernelAxes(inputs=(0, 1, 2), outputs=(3,)).order  # a convolution
+      (0, 1, 2, 3)
     """
 
     inputs: tuple[int, ...]
@@ -47,6 +52,11 @@ class Factors(NamedTuple):
     Attributes:
       left: The input axes of the kernel, then the rank; batch axes first.
       right: The rank, then the output axes of the kernel; batch axes first.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> rmtjax.factorize_matrix(jnp.ones((6, 4)), 1).right.shape
+      (1, 4)
     """
 
     left: Float[Array, "*inputs r"]

@@ -1,7 +1,7 @@
 """Names for the types that several layers share, and a check of them."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,11 @@ class Spectrum(NamedTuple):
       eigenvalues: $\lambda_k = s_k^2 / n$, descending, for the singular values $s_k$
         of $W$ and $n$ its longer side. Their mean is the mean square of the entries.
       ratio: Aspect ratio $\gamma = p / n$ in (0, 1], $p$ the shorter side.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> rmtjax.spectrum(jnp.diag(jnp.array([2.0, 1.0])))
+      Spectrum(eigenvalues=float32[2] from 0.5 to 2, ratio=1)
     """
 
     eigenvalues: Float[Array, "*batch p"]
@@ -81,14 +86,23 @@ def to_state(fit: BulkFit) -> BulkFit:
     return jax.tree.map(finite, fit, none)
 
 
+def is_patterns(where: Any) -> bool:
+    """Returns True for a pattern and for a list of them, which is no tree of booleans."""
+    one = lambda item: isinstance(item, str | re.Pattern)
+    return one(where) or (isinstance(where, list | tuple) and bool(where) and all(map(one, where)))
+
+
 def check_type(name: str, value: Any, kind: type, remedy: str) -> None:
     """Raises TypeError for an argument of another type, with a remedy."""
     if not isinstance(value, kind):
         raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value).__name__}. {remedy}")
 
 
-# Chooses leaves: a function of a path such as "Dense_0/kernel" and the leaf, a regular expression
-# that is searched in the path, or a tree of booleans as optax's masks.
-Where = Callable[[str, Any], bool] | str | re.Pattern[str] | PyTree
+# A glob of a complete path such as "*/attention/*", or a regular expression: compiled, or a string
+# that begins with "re:".
+Pattern = str | re.Pattern[str]
+# Chooses leaves: a function of a path such as "Dense_0/kernel" and the leaf, a pattern, a list of
+# patterns, or a tree of booleans as optax's masks.
+Where = Callable[[str, Any], bool] | Pattern | Sequence[Pattern] | PyTree
 # Names the axes of a chosen leaf, by a function or by its path; None for one that is no matrix.
 Axes = Callable[[str, Any], KernelAxes | None] | Mapping[str, KernelAxes | None]

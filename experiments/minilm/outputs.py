@@ -22,7 +22,7 @@ from experiments import measure
 from experiments.minilm import drift, model, prose, weights, words
 from experiments.minilm.__main__ import RESULTS, rounded, save
 
-KERNELS = r"^layer_\d+/"  # the 36 of the encoder's layers
+KERNELS = r"re:^layer_\d+/"  # the 36 of the encoder's layers
 # Ranks of the trial that this study goes on from, and the shares of the parameters they leave.
 RANKS = (256, 192, 128)
 SHARES = (0.89, 0.75, 0.5)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from rmtjax._progress import Progress, showing, Step
 from rmtjax._types import Axes, Where
-from rmtjax.checkpoint import analyze_tensors, Entry, FilePath, open_tensors, Progress, Tensors
+from rmtjax.checkpoint import analyze_tensors, Entry, FilePath, open_tensors, Tensors
 from rmtjax.noise import ranks
 from rmtjax.planning import PlanOptions
 from rmtjax.report import Report
@@ -73,7 +74,7 @@ def analyze_difference(
     multiple: int = 1,
     min_size: int = 50,
     exact_below: int = 4096,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Difference:
     r"""Analyzes the change $W_{tuned} - W_{base}$ of each kernel between two checkpoints.
 
@@ -105,18 +106,19 @@ def analyze_difference(
     """
     sizes: dict[str, Any] = {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
     options = PlanOptions(rule, where=where, axes=axes, **sizes)
-    with open_difference(base, tuned) as (change, unmatched):
-        return analyze_change(change, unmatched, options, progress)
+    opened = open_difference(base, tuned)
+    with opened as (change, unmatched), showing(progress, "analyze_difference") as step:
+        return analyze_change(change, unmatched, options, step)
 
 
 def analyze_change(
-    change: Tensors, unmatched: set[str], options: PlanOptions, progress: Progress | None
+    change: Tensors, unmatched: set[str], options: PlanOptions, step: Step
 ) -> Difference:
     """Analyzes the tensors that have changed, and sorts the names of the others."""
     entries = {name: entry for name, entry in change.entries.items() if np.any(change.array(name))}
     if not entries:
         raise ValueError(f"nothing has changed in {str(change.path)!r}: give a tuned checkpoint.")
-    report = analyze_tensors(dataclasses.replace(change, entries=entries), options, progress)
+    report = analyze_tensors(dataclasses.replace(change, entries=entries), options, step)
     equal = tuple(name for name in change.entries if name not in entries)
     others = tuple(name for name in entries if name not in report.plan)
     return Difference(report, equal, others, tuple(sorted(unmatched)))

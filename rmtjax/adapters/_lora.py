@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from rmtjax._axes import Factors, MatrixView
+from rmtjax._progress import Progress, showing
 from rmtjax._types import Where
 from rmtjax.adapters._difference import analyze_change, Difference, open_difference
-from rmtjax.checkpoint import FilePath, find_leaves, Progress, read_manifest, replacing, save
+from rmtjax.checkpoint import FilePath, find_leaves, read_manifest, replacing, save
 from rmtjax.noise import ranks
 from rmtjax.planning import changed_leaves, Factorized, PlanOptions
 
@@ -61,7 +62,7 @@ def extract_lora(
     min_size: int = 50,
     exact_below: int = 4096,
     fan_in_fan_out: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Difference:
     r"""Writes what a fine-tuning has changed as a low-rank adapter (LoRA).
 
@@ -103,8 +104,9 @@ def extract_lora(
     sizes: dict[str, Any] = {"min_size": min_size, "exact_below": exact_below}
     options = PlanOptions(rule, where=where, multiple=1, **sizes)
     tensors, found = {}, {}
-    with open_difference(base, tuned) as (change, unmatched):
-        difference = analyze_change(change, unmatched, options, progress)
+    opened = open_difference(base, tuned)
+    with opened as (change, unmatched), showing(progress, "extract_lora") as step:
+        difference = analyze_change(change, unmatched, options, step)
         leaves = find_leaves(change, read_manifest(change))
         for path, row in difference.report.plan.changes.items():
             if not isinstance(row, Factorized) or len(row.shape) != 2:

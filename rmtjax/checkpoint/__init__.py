@@ -19,7 +19,6 @@ from rmtjax.checkpoint._stream import (
     analyze_file as analyze_file,
     analyze_tensors as analyze_tensors,
     compress_file as compress_file,
-    Progress as Progress,
 )
 from rmtjax.checkpoint._tensor_names import (
     find_leaves as find_leaves,

@@ -26,9 +26,17 @@ from rmtjax.checkpoint._tensors import (
     parse_object,
     reading,
     Tensors,
+    UnsupportedError,
 )
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
+# Files that people take for checkpoints, by their first bytes.
+_AGAIN = "which can run code and is not read. Save it with `safetensors.torch.save_file`"
+_FOREIGN = {
+    b"PK": f"an archive, as `torch.save` and `np.savez` write it. Torch's is a pickle, {_AGAIN}",
+    b"\x80": f"a pickle, {_AGAIN}",
+    b"\x89HDF": "an HDF5 file, as of Keras: save its arrays as .safetensors",
+}
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them
 _FIELDS = ("dtype", "shape", "data_offsets")
 Places = dict[str, tuple[Entry, int]]  # of each tensor its entry, and its offset in the file
@@ -82,9 +90,13 @@ def _read_header(file: BinaryIO) -> tuple[Places, dict[str, str]]:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise ValueError(f"it has {size} bytes, too few for a header")
-    (length,) = struct.unpack("<Q", file.read(8))
+    begin = file.read(8)
+    (length,) = struct.unpack("<Q", begin)
     # Checked before the header is read: a damaged length would fill the memory.
     if length > min(size - 8, MAX_HEADER):
+        for sign, kind in _FOREIGN.items():
+            if begin.startswith(sign):
+                raise UnsupportedError(f"it is {kind}")
         raise ValueError(
             f"its header claims {length} bytes, of {size - 8} that follow and {MAX_HEADER} allowed"
         )

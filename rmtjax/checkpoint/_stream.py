@@ -1,7 +1,7 @@
 """Analyzes and compresses checkpoint files larger than memory, a kernel at a time."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from rmtjax._axes import FactoredKernel, MatrixView
 from rmtjax._modes import in_usual_modes
+from rmtjax._progress import Progress, showing, Step
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
 from rmtjax.checkpoint._moments import check_moments
@@ -48,11 +49,9 @@ from rmtjax.planning import (
     PlanOptions,
     rows_by_path,
     study,
+    without_values,
 )
 from rmtjax.report import Report
-
-# Called before each step with the number of steps done, the number of all steps, and a path.
-Progress = Callable[[int, int, str], None]
 
 
 def _plan_kernels(
@@ -60,10 +59,13 @@ def _plan_kernels(
     manifest: Manifest,
     options: PlanOptions,
     dtype: np.dtype | None,
-    progress: Progress,
+    progress: Step,
     later: int = 0,
-) -> Plan:
-    """Returns the plan of a file, of which each kernel is read alone; `later` steps follow."""
+) -> tuple[Plan, Findings, PlanOptions]:
+    """Returns the plan of a file, and what it was made of; each kernel is read alone.
+
+    `later` steps follow in the progress.
+    """
     kernels = choose(leaves, options)
     # A kernel that was cut has lost its noise. One that was only kept is fitted like any other.
     changes = manifest.plan.changes if manifest.plan else {}
@@ -76,7 +78,7 @@ def _plan_kernels(
     if not callable(axes):
         table = axes or {}
         axes = lambda path, leaf: table[path] if path in table else guess_axes(path, leaf, tree)
-    options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes)
+    options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes, fits=fits)
     found = Findings({}, {}, {}, {}, {})
     for place, (path, leaf) in enumerate(kernels.items(), len(others)):
         progress(place, len(others) + len(kernels) + later, path)
@@ -84,7 +86,8 @@ def _plan_kernels(
         moments = options.moments and options.moments.of([path])
         alone = dataclasses.replace(options, fits=known, moments=moments, batch=None)
         found = merge_findings(found, study({path: with_dtype(leaf, dtype)}, alone))
-    return decide_all(found._replace(others=others), options)
+    found = found._replace(others=others)
+    return decide_all(found, options), without_values(found), options
 
 
 def _find_outputs(leaves: Mapping[str, Any], plan: Plan) -> dict[str, Entry]:
@@ -113,7 +116,7 @@ def _write_outputs(
     plan: Plan,
     entries: Mapping[str, Entry],
     dtype: np.dtype | None,
-    progress: Progress,
+    progress: Step,
     moments: Moments | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the name and the data of each tensor that is written, leaf by leaf."""
@@ -159,7 +162,7 @@ def analyze_file(
     moments: Moments | None = None,
     budget: Budget | float | None = None,
     dtype: DTypeLike | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Report:
     """Analyzes every kernel of a checkpoint with one in memory at a time; changes nothing.
 
@@ -179,7 +182,8 @@ def analyze_file(
         stays as it is.
       dtype: float32 or float64, for the computation. By default the dtype of the kernel, but at
         least float32, and float32 if 64 bits are switched off in jax.
-      progress: `progress(done, total, path)` is called before each kernel.
+      progress: True shows the progress on stderr. A function `progress(done, total, path)` is
+        called before each kernel.
 
     Returns:
       A `Report`, as `rmtjax.analyze` makes it of the tree.
@@ -201,21 +205,18 @@ def analyze_file(
     sizes |= {"moments": moments, "budget": budget}
     options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
     checked = check_dtype(dtype)
-    with open_tensors(path) as tensors:
-        return analyze_tensors(tensors, options, progress, checked)
+    with open_tensors(path) as tensors, showing(progress, "analyze_file") as step:
+        return analyze_tensors(tensors, options, step, checked)
 
 
 def analyze_tensors(
-    tensors: Tensors,
-    options: PlanOptions,
-    progress: Progress | None = None,
-    dtype: np.dtype | None = None,
+    tensors: Tensors, options: PlanOptions, step: Step, dtype: np.dtype | None = None
 ) -> Report:
     """Analyzes every kernel of an open checkpoint with one in memory at a time."""
     manifest = read_manifest(tensors)
     leaves = pair_adapters(find_leaves(tensors, manifest))
-    plan = _plan_kernels(leaves, manifest, options, dtype, progress or (lambda *step: None))
-    return Report(plan, count_others(leaves, plan))
+    plan, *known = _plan_kernels(leaves, manifest, options, dtype, step)
+    return Report(plan, count_others(leaves, plan), False, *known)
 
 
 @in_usual_modes
@@ -238,7 +239,7 @@ def compress_file(
     budget: Budget | float | None = None,
     mode: Literal["factorize", "truncate"] = "factorize",
     dtype: DTypeLike | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Report:
     """Writes a checkpoint whose kernels are cut to their signal, with one in memory at a time.
 
@@ -277,25 +278,12 @@ def compress_file(
       ...     print(rmtjax.checkpoint.restore(out)["Dense_0"]["kernel"].left.shape)
       (200, 8)
     """
-    options = PlanOptions(
-        rule,
-        keep,
-        shrink,
-        where,
-        axes,
-        fits,
-        min_rank,
-        multiple,
-        min_size,
-        exact_below,
-        batch,
-        moments,
-        budget,
-    )
+    sizes = min_rank, multiple, min_size, exact_below
+    options = PlanOptions(rule, keep, shrink, where, axes, fits, *sizes, batch, moments, budget)
     if mode not in ("factorize", "truncate"):
         raise ValueError(f"`mode` must be 'factorize' or 'truncate', got {mode!r}.")
-    checked, progress = check_dtype(dtype), progress or (lambda *step: None)
-    with open_tensors(path) as tensors:
+    checked = check_dtype(dtype)
+    with open_tensors(path) as tensors, showing(progress, "compress_file") as step:
         check_target(tensors, out, "`out`")
         check_regular(Path(out), "out")
         # `checkpoint.restore` and `save` tell a file from a folder by this ending.
@@ -304,7 +292,7 @@ def compress_file(
         manifest = read_manifest(tensors)
         check_codes(tensors.entries)  # before hours of work
         leaves = find_leaves(tensors, manifest)
-        plan = _plan_kernels(leaves, manifest, options, checked, progress, later=len(leaves))
+        plan, *_ = _plan_kernels(leaves, manifest, options, checked, step, later=len(leaves))
         if mode == "truncate":
             plan = plan.in_place()
         entries = _find_outputs(leaves, plan)
@@ -312,6 +300,6 @@ def compress_file(
         factors = [path for path in leaves if path not in entries and path not in parts]
         record = _last_changes(manifest, plan, rule)
         text = to_json(*record, factors=factors, entries=entries, keys=manifest.keys, parts=parts)
-        arrays = _write_outputs(leaves, plan, entries, checked, progress, moments)
+        arrays = _write_outputs(leaves, plan, entries, checked, step, moments)
         write_tensors(out, entries, arrays, {**tensors.metadata, KEY: text})
     return Report(plan, count_others(leaves, plan), applied=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rmtjax._axes import factored_axes, FactoredKernel, Factors, KernelLeaf
+from rmtjax._types import is_patterns
 from rmtjax.checkpoint._manifest import Manifest
 from rmtjax.checkpoint._tensors import Entry, StoredTensor, Tensors
 from rmtjax.planning import (
@@ -57,8 +58,10 @@ def choose(leaves: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
         where = {path: where.get(path, False) for path in leaves}
     by_path = options.axes if isinstance(options.axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel_tensor(path, leaf)
-    is_chosen = to_predicate(where, dict(leaves)) or default
-    chosen = {path: leaf for path, leaf in leaves.items() if is_chosen(path, leaf)}
+    # A pattern does not choose the moments of an optimizer, whose names end as those of kernels.
+    able = {p: leaf for p, leaf in leaves.items() if not (is_patterns(where) and is_moment(p))}
+    is_chosen = to_predicate(where, able) or default
+    chosen = {path: leaf for path, leaf in able.items() if is_chosen(path, leaf)}
     if not chosen:
         raise ValueError(nothing_chosen(leaves))
     return chosen

@@ -1,14 +1,13 @@
 """Parses and checks the arguments of the command line."""
 
 import argparse
-import fnmatch
 import os
 import re
 from collections.abc import Callable
-from typing import Any
 
 from rmtjax._version import __version__
 from rmtjax.noise import ranks
+from rmtjax.planning import matcher
 from rmtjax.report import expand_columns
 
 _EPILOG = """\
@@ -72,13 +71,10 @@ def parse_columns(text: str | None) -> tuple[str, ...]:
         raise UsageError(f"--columns {text}: {error}") from error
 
 
-def matcher(pattern: str) -> Callable[[str], Any]:
+def parse_pattern(pattern: str) -> Callable[[str], bool]:
     """Returns a test of names from a glob, or from a regular expression after "re:"."""
-    if not pattern.startswith("re:"):
-        # A complete name may have brackets, which a glob would take for a set of letters.
-        return lambda name: name == pattern or fnmatch.fnmatchcase(name, pattern)
     try:
-        return re.compile(pattern[3:]).search
+        return matcher(pattern)
     except re.error as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
 

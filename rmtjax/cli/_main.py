@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from rmtjax import adapters, checkpoint
+from rmtjax._progress import Progress
 from rmtjax._text import printable
 from rmtjax._types import Where
 from rmtjax.cli._arguments import (
@@ -22,13 +23,13 @@ from rmtjax.cli._arguments import (
     is_special,
     is_stdout,
     make_parser,
-    matcher,
     parse_columns,
+    parse_pattern,
     parse_rule,
     UsageError,
 )
 from rmtjax.noise import shrinkage
-from rmtjax.planning import PlanOptions
+from rmtjax.planning import check_matches, PlanOptions
 from rmtjax.report import Report
 
 # `removed` shows what a kernel would lose, before it is cut.
@@ -39,16 +40,10 @@ COSTS = ("parameters", "multiply_adds", "milliseconds")
 
 def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str]) -> Where | None:
     """Returns the choice of kernels by patterns; raises ValueError if one matches nothing."""
-    matchers = {pattern: matcher(pattern) for pattern in (*include, *exclude)}
-    names = list(checkpoint.find_leaves(tensors, checkpoint.read_manifest(tensors)))
-    for pattern, matches in matchers.items():
-        if not any(map(matches, names)):
-            some = ", ".join(map(repr, names[:5])) or "none"
-            cause = f"{pattern!r} matches no tensor, of {len(names)} such as {some}."
-            if not pattern.startswith("re:"):
-                cause += " A glob must match the complete name, and '*' stands for anything: "
-                cause += f"'*{pattern.strip('*./')}*' finds it anywhere in a name."
-            raise ValueError(cause)
+    matchers = {pattern: parse_pattern(pattern) for pattern in (*include, *exclude)}
+    leaves = checkpoint.find_leaves(tensors, checkpoint.read_manifest(tensors))
+    for pattern in matchers:
+        check_matches(pattern, leaves)
 
     def where(name: str, leaf: Any) -> bool:
         if any(matchers[pattern](name) for pattern in exclude):
@@ -62,8 +57,8 @@ def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str])
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """Yields a callback that shows the progress on a terminal, and clears it in the end."""
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """Yields what shows the progress on a terminal, and clears it in the end."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -71,12 +66,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-        # Without rich, each step overwrites the line: \r goes to its start, \x1b[K clears it.
-        show = lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        try:
-            yield lambda done, total, path: show(f"[{done + 1}/{total}] {printable(path)[:60]}")
-        finally:
-            show("")
+        yield True
         return
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("kernels")

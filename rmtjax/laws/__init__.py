@@ -17,4 +17,5 @@ from rmtjax.laws._finite_size import (
     noise_threshold as noise_threshold,
     roots as roots,
     rounding as rounding,
+    threshold_at as threshold_at,
 )

@@ -75,11 +75,15 @@ def noise_threshold(ratio: Scalar, size: ArrayLike, level: ArrayLike):
     $t$ is the $1 - level$ quantile of the Tracy-Widom law (Johnstone, 2001). Within the roots $n$
     and $p$ are reduced by a half, which makes the error one of second order (Ma, 2012).
     """
-    longer = size / ratio
-    centre, scale = _largest(size, longer)
     with jax.ensure_compile_time_eval() if isinstance(level, float) else nullcontext():
         quantile = tracy_widom.ppf(1 - level)  # of a number a constant, not a part of the program
-    quantile = quantile.astype(ratio.dtype)
+    return threshold_at(ratio, size, quantile.astype(ratio.dtype))
+
+
+def threshold_at(ratio: Scalar, size: ArrayLike, quantile: Scalar):
+    """Returns the value of `noise_threshold` for the quantile of its level."""
+    longer = size / ratio
+    centre, scale = _largest(size, longer)
     return (centre + quantile * scale) / longer
 
 
@@ -104,9 +108,12 @@ def critical_distance(size: int, significance: float) -> float:
     return float(np.interp(math.log(significance), logs, _DISTANCES) + 0.4 * math.log(size)) / size
 
 
-def check_level(level: float) -> None:
-    """Raises ValueError if `level` is not a probability that float32 tells from 0 and 1."""
-    if not 1e-6 <= level <= 1 - 1e-6:
+def check_level(level: float | jax.Array) -> None:
+    """Raises ValueError if `level` is not a probability that float32 tells from 0 and 1.
+
+    A traced level is not checked.
+    """
+    if not isinstance(level, jax.core.Tracer) and not 1e-6 <= level <= 1 - 1e-6:
         raise ValueError(f"`level` must be in (0, 1), from 1e-6 to 1 - 1e-6, got {level}.")
 
 

@@ -9,11 +9,12 @@ import jax
 from jaxtyping import PyTree
 
 from rmtjax._axes import MatrixView
+from rmtjax._progress import Progress, showing
 from rmtjax._types import Axes, Where
 from rmtjax.linen._apply import apply
 from rmtjax.linen._kernel_axes import kernel_axes
 from rmtjax.linen._layers import call_layers, CELLS
-from rmtjax.models import collect, Progress
+from rmtjax.models import collect
 from rmtjax.moments import Moments
 from rmtjax.planning import find_kernels, map_kernels, merge
 
@@ -46,7 +47,7 @@ def moments(
     *,
     where: Where | None = None,
     axes: Axes | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
     key: jax.Array | None = None,
     **kwargs: Any,
 ) -> Moments:
@@ -65,8 +66,8 @@ def moments(
         call. Batches of equal shapes share a compiled program. Do not pad: padding counts too.
       where: Chooses the kernels, as in `rmtjax.plan`.
       axes: As in `rmtjax.plan`. By default `rmtjax.linen.kernel_axes` of the first batch.
-      progress: `progress(done, total, "moments")` is called before each batch. `total` is -1 if
-        `batches` has no length.
+      progress: True shows the progress on stderr. A function `progress(done, total, "moments")` is
+        called before each batch. `total` is -1 if `batches` has no length.
       key: Of `jax.random`. If given, also collects the second moments G of the gradients of what
         the model returns with respect to the outputs of each kernel, along random directions. A
         cut then weighs the outputs of a kernel by what they change of those of the model. This
@@ -106,4 +107,5 @@ def moments(
         with nn.intercept_methods(_call_layers):
             return apply(module, {**variables, "params": changed}, *_as_tuple(batch), **kwargs)
 
-    return collect(run, views, variables, batches, progress, key)
+    with showing(progress, "moments") as step:
+        return collect(run, views, variables, batches, step, key)

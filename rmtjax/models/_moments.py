@@ -11,13 +11,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._progress import Step
 from rmtjax._sharding import fetch
 from rmtjax.models._products import find_uses, Tap
 from rmtjax.models._uses import Use, View
 from rmtjax.moments import Moment, Moments
 
-# Called before each batch with the number of batches done, that of all or -1, and what is done.
-Progress = Callable[[int, int, str], None]
 # A kernel with more outputs has no weights for them: the matrix of these would be large.
 _MOST = 8192
 Names = tuple[tuple[str, str], ...]  # pairs of the path of a kernel and the name of its group
@@ -137,7 +136,7 @@ def collect(
     views: Mapping[str, MatrixView],
     rest: PyTree,
     batches: Iterable[PyTree],
-    progress: Progress | None,
+    progress: Step,
     key: Any = None,
 ) -> Moments:
     """Returns the moments of the inputs of kernels, summed over batches.
@@ -189,8 +188,7 @@ def collect(
     rows: dict[str, Any] = {}
     waiting = None
     for place, batch in enumerate(batches):
-        if progress:
-            progress(place, count, "moments")
+        progress(place, count, "moments")
         draw = None if key is None else jax.random.fold_in(key, place)
         totals, state = add(totals, draw, leaves, rest, batch)
         _check_traced(traced, views)

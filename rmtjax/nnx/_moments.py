@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rmtjax._axes import MatrixView
+from rmtjax._progress import Progress, showing
 from rmtjax._types import Axes, check_type, Where
-from rmtjax.models import collect, Progress
+from rmtjax.models import collect
 from rmtjax.moments import Moments
 from rmtjax.nnx._thin import pairs_of
 from rmtjax.nnx._trees import axes_of, name_of, open_layers, to_tree, variables_of
@@ -42,7 +43,7 @@ def moments(
     call: Callable[[Any, Any], Any] = _call,
     where: Where | None = None,
     axes: Axes | None = None,
-    progress: Progress | None = None,
+    progress: Progress = None,
     key: jax.Array | None = None,
 ) -> Moments:
     r"""Collects the second moments of the inputs of each kernel, $C = \frac1N \sum x x^T$.
@@ -90,4 +91,5 @@ def moments(
                 values[index[place]] = _fit(array, values[index[place]].shape)
         return call(nnx.merge(graph, structure.unflatten(values)), batch)
 
-    return collect(run, views, [value for _, value in keys], batches, progress, key)
+    with showing(progress, "moments") as step:
+        return collect(run, views, [value for _, value in keys], batches, step, key)

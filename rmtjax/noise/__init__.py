@@ -17,6 +17,7 @@ from rmtjax.noise._pieces import (
     rescale as rescale,
     split_pieces as split_pieces,
 )
+from rmtjax.noise._rule_numbers import join_rule as join_rule, split_rule as split_rule
 from rmtjax.noise._spectral_metrics import (
     metrics_of as metrics_of,
     metrics_of_each as metrics_of_each,

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from rmtjax._modes import in_usual_modes
 from rmtjax._types import BulkFit, check_type, Count, Scalar, Spectrum
-from rmtjax.laws import bulk_law, check_level, marchenko_pastur, noise_threshold
+from rmtjax.laws import bulk_law, check_level, marchenko_pastur, threshold_at, tracy_widom
 
 # If the law does not fit, the count of spikes can grow by one a step, up to half of the ranks.
 _MAX_STEPS = 50
@@ -115,16 +115,16 @@ def _repulsion(spectrum: Spectrum, variance: Scalar, spikes: Count):
     return jnp.sum(taken) / (size - spikes)
 
 
-def _cut(spectrum: Spectrum, spikes: Count, rank, trim: float, level: float):
+def _cut(spectrum: Spectrum, spikes: Count, rank, quantile: Scalar, trim: float):
     """Returns the scale of the bulk below `spikes` spikes, and the threshold for one more."""
     size = spectrum.eigenvalues.shape[0]
     scale = match(spectrum, spikes, trim, rank)
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
-    return scale, scale * unit * noise_threshold(ratio, size - spikes, level)
+    return scale, scale * unit * threshold_at(ratio, size - spikes, quantile)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _settle(spectrum: Spectrum, rank, trim: float, level: float):
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _settle(spectrum: Spectrum, rank, quantile: Scalar, trim: float):
     """Removes spikes until no more are above; returns their number, the scale and the threshold."""
     size = spectrum.eigenvalues.shape[0]
 
@@ -134,7 +134,7 @@ def _settle(spectrum: Spectrum, rank, trim: float, level: float):
 
     def step(state):
         spikes, _, steps, *_ = state
-        scale, threshold = _cut(spectrum, spikes, rank, trim, level)
+        scale, threshold = _cut(spectrum, spikes, rank, quantile, trim)
         # More than half of the ranks would leave a bulk that is the minority.
         above = jnp.minimum(count_above(spectrum, threshold), size // 2)
         return jnp.maximum(above, spikes), spikes, steps + 1, scale, threshold
@@ -147,19 +147,20 @@ def _settle(spectrum: Spectrum, rank, trim: float, level: float):
 
 
 @_settle.defjvp
-def _settle_jvp(trim, level, primals, tangents):
-    """Differentiates the last step at a fixed count of spikes."""
+def _settle_jvp(trim, primals, tangents):
+    """Differentiates the last step at a fixed count of spikes, and a fixed level."""
     # JAX cannot differentiate a while loop in reverse mode, and the count is an integer.
-    spectrum, rank = primals
-    spikes, *values = _settle(spectrum, rank, trim, level)
-    last_step = lambda spectrum: _cut(spectrum, spikes, rank, trim, level)
+    spectrum, rank, quantile = primals
+    spikes, *values = _settle(spectrum, rank, quantile, trim)
+    last_step = lambda spectrum: _cut(spectrum, spikes, rank, quantile, trim)
     _, slopes = jax.jvp(last_step, (spectrum,), (tangents[0],))
     return (spikes, *values), (np.zeros(jnp.shape(spikes), jax.dtypes.float0), *slopes)
 
 
-@partial(jax.jit, static_argnames=("trim", "level"))
-def _fit(spectrum: Spectrum, rank, *, trim: float, level: float) -> BulkFit:
-    spikes, scale, threshold = _settle(spectrum, rank, trim, level)
+@partial(jax.jit, static_argnames="trim")
+def _fit(spectrum: Spectrum, rank, level: ArrayLike, *, trim: float) -> BulkFit:
+    quantile = tracy_widom.ppf(1 - level).astype(spectrum.ratio.dtype)
+    spikes, scale, threshold = _settle(spectrum, rank, quantile, trim)
 
     def correct(_, variance):
         # At most half of the ranks are spikes, and each takes less than the mean of one rank.
@@ -195,7 +196,7 @@ def fit_bema(
     spectrum: Spectrum,
     *,
     trim: float = 0.25,
-    level: float = 0.01,
+    level: float | jax.Array = 0.01,
     rank: Int[ArrayLike, ""] | None = None,
 ) -> BulkFit:
     r"""Fits the Marchenko-Pastur law to the bulk by eigenvalue matching (BEMA).
@@ -253,4 +254,4 @@ def fit_bema(
     check_level(level)
     check_one(spectrum)
     _check_rank(rank, spectrum.eigenvalues.shape[0])
-    return _fit(spectrum, rank, trim=trim, level=level)
+    return _fit(spectrum, rank, level, trim=trim)

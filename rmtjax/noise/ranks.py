@@ -88,6 +88,12 @@ class bema(_AboveThreshold):  # noqa: N801 - rules are called like functions, `r
       level: Probability that noise alone gives a spike, in (0, 1).
       significance: Probability that pure noise is rejected at a tolerance of 0, in [0.001, 0.5].
       tolerance: $d$, in [0, 1]. With 1, every finite spectrum with a minority of spikes passes.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+      >>> int(rmtjax.ranks.bema(level=0.05)(rmtjax.spectrum(noise.at[:, 0].add(5.0))))
+      1
     """
 
     trim: float = 0.25
@@ -129,6 +135,12 @@ class gavish_donoho(_AboveThreshold):  # noqa: N801
 
     The median assumes that less than about half of the directions are signal. Every finite
     spectrum is accepted.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+      >>> int(rmtjax.ranks.gavish_donoho()(rmtjax.spectrum(noise.at[:, 0].add(5.0))))
+      1
 
     References:
       Gavish and Donoho, IEEE Trans. Inf. Theory 60 (2014) 5040-5053,
@@ -179,6 +191,11 @@ class energy(_WithoutNoise):  # noqa: N801
 
     Attributes:
       share: Share of the sum of squares, in (0, 1].
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> int(rmtjax.ranks.energy(0.8)(rmtjax.spectrum(jnp.diag(jnp.array([3.0, 1.0, 0.1])))))
+      1
     """
 
     share: float
@@ -203,6 +220,11 @@ class fixed(_WithoutNoise):  # noqa: N801
 
     Attributes:
       rank: Number of directions, at least 1.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> int(rmtjax.ranks.fixed(16)(rmtjax.spectrum(jnp.ones((20, 30)))))
+      16
     """
 
     rank: int
@@ -214,7 +236,7 @@ class fixed(_WithoutNoise):  # noqa: N801
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
-        return jnp.asarray(min(self.rank, spectrum.eigenvalues.shape[-1]), jnp.int32)
+        return jnp.minimum(self.rank, spectrum.eigenvalues.shape[-1]).astype(jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -229,6 +251,11 @@ class size(_WithoutNoise):  # noqa: N801
     Attributes:
       share: Numbers of the factors over those of the kernel, in (0, 1).
       multiple: Ranks are multiples of it; by default the 8 of `rmtjax.plan`.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> int(rmtjax.ranks.size(0.5)(rmtjax.spectrum(jnp.ones((64, 64)))))
+      16
     """
 
     share: float

@@ -25,11 +25,13 @@ from rmtjax.planning._cost import (
 from rmtjax.planning._kernels import (
     check_chosen as check_chosen,
     check_concrete as check_concrete,
+    check_matches as check_matches,
     count_others as count_others,
     find_kernels as find_kernels,
     is_abstract as is_abstract,
     leaves_by_path as leaves_by_path,
     map_kernels as map_kernels,
+    matcher as matcher,
     NO_OTHERS as NO_OTHERS,
     nothing_chosen as nothing_chosen,
     obstacle as obstacle,
@@ -52,10 +54,12 @@ from rmtjax.planning._options import (
 )
 from rmtjax.planning._plan import (
     decide_all as decide_all,
+    judge_again as judge_again,
     make_plan as make_plan,
     plan as plan,
     trade_off as trade_off,
     TradeOff as TradeOff,
+    without_values as without_values,
 )
 from rmtjax.planning._refit import refit as refit
 from rmtjax.planning._rows import (

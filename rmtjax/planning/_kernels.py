@@ -1,9 +1,10 @@
 """Finds the kernels of a parameter tree, and the axes that make each of them a matrix."""
 
+import fnmatch
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from jaxtyping import PyTree
 
 from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, KernelLeaf, MatrixView
 from rmtjax._names import guess_axes, in_factor_layer, is_kernel, is_untold, Neighbours
-from rmtjax._types import Axes, Where
+from rmtjax._text import SCREEN
+from rmtjax._types import Axes, is_patterns, Pattern, Where
 
 # Objects that JAX takes for trees of parameters, with a hint. The rooms that know them register
 # them: this room does not import Flax.
@@ -119,10 +121,46 @@ def _from_mask(mask: PyTree, params: PyTree) -> Callable[[str, Any], bool]:
     for path, value in chosen.items():
         if not isinstance(value, bool | np.bool_):
             raise TypeError(
-                "`where` must be a function `where(path, leaf)`, a regular expression or a tree of "
-                f"booleans, got {value!r} at {path!r}."
+                "`where` must be a function `where(path, leaf)`, a glob, a list of globs or a tree "
+                f"of booleans, got {value!r} at {path!r}."
             )
     return lambda path, leaf: bool(chosen[path])
+
+
+def matcher(pattern: Pattern) -> Callable[[str], bool]:
+    """Returns a test of paths: a glob of the complete path, or a regular expression after "re:"."""
+    if isinstance(pattern, str) and not pattern.startswith("re:"):
+        # A complete name may have brackets, which a glob would take for a set of letters.
+        return lambda path: path == pattern or fnmatch.fnmatchcase(path, pattern)
+    expression = re.compile(pattern.removeprefix("re:") if isinstance(pattern, str) else pattern)
+    return lambda path: expression.search(path) is not None
+
+
+def check_matches(pattern: Pattern, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError for a pattern that matches no path, with the paths that there are."""
+    if not leaves or any(map(matcher(pattern), leaves)):
+        return
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    cause = f"{text!r} matches no tensor, of {_names(leaves)}."
+    if text is pattern and not text.startswith("re:"):
+        cause += " A glob must match the complete name, and '*' stands for anything: "
+        cause += f"'*{text.strip('*./^$')}*' finds it anywhere in a name. "
+        cause += "A regular expression begins with 're:'."
+    raise ValueError(cause)
+
+
+def _from_patterns(where: Pattern | Sequence[Pattern], params: PyTree):
+    """Returns the choice of the leaves that one of some patterns matches."""
+    patterns = [where] if isinstance(where, str | re.Pattern) else where
+    leaves = _last_leaves(params)
+    # Thin layers have other paths than those that they replace.
+    if not any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):
+        for pattern in patterns:
+            check_matches(pattern, leaves)
+    tests = [matcher(pattern) for pattern in patterns]
+    # A complete name chooses any leaf. Other patterns do not choose biases and scales.
+    able = lambda path, leaf: path in patterns or is_kernel(path, leaf) or is_untold(path, leaf)
+    return lambda path, leaf: able(path, leaf) and any(matches(path) for matches in tests)
 
 
 def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bool] | None:
@@ -131,9 +169,8 @@ def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bo
         return None
     if callable(where):
         return lambda path, leaf: bool(where(path, leaf))
-    if isinstance(where, str | re.Pattern):
-        pattern = re.compile(where)
-        return lambda path, leaf: pattern.search(path) is not None
+    if is_patterns(where):
+        return _from_patterns(where, params)
     return _from_mask(where, params)
 
 
@@ -204,10 +241,16 @@ def count_others(params: PyTree, rows: Mapping[str, Any]) -> Others:
     return Others(len(leaves), sum(math.prod(kernel_shape(leaf)) for leaf in leaves))
 
 
+def _names(leaves: Mapping[str, Any]) -> str:
+    """Returns how many leaves there are, and the first of their paths, kernels before others."""
+    known = sorted(leaves, key=lambda path: not is_kernel(path, leaves[path]))
+    some = ", ".join(map(repr, known[:SCREEN])) or "none"
+    return f"{len(known)} such as {some}{', ...' if len(known) > SCREEN else ''}"
+
+
 def nothing_chosen(leaves: Mapping[str, Any]) -> str:
     """Returns what to say of leaves among which no kernel is chosen."""
-    some = ", ".join(map(repr, list(leaves)[:5])) or "none"
-    return f"no tensor is chosen as a kernel, of {len(leaves)} such as {some}: change `where`."
+    return f"no tensor is chosen as a kernel, of {_names(leaves)}: change `where`."
 
 
 def check_chosen(kernels: Mapping[str, Any], params: PyTree) -> None:

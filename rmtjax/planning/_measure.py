@@ -1,6 +1,6 @@
 """Measures kernels: the noise and the signal in their spectra, and their outputs on data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,10 +11,20 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._axes import join_stacks, kernel_shape, KernelLeaf, MatrixView, split_stacks, Views
 from rmtjax._modes import in_usual_modes
+from rmtjax._progress import Step
 from rmtjax._sharding import beside_accelerator, fetch
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.moments import Moments, Second
-from rmtjax.noise import above_rounding, count_above, on_scale, Piece, rescale, split_pieces
+from rmtjax.noise import (
+    above_rounding,
+    count_above,
+    join_rule,
+    on_scale,
+    Piece,
+    rescale,
+    split_pieces,
+    split_rule,
+)
 from rmtjax.planning._cost import rows_by_path
 from rmtjax.planning._kernels import (
     check_chosen,
@@ -48,11 +58,15 @@ class Measurement(NamedTuple):
     populated: Int[Array, " b"]  # number of directions that may be kept: of factors, not the zeros
     live: Int[np.ndarray, "b 2"]  # number of rows and of columns that are not zero
     estimated: bool = False  # whether the bulk of the spectra is made of estimated quantiles
+    values: Values | None = None  # from which another rule can judge
 
 
 @partial(jax.jit, static_argnames=("rule", "factored"))
-def _judge(spectra: Spectrum, fits: BulkFit | None, *, rule, factored: bool) -> dict[str, Any]:
+def _judge(
+    spectra: Spectrum, fits: BulkFit | None, numbers: dict[str, Any] | None, *, rule, factored: bool
+) -> dict[str, Any]:
     """Returns what a `Measurement` says besides the spectra, by the names of its fields."""
+    rule = join_rule(rule, numbers)
     if fits is not None:
         levels = fits
     elif factored:  # what factors have left out cannot be fitted
@@ -98,15 +112,15 @@ def _judge_pieces(pieces: list[Piece], views: Views, rule, fits: Fits) -> list[d
         spectra = join_stacks([pieces[index].spectra for index in group])
         levels = [given[index] for index in group if index in given]
         with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
-            judged = _judge(
-                spectra, join_stacks(levels) if levels else None, rule=rule, factored=factored
-            )
+            base, numbers = split_rule(rule)
+            joined = join_stacks(levels) if levels else None
+            judged = _judge(spectra, joined, numbers, rule=base, factored=factored)
         sizes = [len(pieces[index].spectra.eigenvalues) for index in group]
         results |= zip(group, split_stacks(jax.device_get(judged), sizes), strict=True)
     return [results[index] for index in range(len(pieces))]
 
 
-def _measure_values(
+def measure_values(
     views: Views, values: Mapping[str, Values], rule, fits: Fits
 ) -> dict[str, Measurement]:
     """Judges the spectra of kernels."""
@@ -124,6 +138,7 @@ def _measure_values(
         usual = lambda s: np.isfinite(s.eigenvalues[:, 0]) & (s.eigenvalues[:, 0] > 0)
         held = usual(scaled) == usual(spectrum)
         known: Any = {"finite": finite, "held": held, "live": live, "estimated": estimated}
+        known["values"] = values[path]
         measured[path] = Measurement(scaled, **whole, **known)
     return measured
 
@@ -141,13 +156,13 @@ def _decides(measured: Measurement, values: Values, view: MatrixView) -> bool:
 def measure(views: Views, rule, fits: Fits, exact_below: int) -> dict[str, Measurement]:
     """Measures kernels, with the noise levels that are given for some of them."""
     values = estimated_spectra(views, exact_below)
-    measured = _measure_values(views, values, rule, fits)
+    measured = measure_values(views, values, rule, fits)
     # Where the estimate of a large kernel does not decide, the spectrum is computed.
     measured = {
         path: row for path, row in measured.items() if _decides(row, values[path], views[path])
     }
     rest = {path: view for path, view in views.items() if path not in measured}
-    measured |= _measure_values(views, spectra(rest), rule, fits)
+    measured |= measure_values(views, spectra(rest), rule, fits)
     return {path: measured[path] for path in views}
 
 
@@ -206,7 +221,7 @@ def _check_paths(name: str, by_path: Any, params: PyTree) -> None:
             )
 
 
-def _given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkFit]:
+def given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkFit]:
     """Returns the noise levels that are known, as NumPy numbers."""
     levels = jax.tree.map(np.asarray, fetch(dict(fits or {})))
     # Zeros, and an edge below 0, are how a state says NaN.
@@ -232,6 +247,7 @@ class Findings(NamedTuple):
       measured: The spectra and the noise of the others.
       losses: What cuts do to their outputs, of those that have moments.
       others: Leaves that may be kernels under another name, and were not chosen.
+      fixed_shapes: Why some kernels may be truncated, and not factorized.
     """
 
     kernels: dict[str, KernelLeaf]
@@ -239,6 +255,7 @@ class Findings(NamedTuple):
     measured: dict[str, Measurement]
     losses: dict[str, OutputLosses]
     others: dict[str, KernelLeaf]
+    fixed_shapes: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
 def merge_findings(one: Findings, other: Findings) -> Findings:
@@ -247,8 +264,18 @@ def merge_findings(one: Findings, other: Findings) -> Findings:
     return Findings(*parts)
 
 
+def _parts(views: Views, step: Step | None) -> Iterator[Views]:
+    """Yields kernels that are measured together, after a word on the first: large ones alone."""
+    paths, size = list(views), 1 if any(view.short >= 2048 for view in views.values()) else 32
+    for place in range(0, len(paths), size) if step else ():
+        step(place, len(paths), paths[place])
+        yield {path: views[path] for path in paths[place : place + size]}
+    if not step:
+        yield views
+
+
 @in_usual_modes
-def study(params: PyTree, options: PlanOptions) -> Findings:
+def study(params: PyTree, options: PlanOptions, step: Step | None = None) -> Findings:
     """Measures the kernels of a tree."""
     check_tree(params)
     # Without a word, the kernel that is meant would be fitted anew, or seen along other axes.
@@ -259,7 +286,7 @@ def study(params: PyTree, options: PlanOptions) -> Findings:
     check_chosen(kernels, params)
     others = unchosen(params, kernels) if options.where is None else {}
     rows_by_path(options.batch, kernels)  # raises an error for other paths before the work
-    given = _given_fits(options.fits, kernels)
+    given = given_fits(options.fits, kernels)
     rows: dict[str, LayerPlan] = {}
     views = {}
     for path, kernel in kernels.items():
@@ -275,6 +302,8 @@ def study(params: PyTree, options: PlanOptions) -> Findings:
         else:
             views[path] = kernel
     check_values(views)
-    measured = measure(views, options.rule, given, options.exact_below)
+    measured = {}
+    for part in _parts(views, step):
+        measured |= measure(part, options.rule, given, options.exact_below)
     losses = _all_losses(views, options.moments, leaves_by_path(params))
     return Findings(kernels, rows, measured, losses, others)

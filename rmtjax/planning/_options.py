@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from rmtjax._types import Axes, BulkFit, check_type, Where
+from rmtjax._types import Axes, BulkFit, check_type, is_patterns, Where
 from rmtjax.moments import Moments
 from rmtjax.noise import check_rule, ranks, Shrink
 from rmtjax.planning._budget import Budget, to_budget
+from rmtjax.planning._kernels import matcher
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -65,12 +66,13 @@ class PlanOptions:
             raise ValueError(
                 f"`keep` must be 0 with `shrink`, got {self.keep}: what it keeps, `shrink` removes."
             )
-        if isinstance(self.where, str):
+        where: Any = self.where if is_patterns(self.where) else ()
+        for pattern in [where] if isinstance(where, str | re.Pattern) else where:
             try:
-                re.compile(self.where)
+                matcher(pattern)
             except re.error as error:
-                words = "`where` must be a regular expression if it is a string, got"
-                raise ValueError(f"{words} {self.where!r}: {error}.") from error
+                words = "`where` must be a regular expression after 're:', got"
+                raise ValueError(f"{words} {pattern!r}: {error}.") from error
         if not (self.axes is None or callable(self.axes)):
             check_type("axes", self.axes, Mapping, "Or give a function `axes(path, leaf)`.")
         if self.fits is not None:

@@ -5,18 +5,20 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 from rmtjax._axes import KernelLeaf
 from rmtjax._modes import in_usual_modes
+from rmtjax._progress import Progress, showing
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.moments import Moments
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning._budget import Budget, path_of
 from rmtjax.planning._cost import Clock, rows_by_path, time_products, weigh
 from rmtjax.planning._decide import choices, decide, give_ranks
-from rmtjax.planning._measure import Findings, study
+from rmtjax.planning._measure import Findings, given_fits, measure_values, study
 from rmtjax.planning._options import PlanOptions
 from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan
 
@@ -48,7 +50,8 @@ def decide_all(found: Findings, options: PlanOptions, clock: Clock | None = None
         # What saves no time must not save parameters either, so the others give more.
         again = {p for p in ranks or () if p not in slow and plan[p].action != decided[p].action}
         if not again:
-            return Plan(plan | {p: _unchosen_row(leaf) for p, leaf in found.others.items()})
+            shaped = {path: in_place(plan[path], why) for path, why in found.fixed_shapes.items()}
+            return Plan(plan | shaped | {p: _unchosen_row(a) for p, a in found.others.items()})
         slow |= again
 
 
@@ -73,6 +76,7 @@ def plan(
     batch: int | Mapping[str, int] | None = None,
     moments: Moments | None = None,
     budget: Budget | float | None = None,
+    progress: Progress = None,
 ) -> Plan:
     r"""Decides the rank of each kernel of a parameter tree; changes nothing.
 
@@ -89,11 +93,12 @@ def plan(
         values that are kept. It takes the variance of the fit; under a rule without a noise level,
         the one that BEMA reports. Values below the edge, kept by `min_rank` or `multiple`, become
         0. Use it once: its result is no longer signal plus noise.
-      where: Chooses the kernels: a function `where(path, leaf)` with paths such as
-        "Dense_0/kernel", a regular expression that is searched in the path, or a tree of booleans
-        as optax's masks. By default the leaves named `kernel` or `embedding`, and with two axes or
-        more `weight` of Torch and Equinox, `w` and `embeddings` of Haiku. Other floating leaves of
-        two axes or more are kept, with a reason; vectors such as biases have no row.
+      where: Chooses the kernels: a glob of complete paths such as "encoder/*/kernel", a regular
+        expression that is compiled or begins with "re:", a list of these, a function
+        `where(path, leaf)`, or a tree of booleans as optax's masks. By default the leaves named
+        `kernel` or `embedding`, and with two axes or more `weight` of Torch and Equinox, `w` and
+        `embeddings` of Haiku. Other floating leaves of two axes or more are kept, with a reason;
+        vectors such as biases have no row.
       axes: The axes that make a kernel a matrix, as `rmtjax.KernelAxes`: a function
         `axes(path, leaf)`, or a dictionary by path, whose leaves are chosen too. By default they
         follow from names and shapes. Where these could also be those of a stack, they are not
@@ -122,6 +127,8 @@ def plan(
         The sum of the shares of energy that they lose is smallest: of outputs with moments, of
         squared entries without. The size is at most one step of a rank below it. The rule is only
         reported. Kernels whose factors are too slow, by `batch`, stay as they are.
+      progress: True shows the progress on stderr. A function `progress(done, total, path)` is
+        called before each group of kernels that is measured.
 
     Returns:
       A `Plan`: path to `Kept`, `Truncated` or `Factorized`, with a reason for every kernel chosen.
@@ -137,22 +144,28 @@ def plan(
       >>> print(rmtjax.plan(params))
       Dense_0/kernel  factorized: 1 of 200 are signal, rank 8
     """
-    options = PlanOptions(
-        rule,
-        keep,
-        shrink,
-        where,
-        axes,
-        fits,
-        min_rank,
-        multiple,
-        min_size,
-        exact_below,
-        batch,
-        moments,
-        budget,
-    )
-    return make_plan(params, options)
+    sizes = min_rank, multiple, min_size, exact_below
+    options = PlanOptions(rule, keep, shrink, where, axes, fits, *sizes, batch, moments, budget)
+    with showing(progress, "plan") as step:
+        return decide_all(study(params, options, step if progress else None), options)
+
+
+def without_values(found: Findings) -> Findings:
+    """Returns findings that hold no kernel in memory: a decision needs shapes and spectra."""
+    shape_of = lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype)
+    is_array = lambda part: isinstance(part, jax.Array | np.ndarray)
+    shapes = lambda leaf: jax.tree.map(lambda a: shape_of(a) if is_array(a) else a, leaf)
+    kernels = {p: replace(kernel, leaf=shapes(kernel.leaf)) for p, kernel in found.kernels.items()}
+    return found._replace(kernels=kernels)
+
+
+@in_usual_modes
+def judge_again(found: Findings, options: PlanOptions) -> Findings:
+    """Returns findings under another rule, from the spectra that are known."""
+    values: Any = {path: row.values for path, row in found.measured.items()}
+    views: Any = {path: found.kernels[path] for path in values}
+    given = given_fits(options.fits, found.kernels)
+    return found._replace(measured=measure_values(views, values, options.rule, given))
 
 
 @dataclass(frozen=True, eq=False)

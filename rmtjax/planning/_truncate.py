@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from rmtjax._axes import Factors, is_factors, KernelAxes, MatrixView, to_stack, Views
 from rmtjax._modes import in_usual_modes
+from rmtjax._progress import Progress, showing, Step
 from rmtjax._sharding import place_factors, place_like
 from rmtjax._types import check_type
 from rmtjax.moments import Moments
@@ -127,22 +128,27 @@ def _check_moments(plan: Plan, moments: Moments | None) -> None:
         )
 
 
-def _change(params: PyTree, plan: Plan, moments: Moments | None) -> PyTree:
+def _change(params: PyTree, plan: Plan, moments: Moments | None, step: Step) -> PyTree:
     """Returns the tree with the leaves that the plan changes."""
     check_tree(params)
     _check_moments(plan, moments)
     if is_abstract(params):
-        return jax.eval_shape(lambda tree: _change(tree, plan, moments), params)
+        return jax.eval_shape(lambda tree: _change(tree, plan, moments, step), params)
     leaves = leaves_by_path(params)
     check_plan_fits(plan, leaves)
     rows = plan.changes
     views = {path: MatrixView(path, leaves[path], row.axes) for path, row in rows.items()}
-    changed = dict(changed_leaves(views, rows, moments, leaves))
+    changed = {}
+    for place, (path, leaf) in enumerate(changed_leaves(views, rows, moments, leaves)):
+        step(place, len(views), path)
+        changed[path] = leaf
     return map_kernels(lambda path, leaf: changed[path], params, changed)
 
 
 @in_usual_modes
-def truncate(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> PyTree:
+def truncate(
+    params: PyTree, plan: Plan, *, moments: Moments | None = None, progress: Progress = None
+) -> PyTree:
     """Lowers the rank of each kernel as planned; shapes and dtypes stay.
 
     Factors keep their shapes too. Their last directions become 0 in both, and no gradient moves
@@ -154,6 +160,8 @@ def truncate(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> P
         through it.
       moments: Those that the plan was made with, if any. Kernels with moments keep the directions
         of their outputs with most energy.
+      progress: True shows the progress on stderr. A function `progress(done, total, path)` is
+        called for each kernel.
 
     Returns:
       The tree; leaves that are kept are the same objects.
@@ -170,11 +178,14 @@ def truncate(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> P
       ((80, 60), 16)
     """
     check_plan(plan)
-    return _change(params, plan.in_place(), moments)
+    with showing(progress, "truncate") as step:
+        return _change(params, plan.in_place(), moments, step)
 
 
 @in_usual_modes
-def factorize(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> PyTree:
+def factorize(
+    params: PyTree, plan: Plan, *, moments: Moments | None = None, progress: Progress = None
+) -> PyTree:
     """Replaces each kernel by two thin factors where the plan says they are smaller.
 
     The tree computes what `truncate(params, plan)` computes. Kernels whose factors would not be
@@ -182,7 +193,7 @@ def factorize(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> 
     `rmtjax.linen.apply`.
 
     Args:
-      params, plan, moments: As in `truncate`, which also tells the errors.
+      params, plan, moments, progress: As in `truncate`, which also tells the errors.
 
     Returns:
       The smaller tree, with `Factors(left, right)` in the place of a kernel. They also replace
@@ -198,7 +209,8 @@ def factorize(params: PyTree, plan: Plan, *, moments: Moments | None = None) -> 
     # The box names the axes of the dense kernel, which factors do not have.
     boxed = lambda node: hasattr(node, "replace_boxed") and is_factors(node.value)
     unbox = lambda node: node.value if boxed(node) else node
-    thin = _change(params, plan, moments)
+    with showing(progress, "factorize") as step:
+        thin = _change(params, plan, moments, step)
     return jax.tree.map(unbox, thin, is_leaf=lambda node: boxed(node) or is_factors(node))
 
 

@@ -131,9 +131,11 @@ def esd(
         if drawn.zeros:
             ax.set_ylim(top=max(ax.get_ylim()[1], 1.05 * float(np.max(law[1]))))
     if drawn.edge > 0:
-        ax.axvline(drawn.edge, color=BLUE, linestyle=":", label="edge")
+        # Often the two are one pixel apart: the edge has the upper half, the threshold the lower.
+        ax.axvline(drawn.edge, ymin=0.5, color=BLUE, linestyle=":", label="edge")
     if drawn.threshold > 0:
-        ax.axvline(drawn.threshold, color=VERMILION, linestyle="--", label="threshold")
+        cut = {"color": VERMILION, "linestyle": "--", "label": "threshold"}
+        ax.axvline(drawn.threshold, ymax=0.5 if drawn.edge > 0 else 1, **cut)
     if drawn.zeros:
         ax.plot([], [], " ", label=f"{drawn.zeros} zeros not drawn")
     return finish(ax, _SCALED, "density", title)

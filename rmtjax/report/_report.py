@@ -12,6 +12,7 @@ from typing import Any, TYPE_CHECKING
 
 from jaxtyping import PyTree
 
+from rmtjax._progress import Progress, showing
 from rmtjax._text import align, html_table, no_such_path, printable, SCREEN
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.moments import Moments
@@ -20,11 +21,15 @@ from rmtjax.planning import (
     add_costs,
     Cost,
     count_others,
-    make_plan,
+    decide_all,
+    Findings,
+    judge_again,
     NO_OTHERS,
     Others,
     Plan,
     PlanOptions,
+    study,
+    without_values,
 )
 from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics
 from rmtjax.report._page import render
@@ -60,11 +65,15 @@ class Report:
       plan: The plan behind the report, with the spectra.
       others: How many tensors have no row, such as biases and scales, and the numbers in them.
       applied: Whether the plan was carried out. If not, tables say "would be factorized".
+      findings: What was measured of the kernels, without their values; None for a plan alone.
+      options: The options of the plan.
     """
 
     plan: Plan
     others: Others = NO_OTHERS
     applied: bool = False
+    findings: Findings | None = None
+    options: PlanOptions | None = None
 
     # Cached, because every form of the report asks for them. A frozen dataclass allows it: the
     # cache writes into `__dict__`, and not by `setattr`.
@@ -87,6 +96,34 @@ class Report:
         if row is None:
             raise no_such_path(path, self.plan)
         return row
+
+    def replan(self, rule: ranks.RankRule) -> "Report":
+        """Returns the report under another rank rule, from the spectra that it has.
+
+        No spectrum is computed, and another number of a rule compiles nothing. Kernels that the
+        first rule could not judge, such as factors without a noise level, stay as they are.
+
+        Args:
+          rule: A rank rule of `rmtjax.ranks`.
+
+        Raises:
+          ValueError: The report was made of a plan alone.
+
+        Examples:
+          >>> import jax, rmtjax
+          >>> report = rmtjax.analyze({"kernel": jax.random.normal(jax.random.key(0), (80, 60))})
+          >>> report.replan(rmtjax.ranks.fixed(16)).rows[0].rank
+          16
+        """
+        if self.findings is None or self.options is None:
+            raise ValueError(
+                "`replan` needs the spectra of a report of `analyze` or `analyze_file`, got one of "
+                "a plan alone: call `rmtjax.analyze(params)`."
+            )
+        options = replace(self.options, rule=rule)
+        found = judge_again(self.findings, options)
+        known: Any = {"findings": found, "options": options}
+        return replace(self, plan=decide_all(found, options), applied=False, **known)
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -249,12 +286,13 @@ def analyze(
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
     moments: Moments | None = None,
+    progress: Progress = None,
 ) -> Report:
     """Analyzes every kernel of a parameter tree; changes nothing.
 
     Args:
       params: Nested dictionaries of arrays, as `module.init(...)["params"]`.
-      rule, where, axes, fits, min_size, exact_below, batch, moments: As in `rmtjax.plan`.
+      rule, where, axes, fits, min_size, exact_below, batch, moments, progress: As in `rmtjax.plan`.
 
     Returns:
       A `Report`. Ranks are not rounded up to a multiple, and kernels under `min_size` have rows
@@ -273,5 +311,7 @@ def analyze(
     sizes: dict[str, Any] = {"multiple": 1, "min_size": min_size, "exact_below": exact_below}
     known: dict[str, Any] = {"where": where, "axes": axes, "fits": fits, "moments": moments}
     options = PlanOptions(rule, batch=batch, **known, **sizes)
-    plan = make_plan(params, options)
-    return Report(plan, count_others(params, plan))
+    with showing(progress, "analyze") as step:
+        found = study(params, options, step if progress else None)
+        plan = decide_all(found, options)
+    return Report(plan, count_others(params, plan), False, without_values(found), options)

@@ -1,5 +1,6 @@
 """Reads the states of transforms in the state of an optimizer: metrics and noise levels."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -175,6 +176,18 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     return {name: number for numbers in by_path.values() for name, number in numbers.items()}
 
 
+def _warn_if_lost(landed: Mapping[str, Any]) -> None:
+    """Warns of cuts that another transform has undone."""
+    known = {p: a for p, a in landed.items() if not isinstance(a, jax.core.Tracer)}
+    lost = [path for path, there in jax.device_get(known).items() if not np.all(there)]
+    if lost:
+        warnings.warn(
+            f"the last cut of {lost[0]!r} is not in the parameters ({len(lost)} such kernels). Put "
+            "`prune_spectrum` last in `optax.chain`, outside wrappers that rescale or average.",
+            stacklevel=3,
+        )
+
+
 @in_usual_modes
 def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
     """Returns the noise level that a transform carries for each kernel.
@@ -192,6 +205,9 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       and the threshold is a floor, below the directions that had to stay: no rule of a `plan` goes
       further. At -1 it keeps the kernel.
 
+    Warns:
+      UserWarning: A cut of `prune_spectrum` is not in the parameters.
+
     Examples:
       >>> import jax, optax, rmtjax
       >>> params = {"kernel": 1.0 + jax.random.normal(jax.random.key(1), (80, 60))}
@@ -206,4 +222,5 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
     for state in _find_states(opt_state, tuple(_LEVELS), names):
         for path, fit in _LEVELS[type(state)](state).items():
             _add(levels, path, {path: BulkFit(*map(jnp.asarray, fit))})
+        _warn_if_lost(getattr(state, "landed", {}))
     return levels

@@ -101,7 +101,7 @@ def test_kernels_are_chosen_by_paths_patterns_and_functions(tmp_path):
     names = ("a.weight", "b.weight", "c.mask")
     path = write(tmp_path / "a.safetensors", dict.fromkeys(names, spiked(0)))
     for where, chosen in (
-        (r"^[bc]\.", ["b.weight", "c.mask"]),
+        (r"re:^[bc]\.", ["b.weight", "c.mask"]),
         ({"c.mask": True, "a.weight": False}, ["c.mask"]),
         (lambda path, leaf: path == "a.weight" and np.asarray(leaf).shape == (80, 60), names[:1]),
     ):

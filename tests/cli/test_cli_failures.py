@@ -69,7 +69,7 @@ def test_help_and_version(capsys, argv, shown):
         (["analyze", "model.safetensors", "--include", "c.*"], "'c.*' matches no tensor, of 3"),
         (
             ["analyze", "model.safetensors", "--include", "weight"],
-            ", 'b.weight'. A glob must match the complete name, and '*' stands for anything: "
+            ", 'b.bias'. A glob must match the complete name, and '*' stands for anything: "
             "'*weight*' finds",
         ),
         (["compress", "model.safetensors", "--out", "out"], "give 'out.safetensors'"),

@@ -179,6 +179,20 @@ def refuse(*arguments):
     raise ConnectionError("no net here")
 
 
+def test_no_run_overwrites_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sample = data.load("fashion_mnist", source="sample")
+    real = sample._replace(name="mnist", source="idx")
+    for end in ("", "-2", "-3"):
+        for dataset, name in ((sample, "fashion_mnist-sample"), (real, "mnist")):
+            folder = mnist.make_folder(mnist.free_folder(dataset, overwrite=False), overwrite=False)
+            assert folder.as_posix() == f"runs/{name}{end}"
+            (folder / "results.json").touch()
+    assert mnist.free_folder(real, overwrite=True).as_posix() == "runs/mnist"
+    assert mnist.main(["--out", "runs/mnist"]) == 2
+    assert "runs/mnist has the results of another run: give --overwrite" in capsys.readouterr().out
+
+
 def test_output_folder_is_made_before_anything_else(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert mnist.main(["--out", str(tmp_path / "file" / "out")]) == 2

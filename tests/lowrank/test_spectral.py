@@ -298,7 +298,7 @@ def test_nnx_gates_as_a_stack_need_factors():
     model = nnx.OptimizedLSTMCell(12, 16, rngs=nnx.Rngs(0))
     tree = nnx_params(model, gates="each")
     axes = {"dense_h/kernel": STACK}
-    held = to_spectral(tree, where="dense_h", axes=axes)
+    held = to_spectral(tree, where="*dense_h*", axes=axes)
     with pytest.raises(ValueError, match="has `SpectralFactors` for 'dense_h/kernel', and Linear"):
         rmtjax.nnx.replace(model, held)
 

@@ -74,8 +74,9 @@ def test_where_chooses_leaves_by_path_and_shape():
         ValueError, match=r"no tensor is chosen as a kernel, of 4 such as 'a/kernel'"
     ):
         chosen(where=lambda path, leaf: False)
-    assert chosen(where="^b/") == ["b/bias", "b/kernel"]
-    assert chosen(where=re.compile("table|bias")) == ["a/table", "b/bias"]
+    assert chosen(where="b/*") == ["b/kernel"]  # vectors are chosen by their complete names
+    assert chosen(where=["b/bias", "re:^b/k"]) == ["b/bias", "b/kernel"]
+    assert chosen(where=re.compile("table|bias")) == ["a/table"]
     mask = {"a": {"kernel": True, "table": False}, "b": False}  # a prefix, as optax's masks
     assert chosen(where=mask) == ["a/kernel"]
 
@@ -83,7 +84,9 @@ def test_where_chooses_leaves_by_path_and_shape():
 @pytest.mark.parametrize(
     ("where", "error", "words"),
     [
-        ("(", ValueError, "`where` must be a regular expression if it is a string, got '\\('"),
+        ("re:(", ValueError, r"`where` must be a regular expression after 're:', got 're:\('"),
+        ("kern", ValueError, r"'kern' matches no tensor, of 1 such as 'kernel'\. .*'\*kern\*'"),
+        (["kernel", "b"], ValueError, "'b' matches no tensor, of 1 such as 'kernel'"),
         ({"a": True}, ValueError, "`where` must be a tree of booleans with the structure"),
         ({"kernel": 1.0}, TypeError, "`where` must be a function .* got 1.0 at 'kernel'"),
     ],

@@ -62,7 +62,7 @@ PASSING = {
 @pytest.mark.filterwarnings("ignore:.*will never change a kernel")
 @pytest.mark.parametrize("params", PASSING.values(), ids=PASSING)
 def test_a_tree_without_kernels_passes(params):
-    optimizer = agree(2, start=2, where="")
+    optimizer = agree(2, start=2, where="*")
     updates, state = optimizer.update(params, optimizer.init(params), params)
     assert jax.tree.all(jax.tree.map(lambda new, old: new is old, updates, params))
     assert not state.start

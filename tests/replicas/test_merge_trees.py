@@ -184,7 +184,9 @@ def test_factors_with_nan_are_nan_and_of_a_rank_above_the_sides_are_padded():
 
 def test_where_leaves_a_kernel_to_be_averaged():
     start = {"a": {"kernel": KERNEL}, "b": {"kernel": KERNEL}}
-    merged = merge_replicas(start, {"a": {"kernel": KERNELS}, "b": {"kernel": KERNELS}}, where="^a")
+    merged = merge_replicas(
+        start, {"a": {"kernel": KERNELS}, "b": {"kernel": KERNELS}}, where="a/*"
+    )
     assert list(merged.kept) == ["a/kernel"]
     np.testing.assert_allclose(
         merged.params["b"]["kernel"], KERNELS.mean(axis=0), rtol=1e-4, atol=1e-6

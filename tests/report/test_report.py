@@ -163,7 +163,7 @@ def test_what_has_no_row_is_counted():
 
 
 def test_options_reach_the_plan(params):
-    options = {"rule": rmtjax.ranks.fixed(7), "where": "^Dense_0/kernel"}
+    options = {"rule": rmtjax.ranks.fixed(7), "where": "re:^Dense_0/kernel"}
     (row,) = rmtjax.analyze(params, **options, min_size=81).rows
     assert row.reason == "kept: short side 80 under 81"
     (row,) = rmtjax.analyze(params, **options).rows

@@ -60,7 +60,8 @@ def test_what_changes_updates_again_is_noticed_at_the_next_step(name):
     params, state = train(FIRST[name], steps=3)
     assert landed(state) == [False, False]
     assert set(ranks_of(state).values()) == {64}
-    fits = rmtjax.noise_levels(state)
+    with pytest.warns(UserWarning, match="is not in the parameters .* Put `prune_spectrum` last"):
+        fits = rmtjax.noise_levels(state)
     assert all(fit.threshold == 0 for fit in fits.values())
     # A plan fits the kernels as they are.
     plan, anew = rmtjax.plan(params, fits=fits), rmtjax.plan(params)

@@ -28,12 +28,12 @@ def entries(learning_rate: Rate):
 
 # All leaves are kernels, however small. Nothing is cut from them, so that the optimizers converge.
 def spectrum_of_all(learning_rate: Rate):
-    prune = rmtjax.prune_spectrum(every=1000, keep=1.0, where="", min_size=1)
+    prune = rmtjax.prune_spectrum(every=1000, keep=1.0, where="*", min_size=1)
     return optax.chain(optax.adam(learning_rate), prune)
 
 
 def entries_of_all(learning_rate: Rate):
-    prune = rmtjax.prune_entries(every=1000, sparsity=0.0, where="")
+    prune = rmtjax.prune_entries(every=1000, sparsity=0.0, where="*")
     return optax.chain(optax.adam(learning_rate), prune)
 
 
@@ -43,12 +43,12 @@ def halves(learning_rate: Rate):
 
 # All changes are kept, so that the optimizers converge.
 def halves_of_all(learning_rate: Rate):
-    return optax.chain(optax.adam(learning_rate), rmtjax.agree(every=10, rest=1.0, where=""))
+    return optax.chain(optax.adam(learning_rate), rmtjax.agree(every=10, rest=1.0, where="*"))
 
 
 # Steps of no length, so that the optimizers converge.
 def tails_of_all(learning_rate: Rate):
-    options = {"rule": rmtjax.ranks.fixed(1), "where": "", "min_size": 1}
+    options = {"rule": rmtjax.ranks.fixed(1), "where": "*", "min_size": 1}
     shrink = rmtjax.lowrank.shrink_tail(every=10, strength=0.0, **options)
     return optax.chain(optax.adam(learning_rate), shrink)
 
@@ -64,7 +64,7 @@ def pull(learning_rate: Rate):
 
 # The target is what is pulled, so that the optimizers converge.
 def pull_of_all(learning_rate: Rate):
-    return optax.chain(rmtjax.admm(lambda kernel: kernel, where=""), optax.adam(learning_rate))
+    return optax.chain(rmtjax.admm(lambda kernel: kernel, where="*"), optax.adam(learning_rate))
 
 
 def exchange(learning_rate: Rate):
@@ -73,7 +73,7 @@ def exchange(learning_rate: Rate):
 
 # All entries stay, so that the optimizers converge.
 def exchange_of_all(learning_rate: Rate):
-    return rmtjax.drop_and_grow(optax.adam(learning_rate), every=1000, density=1.0, where="")
+    return rmtjax.drop_and_grow(optax.adam(learning_rate), every=1000, density=1.0, where="*")
 
 
 def mean(learning_rate: Rate):

@@ -135,7 +135,9 @@ def test_optax_flatten_hides_the_kernels_but_works(make):
 MASK = {"a": {"kernel": True, "bias": False}, "b": {"kernel": False}}
 WHERES = {
     "function": lambda path, leaf: path.startswith("a/") and leaf.ndim == 2,
-    "expression": "^a/k",
+    "glob": "a/k*",
+    "expression": "re:^a/k",
+    "list": ["a/kernel"],
     "mask": MASK,
     "prefix": {"a": MASK["a"], "b": False},
 }

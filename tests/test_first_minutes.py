@@ -1,0 +1,80 @@
+"""The first five minutes: progress, words, another rule, and the mistakes that people make."""
+
+import inspect
+import logging
+import pickle
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rmtjax
+from rmtjax import checkpoint, ranks
+from rmtjax.planning import _measure
+
+NOISE = np.random.default_rng(0).standard_normal((2, 60, 80), np.float32)
+NOISE[:, :2] *= 20
+PARAMS = {f"layers_{i}": {"kernel": NOISE[i]} for i in range(2)}
+
+
+def test_progress_and_words_are_quiet_by_default_and_come_when_asked(capsys, caplog):
+    plan = rmtjax.plan(PARAMS)
+    rmtjax.factorize(PARAMS, plan)
+    assert capsys.readouterr() == ("", "")
+    seen = []
+    with caplog.at_level(logging.INFO, "rmtjax"):
+        rmtjax.plan(PARAMS, progress=lambda *step: seen.append(step))
+        rmtjax.factorize(PARAMS, plan, progress=True)
+    assert seen == [(0, 2, "layers_0/kernel")]  # small kernels are measured together
+    assert "[2/2] layers_1/kernel" in capsys.readouterr().err
+    words = [record.getMessage().partition(" took ")[0] for record in caplog.records]
+    assert words == ["plan", "factorize"]
+
+
+def test_another_rule_compiles_nothing_and_a_report_plans_again():
+    report = rmtjax.analyze(PARAMS)
+    compiled = _measure._judge._cache_size()
+    for rule in (ranks.fixed(32), ranks.energy(0.9), ranks.bema(level=0.1), ranks.size(0.4)):
+        assert report.replan(rule).rows == rmtjax.analyze(PARAMS, rule=rule).rows
+    held = np.cumsum(np.linalg.svd(NOISE[0], compute_uv=False) ** 2)
+    ranks_of = [report.replan(rule).rows[0].rank for rule in (ranks.fixed(32), ranks.energy(0.97))]
+    assert ranks_of == [32, 1 + int((held < 0.97 * held[-1]).sum())]
+    assert _measure._judge._cache_size() == compiled
+    with pytest.raises(ValueError, match="`replan` needs the spectra of a report of `analyze`"):
+        rmtjax.Report(report.plan).replan(ranks.fixed(2))
+
+
+def test_dir_and_help_are_short():
+    assert dir(rmtjax.linen) == ["KernelTable", "apply", "factorized", "kernel_axes", "moments"]
+    assert dir(rmtjax) == sorted(rmtjax.__all__)
+    for name in rmtjax.__all__:
+        value = getattr(rmtjax, name)
+        shown = str(inspect.signature(value)) if inspect.isfunction(value) else ""
+        assert not [word for word in ("Union", "jaxtyping", "jaxlib", "rmtjax.") if word in shown]
+    assert str(inspect.signature(rmtjax.truncate_matrix)) == (
+        "(matrix: Array, rank: Array | int) -> Array"
+    )
+
+
+def test_a_plan_under_jit_says_where_to_make_it():
+    with pytest.raises(TypeError, match="make the plan outside `jit`"):
+        jax.jit(rmtjax.plan)(PARAMS)
+
+
+def test_a_pickle_says_how_to_save_it(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match=r"it is a pickle, .* `safetensors.torch.save_file`"):
+        checkpoint.analyze_file(path)
+    path.write_bytes(b"PK\x03\x04" + bytes(100) + b"\x00" * 8)
+    with pytest.raises(ValueError, match=r"`torch.save` .* `safetensors.torch.save_file`"):
+        checkpoint.restore(path)
+
+
+def test_a_module_on_thin_parameters_says_how_to_run_it():
+    thin = {"kernel": rmtjax.factorize_matrix(NOISE[0], 4)}
+    with pytest.raises(Exception, match="is expected to generate shape") as caught:
+        nn.Dense(80, use_bias=False).apply({"params": thin}, jnp.ones((2, 60)))
+    assert any("`rmtjax.linen.apply(module, variables" in note for note in caught.value.__notes__)
