@@ -37,7 +37,17 @@ from rmtjax.replicas import (
     Merged,
     replicate,
 )
-from rmtjax.report import analyze, Entry, find_traps, Report, Row, Spike, Traps
+from rmtjax.report import (
+    analyze,
+    Entry,
+    find_traps,
+    mask,
+    most_signal,
+    Report,
+    Row,
+    Spike,
+    Traps,
+)
 from rmtjax.sparse import (
     admm,
     AdmmState,
@@ -104,11 +114,13 @@ __all__ = [
     "linen",
     "lowrank",
     "marchenko_pastur",
+    "mask",
     "merge",
     "merge_replicas",
     "metrics",
     "metrics_of",
     "moments",
+    "most_signal",
     "nnx",
     "noise_levels",
     "patterns",

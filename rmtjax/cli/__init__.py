@@ -1,6 +1,6 @@
-"""The command line: `rmtjax analyze`, `rmtjax compress` and `rmtjax diff`.
+"""The command line: `rmtjax analyze`, `compress`, `select` and `diff`.
 
-A path to a checkpoint comes in. A table, a report or a smaller checkpoint goes out.
+Paths to checkpoints come in. A table, a report, a list or a smaller checkpoint goes out.
 """
 
 from rmtjax.cli._main import main as main

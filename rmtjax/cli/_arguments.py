@@ -1,6 +1,7 @@
 """Parses and checks the arguments of the command line."""
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ examples:
   rmtjax compress model.safetensors --out thin.safetensors
   rmtjax compress model.safetensors --out low.safetensors --mode truncate --exclude '*embed*'
   rmtjax compress model.safetensors --out small.safetensors --budget 0.75 --moments m.safetensors
+  rmtjax select model.safetensors --top 25% --form axolotl
   rmtjax diff base.safetensors tuned.safetensors --lora adapter
 
 exit codes:
@@ -61,6 +63,17 @@ def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.Rank
         return rule(kind(number)) if kind else rule(**options)
     except ValueError as error:
         raise UsageError(f"--rule {text}: {error}") from error
+
+
+def parse_share(text: str) -> float:
+    """Returns a share in (0, 1] from a text such as "25%" or "0.25"."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share such as 25% or 0.25, got {text!r}")
+    return share
 
 
 def parse_columns(text: str | None) -> tuple[str, ...]:
@@ -156,6 +169,13 @@ def _add_diff(command: argparse.ArgumentParser) -> None:
     add("--fan-in-fan-out", action="store_true", help=stored)
 
 
+def _add_select(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--top", type=parse_share, default=0.25, help="share of each kind, as 25%% (default)")
+    forms = "names (default), json, or axolotl: its `unfrozen_parameters`"
+    add("--form", choices=("names", "json", "axolotl"), default="names", help=forms)
+
+
 def _add_compress(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--out", required=True, metavar="OUT", help="file to write, NAME.safetensors")
@@ -178,6 +198,11 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text, multiple in (
         ("analyze", "a row for each kernel: its noise, its spikes, its rank", 1),
         ("compress", "writes a checkpoint whose kernels are cut to their spikes", 8),
+        (
+            "select",
+            "names the kernels with most signal, to train these alone",
+            1,
+        ),
         ("diff", "what a fine-tuning has changed, a row for each kernel, or as an adapter", 1),
     ):
         command = commands.add_parser(name, help=text, description=text, **layout)
@@ -188,8 +213,8 @@ def make_parser() -> argparse.ArgumentParser:
         else:
             _add_model(command)
         _add_common(command, multiple, "TUNED" if name == "diff" else "FILE")
-        if name == "compress":
-            _add_compress(command)
+        if name in ("compress", "select"):
+            {"compress": _add_compress, "select": _add_select}[name](command)
         # For faults that come up later: the usage that is printed is that of the command.
         command.set_defaults(refuse=command.error)
     return parser

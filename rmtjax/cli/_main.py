@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,7 +32,7 @@ from rmtjax.cli._arguments import (
 )
 from rmtjax.noise import shrinkage
 from rmtjax.planning import check_matches, PlanOptions
-from rmtjax.report import Report
+from rmtjax.report import most_signal, Report
 
 # `removed` shows what a kernel would lose, before it is cut.
 FITTED = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
@@ -73,7 +75,7 @@ def _progress(quiet: bool) -> Iterator[Progress]:
         yield lambda done, total, path: bar.update(task, completed=done, total=total)
 
 
-def _show(report: Report, args: argparse.Namespace) -> None:
+def _show(report: Report, args: argparse.Namespace, table: bool) -> None:
     """Writes the reports, and prints the table."""
     page = lambda: report.to_page(f"rmtjax {args.command} {printable(args.file)}")
     columns = parse_columns(args.columns)
@@ -87,7 +89,7 @@ def _show(report: Report, args: argparse.Namespace) -> None:
         # A pipe or a device stays, and is written into. A file is replaced.
         with open(path, "wb") if is_special(path) else checkpoint.replacing(Path(path)) as file:
             file.write(text.encode())
-    if not args.quiet:
+    if table and not args.quiet:
         timed = report.totals.milliseconds is not None
         by_output = any(row.removed_outputs is not None for row in report.rows)
         shown = columns or (
@@ -131,11 +133,24 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Cal
         found = _diff(args, options)
         return found.report, lambda: _tell(found)
     options["dtype"] = args.dtype
-    if args.command == "analyze":
-        return checkpoint.analyze_file(args.file, **options), str
+    if args.command != "compress":
+        report = checkpoint.analyze_file(args.file, **options)
+        return report, lambda: _list(report, args) if args.command == "select" else ""
     report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
     sizes = lambda: (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
     return report, lambda: "\n{} -> {}\n".format(*sizes())
+
+
+def _list(report: Report, args: argparse.Namespace) -> str:
+    """Returns the kernels with most signal in the form that another program reads."""
+    names = most_signal(report, args.top)
+    if args.form == "json":
+        return json.dumps(names, indent=2) + "\n"
+    if args.form == "names":
+        return "".join(f"{printable(name)}\n" for name in names)
+    # Patterns of names. A text of JSON is also one of YAML.
+    patterns = (json.dumps(f"^{re.escape(name)}$") for name in names)
+    return "unfrozen_parameters:" + "".join(f"\n- {pattern}" for pattern in patterns) + "\n"
 
 
 def _diff(args: argparse.Namespace, options: dict[str, Any]) -> adapters.Difference:
@@ -172,7 +187,7 @@ def _work(args: argparse.Namespace) -> None:
         report, words = _run(args, options | {"progress": progress})
     # A report on stdout must be all that is there, so that a program can read it.
     args.quiet |= any(is_stdout(path) for _, path in args.reports)
-    _show(report, args)
+    _show(report, args, table=args.command != "select")
     if not args.quiet:
         print(words(), end="", flush=True)
 
