@@ -35,6 +35,36 @@ class Spectrum(NamedTuple):
     __repr__ = brief_fields
 
 
+@jax.tree_util.register_pytree_node_class
+class LiveSpectrum(Spectrum):
+    """The spectrum of a matrix without its rows and columns of zeros, for compiled programs.
+
+    Only the first `size` eigenvalues are those of what is left, whose ratio it has. Zeros follow,
+    since shapes must not depend on values.
+    """
+
+    size: Int[Array, ""]
+
+    def __new__(cls, eigenvalues, ratio, size):
+        spectrum = super().__new__(cls, eigenvalues, ratio)
+        spectrum.size = size
+        return spectrum
+
+    def tree_flatten(self):
+        """Returns the arrays."""
+        return (self.eigenvalues, self.ratio, self.size), None
+
+    @classmethod
+    def tree_unflatten(cls, _, arrays):
+        """Returns a spectrum of arrays."""
+        return cls(*arrays)
+
+
+def size_of(spectrum: Spectrum) -> Any:
+    """Returns the number of directions that a law is about: an integer, or a traced one."""
+    return getattr(spectrum, "size", spectrum.eigenvalues.shape[-1])
+
+
 class BulkFit(NamedTuple):
     r"""The Marchenko-Pastur bulk of a spectrum, and what stands out of it.
 

@@ -20,6 +20,15 @@ TRANSFORMS = {
     "prune_spectrum": lambda: rmtjax.prune_spectrum(2, rule=ranks.fixed(4)),
     "prune_entries": lambda: rmtjax.prune_entries(0.5, every=2),
     "agree": lambda: rmtjax.agree(2),
+    "others": lambda: rmtjax.drop_and_grow(
+        optax.chain(
+            rmtjax.admm(jnp.sign, every=2),
+            rmtjax.lowrank.shrink_tail(2, strength=0.1, rule=ranks.fixed(4)),
+            rmtjax.average_params(1),
+        ),
+        every=2,
+        density=0.5,
+    ),
 }
 
 
@@ -77,8 +86,8 @@ SLOW_MODES = {
     "infinity": lambda: jax.debug_infs(True),
     "x64": lambda: jax.enable_x64(True),
     "leaks": jax.checking_leaks,
+    "no jit": jax.disable_jit,
 }
-# Not yet: `disable_jit`, under which some values are no arrays of JAX.
 
 
 @pytest.fixture(scope="module")

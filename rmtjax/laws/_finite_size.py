@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,10 +103,11 @@ def noise_above(ratio: Scalar, size: ArrayLike, cut: Scalar):
     return jnp.maximum(bulk, alarm * cut / size)
 
 
-def critical_distance(size: int, significance: float) -> float:
+def critical_distance(size: Any, significance: float) -> Any:
     """Returns the distance that noise of `size` ranks exceeds with probability `significance`."""
-    logs = np.log(_SIGNIFICANCES)
-    return float(np.interp(math.log(significance), logs, _DISTANCES) + 0.4 * math.log(size)) / size
+    log = math.log(size) if isinstance(size, int) else jnp.log(size)
+    base = float(np.interp(math.log(significance), np.log(_SIGNIFICANCES), _DISTANCES))
+    return (base + 0.4 * log) / size
 
 
 def check_level(level: float | jax.Array) -> None:

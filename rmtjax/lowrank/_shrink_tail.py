@@ -17,7 +17,7 @@ from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, BulkFit, from_state, no_fit, to_state, Where
 from rmtjax.lowrank._judge import EACH
 from rmtjax.lowrank._tail import beyond, check_strength, shrink_beyond
-from rmtjax.noise import check_rule, ranks
+from rmtjax.noise import check_rule, fit_live, ranks
 from rmtjax.planning import (
     check_count,
     find_kernels,
@@ -26,13 +26,14 @@ from rmtjax.planning import (
     obstacle,
     warn_if_idle,
 )
-from rmtjax.spectra import decompose, from_singular_values
+from rmtjax.spectra import decompose, from_singular_values, times_power, to_unit
 from rmtjax.training import (
     by_field,
     is_due,
     is_placeholder,
     map_alike,
     moving_kernels,
+    on_true_scale,
     register_state,
 )
 
@@ -49,12 +50,15 @@ class ShrinkState(NamedTuple):
       ranks: Path to the cut of the last shrinking step: the directions that it left. Full before,
         and where nothing was shrunk.
       removed: Path to the share of the squares that the last shrinking step has removed.
+      exponents: Path to that of the power of two over which the noise level is that of the kernel;
+        0 unless its squares could leave the range of float32.
     """
 
     step: Int[Array, ""]
     fits: dict[str, BulkFit]
     ranks: dict[str, Int[Array, "..."]]
     removed: dict[str, Float[Array, "..."]]
+    exponents: dict[str, Int[Array, "..."]]
 
 
 class _Kernel(NamedTuple):
@@ -63,14 +67,15 @@ class _Kernel(NamedTuple):
     fit: BulkFit
     rank: Int[Array, "..."]
     removed: Float[Array, "..."]
+    exponent: Int[Array, "..."]
 
 
 def _fresh(view: MatrixView) -> _Kernel:
     """Returns the state of a kernel before the first step."""
     shape = (view.stack,) if view.axes.batch else ()
     dtype = jnp.promote_types(view.dtype, jnp.float32)
-    full, removed = jnp.full(shape, view.short, jnp.int32), jnp.zeros(shape, dtype)
-    return _Kernel(no_fit(shape, dtype), full, removed)
+    full, exponent = jnp.full(shape, view.short, jnp.int32), jnp.zeros(shape, jnp.int32)
+    return _Kernel(no_fit(shape, dtype), full, jnp.zeros(shape, dtype), exponent)
 
 
 def _find_cut(s, matrices, fit: BulkFit, rule: ranks.RankRule):
@@ -79,8 +84,7 @@ def _find_cut(s, matrices, fit: BulkFit, rule: ranks.RankRule):
     if rule.needs_noise:
         # What a step has shrunk is no noise of the law any more, so the first level is carried.
         known = jnp.isfinite(fit.threshold)
-        fresh = jax.vmap(rule.fit, in_axes=(EACH,))(spectra)
-        accepted = jax.vmap(rule.accepts, in_axes=(EACH, 0))(spectra, fresh)
+        fresh, accepted = fit_live(rule, spectra, matrices)
         pick = lambda new, old: jnp.where(accepted & ~known, new, old)
         fit, reliable = jax.tree.map(pick, fresh, fit), reliable & (known | accepted)
     rank = jax.vmap(rule, in_axes=(EACH, 0))(spectra, fit)
@@ -90,17 +94,22 @@ def _find_cut(s, matrices, fit: BulkFit, rule: ranks.RankRule):
 
 def _shrink_stack(matrices: Float[Array, "b m n"], state: _Kernel, strength, rule):
     """Returns a stack after a proximal step, which matrices it changes, and the new state."""
+    # Each matrix on its scale: squares of very large and small values leave float32.
+    known, fresh = jnp.isfinite(state.fit.threshold), jax.vmap(to_unit)(matrices)[1]
+    exponent = jnp.where(known, state.exponent, fresh)
+    matrices = times_power(matrices, -exponent[:, None, None])
+    strength = times_power(jnp.asarray(strength, matrices.dtype), -exponent)[:, None]
     u, s, _ = decompose(matrices)
     rank, ready, fit = _find_cut(s, matrices, state.fit, rule)
     ready &= rank < s.shape[-1]
     rank = jnp.where(ready, rank, s.shape[-1])
-    lower = shrink_beyond(matrices, u, s, rank, strength)
+    lower = times_power(shrink_beyond(matrices, u, s, rank, strength), exponent[:, None, None])
     # Relative to the largest value no square overflows or underflows, and their sum is at least 1.
     largest = jnp.maximum(s[:, :1], jnp.finfo(s.dtype).tiny)
     before, after = (s / largest) ** 2, (jnp.maximum(s - strength, 0) / largest) ** 2
     lost = jnp.sum(jnp.where(beyond(s, rank), before - after, 0), axis=-1)
     removed = jnp.where(ready, lost / jnp.maximum(jnp.sum(before, axis=-1), 1), 0)
-    return lower, ready, _Kernel(fit, rank, removed)
+    return lower, ready, _Kernel(fit, rank, removed, exponent)
 
 
 def _shrink_kernel(kernel, update, state: _Kernel, strength, axes: KernelAxes, rule):
@@ -178,6 +187,9 @@ def shrink_tail(
       `rmtjax.noise_levels` read its state. Under `vmap` with a batched state every step costs a
       decomposition.
 
+    Warns:
+      UserWarning: `init` finds no kernel that can be shrunk.
+
     Raises:
       ValueError: A number is out of range, or `update` was called without `params` or with a kernel
         that `init` did not get.
@@ -226,8 +238,7 @@ def shrink_tail(
         if is_placeholder(params):
             return ShrinkState._make([step] * len(ShrinkState._fields))
         views = find(params)
-        if not views:
-            warn_if_idle("shrink_tail", find_kernels(params, where, axes), params, min_size)
+        warn_if_idle("shrink_tail", views, params, where, axes, min_size)
         return ShrinkState(step, *by_field(_Kernel, {p: _fresh(view) for p, view in views.items()}))
 
     @in_usual_modes
@@ -253,5 +264,5 @@ def shrink_tail(
 register_state(
     ShrinkState,
     lambda state: {"cut": state.ranks, "shrunk": state.removed},
-    levels=lambda state: state.fits,
+    levels=lambda state: on_true_scale(state.fits, state.exponents),
 )

@@ -12,6 +12,8 @@ from rmtjax.noise._bema import (
     fit_bema as fit_bema,
 )
 from rmtjax.noise._pieces import (
+    fit_live as fit_live,
+    live_spectra as live_spectra,
     on_scale as on_scale,
     Piece as Piece,
     rescale as rescale,

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from rmtjax._modes import in_usual_modes
-from rmtjax._types import BulkFit, check_type, Count, Scalar, Spectrum
+from rmtjax._types import BulkFit, check_type, Count, Scalar, size_of, Spectrum
 from rmtjax.laws import bulk_law, check_level, marchenko_pastur, threshold_at, tracy_widom
 
 # If the law does not fit, the count of spikes can grow by one a step, up to half of the ranks.
@@ -49,18 +49,25 @@ def above_rounding(spectrum: Spectrum, variance: Scalar):
     return variance > unit**2 * spectrum.eigenvalues[..., 0]
 
 
+def _ascending(spectrum: Spectrum):
+    """Returns the eigenvalues, ascending; zeros of rows and columns of zeros come last."""
+    ascending = spectrum.eigenvalues[::-1]
+    dead = len(ascending) - size_of(spectrum)
+    return ascending if isinstance(dead, int) else jnp.roll(ascending, -dead)
+
+
 def ks_distance(spectrum: Spectrum, scale: Scalar, spikes: Count, rank=None):
     r"""Returns the Kolmogorov-Smirnov distance between the noise ranks and the law.
 
     With m noise ranks, ascending, it is
     $\max_i |F(\lambda_{(i)}) - (i + 1/2) / m| + 1 / (2 m)$, which covers both sides of each step.
     """
-    size = spectrum.eigenvalues.shape[0]
+    size = size_of(spectrum)
     kept = size if rank is None else rank
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     safe = jnp.where(scale > 0, scale, 1.0)  # The law needs a positive variance.
-    law = marchenko_pastur.cdf(spectrum.eigenvalues[::-1], ratio, safe * unit)
-    ranks = jnp.arange(size)
+    law = marchenko_pastur.cdf(_ascending(spectrum), ratio, safe * unit)
+    ranks = jnp.arange(spectrum.eigenvalues.shape[0])
     noise = (ranks >= size - kept) & (ranks < size - spikes)
     positions = (ranks.astype(ratio.dtype) + 0.5) / (size - spikes)  # those of spikes exceed 1
     gaps = jnp.where(noise, jnp.abs(law - positions), 0)
@@ -73,12 +80,12 @@ def match(spectrum: Spectrum, spikes: Count, trim: float, rank=None) -> Scalar:
 
     The result is NaN if a truncation to `rank` left fewer than `_MIN_RANKS` of them.
     """
-    size = spectrum.eigenvalues.shape[0]
+    size = size_of(spectrum)
     kept = size if rank is None else rank
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     # NumPy multiplies in float64. A float32 product can round to the other side of an integer.
     # Both ends are tables over the number of noise ranks, because that number is traced.
-    counts = np.arange(size + 1)
+    counts = np.arange(spectrum.eigenvalues.shape[0] + 1)
     first = np.floor(trim * counts).astype(np.int32)
     last = np.maximum(np.floor((1 - trim) * counts).astype(np.int32), first + 1)
     noise = size - spikes
@@ -89,7 +96,7 @@ def match(spectrum: Spectrum, spikes: Count, trim: float, rank=None) -> Scalar:
     positions = jnp.where(inside, (ranks.astype(ratio.dtype) + 0.5) / noise, 0.5)
     quantiles = marchenko_pastur.noise_quantiles(positions, ratio, unit, noise)
     quantiles = jnp.where(inside, quantiles, 0)
-    window = lax.dynamic_slice_in_dim(spectrum.eigenvalues[::-1], begin, width)
+    window = lax.dynamic_slice_in_dim(_ascending(spectrum), begin, width)
     slope = jnp.sum(quantiles * window) / jnp.sum(quantiles**2)
     needed = jnp.where(jnp.asarray(kept) < size, _MIN_RANKS, 1)
     return jnp.where(jnp.sum(inside) >= needed, slope, jnp.nan)
@@ -102,10 +109,13 @@ def _repulsion(spectrum: Spectrum, variance: Scalar, spikes: Count):
     $\lambda / \sigma^2 = \ell^2 + 1 + \gamma + \gamma / \ell^2$. The first term is the signal,
     the next two are the noise of its row and column, and the last one comes out of the bulk.
     """
-    size = spectrum.eigenvalues.shape[0]
+    size = size_of(spectrum)
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     excess = spectrum.eigenvalues / (variance * unit) - 1 - ratio  # l^2 + ratio / l^2
-    spike, floor = jnp.arange(size) < spikes, 2 * jnp.sqrt(ratio)  # floor: at the detection limit
+    spike, floor = (
+        jnp.arange(len(excess)) < spikes,
+        2 * jnp.sqrt(ratio),
+    )  # floor: at the detection limit
     # The root has no derivative at 0, and a NaN in the branch that `where` drops would still
     # reach the gradient. Any value beyond the floor is finite there.
     beyond = spike & (excess > floor)
@@ -117,7 +127,7 @@ def _repulsion(spectrum: Spectrum, variance: Scalar, spikes: Count):
 
 def _cut(spectrum: Spectrum, spikes: Count, rank, quantile: Scalar, trim: float):
     """Returns the scale of the bulk below `spikes` spikes, and the threshold for one more."""
-    size = spectrum.eigenvalues.shape[0]
+    size = size_of(spectrum)
     scale = match(spectrum, spikes, trim, rank)
     ratio, unit = bulk_law(spectrum.ratio, size, spikes)
     return scale, scale * unit * threshold_at(ratio, size - spikes, quantile)
@@ -126,7 +136,7 @@ def _cut(spectrum: Spectrum, spikes: Count, rank, quantile: Scalar, trim: float)
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _settle(spectrum: Spectrum, rank, quantile: Scalar, trim: float):
     """Removes spikes until no more are above; returns their number, the scale and the threshold."""
-    size = spectrum.eigenvalues.shape[0]
+    size = size_of(spectrum)
 
     def grows(state):
         above, spikes, steps, *_ = state
@@ -175,7 +185,7 @@ def bulk_fit(
     spectrum: Spectrum, variance: Scalar, threshold: Scalar, scale: Scalar, spikes: Count, rank=None
 ) -> BulkFit:
     """Returns the `BulkFit` of a noise level and a threshold, by whichever rule."""
-    ratio, unit = bulk_law(spectrum.ratio, spectrum.eigenvalues.shape[0], spikes)
+    ratio, unit = bulk_law(spectrum.ratio, size_of(spectrum), spikes)
     return BulkFit(
         variance=variance,
         edge=scale * marchenko_pastur.support(ratio, unit)[1],

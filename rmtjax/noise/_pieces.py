@@ -6,11 +6,13 @@ leave float32, so such a kernel is judged over a power of two, and its fit is mo
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from rmtjax._axes import MatrixView
-from rmtjax._types import BulkFit, Spectrum
+from rmtjax._types import BulkFit, LiveSpectrum, Spectrum
 
 
 class Piece(NamedTuple):
@@ -61,6 +63,32 @@ def rescale(fits: BulkFit, piece: Piece, *, back: bool) -> BulkFit:
         return fits._replace(
             variance=move(fits.variance), edge=along(fits.edge), threshold=along(fits.threshold)
         )
+
+
+def live_spectra(spectra: Spectrum, matrices: Float[Array, "b m n"]) -> tuple[LiveSpectrum, Array]:
+    """Returns spectra of a stack as those of the rows and columns that are not zero, in a program.
+
+    And the longer sides of these over that of the stack. A matrix of zeros keeps its sides.
+    """
+    present, sides = matrices != 0, matrices.shape[1:]
+    live = [present.any(axis).sum(-1, dtype=jnp.int32) for axis in (2, 1)]
+    live = [jnp.where(live[0] > 0, one, side) for one, side in zip(live, sides, strict=True)]
+    short, long = jnp.minimum(*live), jnp.maximum(*live)
+    dtype = spectra.eigenvalues.dtype
+    share, ratio = long.astype(dtype) / max(sides), short.astype(dtype) / long.astype(dtype)
+    return LiveSpectrum(spectra.eigenvalues / share[:, None], ratio, short), share
+
+
+def fit_live(rule: Any, spectra: Spectrum, matrices: Float[Array, "b m n"], rank: Any = None):
+    """Returns the noise in a stack without its zeros, and whether a rule accepts it, in a program.
+
+    The scale of the fits is that of the whole matrices, as in a plan.
+    """
+    live, share = live_spectra(spectra, matrices)
+    kept = None if rank is None else jnp.minimum(rank, live.size)
+    fits = jax.vmap(lambda spectrum, rank: rule.fit(spectrum, rank))(live, kept)
+    accepted = jax.vmap(rule.accepts)(live, fits)
+    return fits._replace(edge=fits.edge * share, threshold=fits.threshold * share), accepted
 
 
 def on_scale(spectrum: Spectrum, exponent: np.ndarray) -> Spectrum:

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from rmtjax._modes import in_usual_modes
-from rmtjax._types import BulkFit, Spectrum
+from rmtjax._types import BulkFit, size_of, Spectrum
 from rmtjax.laws import check_level, check_significance, critical_distance, marchenko_pastur
 from rmtjax.noise._bema import above_rounding, bulk_fit, check_trim, count_above, fit_bema
 
@@ -115,7 +115,7 @@ class bema(_AboveThreshold):  # noqa: N801 - rules are called like functions, `r
 
     def accepts(self, spectrum: Spectrum, fit: BulkFit) -> Bool[Array, ""]:
         """Returns True if the law fits. A spectrum that is not finite or has no noise fails."""
-        size = spectrum.eigenvalues.shape[-1]
+        size = size_of(spectrum)
         close = fit.distance <= critical_distance(size, self.significance) + self.tolerance
         # Below 10 ranks, one or two true spikes can already be a half.
         few = (fit.num_spikes < size // 2) | (size < 10)
@@ -151,10 +151,10 @@ class gavish_donoho(_AboveThreshold):  # noqa: N801
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
         """Takes the noise level from the median eigenvalue and the threshold from its formula."""
         ratio = spectrum.ratio
-        median = jnp.median(spectrum.eigenvalues)
+        size = size_of(spectrum)
+        median = jnp.mean(spectrum.eigenvalues[jnp.asarray([(size - 1) // 2, size // 2])])
         variance = median / marchenko_pastur.ppf(jnp.asarray(0.5, ratio.dtype), ratio)
         if rank is not None:  # The median of a truncated spectrum must be a value that was kept.
-            size = spectrum.eigenvalues.shape[-1]
             variance = jnp.where(2 * jnp.asarray(rank) > size + 1, variance, jnp.nan)
         root = jnp.sqrt(ratio**2 + 14 * ratio + 1)
         threshold = variance * (2 * (ratio + 1) + 8 * ratio / (ratio + 1 + root))

@@ -260,16 +260,26 @@ def check_chosen(kernels: Mapping[str, Any], params: PyTree) -> None:
         raise ValueError(nothing_chosen(leaves))
 
 
-def warn_if_idle(transform: str, kernels: Mapping[str, KernelLeaf], params: PyTree, least: int):
-    """Warns that a transform has no kernel to change, with the cause.
+def warn_if_idle(
+    transform: str,
+    found: Any,
+    params: PyTree,
+    where: Where | None,
+    axes: Any = None,
+    least: int = 1,
+) -> None:
+    """Warns if a transform has found no kernel to change, with the cause.
 
     Args:
       transform: Its name.
-      kernels: The kernels that were chosen, none of which it can change.
+      found: The kernels that it can change, by path.
       params: The tree.
+      where, axes: Its options.
       least: The smallest short side that it changes.
     """
-    leaves = _last_leaves(params)
+    if found:
+        return
+    kernels, leaves = find_kernels(params, where, axes), _last_leaves(params)
     if not leaves:
         return  # as in a group of `optax.partition` without members
     if any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):

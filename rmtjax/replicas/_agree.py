@@ -23,7 +23,7 @@ from rmtjax.planning import (
     obstacle,
     warn_if_idle,
 )
-from rmtjax.spectra import cross_validate
+from rmtjax.spectra import cross_validate, times_power, to_unit
 from rmtjax.training import (
     by_field,
     is_due,
@@ -90,11 +90,12 @@ def _agree(kernel, update, period: _Period, rest, axes: KernelAxes):
     landed = view.leaf + update.astype(dtype)
     start, middle = period.start.astype(dtype), period.middle.astype(dtype)
     stack = lambda leaf: MatrixView("", leaf, axes).matrices()
-    halves = jnp.stack([stack(middle - start), stack(landed - middle)])
+    # Squares of very large and very small changes leave the range of float32.
+    halves, power = to_unit(jnp.stack([stack(middle - start), stack(landed - middle)]))
     agreed, ranks = cross_validate(halves)
     agreed = 2 * agreed  # each half estimates what half a period teaches
     change = jnp.sum(halves, axis=0)
-    kept, share = view.from_matrices(agreed), jnp.asarray(rest, dtype)
+    kept, share = view.from_matrices(times_power(agreed, power)), jnp.asarray(rest, dtype)
     target = start + kept + share * (landed - start - kept)
     # A kernel that is not finite must not hide that, nor a failed decomposition spoil a kernel.
     fine = jnp.isfinite(agreed).all() & period.seen
@@ -193,6 +194,9 @@ def agree(
       `static_args`). Under `vmap` with a batched state every step costs a decomposition. A kernel
       whose change is not finite passes unchanged.
 
+    Warns:
+      UserWarning: `init` finds no kernel that can be merged.
+
     Raises:
       ValueError: A number is out of range, or `update` was called without `params` or with a kernel
         that `init` did not get.
@@ -240,8 +244,7 @@ def agree(
         if is_placeholder(params):
             return AgreeState._make([step] * len(AgreeState._fields))
         views = find(params)
-        if not views:
-            warn_if_idle("agree", find_kernels(params, where, axes), params, 1)
+        warn_if_idle("agree", views, params, where, axes)
         periods = {path: _fresh(view.leaf) for path, view in views.items()}
         return AgreeState(step, *by_field(_Period, periods))
 

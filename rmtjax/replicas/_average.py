@@ -9,7 +9,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from rmtjax.planning import check_count
+from rmtjax._modes import in_usual_modes
+from rmtjax.planning import check_count, is_abstract
 from rmtjax.spectra import lift
 from rmtjax.training import is_placeholder
 
@@ -102,7 +103,10 @@ def average_params(
     """
     check_count("patience", patience)
 
+    @in_usual_modes
     def init_fn(params: PyTree) -> AverageState:
+        if is_abstract(params):
+            return jax.eval_shape(init_fn, params)
         flags = jnp.zeros((), bool), jnp.full((patience,), _HIGHEST), jnp.asarray(_HIGHEST)
         if is_placeholder(params):
             return AverageState(*flags, params, flags[0])
@@ -112,6 +116,7 @@ def average_params(
         copy = lambda leaf: jnp.copy(wide(jnp.asarray(leaf, jnp.result_type(leaf))))
         return AverageState(*flags, jax.tree.map(copy, params), jax.tree.map(count, params))
 
+    @in_usual_modes
     def update_fn(updates, state, params=None, *, value: ArrayLike | None = None, **extra_args):
         del extra_args
         if params is None:

@@ -12,8 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, Where
-from rmtjax.planning import check_count, map_kernels
+from rmtjax.planning import check_count, is_abstract, map_kernels, warn_if_idle
 from rmtjax.sparse.projections import find_projected, project_kernel, Projection
 from rmtjax.spectra import lift
 from rmtjax.training import (
@@ -145,6 +146,9 @@ def admm(
       `masked`, `partition`, `MultiSteps` and `inject_hyperparams` (with callables as
       `static_args`).
 
+    Warns:
+      UserWarning: `init` finds no kernel that can be projected.
+
     Raises:
       ValueError, TypeError: A number is out of range, `projection` is not a function, or `update`
         was called without `params` or with a kernel that `init` did not get.
@@ -173,13 +177,19 @@ def admm(
         raise ValueError(f"`rho` must be above 0 and finite, got {rho}.")
     find_views = lambda params: find_projected(params, projection, where, axes)
 
+    @in_usual_modes
     def init_fn(params: PyTree) -> AdmmState:
+        if is_abstract(params):
+            return jax.eval_shape(init_fn, params)
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
             return AdmmState._make([step] * len(AdmmState._fields))
-        duals = {path: _fresh(view.leaf) for path, (view, _) in find_views(params).items()}
+        found = find_views(params)
+        warn_if_idle("admm", found, params, where, axes)
+        duals = {path: _fresh(view.leaf) for path, (view, _) in found.items()}
         return AdmmState(step, *by_field(_Dual, duals))
 
+    @in_usual_modes
     def update_fn(updates, state, params: Any = None, **extra_args):
         del extra_args
         found, chosen = moving_kernels(updates, params, find_views, state.targets)

@@ -11,8 +11,16 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, Where
-from rmtjax.planning import check_count, check_share, map_kernels, path_name
+from rmtjax.planning import (
+    check_count,
+    check_share,
+    is_abstract,
+    map_kernels,
+    path_name,
+    warn_if_idle,
+)
 from rmtjax.sparse._densities import (
     cell_gates,
     check_density,
@@ -182,6 +190,9 @@ def drop_and_grow(
       in `update` and passes extra arguments on. It works inside `masked`, `partition`, `MultiSteps`
       and `inject_hyperparams` (with `inner`, callables and strings as `static_args`).
 
+    Warns:
+      UserWarning: `init` finds no kernel that can be masked.
+
     Raises:
       ValueError, TypeError: An argument is not as described, `mask` is for another tree, or
         `update` was called without `params` or with a kernel that `init` did not get.
@@ -215,6 +226,7 @@ def drop_and_grow(
 
     def first_masks(params: PyTree) -> Masks:
         kernels = find(params)
+        warn_if_idle("drop_and_grow", kernels, params, where)
         if mask is not None:
             # The user's mask must outlive a state that is donated to `jit`.
             return jax.tree.map(jnp.copy, pick_masks(mask, kernels))
@@ -224,20 +236,31 @@ def drop_and_grow(
         key = jax.random.fold_in(jax.random.key(seed), 0)
         return random_masks(kernels, densities, to_groups(kernels, group), key)
 
-    def init_fn(params: PyTree) -> DropAndGrowState:
+    # The optimizer inside runs in the modes of its caller.
+    @in_usual_modes
+    def first_state(params: PyTree) -> SparseState:
         step = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
-            return DropAndGrowState(SparseState(step, step, step), inner.init(params))  # pyright: ignore[reportArgumentType]
+            return SparseState(step, step, step)  # pyright: ignore[reportArgumentType]
         masks = first_masks(params)
         moved = {path: jnp.zeros((), jnp.float32) for path in masks}
-        return DropAndGrowState(SparseState(step, masks, moved), inner.init(params))
+        return SparseState(step, masks, moved)
 
-    def update_fn(updates, state, params: Any = None, **extra_args):
-        sparse: SparseState = state.sparse
-        kernels, gradients = moving_kernels(updates, params, find, sparse.masks)
-        hide = lambda path, g: jnp.where(sparse.masks[path], g, jnp.zeros_like(g))
-        thin = map_kernels(hide, updates, gradients)
-        moves, inner_state = inner.update(thin, state.inner_state, params, **extra_args)
+    def init_fn(params: PyTree) -> DropAndGrowState:
+        if is_abstract(params):
+            return jax.eval_shape(init_fn, params)
+        return DropAndGrowState(first_state(params), inner.init(params))
+
+    @in_usual_modes
+    def hide(updates, params, masks: Masks):
+        """Returns the kernels that have an update, their gradients, and masked updates."""
+        kernels, gradients = moving_kernels(updates, params, find, masks)
+        zero = lambda path, g: jnp.where(masks[path], g, jnp.zeros_like(g))
+        return kernels, gradients, map_kernels(zero, updates, gradients)
+
+    @in_usual_modes
+    def exchange(moves, inner_state, params, sparse: SparseState, kernels, gradients):
+        """Returns updates that land on zero where a mask is False, and the new state."""
         step = jnp.asarray(optax.safe_increment(sparse.step))
         if not kernels:
             return moves, DropAndGrowState(sparse._replace(step=step), inner_state)
@@ -261,6 +284,11 @@ def drop_and_grow(
         inner_state = _mask_moments(inner, inner_state, params, stays)
         sparse = SparseState(step, {**sparse.masks, **masks}, {**sparse.moved, **moved})
         return moves, DropAndGrowState(sparse, inner_state)
+
+    def update_fn(updates, state, params: Any = None, **extra_args):
+        kernels, gradients, thin = hide(updates, params, state.sparse.masks)
+        moves, inner_state = inner.update(thin, state.inner_state, params, **extra_args)
+        return exchange(moves, inner_state, params, state.sparse, kernels, gradients)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -124,7 +124,8 @@ def _cuts(keys: Keys, groups: Groups, counts: Int[Array, " g"]):
         return jnp.zeros_like(counts).at[np.array([groups[path] for path in keys])].add(parts)
 
     def narrow(index, cuts):
-        trial = cuts | (jnp.ones((), dtype) << (bits - 1 - index).astype(dtype))
+        # Without `jit` the index is an integer of Python.
+        trial = cuts | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - index, dtype))
         return jnp.where(below(trial) <= counts, trial, cuts)
 
     cuts = lax.fori_loop(0, bits, narrow, jnp.zeros(counts.shape, dtype))

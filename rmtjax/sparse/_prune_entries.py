@@ -15,7 +15,6 @@ from rmtjax._types import Axes, Where
 from rmtjax.planning import (
     check_count,
     check_share,
-    find_kernels,
     is_abstract,
     map_kernels,
     warn_if_idle,
@@ -154,6 +153,9 @@ def prune_entries(
       `masked` and `partition` the sparsity is that of their share of the tree. Updates keep their
       dtype: if it has fewer bits than that of the parameters, zeros are exact after a few steps.
 
+    Warns:
+      UserWarning: `init` finds no kernel that can be pruned.
+
     Raises:
       ValueError: A number is out of range, `mask` or `budget` is for another tree, or `update` was
         called without `params` or with a kernel that `init` did not get.
@@ -201,8 +203,7 @@ def prune_entries(
         if is_placeholder(params):
             return PruneEntriesState(step, step, selecting, goal)  # pyright: ignore[reportArgumentType]
         kernels = find(params)
-        if not kernels:
-            warn_if_idle("prune_entries", find_kernels(params, where), params, 1)
+        warn_if_idle("prune_entries", kernels, params, where)
         masks = pick_masks(mask, kernels)
         check_size(masks)
         choose(params, masks)

@@ -39,4 +39,6 @@ from rmtjax.spectra._spectrum import (
     lift as lift,
     matmul as matmul,
     spectrum as spectrum,
+    times_power as times_power,
+    to_unit as to_unit,
 )

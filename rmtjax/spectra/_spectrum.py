@@ -166,6 +166,13 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     return by_compiler(_spectrum, matrix)
 
 
+def times_power(array: Float[Array, "..."], exponent: Any) -> Array:
+    """Returns an array times a power of two, exactly."""
+    # In two steps: the reciprocal of a large power of two is no normal number.
+    half = exponent // 2
+    return jnp.ldexp(jnp.ldexp(array, half), exponent - half)
+
+
 def to_unit(array: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array, ""]]:
     """Returns an array over a power of two near its largest entry, and the exponent.
 
@@ -175,9 +182,7 @@ def to_unit(array: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array,
     _, exponent = jnp.frexp(largest)
     usual = (largest > 1 / _RANGE) & (largest < _RANGE) | ~jnp.isfinite(largest) | (largest == 0)
     exponent = jnp.where(usual, 0, exponent)
-    # In two steps: the reciprocal of a large power of two is no normal number.
-    half = exponent // 2
-    return jnp.ldexp(jnp.ldexp(array, -half), half - exponent), exponent
+    return times_power(array, -exponent), exponent
 
 
 def _spectrum(matrix: Float[Array, "m n"]) -> Spectrum:

@@ -8,13 +8,13 @@ factorized kernels, and `penalty` is a term of a loss. Other rooms share its ste
 from rmtjax.training._metrics import (
     metrics as metrics,
     noise_levels as noise_levels,
+    on_true_scale as on_true_scale,
     register_state as register_state,
 )
 from rmtjax.training._penalty import penalty as penalty
 from rmtjax.training._prune_spectrum import prune_spectrum as prune_spectrum
-from rmtjax.training._prune_state import PruneState as PruneState
+from rmtjax.training._prune_state import by_field as by_field, PruneState as PruneState
 from rmtjax.training._pruning_step import (
-    by_field as by_field,
     is_due as is_due,
     is_placeholder as is_placeholder,
     map_alike as map_alike,

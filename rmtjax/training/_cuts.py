@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from rmtjax._axes import MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
-from rmtjax.spectra import compose
+from rmtjax.spectra import compose, times_power
 from rmtjax.training._pruning_step import KernelState, landing_norm, removed_share
 
 Move = tuple[Array, KernelState]  # the update of a kernel, and its state
@@ -75,6 +75,7 @@ class Cut:
         )
         # After a cut, far from the directions that stay and from those that training will add.
         # Without one, between those that must stay and the others, which are still there.
+        last, next_ = (times_power(value, -new.exponent) for value in (last, next_))
         floor = jnp.where(self.waits, last * next_, jnp.square(last * 0.75)) / self.view.long
         floor = jnp.maximum(floor, jnp.finfo(floor.dtype).tiny)  # 0 would stand for none
         # The noise is that of the first cut: a kernel that is not cut remembers nothing.

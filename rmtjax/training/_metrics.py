@@ -7,25 +7,59 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Num, PyTree
 
 from rmtjax._modes import in_usual_modes
-from rmtjax._sharding import by_compiler
+from rmtjax._sharding import by_compiler, fetch
 from rmtjax._types import BulkFit
+from rmtjax.spectra import times_power
 from rmtjax.training._prune_state import PruneState
 
 # What a state says on its kernels: the kind of a number, and for each path its values.
 Numbers = Mapping[str, Mapping[str, Any]]
 
 
+def _true_threshold(threshold: Any, exponent: Any) -> Array:
+    """Returns a threshold on the scale of its kernel, or the nearest one that its dtype has."""
+    threshold, power = jnp.asarray(threshold), 2 * jnp.asarray(exponent)
+    limits = jnp.finfo(threshold.dtype)
+    moved = jnp.clip(times_power(threshold, power), limits.tiny, limits.max)
+    return jnp.where(threshold > 0, moved, 0)
+
+
+def on_true_scale(fits: Mapping[str, BulkFit], exponents: Mapping[str, Any]) -> dict[str, BulkFit]:
+    """Returns noise levels of a state on the scale of their kernels.
+
+    Outside `jit` those that could leave float32 are NumPy arrays of float64.
+    """
+
+    def move(fit: BulkFit, exponent: Any) -> BulkFit:
+        exponent, fit = jnp.asarray(exponent), BulkFit(*map(jnp.asarray, fit))
+        if isinstance(exponent, Tracer):
+            along = lambda number: times_power(number, 2 * exponent)
+        elif fetch(exponent).any():
+            fit, power = jax.tree.map(np.asarray, fetch((fit, 2 * exponent)))
+            along = lambda number: np.ldexp(number.astype(np.float64), power)
+        else:
+            return fit
+        moved = map(along, fit[:3])
+        return BulkFit(*moved, distance=fit.distance, num_spikes=fit.num_spikes)
+
+    return {path: move(fit, exponents[path]) for path, fit in fits.items()}
+
+
 def _numbers_of_pruning(state: PruneState) -> Numbers:
     """Returns the numbers that `metrics` has of `prune_spectrum`."""
-    of_fit = lambda field: {path: getattr(fit, field) for path, fit in state.fits.items()}
+    thresholds = {
+        path: _true_threshold(fit.threshold, state.exponents[path])
+        for path, fit in state.fits.items()
+    }
     return {
         "rank": state.ranks,
         "signal": state.signal,
-        "threshold": of_fit("threshold"),
-        "distance": of_fit("distance"),
+        "threshold": thresholds,
+        "distance": {path: fit.distance for path, fit in state.fits.items()},
         "removed": state.removed,
         "refused": state.refused,
         "cost": state.costs,
@@ -47,7 +81,7 @@ def _levels_of_pruning(state: PruneState) -> dict[str, BulkFit]:
         fit, floor = BulkFit(*map(jnp.asarray, fit)), jnp.asarray(state.floors[path])
         return by_compiler(floored, fit, floor)
 
-    return {path: level(path, fit) for path, fit in state.fits.items()}
+    return on_true_scale({p: level(p, fit) for p, fit in state.fits.items()}, state.exponents)
 
 
 # States that name their kernels by paths, with what reads them.

@@ -25,19 +25,16 @@ from rmtjax.planning import (
     warn_if_idle,
 )
 from rmtjax.training._guard import Guard, guard_if, UNKNOWN
-from rmtjax.training._prune_state import FIELDS, PruneState
+from rmtjax.training._prune_state import by_field, FIELDS, KernelState, PruneState, unpruned
 from rmtjax.training._pruning_step import (
-    by_field,
     call_if,
     forget_lost,
     is_due,
     is_placeholder,
-    KernelState,
     moving_kernels,
     prune_if,
     StepNumbers,
     StepOptions,
-    unpruned,
 )
 
 Noise = Literal["first", "refit"]
@@ -112,9 +109,7 @@ class _Pruning:
             kept = (params, step, step) if guards else (None, None, None)
             return PruneState._make([step, *[step] * len(KernelState._fields), *kept])
         views = self.find(params)
-        if not views:
-            kernels = find_kernels(params, self.where, self.axes)
-            warn_if_idle("prune_spectrum", kernels, params, self.min_size)
+        warn_if_idle("prune_spectrum", views, params, self.where, self.axes, self.min_size)
         # A copy, since the parameters may be donated.
         number = partial(jnp.full, (), dtype=jnp.float32)
         whole = lambda: jax.tree.map(lambda leaf: jnp.copy(native(leaf)), params)
@@ -175,7 +170,7 @@ class _Pruning:
         was_due = is_due(jnp.asarray(state.step), self.every, self.start)
         old = forget_lost(was_due, kernels, [*map(of_path, views)], axes=axes)
         due, moves = is_due(step, self.every, self.start), [*moves.values()]
-        options = StepOptions(self.rule, self.noise, self.settled is not None)
+        options = StepOptions(self.rule, self.noise, self.settled is not None, int(self.min_size))
         new = prune_if(due, kernels, moves, old, numbers, axes=axes, options=options)
         pairs = lambda moves, states: list(zip(moves, states, strict=True))
         return pairs(moves, old), pairs(*new)

@@ -1,11 +1,35 @@
 """The state of `prune_spectrum`: what it holds of each kernel by path, and of the loss."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rmtjax._types import BulkFit
-from rmtjax.training._pruning_step import KernelState
+from rmtjax._axes import MatrixView
+from rmtjax._types import BulkFit, no_fit
+
+
+class KernelState(NamedTuple):
+    """State of one kernel, in the order of the fields of `PruneState`."""
+
+    fit: BulkFit  # an entry for each matrix of a stack
+    rank: Int[Array, ""]
+    signal: Int[Array, ""]
+    removed: Float[Array, ""]
+    refused: Float[Array, ""]
+    floor: Float[Array, "..."]  # an entry for each matrix of a stack
+    cost: Float[Array, ""]
+    norm: Float[Array, ""]
+    previous: Int[Array, ""]
+    landed: Bool[Array, ""]
+    exponent: Int[Array, ""]
+
+
+def by_field(kind: Any, states: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns states of kernels by path as dictionaries by path, one for each field of a kind."""
+    return [{path: state[i] for path, state in states.items()} for i in range(len(kind._fields))]
 
 
 class PruneState(NamedTuple):
@@ -25,6 +49,8 @@ class PruneState(NamedTuple):
       norms: Path to the root mean square that the last step lands on; 0 if it did not cut.
       previous: Path to the rank before the last step.
       landed: Path to whether the last cut was found in the parameters.
+      exponents: Path to the exponent of the power of two over which the noise level and the floor
+        are those of the kernel; 0 unless its squares could leave the range of float32.
       reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
       fall: By how much `value_fn` fell over the period before the last step; the largest number of
         float32 before, or if it was not finite.
@@ -42,6 +68,7 @@ class PruneState(NamedTuple):
     norms: dict[str, Float[Array, ""]]
     previous: dict[str, Int[Array, ""]]
     landed: dict[str, Bool[Array, ""]]
+    exponents: dict[str, Int[Array, ""]]
     reference: PyTree = None
     fall: PyTree = None
     spent: PyTree = None
@@ -49,3 +76,24 @@ class PruneState(NamedTuple):
 
 # The fields of a state that have an entry for each kernel, in the order of `KernelState`.
 FIELDS = PruneState._fields[1 : 1 + len(KernelState._fields)]
+
+
+def unpruned(view: MatrixView) -> KernelState:
+    """Returns the state of a kernel before the first step."""
+    shape = (view.stack,) if view.axes.batch else ()
+    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(view.dtype, jnp.float32))
+    # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
+    zeros = lambda shape=(): jnp.zeros(shape, dtype)
+    return KernelState(
+        fit=no_fit(shape, dtype),
+        rank=jnp.asarray(view.short, jnp.int32),
+        signal=jnp.zeros((), jnp.int32),
+        removed=zeros(),
+        refused=zeros(),
+        floor=zeros(shape),
+        cost=zeros(),
+        norm=zeros(),
+        previous=jnp.asarray(view.short, jnp.int32),
+        landed=jnp.ones((), bool),
+        exponent=jnp.zeros((), jnp.int32),
+    )

@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
-from rmtjax._types import BulkFit, from_state, no_fit, Spectrum, to_state
-from rmtjax.noise import kept_rank, ranks
+from rmtjax._types import from_state, Spectrum, to_state
+from rmtjax.noise import fit_live, kept_rank, live_spectra, ranks
 from rmtjax.planning import leaves_by_path
-from rmtjax.spectra import from_singular_values, lift, truncate_by
+from rmtjax.spectra import from_singular_values, lift, times_power, to_unit, truncate_by
+from rmtjax.training._prune_state import KernelState, unpruned
 from rmtjax.training._stands_out import stands_out
 
 # How a rule is mapped over a stack: its matrices have one aspect ratio.
@@ -67,32 +68,13 @@ def moving_kernels(updates: PyTree, params: PyTree, find, known: Mapping[str, An
     return kernels, {path: by_path[path] for path in kernels}
 
 
-class KernelState(NamedTuple):
-    """State of one kernel, in the order of the fields of `PruneState`."""
-
-    fit: BulkFit  # an entry for each matrix of a stack
-    rank: Int[Array, ""]
-    signal: Int[Array, ""]
-    removed: Float[Array, ""]
-    refused: Float[Array, ""]
-    floor: Float[Array, "..."]  # an entry for each matrix of a stack
-    cost: Float[Array, ""]
-    norm: Float[Array, ""]
-    previous: Int[Array, ""]
-    landed: Bool[Array, ""]
-
-
-def by_field(kind: Any, states: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns states of kernels by path as dictionaries by path, one for each field of a kind."""
-    return [{path: state[i] for path, state in states.items()} for i in range(len(kind._fields))]
-
-
 class StepOptions(NamedTuple):
     """Options that are not arrays. Another value is another program."""
 
     rule: ranks.RankRule
     noise: str  # "first" or "refit"
     waits: bool  # until the number of signal directions has settled
+    min_size: int  # of what rows and columns of zeros leave
 
 
 class StepNumbers(NamedTuple):
@@ -106,31 +88,12 @@ class StepNumbers(NamedTuple):
     fade: ArrayLike | None  # what is left of a value beyond the rank; None if it is removed
 
 
-def unpruned(view: MatrixView) -> KernelState:
-    """Returns the state of a kernel before the first step."""
-    shape = (view.stack,) if view.axes.batch else ()
-    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(view.dtype, jnp.float32))
-    # One array each: a buffer that appears twice in a state cannot be donated to `jit`.
-    zeros = lambda shape=(): jnp.zeros(shape, dtype)
-    return KernelState(
-        fit=no_fit(shape, dtype),
-        rank=jnp.asarray(view.short, jnp.int32),
-        signal=jnp.zeros((), jnp.int32),
-        removed=zeros(),
-        refused=zeros(),
-        floor=zeros(shape),
-        cost=zeros(),
-        norm=zeros(),
-        previous=jnp.asarray(view.short, jnp.int32),
-        landed=jnp.ones((), bool),
-    )
-
-
-def _noise_levels(spectra: Spectrum, state: KernelState, options: StepOptions):
+def _noise_levels(spectra: Spectrum, matrices, state: KernelState, options: StepOptions):
     """Returns the fits in force, and whether each of them is reliable."""
     # The fit gets the rank: a truncated spectrum must not be fitted as if it were complete.
-    fresh = jax.vmap(options.rule.fit, in_axes=(_EACH, None))(spectra, state.rank)
-    accepted = jax.vmap(options.rule.accepts, in_axes=(_EACH, 0))(spectra, fresh)
+    fresh, accepted = fit_live(options.rule, spectra, matrices, state.rank)
+    live, _ = live_spectra(spectra, matrices)
+    accepted &= live.size >= min(options.min_size, *matrices.shape[1:])
     known = jnp.isfinite(state.fit.threshold)
     replaced = accepted if options.noise == "refit" else accepted & ~known
     fit = jax.tree.map(lambda new, old: jnp.where(replaced, new, old), fresh, state.fit)
@@ -141,7 +104,7 @@ def _has_settled(signal, state: KernelState, size: int, settled: ArrayLike) -> B
     """Returns True if the number of signal directions is stable, or the kernel was pruned."""
     change = jnp.abs(signal - state.signal)
     stable = change <= settled * jnp.maximum(signal, state.signal)
-    pruned = (state.rank < size) | jnp.isfinite(state.fit.threshold).all()
+    pruned = (state.rank < size) | jnp.isfinite(state.fit.threshold).any()
     return pruned | (stable & (state.signal > 0))
 
 
@@ -150,14 +113,16 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     size = min(matrices.shape[1:])
     spectra = from_singular_values(s, matrices)
     # The leading values alone cannot be fitted. They are only searched with a known noise level.
-    fit, reliable = _noise_levels(spectra, state, options) if complete else (state.fit, True)
+    fit, reliable = (
+        _noise_levels(spectra, matrices, state, options) if complete else (state.fit, True)
+    )
     signal = jax.vmap(options.rule, in_axes=(_EACH, 0))(spectra, fit).max()
     # If nothing stands out, as before training, a cut would destroy the network.
     asked = ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
     if options.waits:
         ready &= _has_settled(signal, state, size, numbers.settled)
     rank = kept_rank(signal, size, numbers.keep, numbers.min_rank)
-    was_cut = jnp.isfinite(state.fit.threshold).all()
+    was_cut = jnp.isfinite(state.fit.threshold).any()
     if complete and options.rule.needs_noise:
         test = lambda: stands_out(matrices, spectra, fit, jnp.asarray(numbers.look), options.rule)
         ready = lax.cond(ready & (rank < size) & ~was_cut, test, lambda: ready)
@@ -196,6 +161,11 @@ def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Fl
 
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
     """Returns a truncated stack, whether it differs from the given one, and the new state."""
+    # The scale is that of the first cut, as the noise level is.
+    exponent = jnp.where(
+        jnp.isfinite(state.fit.threshold).any(), state.exponent, to_unit(matrices)[1]
+    )
+    state = state._replace(exponent=exponent)
     # A carried noise level is not fitted again. Only directions above it are then needed.
     carried = jnp.where(options.noise == "first", state.fit.threshold, jnp.nan)
     floor = jnp.sqrt(carried * max(matrices.shape[1:]))
@@ -205,13 +175,15 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     kept = kept_rank(state.signal, size, numbers.keep, numbers.min_rank)
     counts = type(options.rule) in _COUNTING_RULES and options.noise == "first"
     search = kept <= state.signal if counts else False
+    # Squares of very large and very small entries leave the range of float32.
+    matrices = times_power(lift(matrices), -exponent)
     judge = partial(_judge, matrices=matrices, state=state, numbers=numbers, options=options)
     lower, _, (fit, signal, rank, ready, held, share) = truncate_by(matrices, judge, floor, search)
     changed = ready & (rank < size)
     share = share.astype(state.removed.dtype)
     removed = jnp.where(changed, share, 0)
     if numbers.fade is not None:
-        lower, rank = lower + numbers.fade * (lift(matrices) - lower), size
+        lower, rank = lower + numbers.fade * (matrices - lower), size
         removed = removed * (1 - jnp.square(jnp.asarray(numbers.fade, removed.dtype)))
     new = state._replace(
         fit=fit,
@@ -225,7 +197,7 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
         cost=jnp.zeros_like(state.cost),
         previous=state.rank,
     )
-    return lower, changed, new
+    return times_power(lower, exponent), changed, new
 
 
 def _prune_kernel(kernel, update, state: KernelState, numbers, axes: KernelAxes, options):

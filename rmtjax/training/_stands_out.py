@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from rmtjax._types import BulkFit, Spectrum
+from rmtjax._types import BulkFit, LiveSpectrum, Spectrum
 from rmtjax.laws import bulk_law, noise_threshold
-from rmtjax.noise import ranks
+from rmtjax.noise import live_spectra, ranks
 from rmtjax.spectra import largest_eigenvalue
 
 _DRAWS = 4
@@ -23,20 +23,23 @@ _SAMPLING = math.pi / 2 - 1  # n times the variance of the logarithm of a mean o
 
 
 def _scales(sizes: Float[Array, "m n"], axis: int) -> Float[Array, "..."]:
-    """Returns the scales of rows or columns, less the scatter that equal ones have."""
-    logs = jnp.log(jnp.maximum(jnp.mean(sizes, axis, keepdims=True), jnp.finfo(sizes.dtype).tiny))
-    logs = jnp.minimum(logs - jnp.median(logs), math.log(_CAP))
-    scatter = _SAMPLING / sizes.shape[axis]
-    mean, variance = jnp.mean(logs), jnp.var(logs)
+    """Returns the scales of rows or columns, less the scatter that equal ones have; 0 of zeros."""
+    means = jnp.mean(sizes, axis, keepdims=True)
+    live, others = means > 0, jnp.any(sizes > 0, 1 - axis)
+    # Up to a factor, which the profile of noise does not depend on.
+    logs = jnp.log(jnp.where(live, means, 1))
+    logs = jnp.minimum(logs - jnp.nanmedian(jnp.where(live, logs, jnp.nan)), math.log(_CAP))
+    scatter = _SAMPLING / jnp.sum(others)
+    mean, variance = jnp.mean(logs, where=live), jnp.var(logs, where=live)
     share = jnp.maximum(1 - scatter / jnp.maximum(variance, scatter), 0)
-    return jnp.exp(mean + jnp.sqrt(share) * (logs - mean))
+    return jnp.where(live, jnp.exp(mean + jnp.sqrt(share) * (logs - mean)), 0)
 
 
 def _reach(matrix: Float[Array, "m n"], look: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the mean largest eigenvalue of noise of variance 1 with the profile of a matrix."""
     sizes = jnp.abs(matrix)
     scale = _scales(sizes, 1) * _scales(sizes, 0)
-    scale = scale / jnp.sqrt(jnp.mean(scale**2))
+    scale = scale / jnp.sqrt(jnp.mean(scale**2, where=scale > 0))
     draw = lambda key: largest_eigenvalue(scale * jax.random.normal(key, scale.shape, scale.dtype))
     return lax.map(draw, jax.random.split(jax.random.key(look), _DRAWS)).mean()
 
@@ -53,19 +56,19 @@ def stands_out(
     The largest eigenvalue must exceed the threshold at $level / (b\, j (j + 1))$ for look j, which
     sums to the level of the rule, and what noise with the scales of rows and columns reaches.
     """
-    size, has_level = spectra.eigenvalues.shape[-1], isinstance(rule, ranks.bema)
+    has_level, live = isinstance(rule, ranks.bema), live_spectra(spectra, matrices)[0]
     level = rule.level if isinstance(rule, ranks.bema) else 0.01
     spent = jnp.maximum(level / (len(matrices) * look * (look + 1.0)), _LEAST)
 
-    def compared(fit: BulkFit):
+    def compared(fit: BulkFit, live: LiveSpectrum):
         """Returns the threshold, and a threshold over the median of the law."""
-        ratio, _ = bulk_law(spectra.ratio, size, fit.num_spikes)
+        ratio, _ = bulk_law(live.ratio, live.size, fit.num_spikes)
         levels = jnp.stack([spent, level, 0.5])
-        raised, usual, median = noise_threshold(ratio, size - fit.num_spikes, levels)
+        raised, usual, median = noise_threshold(ratio, live.size - fit.num_spikes, levels)
         return fit.threshold * (raised / usual if has_level else 1), raised / median
 
-    threshold, margin = jax.vmap(compared)(fits)
-    largest = spectra.eigenvalues[:, 0]
+    threshold, margin = jax.vmap(compared)(fits, live)
+    largest, dead = spectra.eigenvalues[:, 0], spectra.eigenvalues.shape[1] - live.size
 
     # Draws must wait for the decompositions also under `vmap`: both at once may wait for ever.
     matrices = jnp.where((largest > threshold)[:, None, None], lax.stop_gradient(matrices), 1)
@@ -75,8 +78,9 @@ def stands_out(
 
         def extend(_, reach):  # what the fit has taken for signal may be noise, and add to it
             rest = spectra.eigenvalues <= reach[:, None]
-            total = jnp.sum(jnp.where(rest, spectra.eigenvalues, 0), axis=1)
-            return jnp.maximum(reach, margin * unit * total / jnp.maximum(jnp.sum(rest, axis=1), 1))
+            total = jnp.sum(jnp.where(rest, live.eigenvalues, 0), axis=1)
+            count = jnp.maximum(jnp.sum(rest, axis=1) - dead, 1)
+            return jnp.maximum(reach, margin * unit * total / count)
 
         reach = lax.fori_loop(0, 10, extend, margin * unit * fits.variance)
         return jnp.any(largest > jnp.maximum(threshold, reach))

@@ -117,6 +117,8 @@ def test_a_tree_without_kernels_is_not_planned_in_silence():
         (lambda: rmtjax.prune_entries(0.5), "prune_entries"),
         (lambda: rmtjax.agree(2), "agree"),
         (lambda: rmtjax.lowrank.shrink_tail(2, strength=0.1), "shrink_tail"),
+        (lambda: rmtjax.admm(jnp.sign), "admm"),
+        (lambda: rmtjax.drop_and_grow(optax.identity(), 2), "drop_and_grow"),
     ],
 )
 def test_a_transform_that_will_never_change_a_kernel_says_so(make, name):

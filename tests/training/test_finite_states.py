@@ -54,6 +54,14 @@ def assert_finite(tree):
 
 
 @checked()
+def test_a_state_is_finite_before_the_first_step():
+    state = everything(0.5).init(PARAMS)
+    assert_finite((state, rmtjax.metrics(state), rmtjax.noise_levels(state)))
+    assert rmtjax.metrics(state)["threshold/e/kernel"] == 0
+
+
+@pytest.mark.slow
+@checked()
 def test_every_state_and_what_is_read_from_it_is_finite(tmp_path):
     optimizer, params = everything(0.5), PARAMS
     read = lambda state: (rmtjax.metrics(state), rmtjax.noise_levels(state))
@@ -85,6 +93,7 @@ def test_every_state_and_what_is_read_from_it_is_finite(tmp_path):
     )
 
 
+@pytest.mark.slow
 @checked()
 def test_a_cut_that_must_not_be_made_leaves_a_finite_state():
     params = {"e": PARAMS["e"]}

@@ -15,8 +15,11 @@ from helpers.transform_checks import assert_same_bits, ATOL, planted, truncated
 
 from rmtjax import (
     admm,
+    agree,
+    average_params,
     drop_and_grow,
     factorize_matrix,
+    lowrank,
     penalty,
     prune_entries,
     prune_spectrum,
@@ -159,16 +162,23 @@ def test_a_mask_of_another_tree_is_an_error(make):
         make(where={"c": True}).init({"a": {"kernel": KERNEL}})
 
 
-@EACH
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda transform: transform,
-        lambda transform: optax.MultiSteps(transform, 2),
-        lambda transform: optax.masked(transform, lambda tree: jax.tree.map(lambda _: True, tree)),
-    ],
-    ids=["plain", "MultiSteps", "masked"],
-)
+ALL = TRANSFORMS | {
+    "halves": lambda: agree(2),
+    "tails": lambda: lowrank.shrink_tail(2, strength=0.1),
+    "mean": lambda: average_params(),
+    "mean of entries": lambda: average_params(reset_zeros=True),
+}
+EVERYWHERE = lambda value: lambda tree: jax.tree.map(lambda _: value, tree)
+WRAPS = {
+    "plain": lambda transform: transform,
+    "MultiSteps": lambda transform: optax.MultiSteps(transform, 2),
+    "masked": lambda transform: optax.masked(transform, EVERYWHERE(True)),
+    "partition": lambda transform: optax.partition({"all": transform}, EVERYWHERE("all")),
+}
+
+
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_map_params_sees_moments_and_leaves_the_rest(make, wrap):
     params = {"a": {"kernel": KERNEL, "bias": BIAS}}
     optimizer = wrap(optax.chain(optax.adam(1e-3), make()))
