@@ -6,10 +6,8 @@ import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
-from helpers.transform_checks import assert_same_bits
 from helpers.virtual_devices import run_on_devices
 
 from rmtjax import agree, factorize_matrix
@@ -67,20 +65,6 @@ def test_a_tree_without_kernels_passes(params):
     assert jax.tree.all(jax.tree.map(lambda new, old: new is old, updates, params))
     assert not state.start
     assert int(state.step) == 1
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda transform: transform, lambda transform: optax.MultiSteps(transform, 2)]
-)
-def test_map_params_sees_moments_and_leaves_the_rest(wrap):
-    params = {"a": {"kernel": KERNEL, "bias": BIAS}}
-    optimizer = wrap(optax.chain(optax.adam(1e-3), agree(2)))
-    state = optimizer.init(params)
-    assert_same_bits(optax.tree_map_params(optimizer, lambda leaf: leaf, state), state)
-    specs = jax.tree.map(lambda _: "spec", params)
-    arguments = optimizer, lambda _, spec: spec, state, specs
-    mapped = optax.tree_map_params(*arguments, transform_non_params=lambda _: None)
-    assert optax.tree.get(mapped, "mu") == specs
 
 
 def test_params_and_known_kernels_are_needed():
