@@ -78,13 +78,13 @@ def _fresh(view: MatrixView) -> _Kernel:
     return _Kernel(no_fit(shape, dtype), full, jnp.zeros(shape, dtype), exponent)
 
 
-def _find_cut(s, matrices, fit: BulkFit, rule: ranks.RankRule):
+def _find_cut(s, matrices, fit: BulkFit, rule: ranks.RankRule, least: int):
     """Returns the cut of each matrix by its values, whether it holds, and the noise level."""
     spectra, reliable = from_singular_values(s, matrices), jnp.isfinite(s).all(axis=-1)
     if rule.needs_noise:
         # What a step has shrunk is no noise of the law any more, so the first level is carried.
         known = jnp.isfinite(fit.threshold)
-        fresh, accepted = fit_live(rule, spectra, matrices)
+        fresh, accepted = fit_live(rule, least, spectra, matrices)
         pick = lambda new, old: jnp.where(accepted & ~known, new, old)
         fit, reliable = jax.tree.map(pick, fresh, fit), reliable & (known | accepted)
     rank = jax.vmap(rule, in_axes=(EACH, 0))(spectra, fit)
@@ -92,7 +92,7 @@ def _find_cut(s, matrices, fit: BulkFit, rule: ranks.RankRule):
     return rank, reliable & (rank > 0), fit
 
 
-def _shrink_stack(matrices: Float[Array, "b m n"], state: _Kernel, strength, rule):
+def _shrink_stack(matrices: Float[Array, "b m n"], state: _Kernel, strength, **how):
     """Returns a stack after a proximal step, which matrices it changes, and the new state."""
     # Each matrix on its scale: squares of very large and small values leave float32.
     known, fresh = jnp.isfinite(state.fit.threshold), jax.vmap(to_unit)(matrices)[1]
@@ -100,7 +100,7 @@ def _shrink_stack(matrices: Float[Array, "b m n"], state: _Kernel, strength, rul
     matrices = times_power(matrices, -exponent[:, None, None])
     strength = times_power(jnp.asarray(strength, matrices.dtype), -exponent)[:, None]
     u, s, _ = decompose(matrices)
-    rank, ready, fit = _find_cut(s, matrices, state.fit, rule)
+    rank, ready, fit = _find_cut(s, matrices, state.fit, **how)
     ready &= rank < s.shape[-1]
     rank = jnp.where(ready, rank, s.shape[-1])
     lower = times_power(shrink_beyond(matrices, u, s, rank, strength), exponent[:, None, None])
@@ -112,13 +112,13 @@ def _shrink_stack(matrices: Float[Array, "b m n"], state: _Kernel, strength, rul
     return lower, ready, _Kernel(fit, rank, removed, exponent)
 
 
-def _shrink_kernel(kernel, update, state: _Kernel, strength, axes: KernelAxes, rule):
+def _shrink_kernel(kernel, update, state: _Kernel, strength, axes: KernelAxes, **how):
     """Returns the update that lands on the shrunk kernel, and the new state of the kernel."""
     # In the dtype of the fit, whatever that of the update: the state must keep its dtypes.
     view = MatrixView("", (kernel + update).astype(state.removed.dtype), axes)
     matrices = view.matrices()
     flat = jax.tree.map(jnp.ravel, state._replace(fit=from_state(state.fit)))
-    lower, ready, new = _shrink_stack(matrices, flat, strength, rule)
+    lower, ready, new = _shrink_stack(matrices, flat, strength, **how)
     changed = view.from_matrices(jnp.where(ready[:, None, None], jnp.ones_like(matrices), 0)) > 0
     landing = (view.from_matrices(lower) - kernel).astype(update.dtype)
     restore = lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype)
@@ -130,13 +130,13 @@ def _shrink_kernel(kernel, update, state: _Kernel, strength, axes: KernelAxes, r
 
 # Compiled also for users who call `update` outside `jit`. Without paths among the arguments one
 # program serves all trees whose kernels have these shapes.
-@partial(jax.jit, static_argnames=("axes", "rule"))
-def _shrink_if(due, kernels, updates, states, strength, *, axes, rule):
+@partial(jax.jit, static_argnames=("axes", "rule", "least"))
+def _shrink_if(due, kernels, updates, states, strength, *, axes, rule, least):
     """Returns updates and states of kernels, in one order: shrunk if it is due, else the same."""
 
     def shrink_one(arrays, axes):
         out = jax.tree.map(typed_sharding, arrays[1:])
-        shrink = partial(_shrink_kernel, axes=axes, rule=rule)
+        shrink = partial(_shrink_kernel, axes=axes, rule=rule, least=least)
         return by_compiler(shrink, *arrays, strength, out=out)
 
     def shrink(updates, states):
@@ -250,7 +250,9 @@ def shrink_tail(
         kernels, shapes = [v.leaf for v in views.values()], tuple(v.axes for v in views.values())
         old = [_Kernel(*(field[path] for field in state[1:])) for path in views]
         due, moves = is_due(step, every, start), list(chosen.values())
-        moves, new = _shrink_if(due, kernels, moves, old, taken, axes=shapes, rule=rule)
+        moves, new = _shrink_if(
+            due, kernels, moves, old, taken, axes=shapes, rule=rule, least=min_size
+        )
         # Kernels without an update, and those that were factorized since, keep their state.
         fields = by_field(_Kernel, dict(zip(views, new, strict=True)))
         fields = [old | new for old, new in zip(state[1:], fields, strict=True)]

@@ -79,15 +79,17 @@ def live_spectra(spectra: Spectrum, matrices: Float[Array, "b m n"]) -> tuple[Li
     return LiveSpectrum(spectra.eigenvalues / share[:, None], ratio, short), share
 
 
-def fit_live(rule: Any, spectra: Spectrum, matrices: Float[Array, "b m n"], rank: Any = None):
+def fit_live(rule: Any, least: int, spectra: Spectrum, matrices: Array, rank: Any = None):
     """Returns the noise in a stack without its zeros, and whether a rule accepts it, in a program.
 
-    The scale of the fits is that of the whole matrices, as in a plan.
+    The scale of the fits is that of the whole matrices, as in a plan. What zeros leave must have a
+    short side of at least `least`, if the matrices have.
     """
     live, share = live_spectra(spectra, matrices)
     kept = None if rank is None else jnp.minimum(rank, live.size)
     fits = jax.vmap(lambda spectrum, rank: rule.fit(spectrum, rank))(live, kept)
     accepted = jax.vmap(rule.accepts)(live, fits)
+    accepted &= live.size >= min(least, *matrices.shape[1:])
     return fits._replace(edge=fits.edge * share, threshold=fits.threshold * share), accepted
 
 

@@ -67,6 +67,7 @@ def _judge(
 ) -> dict[str, Any]:
     """Returns what a `Measurement` says besides the spectra, by the names of its fields."""
     rule = join_rule(rule, numbers)
+    spectra, fits = jax.tree.map(jnp.asarray, (spectra, fits))  # also without `jit`
     if fits is not None:
         levels = fits
     elif factored:  # what factors have left out cannot be fitted

@@ -93,7 +93,8 @@ def _agree(kernel, update, period: _Period, rest, axes: KernelAxes):
     # Squares of very large and very small changes leave the range of float32.
     halves, power = to_unit(jnp.stack([stack(middle - start), stack(landed - middle)]))
     agreed, ranks = cross_validate(halves)
-    agreed = 2 * agreed  # each half estimates what half a period teaches
+    # Without `jit` it may be an array of NumPy.
+    agreed = 2 * jnp.asarray(agreed)  # each half estimates what half a period teaches
     change = jnp.sum(halves, axis=0)
     kept, share = view.from_matrices(times_power(agreed, power)), jnp.asarray(rest, dtype)
     target = start + kept + share * (landed - start - kept)

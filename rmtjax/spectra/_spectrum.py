@@ -166,7 +166,7 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
     return by_compiler(_spectrum, matrix)
 
 
-def times_power(array: Float[Array, "..."], exponent: Any) -> Array:
+def times_power(array: Any, exponent: Any) -> Array:
     """Returns an array times a power of two, exactly."""
     # In two steps: the reciprocal of a large power of two is no normal number.
     half = exponent // 2

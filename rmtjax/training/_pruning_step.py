@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import from_state, Spectrum, to_state
-from rmtjax.noise import fit_live, kept_rank, live_spectra, ranks
+from rmtjax.noise import fit_live, kept_rank, ranks
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import from_singular_values, lift, times_power, to_unit, truncate_by
 from rmtjax.training._prune_state import KernelState, unpruned
@@ -91,9 +91,8 @@ class StepNumbers(NamedTuple):
 def _noise_levels(spectra: Spectrum, matrices, state: KernelState, options: StepOptions):
     """Returns the fits in force, and whether each of them is reliable."""
     # The fit gets the rank: a truncated spectrum must not be fitted as if it were complete.
-    fresh, accepted = fit_live(options.rule, spectra, matrices, state.rank)
-    live, _ = live_spectra(spectra, matrices)
-    accepted &= live.size >= min(options.min_size, *matrices.shape[1:])
+    rule, least = options.rule, options.min_size
+    fresh, accepted = fit_live(rule, least, spectra, matrices, state.rank)
     known = jnp.isfinite(state.fit.threshold)
     replaced = accepted if options.noise == "refit" else accepted & ~known
     fit = jax.tree.map(lambda new, old: jnp.where(replaced, new, old), fresh, state.fit)

@@ -80,6 +80,8 @@ def test_what_is_left_may_be_too_little_for_a_law():
     kernel[ROWS[40:]] = 0
     landed, _ = after_a_step(prune(), kernel)
     np.testing.assert_array_equal(landed, kernel)
+    _, state = after_a_step(shrink(), kernel)
+    assert int(state.ranks["kernel"]) == 120  # nothing was shrunk
     assert "short side 40 under 50" in rmtjax.plan({"kernel": kernel})["kernel"].reason
 
 
