@@ -79,6 +79,13 @@ class BulkFit(NamedTuple):
       distance: Kolmogorov distance between the eigenvalues of the noise and their law, in
         [0, 1]; 1 where the variance is zero and there is no law to compare with.
       num_spikes: Number of eigenvalues above the threshold.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+      >>> fit = rmtjax.fit_bema(rmtjax.spectrum(noise.at[:, 0].add(5.0)))
+      >>> int(fit.num_spikes), bool(fit.edge < fit.threshold)
+      (1, True)
     """
 
     variance: Float[Array, "*batch"]

@@ -28,6 +28,12 @@ class Budget:
         means `Budget(share=0.75)`.
       parameters: Numbers in the chosen kernels.
       multiply_adds: Of the chosen kernels, for the rows of `batch`, or for one row each.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> rmtjax.plan(params, budget=rmtjax.Budget(parameters=3000))["kernel"].rank
+      16
     """
 
     share: float | None = None

@@ -88,6 +88,13 @@ class Plan(dict[str, LayerPlan]):
     """A dictionary from the path of each kernel to `Kept`, `Truncated` or `Factorized`.
 
     `print` shows the reason of each kernel. A notebook shows the first twenty.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(16))
+      >>> plan["kernel"]
+      Factorized('factorized: 16 of 60 are signal, rank 16', shape=(80, 60), rank=16)
     """
 
     @property

@@ -67,6 +67,13 @@ class Report:
       applied: Whether the plan was carried out. If not, tables say "would be factorized".
       findings: What was measured of the kernels, without their values; None for a plan alone.
       options: The options of the plan.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> report = rmtjax.analyze({"kernel": jax.random.normal(jax.random.key(0), (80, 60))})
+      >>> print(report.replan(rmtjax.ranks.fixed(16)).table("path", "shape", "rank"))
+      path    shape  rank
+      kernel  80x60  16
     """
 
     plan: Plan
@@ -108,12 +115,6 @@ class Report:
 
         Raises:
           ValueError: The report was made of a plan alone.
-
-        Examples:
-          >>> import jax, rmtjax
-          >>> report = rmtjax.analyze({"kernel": jax.random.normal(jax.random.key(0), (80, 60))})
-          >>> report.replan(rmtjax.ranks.fixed(16)).rows[0].rank
-          16
         """
         if self.findings is None or self.options is None:
             raise ValueError(

@@ -45,6 +45,9 @@ def test_the_last_of_a_chain_lands(every, dtype):
     assert set(ranks_of(state).values()) == {3}
 
 
+# `noise_levels` warns of lost cuts, which are what most of these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:the last cut of")
+
 FIRST = {
     "before Adam": optax.chain(prune_spectrum(2), optax.adam(1e-3)),
     "before a learning rate": optax.chain(prune_spectrum(2), optax.scale(-0.1)),
