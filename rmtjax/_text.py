@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 SCREEN = 20  # rows that a representation shows

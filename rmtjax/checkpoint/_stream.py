@@ -215,8 +215,8 @@ def analyze_tensors(
     """Analyzes every kernel of an open checkpoint with one in memory at a time."""
     manifest = read_manifest(tensors)
     leaves = pair_adapters(find_leaves(tensors, manifest))
-    plan, *known = _plan_kernels(leaves, manifest, options, dtype, step)
-    return Report(plan, count_others(leaves, plan), False, *known)
+    plan, found, options = _plan_kernels(leaves, manifest, options, dtype, step)
+    return Report(plan, count_others(leaves, plan), False, found, options)
 
 
 @in_usual_modes

@@ -267,12 +267,13 @@ def merge_findings(one: Findings, other: Findings) -> Findings:
 
 def _parts(views: Views, step: Step | None) -> Iterator[Views]:
     """Yields kernels that are measured together, after a word on the first: large ones alone."""
+    if step is None:
+        yield views
+        return
     paths, size = list(views), 1 if any(view.short >= 2048 for view in views.values()) else 32
-    for place in range(0, len(paths), size) if step else ():
+    for place in range(0, len(paths), size):
         step(place, len(paths), paths[place])
         yield {path: views[path] for path in paths[place : place + size]}
-    if not step:
-        yield views
 
 
 @in_usual_modes
