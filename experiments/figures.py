@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import output
@@ -69,7 +70,7 @@ def truncation(results: output.Results) -> Figure:
         title="baseline, truncated after training",
     )
     ax.set_xscale("symlog", linthresh=5)  # 0 is one of the ranks, and the next is 5
-    ax.set_xlim(0, max((rank for line in ax.lines for rank in line.get_xdata()), default=1))
+    ax.set_xlim(0, max((np.max(line.get_xdata()) for line in ax.lines), default=1))
     ax.legend(frameon=False)
     return figure
 

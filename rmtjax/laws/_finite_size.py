@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -81,7 +82,7 @@ def noise_threshold(ratio: Scalar, size: ArrayLike, level: ArrayLike):
     return threshold_at(ratio, size, quantile.astype(ratio.dtype))
 
 
-def threshold_at(ratio: Scalar, size: ArrayLike, quantile: Scalar):
+def threshold_at(ratio: Scalar, size: ArrayLike, quantile: Array):
     """Returns the value of `noise_threshold` for the quantile of its level."""
     longer = size / ratio
     centre, scale = _largest(size, longer)

@@ -4,7 +4,7 @@ Singular values $s$ are drawn as $\sqrt\lambda = s / \sqrt n$ with the longer si
 scale the bulk and the spikes fit into one figure.
 """
 
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -134,7 +134,7 @@ def esd(
         # Often the two are one pixel apart: the edge has the upper half, the threshold the lower.
         ax.axvline(drawn.edge, ymin=0.5, color=BLUE, linestyle=":", label="edge")
     if drawn.threshold > 0:
-        cut = {"color": VERMILION, "linestyle": "--", "label": "threshold"}
+        cut: dict[str, Any] = {"color": VERMILION, "linestyle": "--", "label": "threshold"}
         ax.axvline(drawn.threshold, ymax=0.5 if drawn.edge > 0 else 1, **cut)
     if drawn.zeros:
         ax.plot([], [], " ", label=f"{drawn.zeros} zeros not drawn")
