@@ -73,7 +73,7 @@ def no_such_path(path: Any, paths: Iterable[str]) -> KeyError:
 def _fit(columns: dict[str, list[str]], width: int) -> dict[str, int]:
     """Returns the widths of the columns that a line has room for. It leaves out whole columns."""
     widths = {name: max(map(len, cells)) for name, cells in columns.items()}
-    most = {"path": width // 2, "reason": _NARROWEST}
+    most = {"path": 3 * width // 5, "reason": _NARROWEST}
     least = {name: min(widths[name], most[name]) for name in _TEXTS if name in widths}
     order = {name: place for place, name in enumerate(_WANTED)}
     numbers = [name for name in widths if name not in least]

@@ -92,7 +92,7 @@ def test_other_floating_leaves_of_two_axes_are_told(name):
     plan = rmtjax.plan(tree)
     assert [*plan] == ["a/kernel", f"a/{name}"]
     assert plan[f"a/{name}"].reason == "kept: not a kernel by its name, unless `where` chooses it"
-    assert rmtjax.plan(tree, where=name)[f"a/{name}"].rank == 8
+    assert rmtjax.plan(tree, where=f"a/{name}")[f"a/{name}"].rank == 8
 
 
 def test_adapters_are_told_in_files_of_torch_and_not_in_layers_of_flax():
