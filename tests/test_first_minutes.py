@@ -3,6 +3,7 @@
 import inspect
 import logging
 import pickle
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,13 +36,14 @@ def test_progress_and_words_are_quiet_by_default_and_come_when_asked(capsys, cap
 
 def test_another_rule_compiles_nothing_and_a_report_plans_again():
     report = rmtjax.analyze(PARAMS)
-    compiled = _measure._judge._cache_size()
+    judge: Any = _measure._judge
+    compiled = judge._cache_size()
     for rule in (ranks.fixed(32), ranks.energy(0.9), ranks.bema(level=0.1), ranks.size(0.4)):
         assert report.replan(rule).rows == rmtjax.analyze(PARAMS, rule=rule).rows
     held = np.cumsum(np.linalg.svd(NOISE[0], compute_uv=False) ** 2)
     ranks_of = [report.replan(rule).rows[0].rank for rule in (ranks.fixed(32), ranks.energy(0.97))]
     assert ranks_of == [32, 1 + int((held < 0.97 * held[-1]).sum())]
-    assert _measure._judge._cache_size() == compiled
+    assert judge._cache_size() == compiled
     with pytest.raises(ValueError, match="`replan` needs the spectra of a report of `analyze`"):
         rmtjax.Report(report.plan).replan(ranks.fixed(2))
 
