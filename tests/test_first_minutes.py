@@ -5,9 +5,7 @@ import logging
 import pickle
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,10 +71,3 @@ def test_a_pickle_says_how_to_save_it(tmp_path):
     path.write_bytes(b"PK\x03\x04" + bytes(100) + b"\x00" * 8)
     with pytest.raises(ValueError, match=r"`torch.save` .* `safetensors.torch.save_file`"):
         checkpoint.restore(path)
-
-
-def test_a_module_on_thin_parameters_says_how_to_run_it():
-    thin = {"kernel": rmtjax.factorize_matrix(NOISE[0], 4)}
-    with pytest.raises(Exception, match="is expected to generate shape") as caught:
-        nn.Dense(80, use_bias=False).apply({"params": thin}, jnp.ones((2, 60)))
-    assert any("`rmtjax.linen.apply(module, variables" in note for note in caught.value.__notes__)

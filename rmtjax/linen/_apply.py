@@ -1,8 +1,7 @@
 """Runs factorized trees under unmodified linen modules, by intercepting their methods."""
 
-import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -126,29 +125,6 @@ def _interceptor(next_fun, args, kwargs, context):
         return _run_merged(module, method, args, kwargs, remedy)
     outputs = _run_thin(module, method, params, args, kwargs)
     return _run_merged(module, method, args, kwargs) if outputs is None else outputs
-
-
-def _explained(param: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `Scope.param` whose error on factors says how to run them."""
-
-    @functools.wraps(param)
-    def call(scope: Scope, name: str, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return param(scope, name, *args, **kwargs)
-        except flax.errors.ScopeParamShapeError as error:
-            if is_factors(nn.unbox(scope.get_variable("params", name))):
-                error.add_note(
-                    f"{name!r} holds thin factors, which `module.apply` does not know. Call "
-                    "`rmtjax.linen.apply(module, variables, ...)`, or `module.apply` in a block "
-                    "`with rmtjax.linen.factorized():`."
-                )
-            raise
-
-    return call
-
-
-# Flax does not know factors, so its error cannot name the remedy. Nothing else changes.
-Scope.param = _explained(Scope.param)
 
 
 def factorized() -> AbstractContextManager[None]:
