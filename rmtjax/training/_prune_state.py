@@ -26,7 +26,7 @@ class PruneState(NamedTuple):
       landed: Path to whether the last cut was found in the parameters.
       reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
       fall: By how much `value_fn` fell over the period before the last step; NaN before.
-      spent: Share of the gain that all steps together have undone by fading.
+      curvatures: Path to the moments of gradients by which kernels fade; None without `fade`.
     """
 
     step: Int[Array, ""]
@@ -42,7 +42,7 @@ class PruneState(NamedTuple):
     landed: dict[str, Bool[Array, ""]]
     reference: PyTree = None
     fall: PyTree = None
-    spent: PyTree = None
+    curvatures: PyTree = None
 
 
 # The fields of a state that have an entry for each kernel, in the order of `KernelState`.
