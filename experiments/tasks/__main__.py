@@ -16,7 +16,11 @@ from experiments import measure
 from experiments.tasks import compare, problems
 
 RESULTS = Path(__file__).parents[1] / "results" / "tasks.json"
-LIMITS = {"value_fn": (1, 2), "max_removed": (3, 3)}  # points, and per cent of the loss
+LIMITS = {
+    "value_fn": (1, 2),
+    "max_removed": (3, 3),
+    "size": (1, 2),
+}  # points, and per cent of the loss
 Found = dict[str, list[dict]]  # outcomes of the seeds, by "task / optimizer / arm"
 
 
@@ -33,6 +37,8 @@ class Config:
     """SGD has a momentum of 0.9; AdamW a rate of 0.001 and a decay of 0.01."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run for each: of the weights and the batches."""
+    arms: tuple[str, ...] = compare.ARMS[:3]
+    """Ways to prune; `size` asks for 45 % of each kernel and lets the rest fade."""
     file: Path = RESULTS
     """Results, read and written."""
     show_only: bool = False
@@ -67,7 +73,7 @@ def run(config: Config, content: dict, console: Console) -> None:
         data = task.load()
         network = task.build(data.train[0][: task.batch])
         for optimizer in config.optimizers:
-            for arm in compare.ARMS:
+            for arm in config.arms:
                 key = key_of(task.name, optimizer, arm)
                 if len(found.get(key, [])) == len(config.seeds):
                     continue
@@ -88,20 +94,21 @@ def changes(task: problems.Task, optimizer: str, arm: str, found: Found) -> np.n
 
 def table(config: Config, found: Found) -> tuple[Table, list[str]]:
     """A row for each task and optimizer, and a line for each arm over all of them."""
-    parts = [f"{arm}\n{name}" for arm in LIMITS for name in ("mean", "worst", "stored")]
+    limits_of = {arm: limits for arm, limits in LIMITS.items() if arm in config.arms}
+    parts = [f"{arm}\n{name}" for arm in limits_of for name in ("mean", "worst", "stored")]
     names = "network", "optimizer", "never cut", "cut at\nthe end"
     rows = Table(*names, *parts, box=None, pad_edge=False)
-    over: dict[str, list[float]] = {arm: [] for arm in LIMITS}
-    stored: dict[str, list[float]] = {arm: [] for arm in LIMITS}
+    over: dict[str, list[float]] = {arm: [] for arm in limits_of}
+    stored: dict[str, list[float]] = {arm: [] for arm in limits_of}
     for task in problems.TASKS:
         for optimizer in config.optimizers:
-            if any(key_of(task.name, optimizer, arm) not in found for arm in compare.ARMS):
+            if any(key_of(task.name, optimizer, arm) not in found for arm in config.arms):
                 continue
             plain = found[key_of(task.name, optimizer, "never cut")]
             means = [np.mean([one[name] for one in plain]) for name in ("test", "thin")]
             shown = [f"{mean:.1f}" if task.in_points else f"{mean:.3f}" for mean in means]
             cells = [task.name, optimizer, *shown]
-            for arm, limits in LIMITS.items():
+            for arm, limits in limits_of.items():
                 change = changes(task, optimizer, arm, found)
                 sizes = [one["stored"] for one in found[key_of(task.name, optimizer, arm)]]
                 over[arm] += list(-change / limits[not task.in_points])
@@ -112,7 +119,7 @@ def table(config: Config, found: Found) -> tuple[Table, list[str]]:
         f"{arm}: {np.sum(np.array(over[arm]) <= 1)} of {len(over[arm])} runs lose at most "
         f"{points} {'point' if points == 1 else 'points'} or {share} % of the loss; "
         f"the median of stored parameters is {np.median(stored[arm]):.2f}"
-        for arm, (points, share) in LIMITS.items()
+        for arm, (points, share) in limits_of.items()
         if over[arm]
     ]
     return rows, lines

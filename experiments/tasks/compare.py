@@ -9,8 +9,9 @@ import optax
 import rmtjax
 from experiments.tasks.problems import Data, Network, Task
 
-# The options of `prune_spectrum` for each arm, beside the recipe; None for no pruning.
-ARMS = {"never cut": None, "value_fn": {}, "max_removed": {}}
+# What `size` asks for: 45 % of the numbers of each kernel.
+RULE = rmtjax.ranks.size(0.45, multiple=4)
+ARMS = "never cut", "value_fn", "max_removed", "size"
 OPTIMIZERS = ("SGD", "AdamW")
 
 
@@ -40,12 +41,15 @@ def _chain(task: Task, network: Network, optimizer: str, arm: str, every: int):
         if optimizer == "SGD"
         else optax.adamw(rate(1e-3), weight_decay=1e-2)
     )
-    options = ARMS[arm]
-    if options is None:
-        return base
     # Half an epoch follows the last look, in which training and BatchNorm adapt to the cut.
-    recipe = {"start": every // 2, "settled": 0.2, "axes": network.axes, **options}
-    return optax.chain(base, rmtjax.prune_spectrum(every, **recipe))
+    if arm == "never cut":
+        return base
+    if arm == "size":
+        start = task.epochs // 2 * every + every // 2
+        options = {"start": start, "rule": RULE, "fade": 0.6}
+    else:
+        options = {"start": every // 2, "settled": 0.2}
+    return optax.chain(base, rmtjax.prune_spectrum(every, axes=network.axes, **options))
 
 
 def _make_step(task: Task, network: Network, chain, guarded: bool):
@@ -86,7 +90,7 @@ def run(task: Task, data: Data, network: Network, optimizer: str, arm: str, seed
     """Trains once for each seed."""
     every = len(data.train[0]) // task.batch
     chain = _chain(task, network, optimizer, arm, every)
-    step = _make_step(task, network, chain, guarded=arm.startswith("value_fn"))
+    step = _make_step(task, network, chain, guarded=arm in ("value_fn", "size"))
     score = _make_score(task, network)
     return [_train(task, data, network, chain, step, score, arm, seed) for seed in seeds]
 
@@ -106,7 +110,8 @@ def _train(task: Task, data: Data, network: Network, chain, step, score, arm, se
     params, rest, opt_state = carry
     # As a user would: all kernels, by the noise levels that training has carried.
     fits = None if arm == "never cut" else rmtjax.noise_levels(opt_state)
-    plan = rmtjax.plan(params, fits=fits, axes=network.axes)
+    options = {"rule": RULE, "multiple": RULE.multiple} if arm == "size" else {}
+    plan = rmtjax.plan(params, fits=fits, axes=network.axes, **options)
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     stored = size(rmtjax.factorize(params, plan)) / size(params)
     thin = score(rmtjax.truncate(params, plan), rest, data)

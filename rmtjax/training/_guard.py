@@ -5,8 +5,8 @@ it cuts kernel after kernel, the one of the least cost first, each from its full
 rank of its rule. A bisection finds how far the loss allows.
 
 A kernel that was cut waits with the next cut, so that what training adds can grow out of the
-noise. Looks in between only tell a plan how far it may go. Kernels that fade go another way, that
-of `_fades`.
+noise. Looks in between only tell a plan how far it may go. Kernels that fade are judged by what a
+period of training gains, see `_fades`.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from rmtjax._axes import MatrixView
 from rmtjax._sharding import by_compiler
-from rmtjax._types import is_known
 from rmtjax.planning import map_kernels
 from rmtjax.spectra import decompose
-from rmtjax.training._cuts import begins_of, Cut, is_cut, Move, told, with_cost, without_cut
-from rmtjax.training._fades import end_of_fade, fade_within, Fades
+from rmtjax.training._cuts import (
+    begins_of,
+    bisect,
+    Cut,
+    is_cut,
+    Move,
+    STEPS,
+    told,
+    with_cost,
+    without_cut,
+)
+from rmtjax.training._fades import Curvature, ends_of, fade_within, gathered
 from rmtjax.training._pruning_step import call_if, KernelState, map_alike
 
-# Two losses with their gradients, of about three forward passes each, and those of the last
-# pruning step and of zeros are eight passes. With the steps of the bisection they are 15.
-_STEPS = 7
 _RANKS = 32  # the most ranks at which one kernel may end
 # Share of the gain over zeros. A network that learns more in a period is not cut for the first
 # time: what it needs has not grown out of the noise.
@@ -49,8 +55,6 @@ class Guard(NamedTuple):
       fall: The fall of the loss over the period before that; `UNKNOWN` if there was none.
       again: Whether kernels that were cut are cut again.
       max_rise: Share of the gain over a network of zeros that the cuts may undo.
-      fade: What is left of a value beyond the rank; None if it is removed at once.
-      spent: Share of the gain that the steps before have undone by fading.
     """
 
     value_fn: Any
@@ -60,8 +64,6 @@ class Guard(NamedTuple):
     fall: Float[Array, ""]
     again: Any
     max_rise: Any
-    fade: Any
-    spent: Float[Array, ""]
 
 
 class _Kernels(NamedTuple):
@@ -83,7 +85,9 @@ class _Kernels(NamedTuple):
 def _gains(guard: Guard, start: Array) -> tuple[Array, Array]:
     """Returns by how much the loss has fallen over the last period, and from that of zeros."""
     loss = _scalar(guard.value_fn)
-    empty = lambda leaf: jnp.zeros_like(leaf) if jnp.ndim(leaf) > 1 else leaf
+    # Zeros that the compiler cannot know: it folds constants, and for a convolution in a branch it
+    # was seen to make a loss of 0 of them.
+    empty = lambda leaf: 0 * jnp.nan_to_num(leaf) if jnp.ndim(leaf) > 1 else leaf
     tree = jax.tree.map(empty, optax.apply_updates(guard.params, guard.updates))
     period, whole = loss(guard.reference) - start, loss(tree) - start
     # A fall that is not finite is above every limit, and the next look does not count it.
@@ -91,26 +95,9 @@ def _gains(guard: Guard, start: Array) -> tuple[Array, Array]:
 
 
 def _kernels(guard: Guard, views, whole, states: list[KernelState]) -> _Kernels:
-    """Returns what is known of kernels. What fades has a noise level from its first fade on."""
-    if guard.fade is not None:
-        is_first = jnp.stack([~is_known(state.fit).any() for state in states])
-        return _Kernels(views, whole, is_first, jnp.zeros_like(is_first))
+    """Returns what is known of kernels."""
     is_first = jnp.stack([s.rank >= v.short for v, s in zip(views, states, strict=True)])
     return _Kernels(views, whole, is_first, ~is_first & ~jnp.asarray(guard.again))
-
-
-def _bisect(fine_at: Callable[[Array], Bool[Array, ""]], end: Int[Array, ""]) -> Int[Array, ""]:
-    """Returns the last step that is fine, between 0, which is, and `end`, which is not."""
-
-    def narrow(state):
-        low, high, count = state
-        middle = (low + high) // 2
-        fine = fine_at(middle)
-        return jnp.where(fine, middle, low), jnp.where(fine, high, middle), count + 1
-
-    unsure = lambda state: (state[1] - state[0] > 1) & (state[2] < _STEPS)
-    zero = jnp.zeros((), jnp.int32)
-    return lax.while_loop(unsure, narrow, (zero, end.astype(jnp.int32), zero))[0]
 
 
 def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
@@ -136,11 +123,11 @@ def _lessen(fine: Callable, kernels: _Kernels, before: list[Move], after: list[M
     vectors_of = lambda kernels, axes: by_compiler(partial(find, axes=axes), *kernels)
     arrays = [(kernel,) for kernel in whole]
     vectors = map_alike(vectors_of, arrays, tuple(view.axes for view in views))
-    steps = max(2, min(_RANKS, 2**_STEPS // len(views)))
+    steps = max(2, min(_RANKS, 2**STEPS // len(views)))
     begins, end = begins_of([state for _, state in after], is_first, steps)
     of_each: Any = zip(views, before, after, whole, vectors, waits, begins, strict=True)
     cuts = [Cut(*kernel, steps=steps) for kernel in of_each]
-    step = _bisect(lambda step: fine([cut.lower(step) for cut in cuts]), end)
+    step = bisect(lambda step: fine([cut.lower(step) for cut in cuts]), end)
     return [cut.chosen(step) for cut in cuts]
 
 
@@ -171,46 +158,92 @@ def _loss_of(guard: Guard, views: list[MatrixView]) -> Callable[[list[Array]], A
     return loss
 
 
+def _land(view: MatrixView, move: Move) -> Array:
+    """Returns where an update lands, in the dtype of its kernel."""
+    return (view.leaf + move[0]).astype(view.leaf.dtype)
+
+
+def _mean_fall(guard: Guard, period: Array, share: float = 1 / 2) -> Array:
+    """Returns the fall of the loss in a period: one batch says little of it, several say more."""
+    mean = guard.fall + share * (period - guard.fall)
+    return jnp.where(guard.fall < UNKNOWN, mean, period)
+
+
+def _known(fall: Array) -> Array:
+    """Returns a fall as the state holds it, which is finite."""
+    return jnp.where(jnp.isfinite(fall), fall, UNKNOWN)
+
+
 def _within_rise(guard: Guard, views: list[MatrixView], before: list[Move], after: list[Move]):
     """Returns updates and states of kernels whose cuts raise the loss by no more than allowed.
 
-    And the fall of the loss over the last period, and what fading has spent.
+    And the fall of the loss over the last period.
     """
-    loss, fades = _loss_of(guard, views), guard.fade is not None
-    land = lambda view, move: (view.leaf + move[0]).astype(view.leaf.dtype)
-    whole = list(map(land, views, before))
+    loss, whole = _loss_of(guard, views), list(map(_land, views, before))
     start, first = jax.value_and_grad(loss)(whole)
     period, gain = _gains(guard, start)
-    # One batch says little of a period: two say more.
-    fall = jnp.where(guard.fall < UNKNOWN, (period + guard.fall) / 2, period)
     kernels = _kernels(guard, views, whole, [state for _, state in before])
-    after = _candidates(kernels, before, after, fall <= _RIPE * gain)
-    cut = list(map(land, views, after))
-    if fades:
-        cut = list(map(partial(end_of_fade, guard.fade), whole, cut))
+    after = _candidates(kernels, before, after, _mean_fall(guard, period) <= _RIPE * gain)
+    cut = list(map(_land, views, after))
     end, last = jax.value_and_grad(loss)(cut)
     after = list(map(with_cost, after, whole, cut, first, last))
-    rise, spent = lambda kernels: loss(kernels) - start, guard.spent
-    if fades:
-        fading = Fades(views, whole, cut, guard.fade, guard.max_rise * gain, spent * gain)
-        after, rose = fade_within(fading, rise, end - start, before, after)
-        spent = jnp.maximum(spent + rose / jnp.where(gain > 0, gain, jnp.inf), 0)
-    else:
-        is_fine = lambda rise: (rise <= guard.max_rise * gain) & jnp.isfinite(rise)
-        done, fine = is_fine(end - start), lambda kernels: is_fine(rise(kernels))
-        # The decompositions wait for those before: under `vmap` both are computed.
-        rest = kernels._replace(whole=[jnp.where(done, 1, kernel) for kernel in whole])
-        after = lax.cond(done, lambda: after, lambda: _lessen(fine, rest, before, after))
-        after = list(map(told, kernels.waits, before, after))
-    period = jnp.where(jnp.isfinite(period), period, UNKNOWN)
-    return after, *(new.astype(guard.fall.dtype) for new in (period, spent))
+    is_fine = lambda rise: (rise <= guard.max_rise * gain) & jnp.isfinite(rise)
+    done, fine = is_fine(end - start), lambda kernels: is_fine(loss(kernels) - start)
+    # The decompositions wait for those before: under `vmap` both are computed.
+    rest = kernels._replace(whole=[jnp.where(done, 1, kernel) for kernel in whole])
+    after = lax.cond(done, lambda: after, lambda: _lessen(fine, rest, before, after))
+    after = list(map(told, kernels.waits, before, after))
+    return after, _known(period).astype(guard.fall.dtype)
 
 
-def guard_if(due, guard: Guard, views: list[MatrixView], before: list[Move], after: list[Move]):
-    """Makes the cuts of a step that is due smaller: between `before` and `after`.
+def fade_if(
+    due: tuple[Any, Any],
+    guard: Guard,
+    views: list[MatrixView],
+    moves: tuple[list[Move], list[Move]],
+    curvatures: list[Curvature],
+    ranks: list[Array],
+    fade: Any,
+):
+    """Fades kernels at a step that is due, and gathers gradients at it and before, once a period.
 
-    Returns updates with states, the fall of the loss over the last period, and what was spent.
+    Returns updates with states, the fall of the loss over a period, and moments of gradients.
     """
+    (ends, prunes), (before, after) = due, moves
+    _check(guard)
+
+    def look():
+        loss, whole = _loss_of(guard, views), list(map(_land, views, before))
+        start, first = jax.value_and_grad(loss)(whole)
+        # Without the update, which has learnt from this very batch.
+        ahead = start - _scalar(guard.value_fn)(guard.params)
+        period, gain = _gains(guard, start)
+        period = period + ahead
+        ripe = guard.fall <= _RIPE * gain
+        # From the first fade on a period also brings back what the last one took.
+        fall = jnp.where(prunes & ripe, guard.fall, _mean_fall(guard, period, 1 / 4))
+        fine = fall <= _RIPE * gain
+
+        def step():
+            cut = ends_of(views, whole, old, ranks)
+            end, last = jax.value_and_grad(loss)(cut)
+            costly = list(map(with_cost, after, whole, cut, first, last))
+            rise = lambda kernels: loss(kernels) - start
+            most = jnp.where(fine, jnp.maximum(fall, 0), -jnp.inf)
+            allowed = end - start, most
+            return fade_within(views, rise, (whole, cut), allowed, (before, costly), fade)
+
+        new = gathered(views, curvatures, first)
+        # The batch that judges a cut has no say in it, unless there was none before.
+        pick = lambda was, now: jnp.where(jnp.any(was > 0), was, now)
+        old = jax.tree.map(pick, curvatures, new)
+        return lax.cond(prunes, step, lambda: after), _known(fall).astype(guard.fall.dtype), new
+
+    return call_if(ends, look, (after, guard.fall, curvatures))
+
+
+def _check(guard: Guard) -> None:
+    """Raises an error if the loss cannot see all parameters, or their copy is one of others."""
     hidden = lambda node: isinstance(node, optax.MaskedNode)
     if any(map(hidden, jax.tree.leaves(guard.params, is_leaf=hidden))):
         raise ValueError(
@@ -222,5 +255,12 @@ def guard_if(due, guard: Guard, views: list[MatrixView], before: list[Move], aft
             "the state of `prune_spectrum` has a copy of other parameters than `params`. After "
             "`rmtjax.factorize` carry it over by `rmtjax.transfer_opt_state`."
         )
-    same = after, guard.fall, guard.spent
-    return call_if(due, lambda: _within_rise(guard, views, before, after), same)
+
+
+def guard_if(due, guard: Guard, views: list[MatrixView], before: list[Move], after: list[Move]):
+    """Makes the cuts of a step that is due smaller: between `before` and `after`.
+
+    Returns updates with states, and the fall of the loss over the last period.
+    """
+    _check(guard)
+    return call_if(due, lambda: _within_rise(guard, views, before, after), (after, guard.fall))

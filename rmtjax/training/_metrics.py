@@ -194,7 +194,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
 
     Examples:
       >>> import jax, optax, rmtjax
-      >>> params = {"Dense_0": {"kernel": 1 + jax.random.normal(jax.random.key(1), (80, 60))}}
+      >>> params = {"Dense_0": {"kernel": 2 + jax.random.normal(jax.random.key(1), (80, 60))}}
       >>> optimizer = optax.chain(optax.sgd(0.0), rmtjax.prune_spectrum(every=1))
       >>> _, state = optimizer.update(params, optimizer.init(params), params)
       >>> numbers = rmtjax.metrics(state)
@@ -245,7 +245,7 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
 
     Examples:
       >>> import jax, optax, rmtjax
-      >>> params = {"kernel": 1.0 + jax.random.normal(jax.random.key(1), (80, 60))}
+      >>> params = {"kernel": 2.0 + jax.random.normal(jax.random.key(1), (80, 60))}
       >>> optimizer = rmtjax.prune_spectrum(every=1)
       >>> updates, state = optimizer.update(params, optimizer.init(params), params)
       >>> params = optax.apply_updates(params, updates)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, get_args, Literal
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from rmtjax._axes import MatrixView, native
 from rmtjax._modes import in_usual_modes
 from rmtjax._types import Axes, Where
-from rmtjax.noise import check_rule, ranks
+from rmtjax.noise import check_rule, kept_rank, ranks
 from rmtjax.planning import (
     check_count,
     check_share,
@@ -24,7 +23,8 @@ from rmtjax.planning import (
     obstacle,
     warn_if_idle,
 )
-from rmtjax.training._guard import Guard, guard_if, UNKNOWN
+from rmtjax.training._fades import no_curvature
+from rmtjax.training._guard import fade_if, Guard, guard_if, UNKNOWN
 from rmtjax.training._prune_state import by_field, FIELDS, KernelState, PruneState, unpruned
 from rmtjax.training._pruning_step import (
     call_if,
@@ -106,15 +106,16 @@ class _Pruning:
             return jax.eval_shape(self.init, params)
         step, guards = jnp.zeros((), jnp.int32), self.max_rise is not None
         if is_placeholder(params):
-            kept = (params, step, step) if guards else (None, None, None)
+            kept = (params, step, step if self.fade is not None else None)
+            kept = kept if guards else (None, None, None)
             return PruneState._make([step, *[step] * len(KernelState._fields), *kept])
         views = self.find(params)
         warn_if_idle("prune_spectrum", views, params, self.where, self.axes, self.min_size)
         # A copy, since the parameters may be donated.
-        number = partial(jnp.full, (), dtype=jnp.float32)
         whole = lambda: jax.tree.map(lambda leaf: jnp.copy(native(leaf)), params)
-        copy = lambda: (whole(), number(UNKNOWN), number(0))
-        kept = copy() if guards else (None, None, None)
+        fades = lambda: {path: no_curvature(view) for path, view in views.items()}
+        copy = lambda: (whole(), jnp.full((), UNKNOWN, jnp.float32))
+        kept = (*copy(), None if self.fade is None else fades()) if guards else (None, None, None)
         states = {path: unpruned(view) for path, view in views.items()}
         return PruneState._make([step, *by_field(KernelState, states), *kept])
 
@@ -125,15 +126,25 @@ class _Pruning:
         share = self.keep(step) if callable(self.keep) else self.keep
         settled = 0.0 if self.settled is None else self.settled
         # The loss says more than the squares.
-        loses = (1.0 if guarded else 0.5) if self.max_removed is None else self.max_removed
+        loses = (1.0 if guarded else 0.25) if self.max_removed is None else self.max_removed
         return StepNumbers(look, share, self.min_rank, settled, loses, self.fade)
 
-    def guarded(self, due, state: PruneState, trees, look: Array, views, before, after):
+    def guarded(self, step, state: PruneState, trees, numbers: StepNumbers, views, before, after):
         """Returns updates and states as the loss allows, and what the state keeps of the loss."""
         # A schedule of `keep` asks for a smaller rank at each step; else at 2, 4, 8 and so on.
+        look = jnp.asarray(numbers.look)
         again = callable(self.keep) or look & (look - 1) == 0
-        kept = state.reference, state.fall, again, self.max_rise, self.fade, state.spent
-        return guard_if(due, Guard._make([*trees, *kept]), views, before, after)
+        guard = Guard._make([*trees, state.reference, state.fall, again, self.max_rise])
+        due, kernels = is_due(step, self.every, self.start), [*views.values()]
+        if self.fade is None:
+            return *guard_if(due, guard, kernels, before, after), state.curvatures
+        of_rank = lambda view, move: kept_rank(
+            move[1].signal, view.short, numbers.keep, numbers.min_rank
+        )
+        wanted, known = list(map(of_rank, kernels, after)), [state.curvatures[p] for p in views]
+        ends, moves = (step - self.start) % self.every == 0, (before, after)
+        *found, new = fade_if((ends, due), guard, kernels, moves, known, wanted, self.fade)
+        return *found, state.curvatures | dict(zip(views, new, strict=True))
 
     @in_usual_modes
     def update(self, updates, state, params: Any = None, *, value_fn: Any = None, **extra_args):
@@ -144,12 +155,11 @@ class _Pruning:
         guarded = value_fn is not None and self.max_rise is not None and len(views) > 0
         numbers = self.numbers_at(jnp.asarray(state.step), guarded)
         before, after = self._prune(step, state, views, moves, numbers)
-        reference, fall, spent = state.reference, state.fall, state.spent
+        reference, fall, curvatures = state.reference, state.fall, state.curvatures
         if guarded:
-            due, trees = is_due(step, self.every, self.start), (value_fn, params, updates)
-            kernels, look = [*views.values()], jnp.asarray(numbers.look)
-            found = self.guarded(due, state, trees, look, kernels, before, after)
-            after, fall, spent = found
+            trees = value_fn, params, updates
+            found = self.guarded(step, state, trees, numbers, views, before, after)
+            after, fall, curvatures = found
         moves, states = zip(*after, strict=True) if after else ((), ())
         # Kernels without an update, and those that were factorized since, keep their state.
         old = (getattr(state, field) for field in FIELDS)
@@ -161,7 +171,7 @@ class _Pruning:
             # Also before the first pruning step, which compares with the period before it.
             ends = (step - self.start) % self.every == 0
             reference = call_if(ends, lambda: optax.apply_updates(params, updates), reference)
-        return updates, PruneState._make([step, *fields, reference, fall, spent])
+        return updates, PruneState._make([step, *fields, reference, fall, curvatures])
 
     def _prune(self, step: Array, state: PruneState, views, moves, numbers: StepNumbers):
         """Returns updates with states of kernels, as they are and as their rules prune them."""
@@ -206,12 +216,13 @@ def prune_spectrum(
     at the pruning steps number 2, 4, 8 and so on, counted from `start`, or at each with a schedule
     of `keep`. All takes 15 forward passes at most.
 
-    `fade` is an experiment, and off by default. Directions beyond the rank are not removed. Their
-    singular values are multiplied by it at each pruning step, while training moves what they know
-    to the others. Ranks stay full, and `rmtjax.plan` with the same rule, such as
-    `ranks.size(0.45)`, makes the cut in the end. This cut may raise `value_fn` by `max_rise`, and
-    all steps before by seven times as much: what costs more fades less, and a kernel that the loss
-    needs is kept.
+    `fade` is for rules that ask for a size, such as `ranks.size(0.45)`. What lies beyond the rank
+    is not removed. It is multiplied by `fade` at each pruning step, while training moves what it
+    knows to the rest; below 1 % of the squares it is removed. Ranks stay full, and `rmtjax.plan`
+    with the same rule makes the cut in the end. With `value_fn` gradients decide what goes: with
+    $A = E[G G^T]$ and $B = E[G^T G]$, over one batch a period, the cut is that of
+    $A^{1/4} W B^{1/4}$. A kernel fades only if its cut costs no more than a period of training has
+    gained, the cheapest first. The state then holds A and B. `max_rise` is not used.
 
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
@@ -232,6 +243,7 @@ def prune_spectrum(
         `optax.linear_schedule(1.0, 0.0, N * steps_per_epoch)` with N of 200, 300 and 1000.
       fade: What is left of a singular value beyond the rank after a pruning step, in [0, 1). None
         removes it. `refused/PATH` of `rmtjax.metrics` is the share of the squares that is left.
+        Without `value_fn` a kernel with more than `max_removed` beyond its rank does not fade.
       noise: "first" carries the noise level of the first cut. "refit" fits the ranks that the last
         pruning has left, if `keep` leaves enough: it follows a scale that weight decay changes.
       settled: In [0, 1). `settled=0.2` waits with the first pruning of a kernel until its number of
@@ -239,7 +251,8 @@ def prune_spectrum(
         `every` to about one epoch: if checks are more frequent, it seems stable too soon.
       max_removed: Largest share of its squares that a kernel may lose in one cut, in [0, 1]. A cut
         that would take more is refused, as `rmtjax.metrics` tells, and tried again later. 1 allows
-        every cut, and so do rules without a noise level. None is 1 with `value_fn`, else 0.5.
+        every cut, and so do rules without a noise level, without `fade`. None is 1 with `value_fn`,
+        else 0.25.
       max_rise: Share of the gain by which a pruning step may raise `value_fn`, in [0, 1]. None
         does not ask for the loss: the state then needs no copy of `params`.
       where, axes: As in `rmtjax.plan`. The matrices of a stack get one rank, the largest needed.

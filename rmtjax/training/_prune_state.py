@@ -54,7 +54,7 @@ class PruneState(NamedTuple):
       reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
       fall: By how much `value_fn` fell over the period before the last step; the largest number of
         float32 before, or if it was not finite.
-      spent: Share of the gain that all steps together have undone by fading.
+      curvatures: Path to the moments of gradients by which kernels fade; None without `fade`.
     """
 
     step: Int[Array, ""]
@@ -71,7 +71,7 @@ class PruneState(NamedTuple):
     exponents: dict[str, Int[Array, ""]]
     reference: PyTree = None
     fall: PyTree = None
-    spent: PyTree = None
+    curvatures: PyTree = None
 
 
 # The fields of a state that have an entry for each kernel, in the order of `KernelState`.

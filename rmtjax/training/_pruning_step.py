@@ -126,7 +126,7 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
         test = lambda: stands_out(matrices, spectra, fit, jnp.asarray(numbers.look), options.rule)
         ready = lax.cond(ready & (rank < size) & ~was_cut, test, lambda: ready)
     share = jnp.where(ready & (rank < size), removed_share(s, matrices, rank), 0)
-    if options.rule.needs_noise:
+    if options.rule.needs_noise or numbers.fade is not None:
         ready &= share <= numbers.max_removed
     # The noise is that of the first cut. Until then nothing is remembered.
     carry = (ready & (rank < size)) | was_cut

@@ -10,15 +10,15 @@ import optax
 from rmtjax import prune_spectrum
 
 SHAPE = (64, 96)
-# Singular values of reference and transform differ by rounding: a few eps of the largest, 5.
-ATOL = 1e-5
+# Singular values of reference and transform differ by rounding: a few eps of the largest, 11.
+ATOL = 2e-5
 
 
 def planted(seed=0, shape=SHAPE, num_spikes=3, noise=0.1):
-    """Noise with a few directions far above the threshold: their number is known beforehand."""
+    """Noise with a few directions far above the threshold, which hold most of the squares."""
     rng = np.random.default_rng(seed)
     left, right = (np.linalg.qr(rng.normal(size=(n, num_spikes)))[0] for n in shape)
-    strengths = noise * np.sqrt(shape).sum() * np.linspace(3, 2, num_spikes)
+    strengths = noise * np.sqrt(shape).sum() * np.linspace(6, 4, num_spikes)
     return jnp.asarray(noise * rng.normal(size=shape) + left * strengths @ right.T, jnp.float32)
 
 

@@ -31,7 +31,7 @@ from rmtjax import prune_spectrum
 
 
 def test_the_next_step_goes_on_where_the_loss_allows_more():
-    landed, first = step(CHEAP_B, max_rise=0.3)
+    landed, first = step(CHEAP_B, max_rise=0.1)
     assert SIZE > int(first.ranks["a/kernel"]) > RANK
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     free = {"a": 0.0, "b": 0.0}  # a loss that no cut changes

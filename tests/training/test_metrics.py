@@ -75,7 +75,7 @@ NESTED = {
     "MultiSteps": optax.MultiSteps(PRUNE, 1).gradient_transformation(),
     "inject": optax.inject_hyperparams(
         rmtjax.prune_spectrum, static_args=("min_size", "rule", "where", "axes")
-    )(every=1),
+    )(every=1, max_removed=1.0),
     "partition": optax.partition(
         {"a": PRUNE, "b": optax.chain(optax.sgd(0.1), PRUNE), "bias": optax.sgd(0.1)}, by_layer
     ),
