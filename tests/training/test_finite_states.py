@@ -28,7 +28,7 @@ def everything(max_rise):
     """All transforms in one chain, each with its kernel."""
 
     def at(name) -> Any:
-        return {"where": f"^{name}/"}
+        return {"where": f"{name}/*"}
 
     chain = optax.chain(
         rmtjax.admm(lambda kernel: jnp.sign(kernel), every=2, start=2, **at("a")),
