@@ -12,6 +12,7 @@ from rmtjax._types import is_patterns
 from rmtjax.checkpoint._manifest import Manifest
 from rmtjax.checkpoint._tensors import Entry, StoredTensor, Tensors
 from rmtjax.planning import (
+    check_patterns,
     is_kernel,
     is_untold,
     nothing_chosen,
@@ -56,6 +57,7 @@ def choose(leaves: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
     where = options.where
     if isinstance(where, Mapping):
         where = {path: where.get(path, False) for path in leaves}
+    check_patterns(where, dict(leaves))
     by_path = options.axes if isinstance(options.axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel_tensor(path, leaf)
     # A pattern does not choose the moments of an optimizer, whose names end as those of kernels.

@@ -158,12 +158,12 @@ def _settle(spectrum: Spectrum, rank, quantile: Scalar, trim: float):
 
 @_settle.defjvp
 def _settle_jvp(trim, primals, tangents):
-    """Differentiates the last step at a fixed count of spikes, and a fixed level."""
+    """Differentiates the last step at a fixed count of spikes."""
     # JAX cannot differentiate a while loop in reverse mode, and the count is an integer.
     spectrum, rank, quantile = primals
     spikes, *values = _settle(spectrum, rank, quantile, trim)
-    last_step = lambda spectrum: _cut(spectrum, spikes, rank, quantile, trim)
-    _, slopes = jax.jvp(last_step, (spectrum,), (tangents[0],))
+    last_step = lambda spectrum, quantile: _cut(spectrum, spikes, rank, quantile, trim)
+    _, slopes = jax.jvp(last_step, (spectrum, quantile), (tangents[0], tangents[2]))
     return (spikes, *values), (np.zeros(jnp.shape(spikes), jax.dtypes.float0), *slopes)
 
 
@@ -229,7 +229,7 @@ def fit_bema(
       spectrum: The spectrum of one matrix, from `rmtjax.spectrum`.
       trim: Share of the noise eigenvalues left out at each end, in [0, 0.5).
       level: Probability that noise alone gives a spike, from 1e-6 to 1 - 1e-6: $t$ is the
-        Tracy-Widom quantile at 1 - level.
+        Tracy-Widom quantile at 1 - level. One that is traced is not checked.
       rank: Rank that the matrix was truncated to, in [0, p], or None for a complete spectrum.
         Only the ranks that were kept are then matched, at their old positions.
 

@@ -236,7 +236,10 @@ class fixed(_WithoutNoise):  # noqa: N801
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
-        return jnp.minimum(self.rank, spectrum.eigenvalues.shape[-1]).astype(jnp.int32)
+        size = spectrum.eigenvalues.shape[-1]
+        # No number that int32 does not hold. A rank may also be traced.
+        rank = min(self.rank, size) if isinstance(self.rank, int) else self.rank
+        return jnp.minimum(rank, size).astype(jnp.int32)
 
 
 @dataclass(frozen=True)

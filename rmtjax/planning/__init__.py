@@ -26,6 +26,7 @@ from rmtjax.planning._kernels import (
     check_chosen as check_chosen,
     check_concrete as check_concrete,
     check_matches as check_matches,
+    check_patterns as check_patterns,
     count_others as count_others,
     find_kernels as find_kernels,
     is_abstract as is_abstract,

@@ -149,14 +149,22 @@ def check_matches(pattern: Pattern, leaves: Mapping[str, Any]) -> None:
     raise ValueError(cause)
 
 
-def _from_patterns(where: Pattern | Sequence[Pattern], params: PyTree):
-    """Returns the choice of the leaves that one of some patterns matches."""
-    patterns = [where] if isinstance(where, str | re.Pattern) else where
+def check_patterns(where: Where | None, params: PyTree) -> None:
+    """Raises ValueError for a pattern that matches no path of a whole tree."""
+    if not is_patterns(where):
+        return
     leaves = _last_leaves(params)
     # Thin layers have other paths than those that they replace.
-    if not any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):
-        for pattern in patterns:
-            check_matches(pattern, leaves)
+    if any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):
+        return
+    patterns: Any = [where] if isinstance(where, str | re.Pattern) else where
+    for pattern in patterns:
+        check_matches(pattern, leaves)
+
+
+def _from_patterns(where: Pattern | Sequence[Pattern]):
+    """Returns the choice of the leaves that one of some patterns matches."""
+    patterns = [where] if isinstance(where, str | re.Pattern) else where
     tests = [matcher(pattern) for pattern in patterns]
     # A complete name chooses any leaf. Other patterns do not choose biases and scales.
     able = lambda path, leaf: path in patterns or is_kernel(path, leaf) or is_untold(path, leaf)
@@ -170,7 +178,7 @@ def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bo
     if callable(where):
         return lambda path, leaf: bool(where(path, leaf))
     if is_patterns(where):
-        return _from_patterns(where, params)
+        return _from_patterns(where)
     return _from_mask(where, params)
 
 

@@ -28,6 +28,7 @@ from rmtjax.noise import (
 from rmtjax.planning._cost import rows_by_path
 from rmtjax.planning._kernels import (
     check_chosen,
+    check_patterns,
     check_tree,
     check_values,
     find_kernels,
@@ -226,7 +227,7 @@ def given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkFi
     """Returns the noise levels that are known, as NumPy numbers."""
     levels = jax.tree.map(np.asarray, fetch(dict(fits or {})))
     # Zeros, and an edge below 0, are how a state says NaN.
-    known = lambda threshold: np.isfinite(threshold).all() and np.any(threshold != 0)
+    known = lambda threshold: np.all(np.isfinite(threshold) & (threshold != 0))
     floored = lambda fit: fit._replace(edge=np.where(fit.edge < 0, np.nan, fit.edge))
     given = {path: floored(fit) for path, fit in levels.items() if known(fit.threshold)}
     for path in given.keys() & kernels.keys():
@@ -284,6 +285,7 @@ def study(params: PyTree, options: PlanOptions, step: Step | None = None) -> Fin
     _check_paths("axes", options.axes, params)
     _check_paths("fits", options.fits, params)
     _check_paths("moments", options.moments, params)
+    check_patterns(options.where, params)
     kernels = find_kernels(params, options.where, options.axes)
     check_chosen(kernels, params)
     others = unchosen(params, kernels) if options.where is None else {}

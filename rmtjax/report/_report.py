@@ -108,7 +108,8 @@ class Report:
         """Returns the report under another rank rule, from the spectra that it has.
 
         No spectrum is computed, and another number of a rule compiles nothing. Kernels that the
-        first rule could not judge, such as factors without a noise level, stay as they are.
+        first rule could not judge, such as factors without a noise level, stay as they are. A
+        spectrum that was estimated decides, although a new report might compute it.
 
         Args:
           rule: A rank rule of `rmtjax.ranks`.

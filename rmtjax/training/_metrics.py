@@ -213,13 +213,15 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
 
 def _warn_if_lost(landed: Mapping[str, Any]) -> None:
     """Warns of cuts that another transform has undone."""
-    known = {p: a for p, a in landed.items() if not isinstance(a, jax.core.Tracer)}
-    lost = [path for path, there in jax.device_get(known).items() if not np.all(there)]
+    # As arrays: a state of nnx holds variables, which may hold tracers.
+    arrays = {path: jnp.asarray(there) for path, there in landed.items()}
+    known = {path: there for path, there in arrays.items() if not isinstance(there, Tracer)}
+    lost = [path for path, there in fetch(known).items() if not np.all(there)]
     if lost:
         warnings.warn(
             f"the last cut of {lost[0]!r} is not in the parameters ({len(lost)} such kernels). Put "
             "`prune_spectrum` last in `optax.chain`, outside wrappers that rescale or average.",
-            stacklevel=3,
+            stacklevel=4,  # the caller of `noise_levels`, which runs in usual modes
         )
 
 
@@ -256,6 +258,6 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
     names = "`rmtjax.prune_spectrum` or `rmtjax.lowrank.shrink_tail`"
     for state in _find_states(opt_state, tuple(_LEVELS), names):
         for path, fit in _LEVELS[type(state)](state).items():
-            _add(levels, path, {path: BulkFit(*map(jnp.asarray, fit))})
+            _add(levels, path, {path: fit})
         _warn_if_lost(getattr(state, "landed", {}))
     return levels

@@ -161,9 +161,10 @@ def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Fl
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
     """Returns a truncated stack, whether it differs from the given one, and the new state."""
     # The scale is that of the first cut, as the noise level is.
-    exponent = jnp.where(
-        jnp.isfinite(state.fit.threshold).any(), state.exponent, to_unit(matrices)[1]
-    )
+    exponents = jax.vmap(lambda matrix: to_unit(matrix)[1])(matrices)
+    # One for the stack: 0, unless all of its matrices are very large or all very small.
+    exponent = jnp.clip(0, exponents.min(), exponents.max())
+    exponent = jnp.where(jnp.isfinite(state.fit.threshold).any(), state.exponent, exponent)
     state = state._replace(exponent=exponent)
     # A carried noise level is not fitted again. Only directions above it are then needed.
     carried = jnp.where(options.noise == "first", state.fit.threshold, jnp.nan)

@@ -206,3 +206,12 @@ def test_a_spectrum_without_a_law_ends_with_a_fit(kind):
     fit = jax.jit(rmtjax.fit_bema)(Spectrum(jnp.float32(values), jnp.float32(0.5)))
     assert np.isfinite(fit[:4]).all()
     assert fit.distance > 0.05
+
+
+def test_the_threshold_has_a_derivative_by_the_level():
+    s = np.linalg.svd(np.random.default_rng(0).standard_normal((60, 90)), compute_uv=False)
+    spectrum = Spectrum(jnp.asarray(s**2 / 90, jnp.float32), jnp.float32(60 / 90))
+    threshold = lambda level: rmtjax.fit_bema(spectrum, level=level).threshold
+    step = 0.01  # the values are right to eps / step, and the third derivative is small here
+    expected = (threshold(0.1 + step) - threshold(0.1 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(threshold)(0.1), expected, rtol=0.01)

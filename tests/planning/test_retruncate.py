@@ -257,3 +257,13 @@ def test_a_plan_has_the_noise_levels_that_the_next_one_needs():
 def test_a_matrix_is_no_tree(function):
     with pytest.raises(TypeError, match="`params` must be a tree of parameters, got an array"):
         function(jnp.ones((60, 60)))
+
+
+def test_a_stack_of_which_one_level_is_unknown_is_fitted_anew():
+    kernel = np.random.default_rng(0).standard_normal((2, 64, 60)).astype(np.float32)
+    kernel[:, :, 0] += 3
+    options = {"axes": {"kernel": rmtjax.KernelAxes((1,), (2,), (0,))}, "multiple": 1}
+    anew = rmtjax.plan({"kernel": kernel}, **options)["kernel"]
+    half = anew.fit._replace(threshold=anew.fit.threshold * np.float32([1, 0]))
+    assert rmtjax.plan({"kernel": kernel}, fits={"kernel": half}, **options)["kernel"].rank == 1
+    assert anew.rank == 1

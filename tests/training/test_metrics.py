@@ -186,3 +186,14 @@ def test_examples_print_what_stands_under_them(tmp_path, monkeypatch):
     records = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [record["step"] for record in records] == [25, 50, 75, 100, 125, 150]
     assert records[0]["rank/Dense_0/kernel"] == 60
+
+
+def test_noise_levels_are_read_under_nnx_jit():
+    kernel = 2.0 + jax.random.normal(jax.random.key(1), (80, 60))
+    model = nnx.Linear(80, 60, rngs=nnx.Rngs(0), use_bias=False)
+    model.kernel[...] = kernel
+    optimizer = nnx.Optimizer(model, rmtjax.prune_spectrum(every=1), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+    levels = rmtjax.noise_levels(optimizer.opt_state)["kernel"]
+    read = nnx.jit(lambda opt_state: rmtjax.noise_levels(opt_state)["kernel"].threshold)
+    assert read(optimizer.opt_state) == levels.threshold > 0

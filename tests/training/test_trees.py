@@ -199,3 +199,11 @@ def test_a_kernel_that_is_new_to_the_state_is_an_error(make):
     optimizer = make()
     with pytest.raises(ValueError, match=r"has the kernel 'c/kernel'.* `optimizer.init\(params\)`"):
         optimizer.update(grown, optimizer.init(params), grown)
+
+
+def test_a_group_of_a_partition_may_have_none_that_a_pattern_matches():
+    params = {"a": {"kernel": jnp.ones((60, 80))}, "b": {"kernel": jnp.ones((60, 80))}}
+    prune = prune_spectrum(every=1, where="a/*")
+    tx = optax.partition({"x": prune, "y": optax.sgd(0.1)}, {"a": "y", "b": "x"})
+    with pytest.warns(UserWarning, match="`prune_spectrum` will never"):
+        tx.init(params)
