@@ -1,7 +1,7 @@
 """Damaged files: mutated and truncated .safetensors files, indexes and folders of orbax.
 
-Each must be read as the library of its format reads it, or refused with its name. No read of safetensors
-may allocate more than the file has bytes, plus a constant.
+Each must be read as the library of its format reads it, or refused with its name. No read of
+safetensors may allocate more than the file has bytes, plus a constant.
 """
 
 import json
