@@ -45,6 +45,12 @@ def open_difference(base: FilePath, tuned: FilePath) -> Iterator[tuple[Tensors, 
     """Opens the changes of the tensors as a checkpoint, and yields the names of all others."""
     with open_tensors(base) as before, open_tensors(tuned) as after:
         names = [*after.entries, *(name for name in before.entries if name not in after.entries)]
+        half = next((name for name in names if ".lora_A." in name), None)
+        if half is not None:
+            raise ValueError(
+                f"{half!r} is half of an adapter, and the difference of halves is not that of "
+                "their products: merge the adapters into their models first."
+            )
         pairs = {name: (before.entries.get(name), after.entries.get(name)) for name in names}
         both = [name for name, pair in pairs.items() if _comparable(*pair)]
         if not both:

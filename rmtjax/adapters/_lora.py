@@ -12,11 +12,29 @@ from rmtjax._axes import Factors, MatrixView
 from rmtjax._progress import Progress, showing
 from rmtjax._types import Where
 from rmtjax.adapters._difference import analyze_change, Difference, open_difference
-from rmtjax.checkpoint import FilePath, find_leaves, read_manifest, replacing, save
+from rmtjax.checkpoint import (
+    check_target,
+    FilePath,
+    find_leaves,
+    open_tensors,
+    read_manifest,
+    replacing,
+    save,
+)
 from rmtjax.noise import ranks
 from rmtjax.planning import changed_leaves, Factorized, PlanOptions
 
 _ENDS = re.compile(r"[./](weight|kernel|embedding)$")
+
+_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def _check_targets(base: FilePath, tuned: FilePath, folder: Path) -> None:
+    """Raises ValueError if the adapter would replace a checkpoint, or be in its folder."""
+    for path in (base, tuned):
+        with open_tensors(path) as tensors:
+            for name in _FILES:
+                check_target(tensors, folder / name, "`out`")
 
 
 def _module(path: str) -> str:
@@ -82,7 +100,8 @@ def extract_lora(
       not in it: stacks, convolutions, and changes of so high a rank that an adapter saves nothing.
 
     Raises:
-      ValueError: No kernel can be in the adapter; or as in `analyze_difference`.
+      ValueError: No kernel can be in the adapter, or `out` would replace an input; or as in
+        `analyze_difference`.
       OSError: A file cannot be read or written.
 
     Examples:
@@ -103,6 +122,7 @@ def extract_lora(
     """
     sizes: dict[str, Any] = {"min_size": min_size, "exact_below": exact_below}
     options = PlanOptions(rule, where=where, multiple=1, **sizes)
+    _check_targets(base, tuned, Path(out))
     tensors, found = {}, {}
     opened = open_difference(base, tuned)
     with opened as (change, unmatched), showing(progress, "extract_lora") as step:
@@ -124,7 +144,7 @@ def extract_lora(
         )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    save(folder / "adapter_model.safetensors", tensors)
-    with replacing(folder / "adapter_config.json") as file:
+    save(folder / _FILES[0], tensors)
+    with replacing(folder / _FILES[1]) as file:
         file.write(json.dumps(_config(found, fan_in_fan_out), indent=2).encode())
     return difference

@@ -206,15 +206,21 @@ def analyze_file(
     options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
     checked = check_dtype(dtype)
     with open_tensors(path) as tensors, showing(progress, "analyze_file") as step:
-        return analyze_tensors(tensors, options, step, checked)
+        return analyze_tensors(tensors, options, step, checked, adapters=True)
 
 
 def analyze_tensors(
-    tensors: Tensors, options: PlanOptions, step: Step, dtype: np.dtype | None = None
+    tensors: Tensors,
+    options: PlanOptions,
+    step: Step,
+    dtype: np.dtype | None = None,
+    *,
+    adapters: bool = False,
 ) -> Report:
-    """Analyzes every kernel of an open checkpoint with one in memory at a time."""
+    """Analyzes every kernel of an open checkpoint; with `adapters` the A and B of one are one."""
     manifest = read_manifest(tensors)
-    leaves = pair_adapters(find_leaves(tensors, manifest))
+    leaves = find_leaves(tensors, manifest)
+    leaves = pair_adapters(leaves) if adapters else leaves
     plan, found, options = _plan_kernels(leaves, manifest, options, dtype, step)
     return Report(plan, count_others(leaves, plan), False, found, options)
 

@@ -178,10 +178,12 @@ def _work(args: argparse.Namespace) -> None:
     options = _plan_options(args)
     parse_columns(args.columns)  # before the work
     check_outputs(args)
+    for source in filter(None, (getattr(args, "base", None), args.file)):
+        with checkpoint.open_tensors(source) as tensors:
+            for form, target in args.reports:
+                if not is_stdout(target):
+                    checkpoint.check_target(tensors, target, f"--{form}")
     with checkpoint.open_tensors(args.file) as tensors:
-        for form, target in args.reports:
-            if not is_stdout(target):
-                checkpoint.check_target(tensors, target, f"--{form}")
         options["where"] = _select(tensors, args.include, args.exclude)
     with _progress(args.quiet) as progress:
         report, words = _run(args, options | {"progress": progress})

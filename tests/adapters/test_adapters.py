@@ -115,6 +115,29 @@ def test_the_product_of_an_adapter_is_analyzed(tensors, paths, tmp_path):
         np.testing.assert_allclose(seen, s**2 / max(SHAPE), rtol=1e-5)  # Float32.
 
 
+def test_no_input_is_overwritten(paths, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    base, tuned = folder / "adapter_model.safetensors", paths[1]
+    base.write_bytes(paths[0].read_bytes())
+    for pair in ((base, tuned), (tuned, base)):
+        with pytest.raises(ValueError, match="`out` must not be the input"):
+            adapters.extract_lora(*pair, folder)
+        assert main(["diff", *map(str, pair), "--json", str(base)]) == 1
+        assert "--json must not be the input" in capsys.readouterr().err
+    assert base.read_bytes() == paths[0].read_bytes()
+    assert [path.name for path in folder.iterdir()] == [base.name]
+
+
+def test_two_adapters_have_no_difference(tmp_path):
+    saved = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    for seed, path in enumerate(saved):
+        halves = np.random.default_rng(seed).standard_normal((2, 60, 60)).astype(np.float32)
+        checkpoint.save(path, {"m.lora_A.weight": halves[0], "m.lora_B.weight": halves[1]})
+    with pytest.raises(ValueError, match=r"'m.lora_A.weight' is half of an adapter.*merge"):
+        adapters.analyze_difference(*saved)
+
+
 def test_faults_are_told(tensors, paths, tmp_path):
     with pytest.raises(ValueError, match=r"nothing has changed in .*base"):
         adapters.analyze_difference(paths[0], paths[0])
