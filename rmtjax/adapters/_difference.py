@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,9 +10,26 @@ import numpy as np
 
 from rmtjax._progress import Progress, showing, Step
 from rmtjax._types import Axes, Where
-from rmtjax.checkpoint import analyze_tensors, Entry, FilePath, open_tensors, Tensors
+from rmtjax.checkpoint import (
+    analyze_tensors,
+    choose,
+    Entry,
+    FilePath,
+    find_leaves,
+    open_tensors,
+    read_manifest,
+    Tensors,
+)
 from rmtjax.noise import ranks
-from rmtjax.planning import PlanOptions
+from rmtjax.planning import (
+    count_others,
+    decide_all,
+    Findings,
+    guess_axes,
+    Neighbours,
+    Plan,
+    PlanOptions,
+)
 from rmtjax.report import Report
 
 
@@ -25,12 +42,14 @@ class Difference(NamedTuple):
       others: Names of the tensors that have changed, and are not in the report.
       unmatched: Names of the tensors that only one checkpoint has, or both in other shapes or in a
         dtype that is not floating. Nothing is told of them.
+      written: Paths of the kernels that `extract_lora` has written to the adapter.
     """
 
     report: Report
     unchanged: tuple[str, ...]
     others: tuple[str, ...]
     unmatched: tuple[str, ...]
+    written: tuple[str, ...] = ()
 
 
 def _comparable(one: Entry | None, other: Entry | None) -> bool:
@@ -58,13 +77,16 @@ def open_difference(base: FilePath, tuned: FilePath) -> Iterator[tuple[Tensors, 
                 f"{str(base)!r} and {str(tuned)!r} have no floating tensor of one name and shape, "
                 f"but such as {names[:3]}: give two checkpoints of one model."
             )
-        wide = lambda name: jnp.promote_types(jnp.float32, after.entries[name].dtype)
+        # The rounding of a difference in 16 bits would be of its own size.
+        wide = lambda name: np.dtype("f8" if after.entries[name].dtype == np.float64 else "f4")
 
         def read(name: str) -> np.ndarray:
-            # In float32: the rounding of a difference in 16 bits would be of its own size.
-            return after.array(name).astype(wide(name)) - before.array(name).astype(wide(name))
+            one, other = (tensors.array(name).astype(wide(name)) for tensors in (after, before))
+            # Masks have infinities, whose difference would be NaN.
+            differ = (one != other) & ~(np.isnan(one) & np.isnan(other))
+            return np.subtract(one, other, out=np.zeros_like(one), where=differ)
 
-        entries = {name: Entry(after.entries[name].shape, np.dtype(wide(name))) for name in both}
+        entries = {name: Entry(after.entries[name].shape, wide(name)) for name in both}
         files = (*after.files, *before.files)
         change = dataclasses.replace(after, entries=entries, metadata={}, read=read, files=files)
         yield change, {*names} - {*both}
@@ -85,7 +107,8 @@ def analyze_difference(
     r"""Analyzes the change $W_{tuned} - W_{base}$ of each kernel between two checkpoints.
 
     A fine-tuning adds directions to a kernel, and noise: that of its steps, and the rounding of 16
-    bits. The rule tells how many directions stand out of this noise.
+    bits. The rule tells how many directions stand out of this noise. A change without noise above
+    rounding, as of an adapter that was merged, has the rank that is above rounding.
 
     Args:
       base, tuned: Two checkpoints of one model, as in `rmtjax.checkpoint.analyze_file`.
@@ -117,6 +140,48 @@ def analyze_difference(
         return analyze_change(change, unmatched, options, step)
 
 
+def _among(change: Tensors, changed: Container[str], options: PlanOptions) -> PlanOptions | None:
+    """Returns the options for the tensors that have changed, by all; None if none is a kernel."""
+    leaves = find_leaves(change, read_manifest(change))
+    chosen = [path for path in choose(leaves, options) if path in changed]
+    axes, tree = options.axes, Neighbours(leaves)
+    if not callable(axes):
+        table = axes or {}
+        axes = {p: table[p] if p in table else guess_axes(p, leaves[p], tree) for p in chosen}
+    where = None if options.where is None else dict.fromkeys(chosen, True)
+    return dataclasses.replace(options, where=where, axes=axes) if chosen else None
+
+
+def _without_noise(row: Any) -> Any:
+    """Returns a measurement that trusts the numerical rank where there is no noise to fit."""
+    eigenvalues = row.spectra.eigenvalues
+    longer = eigenvalues.shape[-1] / row.spectra.ratio[:, None]
+    floor = (longer * np.finfo(eigenvalues.dtype).eps) ** 2 * eigenvalues[:, :1]
+    floor = np.maximum(floor, np.nan_to_num(row.fits.threshold)[:, None])
+    count = np.sum(eigenvalues > floor, axis=-1, dtype=np.int32)
+    # The bulk of an estimated spectrum does not tell its rank.
+    told = ~row.noisy & (count <= row.values.num_exact)
+    signal = np.where(told, count, row.signal)
+    return row._replace(accepted=row.accepted | told, signal=signal)
+
+
+def _count_above_rounding(report: Report) -> Report:
+    """Returns the report with the numerical rank of the changes that have no noise to fit."""
+    found: Any = report.findings
+    options: Any = report.options
+    if not options.rule.needs_noise:
+        return report
+    silent = [path for path, row in found.measured.items() if not row.noisy.all()]
+    exact = {path: _without_noise(found.measured[path]) for path in silent}
+    found = found._replace(measured=found.measured | exact)
+    plan = decide_all(found, options)
+    for path in exact:
+        row = plan[path]
+        if row.reason != report.plan[path].reason:
+            plan[path] = dataclasses.replace(row, reason=f"{row.reason} (no noise above rounding)")
+    return dataclasses.replace(report, plan=plan, findings=found)
+
+
 def analyze_change(
     change: Tensors, unmatched: set[str], options: PlanOptions, step: Step
 ) -> Difference:
@@ -124,7 +189,12 @@ def analyze_change(
     entries = {name: entry for name, entry in change.entries.items() if np.any(change.array(name))}
     if not entries:
         raise ValueError(f"nothing has changed in {str(change.path)!r}: give a tuned checkpoint.")
-    report = analyze_tensors(dataclasses.replace(change, entries=entries), options, step)
+    moved, able = dataclasses.replace(change, entries=entries), _among(change, entries, options)
+    if able is None:
+        none = count_others(find_leaves(moved, read_manifest(moved)), {})
+        report = Report(Plan(), none, False, Findings({}, {}, {}, {}, {}), options)
+    else:
+        report = _count_above_rounding(analyze_tensors(moved, able, step))
     equal = tuple(name for name in change.entries if name not in entries)
     others = tuple(name for name in entries if name not in report.plan)
     return Difference(report, equal, others, tuple(sorted(unmatched)))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rmtjax._axes import Factors, MatrixView
+from rmtjax._names import is_table
 from rmtjax._progress import Progress, showing
 from rmtjax._types import Where
 from rmtjax.adapters._difference import analyze_change, Difference, open_difference
@@ -24,7 +25,9 @@ from rmtjax.checkpoint import (
 from rmtjax.noise import ranks
 from rmtjax.planning import changed_leaves, Factorized, PlanOptions
 
-_ENDS = re.compile(r"[./](weight|kernel|embedding)$")
+_ENDS = re.compile(r"[./](weight|kernel)$")
+# Layers of GPT-2 that store (inputs, outputs), a `Conv1D` each. Its `lm_head` does not.
+_TURNED = re.compile(r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)")
 
 _FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -45,8 +48,8 @@ def _module(path: str) -> str:
 def _pair(path: str, factors: Factors, fan_in_fan_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns A of (rank, inputs) and B of (outputs, rank) of a change B A."""
     left, right = (np.asarray(part) for part in factors)
-    # Torch stores (outputs, inputs). Flax does not, nor does the `Conv1D` of GPT-2.
-    if fan_in_fan_out or not path.endswith("weight"):
+    # Torch stores (outputs, inputs), and Flax does not.
+    if path.endswith("kernel") or (fan_in_fan_out and _TURNED.fullmatch(_module(path))):
         left, right = right.T, left.T
     return right, left
 
@@ -91,13 +94,14 @@ def extract_lora(
     Args:
       base, tuned, rule, where, min_size, exact_below, progress: As in `analyze_difference`.
       out: The folder to write; it is made if it is not there.
-      fan_in_fan_out: True if the kernels are stored as (inputs, outputs) although their names end
-        in "weight", as those of GPT-2.
+      fan_in_fan_out: True for GPT-2, whose `c_attn`, `q_attn`, `c_proj` and `c_fc` are stored as
+        (inputs, outputs) although their names end in "weight". Other kernels are not turned.
 
     Returns:
-      A `Difference`. Its rows with the action "factorize" are in the adapter, and their `removed`
-      is the share of the squares of the change that the adapter lacks. Other changed kernels are
-      not in it: stacks, convolutions, and changes of so high a rank that an adapter saves nothing.
+      A `Difference`. Its `written` names the kernels in the adapter, and their `removed` is the
+      share of the squares of the change that the adapter lacks. Other changed kernels are not in
+      it: stacks, convolutions, embedding tables, what is not named "weight" or "kernel", and
+      changes of so high a rank that an adapter saves nothing.
 
     Raises:
       ValueError: No kernel can be in the adapter, or `out` would replace an input; or as in
@@ -123,20 +127,28 @@ def extract_lora(
     sizes: dict[str, Any] = {"min_size": min_size, "exact_below": exact_below}
     options = PlanOptions(rule, where=where, multiple=1, **sizes)
     _check_targets(base, tuned, Path(out))
-    tensors, found = {}, {}
+    tensors, found, written = {}, {}, []
     opened = open_difference(base, tuned)
     with opened as (change, unmatched), showing(progress, "extract_lora") as step:
         difference = analyze_change(change, unmatched, options, step)
         leaves = find_leaves(change, read_manifest(change))
         for path, row in difference.report.plan.changes.items():
-            if not isinstance(row, Factorized) or len(row.shape) != 2:
+            # Of other layers PEFT does not load an adapter by these names.
+            linear = _ENDS.search(path) and not is_table(path, row.shape)
+            if not isinstance(row, Factorized) or len(row.shape) != 2 or not linear:
                 continue
             view = MatrixView(path, leaves[path], row.axes)
             ((_, factors),) = changed_leaves({path: view}, {path: row})
             module, pair = _module(path), _pair(path, jax.device_get(factors), fan_in_fan_out)
+            if module in found:
+                raise ValueError(
+                    f"{path!r} and another kernel would both be {module!r} in the adapter: rename "
+                    "one of them, or leave it out by `where`."
+                )
             for half, array in zip("AB", pair, strict=True):
                 tensors[f"base_model.model.{module}.lora_{half}.weight"] = array
             found[module] = row.rank
+            written.append(path)
     if not found:
         raise ValueError(
             f"no kernel of {str(tuned)!r} has a change of low rank by {rule}: look at the reasons "
@@ -147,4 +159,4 @@ def extract_lora(
     save(folder / _FILES[0], tensors)
     with replacing(folder / _FILES[1]) as file:
         file.write(json.dumps(_config(found, fan_in_fan_out), indent=2).encode())
-    return difference
+    return difference._replace(written=tuple(written))

@@ -21,6 +21,7 @@ from rmtjax.checkpoint._stream import (
     compress_file as compress_file,
 )
 from rmtjax.checkpoint._tensor_names import (
+    choose as choose,
     find_leaves as find_leaves,
     is_kernel_tensor as is_kernel_tensor,
 )

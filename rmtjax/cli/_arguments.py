@@ -109,6 +109,12 @@ def is_special(path: str) -> bool:
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises an error, before the work, for an output that cannot or must not be written."""
     out, files = getattr(args, "out", None), [path for _, path in args.reports]
+    if args.command == "diff" and out and args.multiple != 1:
+        raise UsageError("--multiple is not for --lora: the ranks of an adapter are exact.")
+    if getattr(args, "fan_in_fan_out", False) and not out:
+        raise UsageError("--fan-in-fan-out tells how to write an adapter: give --lora as well.")
+    if args.command == "select" and any(map(is_stdout, files)):
+        raise UsageError("stdout is for the list of `select`: give the report the path of a file.")
     if out and os.path.lexists(out) and not args.force:
         raise FileExistsError(f"{out!r} is there already: give --force to replace it.")
     taken = set()
@@ -121,7 +127,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         folder = os.path.dirname(os.path.realpath(path))
         if path != "-" and not is_special(path) and not os.path.isdir(folder):
             raise NotADirectoryError(f"{path!r} cannot be written: {folder!r} is not a folder.")
-        if os.path.isdir(path):
+        if args.command == "diff" and path == out:
+            if os.path.exists(path) and not os.path.isdir(path):
+                raise NotADirectoryError(f"{path!r} is a file: give the path of a folder.")
+        elif os.path.isdir(path):
             raise IsADirectoryError(f"{path!r} is a folder: give the path of a file.")
 
 
@@ -148,7 +157,7 @@ def _add_common(command: argparse.ArgumentParser, multiple: int, file: str = "FI
     for form in ("json", "csv", "html"):
         named = lambda path, form=form: (form, path)
         add(f"--{form}", **files, type=named, help="writes the report; '-' is stdout and no table")
-    add("--quiet", action="store_true", help="no table and no progress")
+    add("--quiet", action="store_true", help="no table and no progress; of select the list alone")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -165,7 +174,7 @@ def _add_diff(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--lora", dest="out", metavar="OUT", help="folder to write, an adapter for PEFT")
     add("--force", action="store_true", help="replaces what is in OUT")
-    stored = "kernels are (inputs, outputs) though named weight, as in GPT-2"
+    stored = "for GPT-2: weights of c_attn, q_attn, c_proj and c_fc are (inputs, outputs)"
     add("--fan-in-fan-out", action="store_true", help=stored)
 
 

@@ -101,7 +101,9 @@ def _show(report: Report, args: argparse.Namespace, table: bool) -> None:
         # A terminal has its width. Columns that were asked for are all printed.
         narrow = not columns and (sys.stdout.isatty() or "COLUMNS" in os.environ)
         width = shutil.get_terminal_size().columns if narrow else None
-        print(f"{report.table(*shown, width=width)}\n\n{report.summary}", flush=True)
+        # What a difference has found is no plan to cut the model: its own words follow.
+        summary = "" if args.command == "diff" else f"\n\n{report.summary}"
+        print(f"{report.table(*shown, width=width)}{summary}", flush=True)
 
 
 def _size(path: str) -> str:
@@ -144,6 +146,8 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Cal
 def _list(report: Report, args: argparse.Namespace) -> str:
     """Returns the kernels with most signal in the form that another program reads."""
     names = most_signal(report, args.top)
+    if not names:  # an empty list would mean all to some programs
+        raise ValueError(f"no kernel of {args.file!r} has signal: `rmtjax analyze` tells why.")
     if args.form == "json":
         return json.dumps(names, indent=2) + "\n"
     if args.form == "names":
@@ -163,14 +167,18 @@ def _diff(args: argparse.Namespace, options: dict[str, Any]) -> adapters.Differe
 
 def _tell(found: adapters.Difference) -> str:
     """Returns what a difference has beside its rows, a line each."""
+    cut = [row for row in found.report.rows if row.action != "keep"]
+    directions, changed = sum(row.rank or 0 for row in cut), len(found.report)
     told = {
+        "in the adapter": found.written,
         "unchanged": found.unchanged,
         "changed, and no kernel": found.others,
         "in one file only, or in other shapes": found.unmatched,
     }
     some = lambda names: ", ".join(map(printable, names[:3])) + (", ..." if names[3:] else "")
-    lines = [f"{words}: {len(names)} ({some(names)})" for words, names in told.items() if names]
-    return "".join(f"\n{line}" for line in lines) + "\n" * bool(lines)
+    lines = [f"directions that changed: {directions}, in {len(cut)} of {changed} changed kernels"]
+    lines += [f"{words}: {len(names)} ({some(names)})" for words, names in told.items() if names]
+    return "".join(f"\n{line}" for line in lines) + "\n"
 
 
 def _work(args: argparse.Namespace) -> None:
@@ -190,7 +198,7 @@ def _work(args: argparse.Namespace) -> None:
     # A report on stdout must be all that is there, so that a program can read it.
     args.quiet |= any(is_stdout(path) for _, path in args.reports)
     _show(report, args, table=args.command != "select")
-    if not args.quiet:
+    if not args.quiet or args.command == "select":
         print(words(), end="", flush=True)
 
 

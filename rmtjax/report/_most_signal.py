@@ -56,7 +56,8 @@ def most_signal(report: Report, top: float = 0.25, *, by_kind: bool = True) -> t
     for paths in kinds.values():
         signal = [path for path in paths if rows[path].spikes and ratios[path]]
         best = sorted(signal, key=lambda path: -ratios[path])
-        chosen |= {*best[: math.ceil(top * len(paths))]}
+        # In binary, 0.07 * 100 is just above 7.
+        chosen |= {*best[: max(1, math.ceil(top * len(paths) - 1e-9))]}
     return tuple(path for path in rows if path in chosen)
 
 
@@ -68,6 +69,7 @@ def mask(params: PyTree, paths: Iterable[str]) -> PyTree:
       paths: Paths of leaves, as in the rows of a report.
 
     Raises:
+      TypeError: `paths` is one text, whose letters would be taken for paths.
       ValueError: A path is not in the tree.
 
     Examples:
@@ -75,6 +77,8 @@ def mask(params: PyTree, paths: Iterable[str]) -> PyTree:
       >>> rmtjax.mask({"a": {"kernel": 1.0, "bias": 0.0}}, ["a/kernel"])
       {'a': {'bias': False, 'kernel': True}}
     """
+    if isinstance(paths, str):
+        raise TypeError(f"`paths` must be several paths, got the text {paths!r}: give a list.")
     wanted = {*paths}
     found: set[str] = set()
 

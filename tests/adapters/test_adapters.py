@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,7 +48,7 @@ def test_a_row_is_the_plan_of_the_change_and_the_rest_is_named(tensors, paths):
     assert found.unmatched == ("extra.weight",)
 
 
-def applied(folder, base, fan_in_fan_out=False):
+def applied(folder, base):
     """The base with its adapter, by the formula of PEFT: W + alpha / r B A."""
     config = json.loads((folder / "adapter_config.json").read_text())
     halves = checkpoint.restore(folder / "adapter_model.safetensors")
@@ -57,7 +58,7 @@ def applied(folder, base, fan_in_fan_out=False):
         rank = config["rank_pattern"][module]
         assert (len(a), b.shape[1]) == (rank, rank)
         change = config["alpha_pattern"][module] / rank * np.asarray(b) @ np.asarray(a)
-        result[f"{module}.weight"] += change.T if fan_in_fan_out else change
+        result[f"{module}.weight"] += change
     return config, result
 
 
@@ -74,18 +75,99 @@ def test_an_adapter_is_the_truncated_change(tensors, paths, tmp_path):
         np.testing.assert_allclose(result[path] - base[path], nearest, atol=2e-6 * s[0])
 
 
-@pytest.mark.parametrize(("name", "option"), [("weight", True), ("kernel", False)])
-def test_kernels_of_inputs_and_outputs_are_turned(tmp_path, name, option):
-    rng = np.random.default_rng(1)
-    change = (rng.standard_normal((80, 2)) @ rng.standard_normal((2, 60))).astype(np.float32)
-    saved = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
-    for path, kernel in zip(saved, (np.zeros_like(change), change), strict=True):
-        checkpoint.save(path, {"block": {name: kernel}})
-    options = {"rule": ranks.fixed(2), "fan_in_fan_out": option}
-    adapters.extract_lora(*saved, tmp_path, **options)
-    config, result = applied(tmp_path, {"block.weight": np.zeros_like(change)}, True)
-    assert config["fan_in_fan_out"] == option
-    np.testing.assert_allclose(result["block.weight"], change, atol=2e-6 * np.linalg.norm(change))
+def save_both(folder, base, tuned):
+    """Writes two checkpoints of the same names."""
+    saved = folder / "base.safetensors", folder / "tuned.safetensors"
+    for path, tree in zip(saved, (base, tuned), strict=True):
+        checkpoint.save(path, tree)
+    return saved
+
+
+def low_rank(seed=1, rank=2):
+    rng = np.random.default_rng(seed)
+    factors = rng.standard_normal((80, rank)), rng.standard_normal((rank, 60))
+    return (factors[0] @ factors[1]).astype(np.float32)
+
+
+def test_each_kind_of_layer_has_the_halves_that_it_loads(tmp_path):
+    change = low_rank()
+    # Of a kernel of (80, 60): the axis that the inputs are on, None for what PEFT cannot load.
+    inputs = {
+        "torch.proj.weight": 1,
+        "flax/proj/kernel": 0,
+        "gpt2.attn.c_attn.weight": 0,  # Conv1D, turned by the option
+        "gpt2.lm_head.weight": 1,  # a Linear beside it
+        "gpt2.wte.weight": None,
+        "torch.attn.in_proj_weight": None,
+        "flax/embed/embedding": None,
+    }
+    saved = save_both(tmp_path, {n: 0 * change for n in inputs}, dict.fromkeys(inputs, change))
+    found = adapters.extract_lora(*saved, tmp_path / "lora", fan_in_fan_out=True)
+    halves = checkpoint.restore(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {*found.written} == {name for name, axis in inputs.items() if axis is not None}
+    assert {row.path for row in found.report} == {*inputs}
+    assert len(halves) == 2 * len(found.written)
+    for name in found.written:
+        module = name.replace("/", ".").rpartition(".")[0]
+        a, b = (
+            np.asarray(halves[f"base_model.model.{module}.lora_{half}.weight"]) for half in "AB"
+        )
+        shapes = {1: ((2, 60), (80, 2)), 0: ((2, 80), (60, 2))}
+        assert (a.shape, b.shape) == shapes[inputs[name]]
+        expected = change if inputs[name] == 1 else change.T
+        # Float32, relative to the largest singular value.
+        np.testing.assert_allclose(b @ a, expected, atol=2e-6 * np.linalg.norm(change))
+
+
+def test_two_kernels_of_one_name_are_refused(tmp_path):
+    change = low_rank()
+    names = "a/b/kernel", "a.b/kernel"
+    saved = save_both(tmp_path, {n: 0 * change for n in names}, dict.fromkeys(names, change))
+    with pytest.raises(ValueError, match=r"would both be 'a\.b' in the adapter: rename"):
+        adapters.extract_lora(*saved, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_change_without_noise_has_its_numerical_rank(tensors, tmp_path):
+    base, _ = tensors
+    name = "model.layers.0.proj.weight"
+    saved = save_both(tmp_path, base, base | {name: base[name] + low_rank(rank=4)})
+    found = adapters.extract_lora(*saved, tmp_path / "lora")
+    (row,) = found.report.rows
+    assert row.reason == "factorized: 4 of 60 are signal, rank 4 (no noise above rounding)"
+    assert row.removed < 1e-10  # Float32 in squares.
+    assert found.written == (name,)
+
+
+def test_options_know_the_tensors_that_are_unchanged(tensors, paths):
+    norm, unchanged = "model.norm.weight", "model.layers.2.proj.weight"
+    for where in ("*layers.2.*", {unchanged: True}):
+        found = adapters.analyze_difference(*paths, where=where)
+        assert len(found.report) == 0
+        assert len(found.others) == 3
+        assert found.report.to_dict()["rows"] == []
+    axes = {unchanged: rmtjax.KernelAxes((0,), (1,))}
+    assert len(adapters.analyze_difference(*paths, axes=axes).report) == 2
+    with pytest.raises(ValueError, match=r"'h.\*' matches no tensor, of 4"):
+        adapters.analyze_difference(*paths, where="h.*")
+    # Only a norm has changed: no kernel, and no error.
+    base, tuned = tensors
+    checkpoint.save(paths[1], base | {norm: tuned[norm]})
+    found = adapters.analyze_difference(*paths)
+    assert (len(found.report), found.others) == (0, (norm,))
+
+
+def test_equal_infinities_are_no_change_and_eight_bits_are_subtracted(tmp_path):
+    mask = np.where(np.tri(60, dtype=bool), 0, -np.inf).astype(np.float32)
+    eighth = lambda array: array.astype(jnp.float8_e4m3fn)
+    rest = {"mask": mask, "hole": np.full((2, 2), np.nan, np.float32)}
+    kernels = (eighth(kernel) for kernel in (np.zeros((80, 60)), low_rank()))
+    saved = save_both(tmp_path, *(rest | {"a.weight": kernel} for kernel in kernels))
+    found = adapters.analyze_difference(*saved)
+    assert {*found.unchanged} == {*rest}
+    s = np.linalg.svd(np.float64(eighth(low_rank())), compute_uv=False)
+    seen = found.report.plan["a.weight"].spectrum.eigenvalues
+    np.testing.assert_allclose(seen, s**2 / 80, atol=2e-6 * s[0] ** 2 / 80, rtol=0)  # Float32.
 
 
 def test_half_precision_is_subtracted_in_float32(tensors, tmp_path):
@@ -154,6 +236,8 @@ def test_the_command_line(paths, tmp_path, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "3 of 60 are signal, rank 3" in printed
+    assert "Nothing is changed yet" not in printed
+    assert "directions that changed: 5, in 2 of 2 changed kernels\nin the adapter: 2 (" in printed
     assert "unchanged: 1 (model.layers.2.proj.weight)\n" in printed
     assert "changed, and no kernel: 1 (model.norm.weight)\n" in printed
     assert {path.name for path in (tmp_path / "lora").iterdir()} == {
@@ -162,5 +246,14 @@ def test_the_command_line(paths, tmp_path, capsys):
     }
     assert main(arguments) == 1
     assert "give --force" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+    capsys.readouterr()
+    file = str(tmp_path / "lora" / "adapter_config.json")
+    assert main([*arguments[:-1], file, "--force"]) == 1
+    assert "is a file: give the path of a folder" in capsys.readouterr().err
+    for wrong in ([*arguments, "--multiple", "8"], [*arguments[:3], "--fan-in-fan-out"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+        assert wrong[5 if "--lora" in wrong else 3] in capsys.readouterr().err
     assert main(["diff", *map(str, paths), "--quiet"]) == 0
     assert not capsys.readouterr().out

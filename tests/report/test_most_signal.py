@@ -10,6 +10,7 @@ import pytest
 import rmtjax
 from rmtjax import checkpoint
 from rmtjax.cli import main
+from rmtjax.report import Row
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,8 @@ def test_faults_are_told(params):
             rmtjax.most_signal(report, top)
     with pytest.raises(ValueError, match="`paths` has 'nothing', which is not in the tree"):
         rmtjax.mask(params, ["nothing"])
+    with pytest.raises(TypeError, match="`paths` must be several paths, got the text 'a/kernel'"):
+        rmtjax.mask(params, "a/kernel")
 
 
 @pytest.mark.parametrize("form", ["names", "json", "axolotl"])
@@ -78,6 +81,33 @@ def test_the_command_line_prints_a_list_that_programs_read(params, form, tmp_pat
         "axolotl": "unfrozen_parameters:\n" + "".join(f'- "^{name}$"\n' for name in names),
     }
     assert printed == expected[form]
+
+
+def test_the_list_is_quiet_and_is_alone_on_stdout(params, tmp_path, capsys):
+    path = str(tmp_path / "model.safetensors")
+    checkpoint.save(path, {"a": {"kernel": params["layers_3"]["query"]["kernel"]}})
+    assert main(["select", path, "--quiet"]) == 0
+    assert capsys.readouterr().out == "a/kernel\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["select", path, "--csv", "-"])
+    assert "stdout is for the list" in capsys.readouterr().err
+    # Of noise no list is printed: an empty one unfreezes all.
+    checkpoint.save(path, {"a": params["layers_0"]["out"]})
+    assert main(["select", path, "--form", "axolotl"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "has signal" in shown.err
+
+
+def test_a_share_is_rounded_up_of_what_it_means():
+    few = rmtjax.Report(rmtjax.Plan())
+    paths = [f"layer_{index}" for index in range(100)]
+    # Where the report caches them.
+    vars(few)["rows"] = [Row(path, (80, 60), "keep", "", spikes=1) for path in paths]
+    vars(few)["metrics"] = {path: {"snr": 1.0} for path in paths}
+    # As binary numbers, 0.07 * 100 is above 7.
+    chosen = {top: len(rmtjax.most_signal(few, top)) for top in (0.07, 0.071, 1e-12)}
+    assert chosen == {0.07: 7, 0.071: 8, 1e-12: 1}
 
 
 def test_a_share_out_of_range_is_wrong_usage(capsys):
