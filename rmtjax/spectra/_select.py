@@ -107,12 +107,17 @@ def _estimate(kernel, *, axes: KernelAxes):
     return spectrum, num_exact, _svd.live_sides(kernel, axes=axes), exponent
 
 
+def _array(leaf: Any) -> Any:
+    """Returns a leaf as an array that `jit` takes: it may still be in a file."""
+    # A NumPy array stays: `jit` reads it in place, and `jnp.asarray` would copy it.
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
 def estimated_spectra(views: Views, exact_below: int) -> dict[str, Values]:
     """Returns estimates of spectra, from the short side `exact_below` on and where they pay."""
     pays = lambda view: view.short >= exact_below and lanczos_pays(view.short)
     large = {path: view for path, view in views.items() if pays(view) and not view.is_factored}
-    # A NumPy array as it is: `jit` reads it in place, and `jnp.asarray` would copy it.
-    estimate = lambda view: fetch(_estimate(view.leaf, axes=view.axes))
+    estimate = lambda view: fetch(_estimate(_array(view.leaf), axes=view.axes))
     return {path: Values(*estimate(view)) for path, view in large.items()}
 
 
@@ -136,8 +141,7 @@ def live_sides(view: MatrixView) -> Any:
     """Returns the numbers of rows and columns that are not zero, (stack, 2); of factors, all."""
     if view.is_factored:
         return np.full((view.stack, 2), (view.rows, view.columns), np.int32)
-    leaf = view.leaf if isinstance(view.leaf, jax.Array) else np.asarray(view.leaf)
-    live = _svd.live_sides(leaf, axes=view.axes)
+    live = _svd.live_sides(_array(view.leaf), axes=view.axes)
     return fetch(live) if _is_eager() else live
 
 

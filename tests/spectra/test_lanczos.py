@@ -112,7 +112,7 @@ def test_a_rule_without_a_law_asks_for_more_directions_than_are_exact():
     assert "estimated" not in row.reason
 
 
-def test_stacks_and_what_is_not_finite():
+def test_stacks_and_what_is_not_finite(tmp_path):
     stack = np.stack([planted((LARGE, LARGE), [3.0, 2.0]), np.zeros((LARGE, LARGE), np.float32)])
     stack[1, 0, 0] = np.inf
     views = {"kernel": MatrixView("kernel", jnp.asarray(stack), KernelAxes((1,), (2,), (0,)))}
@@ -123,6 +123,10 @@ def test_stacks_and_what_is_not_finite():
     # A plan does not believe the estimate of a matrix that is not finite.
     (row,) = rmtjax.plan({"kernel": stack[1]}, exact_below=LARGE).values()
     assert row.reason.startswith("kept: not finite")
+    # Nor of one that is still in a file.
+    rmtjax.checkpoint.save(tmp_path / "large.safetensors", {"kernel": stack[1]})
+    report = rmtjax.checkpoint.analyze_file(tmp_path / "large.safetensors", exact_below=LARGE)
+    assert report.rows[0].reason == row.reason
 
 
 def test_a_noise_level_that_is_given_is_used():
