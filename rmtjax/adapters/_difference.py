@@ -155,9 +155,11 @@ def _among(change: Tensors, changed: Container[str], options: PlanOptions) -> Pl
 def _without_noise(row: Any) -> Any:
     """Returns a measurement that trusts the numerical rank where there is no noise to fit."""
     eigenvalues = row.spectra.eigenvalues
+    eps = np.finfo(eigenvalues.dtype).eps
     longer = eigenvalues.shape[-1] / row.spectra.ratio[:, None]
-    floor = (longer * np.finfo(eigenvalues.dtype).eps) ** 2 * eigenvalues[:, :1]
-    floor = np.maximum(floor, np.nan_to_num(row.fits.threshold)[:, None])
+    # An estimate squares the matrix: its zeros were seen at up to 1.6 eps of the largest.
+    unit = 10 * eps if row.estimated else (longer * eps) ** 2
+    floor = np.maximum(unit * eigenvalues[:, :1], np.nan_to_num(row.fits.threshold)[:, None])
     count = np.sum(eigenvalues > floor, axis=-1, dtype=np.int32)
     # The bulk of an estimated spectrum does not tell its rank.
     told = ~row.noisy & (count <= row.values.num_exact)

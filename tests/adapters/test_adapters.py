@@ -1,13 +1,15 @@
 """What a fine-tuning has changed, against NumPy, and the adapter of it as PEFT would apply it."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import rmtjax
-from rmtjax import adapters, checkpoint, ranks
+from rmtjax import adapters, checkpoint, ranks, Spectrum
+from rmtjax.adapters._difference import _without_noise
 from rmtjax.cli import main
 
 SHAPE = (80, 60)
@@ -137,6 +139,24 @@ def test_a_change_without_noise_has_its_numerical_rank(tensors, tmp_path):
     assert row.reason == "factorized: 4 of 60 are signal, rank 4 (no noise above rounding)"
     assert row.removed < 1e-10  # Float32 in squares.
     assert found.written == (name,)
+
+
+@pytest.mark.parametrize(("estimated", "rank"), [(True, 2), (False, 3)])
+def test_an_estimate_knows_no_direction_near_the_rounding_of_squares(estimated, rank):
+    # The third is a direction in an exact spectrum; of estimates of zeros, 1.9e-7 was the largest.
+    eigenvalues = np.float32([[1.0, 2e-3, 2e-7, *np.zeros(57)]])
+    spectra = Spectrum(eigenvalues, np.float32([1.0]))
+    row = SimpleNamespace(
+        spectra=spectra,
+        estimated=estimated,
+        noisy=np.array([False]),
+        accepted=np.array([False]),
+        signal=np.array([0]),
+        fits=SimpleNamespace(threshold=np.float32([np.nan])),
+        values=SimpleNamespace(num_exact=np.array([20])),
+        _replace=lambda **new: new,
+    )
+    assert _without_noise(row) == {"accepted": np.array([True]), "signal": np.array([rank])}
 
 
 def test_options_know_the_tensors_that_are_unchanged(tensors, paths):
