@@ -199,7 +199,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
       >>> _, state = optimizer.update(params, optimizer.init(params), params)
       >>> numbers = rmtjax.metrics(state)
       >>> print(numbers["rank/Dense_0/kernel"], f"{numbers['removed/Dense_0/kernel']:.2f}")
-      1 0.49
+      1 0.20
     """
     found = _find_states(opt_state, tuple(STATES), "`rmtjax.prune_spectrum` or another transform")
     by_path: dict[str, dict[str, Array]] = {}

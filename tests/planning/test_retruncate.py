@@ -187,7 +187,9 @@ def test_rules_of_noise_need_the_noise_level_of_the_training(rule):
     u, v = (np.linalg.qr(rng.normal(size=(n, 4)))[0] for n in (60, 80))
     strengths = np.array([5, 4, 3, 2.5]) * 80**0.5  # the edge is at 1.9, the thresholds above
     kernel = jnp.asarray(rng.normal(size=(60, 80)) + u * strengths @ v.T, jnp.float32)
-    optimizer = optax.chain(optax.sgd(0.0), rmtjax.prune_spectrum(1, rule=rule, keep=0.1))
+    optimizer = optax.chain(
+        optax.sgd(0.0), rmtjax.prune_spectrum(1, rule=rule, keep=0.1, max_removed=1.0)
+    )
     params = {"kernel": kernel}
     state = optimizer.init(params)
     updates, state = optimizer.update(params, state, params)
