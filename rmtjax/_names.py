@@ -5,8 +5,9 @@ layer has one axis, and one more in a stack. Without such a proof a kernel of th
 no axes, so that no stack is read as one matrix.
 """
 
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -179,3 +180,12 @@ def guess_axes(path: str, leaf: Any, tree: Neighbours = _ALONE) -> KernelAxes | 
         return inputs_first if parent == "out" else KernelAxes((0,), (1, 2))
     known = "conv" in parent.lower() and tree.is_convolution(parts, shape)
     return inputs_first if known else None
+
+
+def matcher(pattern: str | re.Pattern[str]) -> Callable[[str], bool]:
+    """Returns a test of paths: a glob of the complete path, or a regular expression after "re:"."""
+    if isinstance(pattern, str) and not pattern.startswith("re:"):
+        # A complete name may have brackets, which a glob would take for a set of letters.
+        return lambda path: path == pattern or fnmatch.fnmatchcase(path, pattern)
+    expression = re.compile(pattern.removeprefix("re:") if isinstance(pattern, str) else pattern)
+    return lambda path: expression.search(path) is not None

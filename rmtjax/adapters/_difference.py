@@ -190,7 +190,11 @@ def analyze_change(
     """Analyzes the tensors that have changed, and sorts the names of the others."""
     entries = {name: entry for name, entry in change.entries.items() if np.any(change.array(name))}
     if not entries:
-        raise ValueError(f"nothing has changed in {str(change.path)!r}: give a tuned checkpoint.")
+        cause = f"nothing has changed in {str(change.path)!r}"
+        if unmatched:
+            cause += f", of what both have; {min(unmatched)!r} and others are in one alone, or in "
+            raise ValueError(f"{cause}other shapes: multiply factors out by `rmtjax.merge`.")
+        raise ValueError(f"{cause}: give a tuned checkpoint.")
     moved, able = dataclasses.replace(change, entries=entries), _among(change, entries, options)
     if able is None:
         none = count_others(find_leaves(moved, read_manifest(moved)), {})

@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Callable
 
+from rmtjax._names import matcher
 from rmtjax._version import __version__
 from rmtjax.noise import ranks
-from rmtjax.planning import matcher
 from rmtjax.report import expand_columns
 
 _EPILOG = """\
@@ -162,8 +162,8 @@ def _add_common(command: argparse.ArgumentParser, multiple: int, file: str = "FI
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    budget = "share of the parameters to reach, over 0 to 1, in place of the rule's ranks"
-    add("--budget", type=float, help=budget)
+    budget = "share of the parameters to reach, as 75%% or 0.75, in place of the rule's ranks"
+    add("--budget", type=parse_share, help=budget)
     moments = "cuts by output: a file of `rmtjax.checkpoint.save_moments`, by the paths of FILE"
     add("--moments", metavar="MOMENTS", help=moments)
     add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")

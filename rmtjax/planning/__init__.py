@@ -32,7 +32,6 @@ from rmtjax.planning._kernels import (
     is_abstract as is_abstract,
     leaves_by_path as leaves_by_path,
     map_kernels as map_kernels,
-    matcher as matcher,
     NO_OTHERS as NO_OTHERS,
     nothing_chosen as nothing_chosen,
     obstacle as obstacle,

@@ -1,6 +1,5 @@
 """Finds the kernels of a parameter tree, and the axes that make each of them a matrix."""
 
-import fnmatch
 import math
 import re
 import warnings
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, KernelLeaf, MatrixView
-from rmtjax._names import guess_axes, in_factor_layer, is_kernel, is_untold, Neighbours
+from rmtjax._names import guess_axes, in_factor_layer, is_kernel, is_untold, matcher, Neighbours
 from rmtjax._text import SCREEN
 from rmtjax._types import Axes, is_patterns, Pattern, Where
 
@@ -127,15 +126,6 @@ def _from_mask(mask: PyTree, params: PyTree) -> Callable[[str, Any], bool]:
     return lambda path, leaf: bool(chosen[path])
 
 
-def matcher(pattern: Pattern) -> Callable[[str], bool]:
-    """Returns a test of paths: a glob of the complete path, or a regular expression after "re:"."""
-    if isinstance(pattern, str) and not pattern.startswith("re:"):
-        # A complete name may have brackets, which a glob would take for a set of letters.
-        return lambda path: path == pattern or fnmatch.fnmatchcase(path, pattern)
-    expression = re.compile(pattern.removeprefix("re:") if isinstance(pattern, str) else pattern)
-    return lambda path: expression.search(path) is not None
-
-
 def check_matches(pattern: Pattern, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError for a pattern that matches no path, with the paths that there are."""
     if not leaves or any(map(matcher(pattern), leaves)):
@@ -144,27 +134,25 @@ def check_matches(pattern: Pattern, leaves: Mapping[str, Any]) -> None:
     cause = f"{text!r} matches no tensor, of {_names(leaves)}."
     if text is pattern and not text.startswith("re:"):
         cause += " A glob must match the complete name, and '*' stands for anything: "
-        cause += f"'*{text.strip('*./^$')}*' finds it anywhere in a name. "
-        cause += "A regular expression begins with 're:'."
+        cause += f"'*{text.strip('*./^$')}*' finds it anywhere. A regular expression needs 're:'."
     raise ValueError(cause)
+
+
+def _listed(where: Any) -> Sequence[Pattern]:
+    return [where] if isinstance(where, str | re.Pattern) else where
 
 
 def check_patterns(where: Where | None, params: PyTree) -> None:
     """Raises ValueError for a pattern that matches no path of a whole tree."""
-    if not is_patterns(where):
-        return
-    leaves = _last_leaves(params)
+    leaves = _last_leaves(params) if is_patterns(where) else {}
     # Thin layers have other paths than those that they replace.
-    if any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):
-        return
-    patterns: Any = [where] if isinstance(where, str | re.Pattern) else where
-    for pattern in patterns:
-        check_matches(pattern, leaves)
+    if not any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):
+        for pattern in _listed(where) if leaves else ():
+            check_matches(pattern, leaves)
 
 
-def _from_patterns(where: Pattern | Sequence[Pattern]):
+def _from_patterns(patterns: Sequence[Pattern]):
     """Returns the choice of the leaves that one of some patterns matches."""
-    patterns = [where] if isinstance(where, str | re.Pattern) else where
     tests = [matcher(pattern) for pattern in patterns]
     # A complete name chooses any leaf. Other patterns do not choose biases and scales.
     able = lambda path, leaf: path in patterns or is_kernel(path, leaf) or is_untold(path, leaf)
@@ -178,7 +166,7 @@ def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bo
     if callable(where):
         return lambda path, leaf: bool(where(path, leaf))
     if is_patterns(where):
-        return _from_patterns(where)
+        return _from_patterns(_listed(where))
     return _from_mask(where, params)
 
 

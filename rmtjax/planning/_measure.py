@@ -226,10 +226,11 @@ def _check_paths(name: str, by_path: Any, params: PyTree) -> None:
 def given_fits(fits: Any, kernels: Mapping[str, KernelLeaf]) -> dict[str, BulkFit]:
     """Returns the noise levels that are known, as NumPy numbers."""
     levels = jax.tree.map(np.asarray, fetch(dict(fits or {})))
-    # Zeros, and an edge below 0, are how a state says NaN.
-    known = lambda threshold: np.all(np.isfinite(threshold) & (threshold != 0))
+    # 0 at a distance of 1, and an edge below 0, are how a state says NaN.
+    none = lambda fit: (fit.threshold == 0) & (fit.distance == 1)
+    known = lambda fit: np.all(np.isfinite(fit.threshold) & ~none(fit))
     floored = lambda fit: fit._replace(edge=np.where(fit.edge < 0, np.nan, fit.edge))
-    given = {path: floored(fit) for path, fit in levels.items() if known(fit.threshold)}
+    given = {path: floored(fit) for path, fit in levels.items() if known(fit)}
     for path in given.keys() & kernels.keys():
         kernel, count = kernels[path], np.size(given[path].threshold)
         if isinstance(kernel, MatrixView) and count != kernel.stack:

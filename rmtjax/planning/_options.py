@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from rmtjax._names import matcher
 from rmtjax._types import Axes, BulkFit, check_type, is_patterns, Where
 from rmtjax.moments import Moments
 from rmtjax.noise import check_rule, ranks, Shrink
 from rmtjax.planning._budget import Budget, to_budget
-from rmtjax.planning._kernels import matcher
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

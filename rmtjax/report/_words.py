@@ -47,8 +47,12 @@ def _next(rows: Sequence[Row], totals: Cost, applied: bool) -> str:
     before, after = totals.parameters, totals.parameters_after
     size = f": {before:,} -> {after:,} parameters ({after / before - 1:+.1%})" if before else ""
     verdicts += [f"{actions['keep']:,} kept"] if actions["keep"] else []
-    cut = max(rows, key=lambda row: (row.action != "keep") * (row.removed or 0))
-    lost = f" The largest share of squares removed is {cut.removed or 0:.0%}, in {cut.path}."
+    # What the data see of a cut counts for more than its squares.
+    by_output = any(row.removed_outputs is not None for row in rows)
+    share = lambda row: (row.removed_outputs if by_output else row.removed) or 0
+    cut = max(rows, key=lambda row: (row.action != "keep") * share(row))
+    kind, digits = ("mean square of outputs", 2) if by_output else ("squares", 0)
+    lost = f" The largest share of {kind} removed is {share(cut):.{digits}%}, in {cut.path}."
     return f"{begin}{', '.join(verdicts)}{size}.{lost} Measure the outputs before you keep a cut."
 
 

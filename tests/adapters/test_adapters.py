@@ -241,6 +241,12 @@ def test_two_adapters_have_no_difference(tmp_path):
 
 
 def test_faults_are_told(tensors, paths, tmp_path):
+    thin = {k: v for k, v in tensors[0].items() if "layers.0" not in k}
+    checkpoint.save(tmp_path / "thin.safetensors", thin)
+    with pytest.raises(
+        ValueError, match=r"'model\.layers\.0\.proj\.weight' and others are in one alone"
+    ):
+        adapters.analyze_difference(paths[0], tmp_path / "thin.safetensors")
     with pytest.raises(ValueError, match=r"nothing has changed in .*base"):
         adapters.analyze_difference(paths[0], paths[0])
     with pytest.raises(ValueError, match=r"no kernel of .* has a change of low rank by fixed"):

@@ -274,6 +274,6 @@ def test_moments_and_a_budget_shape_the_plan(tmp_path, capsys):
     np.testing.assert_allclose(found.left @ found.right, expected.left @ expected.right, atol=1e-4)
     assert cli.main([*argv, "--force"]) == 0
     assert "removed_outputs" not in capsys.readouterr().out
-    assert "`budget` must be in (0, 1]" in usage_error(capsys, *argv[:-1], "1.5", "--force")
+    assert "--budget: must be a share" in usage_error(capsys, *argv[:-1], "1.5", "--force")
     assert cli.main(["analyze", names[1], "--moments", names[0]]) == 1
     assert "holds no moments" in capsys.readouterr().err

@@ -266,6 +266,8 @@ def test_a_stack_of_which_one_level_is_unknown_is_fitted_anew():
     kernel[:, :, 0] += 3
     options = {"axes": {"kernel": rmtjax.KernelAxes((1,), (2,), (0,))}, "multiple": 1}
     anew = rmtjax.plan({"kernel": kernel}, **options)["kernel"]
-    half = anew.fit._replace(threshold=anew.fit.threshold * np.float32([1, 0]))
+    # As a state tells that there is no level.
+    threshold, distance = anew.fit.threshold * np.float32([1, 0]), np.float32([0.1, 1])
+    half = anew.fit._replace(threshold=threshold, distance=distance)
     assert rmtjax.plan({"kernel": kernel}, fits={"kernel": half}, **options)["kernel"].rank == 1
     assert anew.rank == 1
