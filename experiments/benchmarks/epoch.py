@@ -45,7 +45,7 @@ class Config:
 def chains(steps: int) -> dict[str, optax.GradientTransformation]:
     """The optimizer of the main job, without and with a pruning step an epoch."""
     plain = optax.sgd(0.08, momentum=0.9)
-    prune = rmtjax.prune_spectrum(every=steps, start=2 * steps)
+    prune = rmtjax.prune_spectrum(every=steps, start=2 * steps, max_removed=1.0)
     return {"rmtjax, plain": plain, "rmtjax, pruned": optax.chain(plain, prune)}
 
 

@@ -22,7 +22,6 @@ from experiments import measure
 from experiments.minilm import drift, model, prose, weights, words
 from experiments.minilm.__main__ import RESULTS, rounded, save
 
-KERNELS = r"re:^layer_\d+/"  # the 36 of the encoder's layers
 # Ranks of the trial that this study goes on from, and the shares of the parameters they leave.
 RANKS = (256, 192, 128)
 SHARES = (0.89, 0.75, 0.5)
@@ -49,6 +48,12 @@ class Config:
     """Stop after so many parts."""
     show_only: bool = False
     """Print the tables of the file that is there, and compute nothing."""
+
+
+def in_layer(path: str, leaf: Any) -> bool:
+    """Returns True for the leaves of the encoder's layers: 36 kernels, biases and scales."""
+    del leaf
+    return path.startswith("layer_")
 
 
 def plain(moments: Any, **options: Any) -> Any:
@@ -88,7 +93,7 @@ def collect(encoder: Encoder, tokens: np.ndarray, key: Any) -> Any:
     ]
     variables = {"params": encoder.params}
     return rmtjax.linen.moments(
-        encoder.module, variables, batches, where=KERNELS, key=key, method=pooled
+        encoder.module, variables, batches, where=in_layer, key=key, method=pooled
     )
 
 
@@ -104,7 +109,7 @@ def plans(encoder: Encoder, name: str, moments: Any) -> tuple[list[rmtjax.Plan],
     """The plan of a method for each share, and the moments that it cuts by."""
     one_rank, change = METHODS[name]
     known = change(moments)
-    options = {"where": KERNELS, "moments": known}
+    options = {"where": in_layer, "moments": known}
     if one_rank:
         rules = (rmtjax.ranks.fixed(rank) for rank in RANKS)
         made = [rmtjax.plan(encoder.params, rule=rule, multiple=1, **options) for rule in rules]
