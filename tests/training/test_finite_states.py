@@ -79,7 +79,8 @@ def test_every_state_and_what_is_read_from_it_is_finite(tmp_path):
         params, state, found = step(params, state)
         assert_finite((state, found))
     numbers, levels = found
-    assert 0 < numbers["kept/b/kernel"] < 1
+    # Both halves move the same way, so that all is kept but for rounding.
+    np.testing.assert_allclose(numbers["kept/b/kernel"], 1, rtol=1e-5)
     assert numbers["rank/e/kernel"] == numbers["cut/c/kernel"] == 3
     assert numbers["primal/a/kernel"] != 1
     assert numbers["moved/f/kernel"] > 0

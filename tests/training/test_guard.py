@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_allows_nothing(value):
 def test_a_stack_gets_one_rank_and_its_matrices_their_levels():
     stack = {"layers": {"kernel": jnp.stack([planted(0), planted(1)])}}
     axes = {"layers/kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
-    optimizer = prune_spectrum(1, axes=axes, max_rise=0.3)
+    optimizer = prune_spectrum(1, axes=axes, max_rise=0.1)
     zeros, state = jax.tree.map(jnp.zeros_like, stack), optimizer.init(stack)
     loss = lambda params: jnp.sum((params["layers"]["kernel"] - stack["layers"]["kernel"]) ** 2)
     updates, state = optimizer.update(zeros, state, stack, value_fn=loss)
