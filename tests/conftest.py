@@ -68,6 +68,12 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch):
+    """Tables have the width of a terminal, which processes of the suite inherit in a variable."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def minilm_folder():
     """Returns the folder of the pretrained encoder; without it skips, or fails if required."""
