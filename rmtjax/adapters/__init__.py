@@ -1,4 +1,4 @@
-"""What a fine-tuning has changed: the difference of two checkpoints, and a low-rank adapter of it.
+"""Finds what a fine-tuning has changed, kernel by kernel, and writes it as a low-rank adapter.
 
 Two checkpoints of one model come in. A report on the spectra of the difference goes out, or an
 adapter that other programs load. One kernel is in memory at a time.

@@ -135,9 +135,18 @@ def analyze_difference(
     """
     sizes: dict[str, Any] = {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
     options = PlanOptions(rule, where=where, axes=axes, **sizes)
+    with analyzed(base, tuned, options, progress, "analyze_difference") as (_, difference):
+        return difference
+
+
+@contextlib.contextmanager
+def analyzed(
+    base: FilePath, tuned: FilePath, options: PlanOptions, progress: Progress, task: str
+) -> Iterator[tuple[Tensors, Difference]]:
+    """Opens the changes of the tensors, and yields them with what is found of them."""
     opened = open_difference(base, tuned)
-    with opened as (change, unmatched), showing(progress, "analyze_difference") as step:
-        return analyze_change(change, unmatched, options, step)
+    with opened as (change, unmatched), showing(progress, task) as step:
+        yield change, _analyze_change(change, unmatched, options, step)
 
 
 def _among(change: Tensors, changed: Container[str], options: PlanOptions) -> PlanOptions | None:
@@ -184,7 +193,7 @@ def _count_above_rounding(report: Report) -> Report:
     return dataclasses.replace(report, plan=plan, findings=found)
 
 
-def analyze_change(
+def _analyze_change(
     change: Tensors, unmatched: set[str], options: PlanOptions, step: Step
 ) -> Difference:
     """Analyzes the tensors that have changed, and sorts the names of the others."""

@@ -10,9 +10,9 @@ import numpy as np
 
 from rmtjax._axes import Factors, MatrixView
 from rmtjax._names import is_table
-from rmtjax._progress import Progress, showing
+from rmtjax._progress import Progress
 from rmtjax._types import Where
-from rmtjax.adapters._difference import analyze_change, Difference, open_difference
+from rmtjax.adapters._difference import analyzed, Difference
 from rmtjax.checkpoint import (
     check_target,
     FilePath,
@@ -21,6 +21,7 @@ from rmtjax.checkpoint import (
     read_manifest,
     replacing,
     save,
+    Tensors,
 )
 from rmtjax.noise import ranks
 from rmtjax.planning import changed_leaves, Factorized, PlanOptions
@@ -52,6 +53,33 @@ def _pair(path: str, factors: Factors, fan_in_fan_out: bool) -> tuple[np.ndarray
     if path.endswith("kernel") or (fan_in_fan_out and _TURNED.fullmatch(_module(path))):
         left, right = right.T, left.T
     return right, left
+
+
+def _halves(
+    change: Tensors, difference: Difference, fan_in_fan_out: bool
+) -> tuple[dict[str, np.ndarray], dict[str, int], list[str]]:
+    """Returns the tensors of an adapter, the rank of each of its modules, and their paths."""
+    tensors, found, written = {}, {}, []
+    leaves = find_leaves(change, read_manifest(change))
+    for path, row in difference.report.plan.changes.items():
+        # Of other layers PEFT does not load an adapter by these names.
+        linear = _ENDS.search(path) and not is_table(path, row.shape)
+        if not isinstance(row, Factorized) or len(row.shape) != 2 or not linear:
+            continue
+        module = _module(path)
+        if module in found:
+            raise ValueError(
+                f"{path!r} and another kernel would both be {module!r} in the adapter: rename "
+                "one of them, or leave it out by `where`."
+            )
+        view = MatrixView(path, leaves[path], row.axes)
+        ((_, factors),) = changed_leaves({path: view}, {path: row})
+        pair = _pair(path, jax.device_get(factors), fan_in_fan_out)
+        for half, array in zip("AB", pair, strict=True):
+            tensors[f"base_model.model.{module}.lora_{half}.weight"] = array
+        found[module] = row.rank
+        written.append(path)
+    return tensors, found, written
 
 
 def _config(found: dict[str, int], fan_in_fan_out: bool) -> dict[str, Any]:
@@ -127,28 +155,8 @@ def extract_lora(
     sizes: dict[str, Any] = {"min_size": min_size, "exact_below": exact_below}
     options = PlanOptions(rule, where=where, multiple=1, **sizes)
     _check_targets(base, tuned, Path(out))
-    tensors, found, written = {}, {}, []
-    opened = open_difference(base, tuned)
-    with opened as (change, unmatched), showing(progress, "extract_lora") as step:
-        difference = analyze_change(change, unmatched, options, step)
-        leaves = find_leaves(change, read_manifest(change))
-        for path, row in difference.report.plan.changes.items():
-            # Of other layers PEFT does not load an adapter by these names.
-            linear = _ENDS.search(path) and not is_table(path, row.shape)
-            if not isinstance(row, Factorized) or len(row.shape) != 2 or not linear:
-                continue
-            view = MatrixView(path, leaves[path], row.axes)
-            ((_, factors),) = changed_leaves({path: view}, {path: row})
-            module, pair = _module(path), _pair(path, jax.device_get(factors), fan_in_fan_out)
-            if module in found:
-                raise ValueError(
-                    f"{path!r} and another kernel would both be {module!r} in the adapter: rename "
-                    "one of them, or leave it out by `where`."
-                )
-            for half, array in zip("AB", pair, strict=True):
-                tensors[f"base_model.model.{module}.lora_{half}.weight"] = array
-            found[module] = row.rank
-            written.append(path)
+    with analyzed(base, tuned, options, progress, "extract_lora") as (change, difference):
+        tensors, found, written = _halves(change, difference, fan_in_fan_out)
     if not found:
         raise ValueError(
             f"no kernel of {str(tuned)!r} has a change of low rank by {rule}: look at the reasons "
