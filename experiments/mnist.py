@@ -5,7 +5,6 @@ the same schedule, each with a fresh optimizer for training and for fine-tuning.
 go to the terminal; `results.json` and the figures to the output folder.
 """
 
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -275,37 +274,17 @@ def run(config: Config, dataset: data.Dataset, console: Console) -> output.Resul
     return results
 
 
-def free_folder(dataset: data.Dataset, overwrite: bool) -> Path:
-    """The folder of a run without `--out`: the first that has no results, or the first of all."""
-    name = dataset.name + "-sample" * (dataset.source == "sample")
-    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    folders = (Path("runs", name + end) for end in ends)
-    return next(one for one in folders if overwrite or not (one / "results.json").exists())
-
-
-def make_folder(folder: Path, overwrite: bool) -> Path:
-    """Makes the folder of a run; raises ValueError if it has results that may not be replaced."""
-    if (folder / "results.json").exists() and not overwrite:
-        raise ValueError(
-            f"--out {folder} has the results of another run: give --overwrite to replace them, or "
-            "another folder."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out can not be made: {error}") from error
-    return folder
-
-
 def prepare(arguments: list[str] | None, console: Console) -> tuple[Config, data.Dataset]:
     """Reads the options, makes the folder for the output and loads the data."""
     config = tyro.cli(Config, args=arguments, description=__doc__)
     if config.out is not None:  # before the data, which may take a while
-        make_folder(config.out, config.overwrite)
+        output.make_folder(config.out, config.overwrite)
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
     dataset = data.load(config.dataset, source=config.source, data_dir=config.data_dir)
-    folder = config.out or make_folder(free_folder(dataset, config.overwrite), config.overwrite)
+    folder = config.out or output.make_folder(
+        output.free_folder(dataset, config.overwrite), config.overwrite
+    )
     for note in dataset.notes:
         console.print(f"passed over: {note}", style="dim", highlight=False, soft_wrap=True)
     console.print(data.describe(dataset), highlight=False)

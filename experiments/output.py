@@ -1,6 +1,7 @@
 """What the main job tells: progress, tables, and results.json."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import rmtjax
-from experiments import measure
+from experiments import data, measure
 
 # The network that each one is compared with: the one trained for as long and never cut.
 REFERENCE = {
@@ -192,3 +193,25 @@ def _show_truncation(results: Results, console: Console) -> None:
             )
     if len(changes) > 1:
         console.print(f"mean change: {interval(np.array(changes), '+.2f')}", highlight=False)
+
+
+def free_folder(dataset: data.Dataset, overwrite: bool) -> Path:
+    """The folder of a run without `--out`: the first that has no results, or the first of all."""
+    name = dataset.name + "-sample" * (dataset.source == "sample")
+    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    folders = (Path("runs", name + end) for end in ends)
+    return next(one for one in folders if overwrite or not (one / "results.json").exists())
+
+
+def make_folder(folder: Path, overwrite: bool) -> Path:
+    """Makes the folder of a run; raises ValueError if it has results that may not be replaced."""
+    if (folder / "results.json").exists() and not overwrite:
+        raise ValueError(
+            f"--out {folder} has the results of another run: give --overwrite to replace them, or "
+            "another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out can not be made: {error}") from error
+    return folder

@@ -185,10 +185,12 @@ def test_no_run_overwrites_another(tmp_path, monkeypatch, capsys):
     real = sample._replace(name="mnist", source="idx")
     for end in ("", "-2", "-3"):
         for dataset, name in ((sample, "fashion_mnist-sample"), (real, "mnist")):
-            folder = mnist.make_folder(mnist.free_folder(dataset, overwrite=False), overwrite=False)
+            folder = output.make_folder(
+                output.free_folder(dataset, overwrite=False), overwrite=False
+            )
             assert folder.as_posix() == f"runs/{name}{end}"
             (folder / "results.json").touch()
-    assert mnist.free_folder(real, overwrite=True).as_posix() == "runs/mnist"
+    assert output.free_folder(real, overwrite=True).as_posix() == "runs/mnist"
     assert mnist.main(["--out", "runs/mnist"]) == 2
     assert "runs/mnist has the results of another run: give --overwrite" in capsys.readouterr().out
 
