@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 
 from experiments import measure
-from experiments.neighbours import arms, claims, runs, tables, tracks
+from experiments.neighbours import claims, runs, tables, tracks
+from experiments.neighbours.arms import Arm, on_track, TRIALS
 from experiments.study.results import read, Results
 
 FOLDER = Path(__file__).parents[1] / "results" / "neighbours"
@@ -30,7 +31,7 @@ class Config:
     """Arms to run; all by default."""
     seeds: int = 5
     """Seeds 0, 1, ... of each arm and level."""
-    trials: int = len(arms.TRIALS)
+    trials: int = len(TRIALS)
     """Trials of each arm, at one level and with one seed more."""
     short: bool = False
     """Small networks, few samples and steps: what it prints means nothing."""
@@ -44,9 +45,9 @@ class Config:
     """Draw accuracy against stored parameters and products, into the folder."""
 
 
-def chosen_arms(config: Config, letter: str) -> list[arms.Arm]:
+def chosen_arms(config: Config, letter: str) -> list[Arm]:
     """Returns the arms to run; raises ValueError for a name that the track has not."""
-    known = {arm.name: arm for arm in arms.on_track(letter)}
+    known = {arm.name: arm for arm in on_track(letter)}
     unknown = [name for name in config.arms if name not in known]
     if unknown:
         raise ValueError(

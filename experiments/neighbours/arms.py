@@ -14,11 +14,9 @@ from experiments.neighbours.trainer import Hyper, Setting
 SHARED = "rate", "decay", "dropout"
 TRIALS = (
     (1e-3, 0.0, 0.2),
-    (2e-3, 0.1, 0.2),
-    (4e-3, 0.5, 0.2),
-    (5e-4, 0.1, 0.0),
-    (2e-3, 0.5, 0.0),
-    (4e-3, 0.0, 0.0),
+    (2e-3, 0.5, 0.2),
+    (4e-3, 0.1, 0.2),
+    (2e-3, 0.1, 0.0),
 )
 OURS, NEIGHBOUR, CONTROL, WHOLE = "ours", "neighbour", "control", "full size"
 
@@ -62,8 +60,10 @@ _SER = (("strength", (0.5, 1.0, 2.0)), ("restore", (0.1, 0.3)))
 NO_DECAY, NO_DROPOUT = ("decay", 0.0), ("dropout", 0.0)
 ALL = (
     Arm("RMT, guarded", OURS, "2303.08986", low_rank.rmt_guard, (("rise", (0.003, 0.01, 0.03)),)),
+    Arm("RMT budget", OURS, "this library", low_rank.budget),
+    Arm("RMT budget, outputs", OURS, "this library", low_rank.outputs),
     Arm("RMT edge", OURS, "2310.03165", low_rank.edge),
-    Arm("size, faded", OURS, "this library", low_rank.size, (("fade", (0.3, 0.6, 0.8)),)),
+    Arm("size, faded", OURS, "this library", low_rank.faded, (("fade", (0.3, 0.6, 0.8)),)),
     Arm(
         "SVD training", OURS, "2004.09031", low_rank.svd_training,
         (("hoyer", (0.003, 0.01, 0.03, 0.1)), ("orthogonality", (0.1, 1.0))),
@@ -94,9 +94,9 @@ ALL = (
     Arm("Gavish-Donoho", CONTROL, "1305.5870", low_rank.gavish_donoho),
     Arm("low rank from scratch", CONTROL, "classic", low_rank.from_scratch),
     Arm("narrow", CONTROL, "classic", low_rank.narrow),
-    Arm("dense", WHOLE, "classic", low_rank.dense, fixed=(NO_DECAY, NO_DROPOUT)),
-    Arm("dropout", WHOLE, "classic", low_rank.dense, fixed=(NO_DECAY, ("dropout", 0.2))),
-    Arm("weight decay", WHOLE, "classic", low_rank.dense, fixed=(NO_DROPOUT,)),
+    Arm("dense", WHOLE, "classic", low_rank.whole, fixed=(NO_DECAY, NO_DROPOUT)),
+    Arm("dropout", WHOLE, "classic", low_rank.whole, fixed=(NO_DECAY, ("dropout", 0.2))),
+    Arm("weight decay", WHOLE, "classic", low_rank.whole, fixed=(NO_DROPOUT,)),
     Arm("spiking", WHOLE, "2211.10725", spiking.whole, tracks="a"),
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import rmtjax
-from experiments.neighbours import sizes, trainer
+from experiments.neighbours import allocation, sizes, trainer
 from experiments.neighbours.sizes import Thin
 from experiments.neighbours.tensors import replaced
 from experiments.neighbours.trainer import Program, Setting, start, Training
@@ -150,5 +150,6 @@ def train(
 
 
 def dynamical(setting: Setting) -> Thin:
-    """Trains at the ranks of equal shares from the first step on."""
-    return Thin(train(setting, start(setting), sizes.equal_ranks(setting.track, setting.level)))
+    """Trains at the ranks of truncated SVD from the first step on."""
+    ranked = allocation.kept(setting, allocation.dense, allocation.by_energy)
+    return Thin(train(setting, start(setting), ranked))

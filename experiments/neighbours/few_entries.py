@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import rmtjax
-from experiments.neighbours import low_rank, sizes, tracks
+from experiments.neighbours import allocation, sizes, tracks
 from experiments.neighbours.sizes import Thin
 from experiments.neighbours.trainer import adam, fit, Phase, pretrained, Setting, start
 
@@ -50,13 +50,14 @@ def _pruning(restores: bool, hybrid: bool):
 
 
 MAGNITUDE, RESTORED, HYBRID = (
-    Phase(low_rank.REST, _pruning(*kind)) for kind in ((False, False), (True, False), (True, True))
+    Phase(allocation.REST, _pruning(*kind))
+    for kind in ((False, False), (True, False), (True, True))
 )
 
 
 def _pruned(setting: Setting, phase: Phase, strength: float | None) -> Thin:
     """Prunes the dense network, with the layer budget of the edge if it has a strength."""
-    training = pretrained(setting, low_rank.FIRST)
+    training = pretrained(setting, allocation.FIRST)
     sparsity = 1 - sizes.share(setting.track, setting.level)
     weights = dict.fromkeys(setting.track.kernels, 1.0)
     if strength is not None:
@@ -65,9 +66,9 @@ def _pruned(setting: Setting, phase: Phase, strength: float | None) -> Thin:
         plan = rmtjax.plan(training.params, where=where, axes=axes, min_size=1)
         found = rmtjax.sparsity.edge_weights(plan, sparsity, strength=strength, until=1.0)
         weights = {path: jnp.asarray(found[path], jnp.float32) for path in weights}
+    weights = {path: jnp.float32(one) for path, one in weights.items()}
     # Just under the level: counts are rounded.
     extra = {"sparsity": jnp.float32(sparsity + 1e-4), "weights": weights}
-    extra["weights"] = {path: jnp.float32(one) for path, one in weights.items()}
     return Thin(fit(setting, training, phase, extra=extra), sparse=True)
 
 
@@ -142,10 +143,14 @@ def _to_bits(bits: int, kernels: tuple[str, ...]):
 
 
 def few_bits(setting: Setting) -> Thin:
-    """Trains the dense network, then towards a grid by ADMM: as many bits as the bytes allow."""
+    """Trains the dense network, then towards a grid by ADMM: as many bits as the bytes allow.
+
+    All kernels are on the grid, also those that other arms leave.
+    """
     bits = sizes.best_bits(setting.track, setting.level)
-    projections, chain = _to_bits(bits, setting.track.kernels)
-    training = fit(setting, pretrained(setting, low_rank.FIRST), Phase(low_rank.REST, chain))
+    leaves = sizes.leaves_by_path(tracks.dense(setting.track.module, setting.track).shapes)
+    projections, chain = _to_bits(bits, tuple(p for p in leaves if p.endswith("kernel")))
+    training = fit(setting, pretrained(setting, allocation.FIRST), Phase(allocation.REST, chain))
     axes = tracks.dense(setting.track.module, setting.track).axes
     params = rmtjax.projections.project(training.params, projections, axes=axes)
     return Thin(training._replace(params=jax.block_until_ready(params)), bits=bits)

@@ -2,140 +2,110 @@
 
 from functools import cache, partial
 
-import numpy as np
 import optax
 
 import rmtjax
-from experiments.neighbours import sizes, tracks
+from experiments.neighbours import allocation, sizes
+from experiments.neighbours.allocation import factorize, FIRST, first, kept, REST
 from experiments.neighbours.sizes import Thin
 from experiments.neighbours.trainer import adam, fit, Phase, pretrained, Setting, start, Training
 from rmtjax import lowrank, ranks
 
-FIRST, REST = 0.7, 0.3  # shares of the steps: dense, and in the smaller network
 LOOKS = 8  # pruning steps of the first phase
 
 
-def _where(setting: Setting):
-    return lambda path, leaf: path in setting.track.kernels
-
-
-def _axes(setting: Setting):
-    return tracks.dense(setting.track.module, setting.track).axes
-
-
-def _options(setting: Setting) -> dict:
-    return {"where": _where(setting), "axes": _axes(setting)}
-
-
-def _period(steps: int, start: float = 0.25) -> dict[str, int]:
+def _period(steps: int) -> dict[str, int]:
     """Returns looks that begin after a quarter of a phase, the last one before its end."""
-    first = max(1, round(start * steps))
-    return {"start": first, "every": max(1, (steps - first) // LOOKS)}
+    begin = max(1, steps // 4)
+    return {"start": begin, "every": max(1, (steps - begin) // LOOKS)}
 
 
-def _factorize(setting: Setting, training: Training, kept: dict[str, int]) -> Training:
-    """Returns the network with kernels as factors of given ranks."""
-    params = training.params
-    for path, rank in kept.items():
-        only = lambda p, leaf, path=path: p == path
-        plan = rmtjax.plan(
-            params, rule=ranks.fixed(rank), where=only, axes=_axes(setting), multiple=1, min_size=1
-        )
-        params = rmtjax.factorize(params, plan)
-    return training._replace(params=params)
+def _kernels(setting: Setting) -> dict[str, float]:
+    """Returns the kernels for a chain, as a tree whose names it sees."""
+    return dict.fromkeys(setting.track.kernels, 0.0)
 
 
-def _tuned_on(setting: Setting, training: Training) -> Thin:
-    """Returns the smaller network after the rest of the steps."""
-    return Thin(fit(setting, training, Phase(REST)))
+def _thin(setting: Setting, make: allocation.First, divide) -> Thin:
+    """Returns the network after a first phase, a cut by a division, and the rest of the steps."""
+    outputs = divide is allocation.by_outputs
+    cut = factorize(setting, first(setting, make), kept(setting, make, divide), outputs)
+    return Thin(fit(setting, cut, Phase(REST)))
 
 
-def _values(setting: Setting, params) -> dict[str, np.ndarray]:
-    """Returns the singular values of the kernels that are made smaller."""
-    leaves = sizes.leaves_by_path(params)
-    flat = lambda leaf: np.asarray(leaf, np.float64).reshape(-1, leaf.shape[-1])
-    return {p: np.linalg.svd(flat(leaves[p]), compute_uv=False) for p in setting.track.kernels}
-
-
-def _over_threshold(setting: Setting, params, rule) -> dict[str, np.ndarray]:
-    """Returns singular values over the threshold that a rule finds in their kernel."""
-    report = rmtjax.analyze(params, rule=rule, **_options(setting), min_size=1)
-    thresholds = {row.path: row.threshold for row in report.rows}
-    long = {path: max(pair) for path, pair in sizes.shapes(setting.track).items()}
-    values = _values(setting, params)
-    scale = lambda path: np.sqrt((thresholds[path] or 1.0) * long[path])
-    return {path: s / scale(path) for path, s in values.items()}
-
-
-def cut(setting: Setting, training: Training, rule: ranks.RankRule, taken: int = 0) -> Training:
-    """Returns the network with the values that are largest over the threshold of their kernel."""
-    values = _over_threshold(setting, training.params, rule)
-    kept = sizes.ranked(setting.track, setting.level, values, taken)
-    return _factorize(setting, training, kept)
-
-
-_where_kernels = lambda extra: lambda path, leaf: path in extra
-
-
-def _guarded(hyper, steps, extra):
-    prune = rmtjax.prune_spectrum(
-        **_period(steps), settled=0.2, max_rise=hyper["rise"], where=_where_kernels(extra)
-    )
-    return optax.chain(adam(hyper, steps), prune)
-
-
-def rmt_guard(setting: Setting) -> Thin:
-    """Cuts to the Marchenko-Pastur edge under the guard; then one budget over all kernels."""
-    phase = Phase(FIRST, _guarded, guarded=True)
-    kernels = dict.fromkeys(setting.track.kernels, 0.0)
-    training = fit(setting, start(setting), phase, extra=kernels)
-    return _tuned_on(setting, cut(setting, training, ranks.bema()))
+def truncated_svd(setting: Setting) -> Thin:
+    """Trains the dense network; each kernel keeps the same share of its squares."""
+    return _thin(setting, allocation.dense, allocation.by_energy)
 
 
 def edge(setting: Setting) -> Thin:
     """Trains the dense network; keeps the values that are largest over the edge of their kernel."""
-    return _tuned_on(setting, cut(setting, pretrained(setting, FIRST), ranks.bema()))
+    return _thin(setting, allocation.dense, allocation.by_edge)
 
 
 def gavish_donoho(setting: Setting) -> Thin:
     """As `edge`, over the threshold of Gavish and Donoho."""
-    training = cut(setting, pretrained(setting, FIRST), ranks.gavish_donoho())
-    return _tuned_on(setting, training)
+    return _thin(setting, allocation.dense, allocation.by_gavish_donoho)
 
 
-def truncated_svd(setting: Setting) -> Thin:
-    """Trains the dense network; each kernel keeps the same share of its numbers."""
-    kept = sizes.equal_ranks(setting.track, setting.level)
-    return _tuned_on(setting, _factorize(setting, pretrained(setting, FIRST), kept))
+def budget(setting: Setting) -> Thin:
+    """Trains the dense network; `rmtjax.plan` divides a budget."""
+    return _thin(setting, allocation.dense, allocation.by_budget)
+
+
+def outputs(setting: Setting) -> Thin:
+    """Trains the dense network; a budget and cuts by what the logits feel of them."""
+    return _thin(setting, allocation.dense, allocation.by_outputs)
 
 
 def from_scratch(setting: Setting) -> Thin:
-    """Trains factors of these ranks from the first step on, from the cut of the initial network."""
-    kept = sizes.equal_ranks(setting.track, setting.level)
-    return Thin(fit(setting, _factorize(setting, start(setting), kept), Phase(1.0)))
+    """Trains factors of the ranks of truncated SVD, from the cut of the initial network."""
+    ranked = kept(setting, allocation.dense, allocation.by_energy)
+    return Thin(fit(setting, factorize(setting, start(setting), ranked), Phase(1.0)))
+
+
+def _guarding(hyper, steps, extra):
+    where = lambda path, leaf: path in extra
+    prune = rmtjax.prune_spectrum(
+        **_period(steps), settled=0.2, max_rise=hyper["rise"], where=where
+    )
+    return optax.chain(adam(hyper, steps), prune)
+
+
+def _guarded(setting: Setting) -> Training:
+    phase = Phase(FIRST, _guarding, guarded=True)
+    return fit(setting, start(setting), phase, extra=_kernels(setting))
+
+
+def rmt_guard(setting: Setting) -> Thin:
+    """Cuts to the Marchenko-Pastur edge under the guard; then as `outputs`."""
+    return _thin(setting, _guarded, allocation.by_outputs)
 
 
 @cache
-def _faded(rule):
-    """Returns the chain of `size`, which lets fade what the rule does not keep."""
-
+def _fading(ranked: tuple):
     def chain(hyper, steps, extra):
-        prune = rmtjax.prune_spectrum(
-            **_period(steps), rule=rule, fade=hyper["fade"], where=_where_kernels(extra), min_size=1
-        )
-        return optax.chain(adam(hyper, steps), prune)
+        del extra
+        prune = [
+            rmtjax.prune_spectrum(
+                **_period(steps),
+                rule=ranks.fixed(rank),
+                fade=hyper["fade"],
+                where=lambda path, leaf, kernel=kernel: path == kernel,
+                min_size=1,
+            )
+            for kernel, rank in ranked
+        ]
+        return optax.chain(adam(hyper, steps), *prune)
 
     return chain
 
 
-def size(setting: Setting) -> Thin:
-    """Asks for a size; what is beyond it fades while the network trains, by what gradients feel."""
-    rule = sizes.rule(setting.track, setting.level)
-    chain = _faded(rule)  # always the same, so that it is compiled once
-    kernels = dict.fromkeys(setting.track.kernels, 0.0)
-    training = fit(setting, start(setting), Phase(FIRST, chain, guarded=True), extra=kernels)
-    kept = sizes.equal_ranks(setting.track, setting.level)
-    return _tuned_on(setting, _factorize(setting, training, kept))
+def faded(setting: Setting) -> Thin:
+    """Lets fade what is beyond the ranks of a budget while the network trains."""
+    ranked = kept(setting, allocation.dense, allocation.by_budget)
+    phase = Phase(FIRST, _fading(tuple(ranked.items())), guarded=True)
+    training = factorize(setting, fit(setting, start(setting), phase), ranked)
+    return Thin(fit(setting, training, Phase(REST)))
 
 
 def _orthogonal(params, hyper):
@@ -146,42 +116,47 @@ def _sparse_values(params, hyper):
     return _orthogonal(params, hyper) + hyper["hoyer"] * lowrank.hoyer(params)
 
 
+def _spectral(setting: Setting) -> Training:
+    before = start(setting)
+    held = lowrank.to_spectral(before.params, **allocation.options(setting))
+    phase = Phase(0.4, penalty=_orthogonal)
+    training = fit(setting, before._replace(params=held), phase)
+    return fit(setting, training, Phase(FIRST - 0.4, penalty=_sparse_values))
+
+
 def svd_training(setting: Setting) -> Thin:
     """Trains singular vectors and values: orthogonal, then few values, then those alone."""
-    before = start(setting)
-    held = lowrank.to_spectral(before.params, **_options(setting))
-    first = Phase(0.4, penalty=_orthogonal)
-    training = fit(setting, before._replace(params=held), first)
-    training = fit(setting, training, Phase(FIRST - 0.4, penalty=_sparse_values))
+    training = first(setting, _spectral)
     params = training.params
-    for path, rank in sizes.equal_ranks(setting.track, setting.level).items():
+    for path, rank in kept(setting, _spectral, allocation.by_energy).items():
         only = lambda p, leaf, path=path: p == path
         rule = ranks.fixed(rank)
         params = lowrank.prune_values(params, rule=rule, exact=True, where=only).params
-    return _tuned_on(setting, training._replace(params=lowrank.to_factors(params)))
+    training = training._replace(params=lowrank.to_factors(params))
+    return Thin(fit(setting, training, Phase(REST)))
 
 
 def _shrinking(hyper, steps, extra):
+    where = lambda path, leaf: path in extra
     strength = lambda step: hyper["strength"]
-    where = _where_kernels(extra)
     shrink = lowrank.shrink_tail(**_period(steps), strength=strength, where=where)
     return optax.chain(adam(hyper, steps), shrink)
 
 
+def _shrunk(setting: Setting) -> Training:
+    phase = Phase(FIRST, _shrinking)
+    return fit(setting, start(setting), phase, extra=_kernels(setting))
+
+
 def local_drop(setting: Setting) -> Thin:
-    """Shrinks the values under the edge while the network trains; then as truncated SVD."""
-    kernels = dict.fromkeys(setting.track.kernels, 0.0)
-    training = fit(setting, start(setting), Phase(FIRST, _shrinking), extra=kernels)
-    kept = sizes.equal_ranks(setting.track, setting.level)
-    return _tuned_on(setting, _factorize(setting, training, kept))
+    """Shrinks the values under the edge while the network trains; then a budget."""
+    return _thin(setting, _shrunk, allocation.by_budget)
 
 
 @cache
-def _to_rank(kept):
-    projections = {
-        path: partial(rmtjax.projections.project_rank, rule=ranks.fixed(rank))
-        for path, rank in kept
-    }
+def _pulling(ranked: tuple):
+    project = rmtjax.projections.project_rank
+    projections = {path: partial(project, rule=ranks.fixed(rank)) for path, rank in ranked}
 
     def chain(hyper, steps, extra):
         del extra
@@ -193,13 +168,13 @@ def _to_rank(kept):
 
 def admm_rank(setting: Setting) -> Thin:
     """Pulls kernels towards low rank by ADMM, after dense training; then factors train on."""
-    kept = sizes.equal_ranks(setting.track, setting.level)
-    chain = _to_rank(tuple(kept.items()))
-    training = fit(setting, pretrained(setting, 0.4), Phase(FIRST - 0.4, chain))
-    return _tuned_on(setting, _factorize(setting, training, kept))
+    ranked = kept(setting, allocation.dense, allocation.by_budget)
+    phase = Phase(FIRST - 0.4, _pulling(tuple(ranked.items())))
+    training = factorize(setting, fit(setting, pretrained(setting, 0.4), phase), ranked)
+    return Thin(fit(setting, training, Phase(REST)))
 
 
-def dense(setting: Setting) -> Thin:
+def whole(setting: Setting) -> Thin:
     """Trains the dense network, which has all parameters."""
     return Thin(fit(setting, start(setting), Phase(1.0)))
 

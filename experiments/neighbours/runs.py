@@ -12,11 +12,12 @@ import numpy as np
 
 import rmtjax
 from experiments.neighbours import arms, sizes, tracks, trainer
+from experiments.neighbours.allocation import TUNING_SEED
 from experiments.neighbours.arms import Arm
 from experiments.neighbours.tracks import Track
 from experiments.neighbours.trainer import Setting
 
-TUNING_SEED, TUNED_AT = 100, 0.1
+TUNED_AT = 0.1
 BATCHES = 1, 128  # of which the latency is measured
 ROUNDS = 30
 Find = Callable[[Any], dict[str, Any] | None]

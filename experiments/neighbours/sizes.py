@@ -23,7 +23,7 @@ class Thin(NamedTuple):
       training: Its parameters, and the seconds that they took.
       module: The network, if it is not that of the track.
       sparse: Whether zeros of the kernels are not stored.
-      bits: Of each entry of the kernels, if they are on a grid; else None.
+      bits: Of each entry of all kernels, if they are on a grid; else None.
       repeats: How often the network runs for one sample.
     """
 
@@ -70,6 +70,9 @@ def _products(path: str, leaf: Any) -> int:
 
 def _stored(thin: Thin, path: str, leaf: Any, kernels: tuple[str, ...]) -> Size:
     size, products = numbers(leaf), _products(path, leaf)
+    if thin.bits and path.endswith("kernel"):
+        scales = leaf.shape[-1]
+        return Size(size, -(-size * thin.bits // 8) + FLOAT * scales, products)
     if path not in kernels:
         return Size(size, FLOAT * size, products)
     if thin.sparse:
@@ -77,9 +80,6 @@ def _stored(thin: Thin, path: str, leaf: Any, kernels: tuple[str, ...]) -> Size:
         # Places as a bit for each entry, or as two bytes for each that is not 0.
         places = min(2 * alive, -(-size // 8))
         return Size(alive, FLOAT * alive + places, alive)
-    if thin.bits:
-        scales = leaf.shape[-1]
-        return Size(size, -(-size * thin.bits // 8) + FLOAT * scales, products)
     return Size(size, FLOAT * size, products)
 
 
@@ -117,22 +117,6 @@ def share(track: Track, level: float) -> float:
     return budget(track, level) / sum(m * n for m, n in shapes(track).values())
 
 
-def rule(track: Track, level: float) -> rmtjax.ranks.size:
-    """Returns the rule of equal shares: each kernel keeps the same share of its numbers."""
-    return rmtjax.ranks.size(share(track, level), multiple=1)
-
-
-def equal_ranks(track: Track, level: float) -> dict[str, int]:
-    """Returns the rank of each kernel under that rule, and one more for each that still fits."""
-    part, pairs = share(track, level), shapes(track)
-    ranks = {p: max(1, int(part * m * n / (m + n) + 1e-3)) for p, (m, n) in pairs.items()}
-    left = budget(track, level) - sum(rank * sum(pairs[p]) for p, rank in ranks.items())
-    for path in sorted(pairs, key=lambda p: -sum(pairs[p])):
-        if sum(pairs[path]) <= left:
-            left, ranks[path] = left - sum(pairs[path]), ranks[path] + 1
-    return ranks
-
-
 def narrow(track: Track, level: float) -> nn.Module:
     """Returns the network whose width has the largest size within the level."""
     total, best = dense_size(track).parameters, 1
@@ -145,7 +129,7 @@ def narrow(track: Track, level: float) -> nn.Module:
 
 
 def best_bits(track: Track, level: float) -> int:
-    """Returns the most bits an entry of the kernels may have within the bytes of a level."""
+    """Returns the most bits an entry of all kernels may have within the bytes of a level."""
     dense = tracks.dense(track.module, track).shapes
     whole = dense_size(track).bytes
     fits = lambda bits: size_of(Thin(Training(dense), bits=bits), track).bytes <= level * whole

@@ -1,9 +1,8 @@
 """Arms of a spiking network (2211.10725): the kernels are those of the dense network."""
 
-from experiments.neighbours import low_rank, networks
+from experiments.neighbours import allocation, networks
 from experiments.neighbours.sizes import Thin
-from experiments.neighbours.trainer import fit, Phase, Setting, start
-from rmtjax import ranks
+from experiments.neighbours.trainer import fit, Phase, Setting, start, Training
 
 
 def _network(setting: Setting) -> networks.Spiking:
@@ -18,11 +17,16 @@ def whole(setting: Setting) -> Thin:
     return Thin(training, module, repeats=module.steps)
 
 
-def pruned(setting: Setting) -> Thin:
-    """Trains the spiking network, keeps values that are largest over the edge, and runs it thin."""
+def _first(setting: Setting) -> Training:
     module = _network(setting)
-    training = fit(setting, start(setting, module), Phase(low_rank.FIRST), module)
+    return fit(setting, start(setting, module), Phase(allocation.FIRST), module)
+
+
+def pruned(setting: Setting) -> Thin:
+    """Trains the spiking network; `rmtjax.plan` divides a budget; it trains on and runs thin."""
+    module, training = _network(setting), allocation.first(setting, _first)
     leaks = sum(leaf.size for name, leaf in training.params.items() if name.startswith("leak"))
-    training = low_rank.cut(setting, training, ranks.bema(), taken=leaks)
-    training = fit(setting, training, Phase(low_rank.REST), module)
+    ranked = allocation.kept(setting, _first, allocation.by_budget, taken=leaks)
+    training = allocation.factorize(setting, training, ranked)
+    training = fit(setting, training, Phase(allocation.REST), module)
     return Thin(training, module, repeats=module.steps)

@@ -5,10 +5,16 @@ import math
 import flax.linen as nn
 import jax
 
-from experiments.neighbours import block_term, low_rank, sizes, tracks
+from experiments.neighbours import allocation, block_term, sizes, tracks
 from experiments.neighbours.sizes import Thin
 from experiments.neighbours.trainer import fit, Phase, pretrained, Setting, start, Training
 from rmtjax import lowrank, ranks
+
+
+def _numbers(setting: Setting) -> dict[str, int]:
+    """Returns the numbers of each kernel: those that truncated SVD gives it."""
+    ranked = allocation.kept(setting, allocation.dense, allocation.by_energy)
+    return allocation.numbers_of(setting, ranked)
 
 
 def _modes(setting: Setting, path: str, state: bool):
@@ -39,10 +45,10 @@ def bond_of(modes, size: int) -> int:
 
 def _to_operators(setting: Setting, training: Training) -> Training:
     """Returns the network with kernels as operators, each with its share of the numbers."""
-    params, part = training.params, sizes.share(setting.track, setting.level)
-    for path, (m, n) in sizes.shapes(setting.track).items():
+    params = training.params
+    for path, size in _numbers(setting).items():
         modes = _modes(setting, path, state=False)
-        bond = bond_of(_whole_modes(setting, path, modes), int(part * m * n))
+        bond = bond_of(_whole_modes(setting, path, modes), size)
         axes = tracks.dense(setting.track.module, setting.track).axes
         params = lowrank.to_trains(params, {path: modes}, rule=ranks.fixed(bond), axes=axes).params
     return training._replace(params=params)
@@ -50,8 +56,8 @@ def _to_operators(setting: Setting, training: Training) -> Training:
 
 def operator(setting: Setting) -> Thin:
     """Trains the dense network; kernels become operators (MPO), which train on."""
-    training = _to_operators(setting, pretrained(setting, low_rank.FIRST))
-    return Thin(fit(setting, training, Phase(low_rank.REST)))
+    training = _to_operators(setting, pretrained(setting, allocation.FIRST))
+    return Thin(fit(setting, training, Phase(allocation.REST)))
 
 
 def operator_from_scratch(setting: Setting) -> Thin:
@@ -61,24 +67,23 @@ def operator_from_scratch(setting: Setting) -> Thin:
 
 def state(setting: Setting) -> Thin:
     """Trains the dense network; kernels become states (MPS), whose middle bond is the rank."""
-    training = pretrained(setting, low_rank.FIRST)
-    params, part = training.params, sizes.share(setting.track, setting.level)
-    axes = tracks.dense(setting.track.module, setting.track).axes
-    for path, (m, n) in sizes.shapes(setting.track).items():
+    training = pretrained(setting, allocation.FIRST)
+    params, axes = training.params, tracks.dense(setting.track.module, setting.track).axes
+    for path, size in _numbers(setting).items():
         modes = _modes(setting, path, state=True)
-        bond = bond_of(modes, int(part * m * n))
+        bond = bond_of(modes, size)
         params = lowrank.to_trains(params, {path: modes}, rule=ranks.fixed(bond), axes=axes).params
-    return Thin(fit(setting, training._replace(params=params), Phase(low_rank.REST)))
+    return Thin(fit(setting, training._replace(params=params), Phase(allocation.REST)))
 
 
 def block_terms(setting: Setting) -> Thin:
     """Trains sums of Tucker terms from the first step on."""
-    training, part = start(setting), sizes.share(setting.track, setting.level)
+    training, numbers = start(setting), _numbers(setting)
     shapes, found = sizes.shapes(setting.track), {}
     leaves = sizes.leaves_by_path(training.params)
     for i, (path, (m, n)) in enumerate(shapes.items()):
         modes = tuple(zip(*(lowrank.balanced_modes(side, 2) for side in (m, n)), strict=True))
-        rank, blocks = block_term.best_blocks(modes, int(part * m * n))
+        rank, blocks = block_term.best_blocks(modes, numbers[path])
         key = jax.random.fold_in(jax.random.key(setting.seed), 100 + i)
         inputs = leaves[path].shape[:-1]
         found[path] = block_term.random_block_term(key, modes, rank, blocks, inputs)

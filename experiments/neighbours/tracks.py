@@ -122,11 +122,11 @@ TRACKS = {
         ),
         Track(
             "b", "letters of Python's help texts, LSTM of 96 units", networks.Letters(LETTERS),
-            text, ("cell/of_inputs/kernel", "cell/of_state/kernel"), (0.1, 0.25), 900, 16,
+            text, ("cell/of_inputs/kernel", "cell/of_state/kernel"), (0.1, 0.25), 600, 16,
         ),
         Track(
             "c", "Fashion-MNIST 14 x 14, CNN of two convolutions", networks.CNN(), garments,
-            ("Conv_1/kernel", "Dense_0/kernel"), (0.1, 0.25), 800, 64,
+            ("Conv_1/kernel", "Dense_0/kernel"), (0.1, 0.25), 500, 64,
             (("Conv_0/kernel", 196), ("Conv_1/kernel", 49)), scan=False,
         ),
     )
