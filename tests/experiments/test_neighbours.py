@@ -199,7 +199,6 @@ def test_what_is_chosen_for_a_level_is_within_it(track):
         assert sizes.size_of(thin, track).bytes <= level * whole.bytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("track", tracks.TRACKS.values(), ids=tracks.TRACKS)
 def test_the_narrow_network_is_within_the_level(track):
     for level in track.levels:
