@@ -17,7 +17,7 @@ FLOAT = 4  # bytes
 
 
 class Thin(NamedTuple):
-    """What an arm has made.
+    """The network that an arm has made.
 
     Attributes:
       training: Its parameters, and the seconds that they took.
@@ -35,7 +35,7 @@ class Thin(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What a network costs.
+    """The cost of a network.
 
     Attributes:
       parameters: Numbers that are stored: entries of factors and cores, and entries that are not 0.
