@@ -92,19 +92,19 @@ def _angle_cdf(angle, root):
     rest = (1 - root) + 2 * root * half**2 + jnp.finfo(angle.dtype).tiny
     arc = jnp.arctan(root * sine / rest)
     small = root < _SMALL
-    safe = jnp.where(small, 1.0, root)  # Keeps the gradient of the unused branch finite.
+    safe = jnp.where(small, 1.0, root)  # Keeps the gradients of unused branches finite.
     closed = (safe * sine - (1 - safe**2) * arc) / safe**2
-    series = arc - sine * _series(cosine, root)
-    return (angle + jnp.where(small, series, closed)) / jnp.pi
+    few, slope = jnp.where(small, root, 0.0), sine / rest
+    short = arc - slope * (cosine - few * slope**2 * _arc_rest(few * slope))
+    return (angle + jnp.where(small, short, closed)) / jnp.pi
 
 
-def _series(cosine, root):
-    r"""Sums $\sum_{k \ge 2} a^{k - 2} U_{k - 1}(\cos\theta) / k$ of Chebyshev polynomials U."""
-    # The terms left out are below the rounding unit, since a < 0.1: 0.1^17 in float64.
-    before, last, power, total = jnp.ones_like(cosine), 2 * cosine, root, cosine
-    for k in range(3, 19 if cosine.dtype == jnp.float64 else 10):
-        before, last = last, 2 * cosine * last - before
-        total, power = total + power * last / k, power * root
+def _arc_rest(t):
+    r"""Returns $(t - \arctan t) / t^3$ for $t < 1/9$, by its series."""
+    square, total = t**2, 0.0
+    # The terms left out are below the rounding unit: 81^-4 / 11 in float32.
+    for k in reversed(range(8 if t.dtype == jnp.float64 else 4)):
+        total = (-1) ** k / (2 * k + 3) + square * total
     return total
 
 
