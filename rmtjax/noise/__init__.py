@@ -15,6 +15,7 @@ from rmtjax.noise._pieces import (
     fit_live as fit_live,
     live_spectra as live_spectra,
     on_scale as on_scale,
+    pad_spectrum as pad_spectrum,
     Piece as Piece,
     rescale as rescale,
     split_pieces as split_pieces,

@@ -236,10 +236,10 @@ class fixed(_WithoutNoise):  # noqa: N801
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
-        size = spectrum.eigenvalues.shape[-1]
         # No number that int32 does not hold. A rank may also be traced.
-        rank = min(self.rank, size) if isinstance(self.rank, int) else self.rank
-        return jnp.minimum(rank, size).astype(jnp.int32)
+        most = spectrum.eigenvalues.shape[-1]
+        rank = min(self.rank, most) if isinstance(self.rank, int) else self.rank
+        return jnp.minimum(rank, size_of(spectrum)).astype(jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class size(_WithoutNoise):  # noqa: N801
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
-        exact = self.share * spectrum.eigenvalues.shape[-1] / (1 + spectrum.ratio)
+        exact = self.share * size_of(spectrum) / (1 + spectrum.ratio)
         # In float32 a rank of 32 may come out as 31.999998.
         exact = jnp.floor(exact.astype(jnp.float32) + 1e-3).astype(jnp.int32)
         rounded = exact // self.multiple * self.multiple

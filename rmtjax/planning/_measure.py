@@ -13,14 +13,16 @@ from rmtjax._axes import join_stacks, kernel_shape, KernelLeaf, MatrixView, spli
 from rmtjax._modes import in_usual_modes
 from rmtjax._progress import Step
 from rmtjax._sharding import beside_accelerator, fetch
-from rmtjax._types import BulkFit, Spectrum
+from rmtjax._types import BulkFit, size_of, Spectrum
 from rmtjax.moments import Moments, Second
 from rmtjax.noise import (
     above_rounding,
     count_above,
     join_rule,
     on_scale,
+    pad_spectrum,
     Piece,
+    ranks,
     rescale,
     split_pieces,
     split_rule,
@@ -81,8 +83,12 @@ def _judge(
     levels = levels._replace(num_spikes=jax.vmap(count_above)(spectra, levels.threshold))
     # Without an edge a threshold is a floor, above which pruning had to leave all.
     floored = jnp.where(jnp.isnan(levels.edge), levels.num_spikes, 0)
+
     # The directions of factors that a truncation has left are not zero.
-    present = lambda s: jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored)
+    def present(s: Spectrum) -> Bool[Array, " p"]:
+        there = jnp.arange(s.eigenvalues.shape[0]) < size_of(s)
+        return there & (jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored))
+
     return {
         "fits": levels,
         "noisy": jax.vmap(above_rounding)(spectra, levels.variance),
@@ -104,17 +110,20 @@ def _judge_pieces(pieces: list[Piece], views: Views, rule, fits: Fits) -> list[d
             cast = lambda new, old: new.astype(old.dtype)
             given[index] = jax.tree.map(cast, moved, level)
     groups: dict[tuple, list[int]] = {}
+    base, numbers = split_rule(rule)
+    # A rule of a user may read the number of directions off the shape.
+    pad = pad_spectrum if numbers or isinstance(rule, ranks.gavish_donoho) else lambda s: s
+    padded = [pad(piece.spectra) for piece in pieces]
     for index, piece in enumerate(pieces):
-        eigenvalues = piece.spectra.eigenvalues
+        eigenvalues = padded[index].eigenvalues
         dtype = given[index].threshold.dtype if index in given else None
         program = eigenvalues.shape[1], eigenvalues.dtype, dtype, views[piece.path].is_factored
         groups.setdefault(program, []).append(index)
     results: dict[int, Any] = {}
     for (*_, factored), group in groups.items():
-        spectra = join_stacks([pieces[index].spectra for index in group])
+        spectra = join_stacks([padded[index] for index in group])
         levels = [given[index] for index in group if index in given]
         with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
-            base, numbers = split_rule(rule)
             joined = join_stacks(levels) if levels else None
             judged = _judge(spectra, joined, numbers, rule=base, factored=factored)
         sizes = [len(pieces[index].spectra.eigenvalues) for index in group]
