@@ -10,6 +10,7 @@ from rmtjax._types import BulkFit, Spectrum
 from rmtjax._version import __version__ as __version__
 from rmtjax.laws import marchenko_pastur, tracy_widom
 from rmtjax.models import register_layer
+from rmtjax.monitoring import History, KernelLook, monitor, MonitorState
 from rmtjax.noise import (
     equalize,
     Equalized,
@@ -95,9 +96,12 @@ __all__ = [
     "ExtraMetrics",
     "Factorized",
     "Factors",
+    "History",
     "Kept",
     "KernelAxes",
+    "KernelLook",
     "Merged",
+    "MonitorState",
     "Plan",
     "PruneEntriesState",
     "PruneState",
@@ -136,6 +140,7 @@ __all__ = [
     "metrics",
     "metrics_of",
     "moments",
+    "monitor",
     "most_signal",
     "nnx",
     "noise_levels",
