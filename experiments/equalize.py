@@ -51,19 +51,36 @@ def draw(
     return (noise + (left * strengths) @ right.T).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("way", "level"))
-def judge(matrices: jax.Array, *, way: str, level: float = 0.01) -> tuple[jax.Array, ...]:
-    """Returns spikes, distance and verdict of each matrix, as it is or equalized."""
-    rule = rmtjax.ranks.bema(level=level)
+@functools.partial(jax.jit, static_argnames="way")
+def judge(matrices: jax.Array, *, way: str) -> tuple[jax.Array, ...]:
+    """Returns spikes and verdict of each matrix, as it is or with equalized rows."""
+    rule = rmtjax.ranks.bema()
 
     def one(matrix):
         sides: Any = way
         even = matrix if way == "as it is" else rmtjax.equalize(matrix, sides=sides).matrix
         spectrum = rmtjax.spectrum(even)
         fit = rule.fit(spectrum)
-        return fit.num_spikes, fit.distance, rule.accepts(spectrum, fit)
+        return fit.num_spikes, rule.accepts(spectrum, fit)
 
     return jax.lax.map(one, matrices)
+
+
+def judge_all(matrices: jax.Array, way: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `judge` does, on the host."""
+    counts, accepted = judge(matrices, way=way)
+    return np.asarray(counts), np.asarray(accepted)
+
+
+def plan_for(matrices: jax.Array, level: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """Returns spikes and verdict of each matrix of a stack, as a plan finds them."""
+    rule = rmtjax.ranks.bema(level=level, equalize=True)
+    axes = {"kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
+    row = rmtjax.plan({"kernel": matrices}, rule=rule, axes=axes)["kernel"]
+    eigenvalues, ratio = row.spectrum
+    each = lambda values, fit: rule.accepts(rmtjax.Spectrum(values, jnp.asarray(ratio)), fit)
+    fits = jax.tree.map(jnp.asarray, row.fit)
+    return row.fit.num_spikes, np.asarray(jax.vmap(each)(jnp.asarray(eigenvalues), fits))
 
 
 def spikes(config: Config) -> Table:
@@ -78,7 +95,9 @@ def spikes(config: Config) -> Table:
                 matrices = jnp.stack([make() for _ in range(config.draws)])
                 cells = []
                 for way in ways:
-                    counts, _, accepted = map(np.asarray, judge(matrices, way=way))
+                    counts, accepted = (
+                        plan_for(matrices) if way == "both" else judge_all(matrices, way)
+                    )
                     middle, low, high = np.median(counts), counts.min(), counts.max()
                     cells.append(f"{middle:g} ({low}-{high}) {accepted.mean():.2f}")
                 names = "rows and columns" if columns else "rows"
@@ -98,7 +117,7 @@ def alarms(config: Config) -> Table:
             matrices = jnp.stack([make() for _ in range(config.noise)])
             cells, refused = [], 0.0
             for level in levels:
-                counts, _, accepted = map(np.asarray, judge(matrices, way="both", level=level))
+                counts, accepted = plan_for(matrices, level)
                 rate, refused = np.mean(counts > 0), 1 - accepted.mean()
                 error = 1000 * (rate * (1 - rate) / config.noise) ** 0.5
                 cells.append(f"{rate:.3f}({error:.0f})")

@@ -17,6 +17,7 @@ from rmtjax.noise._equalize import (
     equalize_stack as equalize_stack,
     Equalized as Equalized,
     equalized_view as equalized_view,
+    level_after as level_after,
     Sides as Sides,
 )
 from rmtjax.noise._pieces import (

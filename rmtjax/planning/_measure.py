@@ -1,6 +1,7 @@
 """Measures kernels: the noise and the signal in their spectra, and their outputs on data."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from rmtjax.noise import (
     equalized_view,
     equalizes,
     join_rule,
+    level_after,
     on_scale,
     pad_spectrum,
     Piece,
@@ -176,8 +178,14 @@ def _decides(measured: Measurement, values: Values, view: MatrixView) -> bool:
 def _measure_equalized(views: Views, rule, sides: Sides = "both") -> dict[str, Measurement]:
     """Measures kernels over the scales of their noise in rows and columns."""
     even = {path: equalized_view(view, sides) for path, view in views.items()}
-    measured = measure_values(even, spectra(even), rule, {})
-    return {path: row._replace(equalized=True) for path, row in measured.items()}
+    values, measured = spectra(even), {}
+    for path, view in even.items():
+        # The level depends on the aspect ratio. It is no part of a program.
+        level = level_after(rule.level, view.short / view.long)
+        measured |= measure_values(
+            {path: view}, {path: values[path]}, replace(rule, level=level), {}
+        )
+    return {path: measured[path]._replace(equalized=True) for path in even}
 
 
 def _advise(view: MatrixView, rule) -> str:
