@@ -32,7 +32,7 @@ from rmtjax.cli._arguments import (
 from rmtjax.cli._data import collect_moments, compare
 from rmtjax.noise import shrinkage
 from rmtjax.planning import check_matches, PlanOptions
-from rmtjax.report import compare, Extra, most_signal, Report
+from rmtjax.report import compare_reports, Extra, most_signal, Report
 
 # `removed` shows what a kernel would lose, before it is cut.
 FITTED = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
@@ -142,7 +142,7 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Cal
     if args.command != "compress":
         report = checkpoint.analyze_file(args.file, **options, **_extra(args))
         if getattr(args, "against", None) is not None:
-            report = compare(checkpoint.analyze_file(args.against, **options), report)
+            report = compare_reports(checkpoint.analyze_file(args.against, **options), report)
         return report, lambda: _list(report, args) if args.command == "select" else ""
     report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
     sizes = lambda: (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))

@@ -22,14 +22,19 @@ from rmtjax.noise._equalize import (
 )
 from rmtjax.noise._pieces import (
     fit_live as fit_live,
+    level_of as level_of,
     live_spectra as live_spectra,
     on_scale as on_scale,
-    pad_spectrum as pad_spectrum,
     Piece as Piece,
     rescale as rescale,
     split_pieces as split_pieces,
 )
-from rmtjax.noise._rule_numbers import join_rule as join_rule, split_rule as split_rule
+from rmtjax.noise._rule_numbers import (
+    join_rule as join_rule,
+    kept_rank as kept_rank,
+    pad_for as pad_for,
+    split_rule as split_rule,
+)
 from rmtjax.noise._spectral_metrics import (
     metrics_of as metrics_of,
     metrics_of_each as metrics_of_each,
@@ -40,6 +45,5 @@ from rmtjax.noise.ranks import (
     advises as advises,
     check_rule as check_rule,
     equalizes as equalizes,
-    kept_rank as kept_rank,
 )
 from rmtjax.noise.shrinkage import Shrink as Shrink

@@ -81,6 +81,13 @@ def pad_spectrum(spectrum: Spectrum) -> LiveSpectrum:
     return LiveSpectrum(padded, ratio, numbers.full(eigenvalues.shape[:-1], size, np.int32))
 
 
+def level_of(piece: Piece, fit: BulkFit) -> BulkFit:
+    """Returns a noise level that is known for a kernel on the scale of a piece of it."""
+    level = jax.tree.map(lambda numbers: np.ravel(numbers)[piece.matrices], fit)
+    cast = lambda new, old: new.astype(old.dtype)
+    return jax.tree.map(cast, rescale(level, piece, back=False), level)
+
+
 def live_spectra(spectra: Spectrum, matrices: Float[Array, "b m n"]) -> tuple[LiveSpectrum, Array]:
     """Returns spectra of a stack as those of the rows and columns that are not zero, in a program.
 

@@ -313,17 +313,3 @@ class size(_WithoutNoise):  # noqa: N801
         exact = jnp.floor(exact.astype(jnp.float32) + 1e-3).astype(jnp.int32)
         rounded = exact // self.multiple * self.multiple
         return jnp.maximum(jnp.maximum(rounded, jnp.minimum(exact, self.multiple)), 1)
-
-
-@in_usual_modes
-def kept_rank(
-    num_signal: Int[ArrayLike, ""],
-    size: Int[ArrayLike, ""],
-    keep: ArrayLike = 0.0,
-    min_rank: Int[ArrayLike, ""] = 1,
-) -> Int[Array, ""]:
-    r"""Returns $K + \lfloor keep\, (p - K) \rfloor$ for $p$ = `size`, and at least `min_rank`."""
-    share = jnp.asarray(keep, jnp.float32)  # A bfloat16 has no integers between 256 and 1,000.
-    # In float32, 0.7 * 10 may round to just below 7. A thousandth of a rank forgives that.
-    rest = jnp.floor(share * jnp.subtract(size, num_signal) + 1e-3).astype(jnp.int32)
-    return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)

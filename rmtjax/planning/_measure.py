@@ -23,10 +23,10 @@ from rmtjax.noise import (
     equalizes,
     join_rule,
     level_after,
+    level_of,
     on_scale,
-    pad_spectrum,
+    pad_for,
     Piece,
-    ranks,
     rescale,
     Sides,
     split_pieces,
@@ -111,20 +111,10 @@ def _judge(
 
 def _judge_pieces(pieces: list[Piece], views: Views, rule, fits: Fits) -> list[dict[str, Any]]:
     """Judges pieces, those with as many eigenvalues together: one program judges a group."""
-    given = {}
-    for index, piece in enumerate(pieces):
-        if piece.path in fits:
-            level = jax.tree.map(
-                lambda n, piece=piece: np.ravel(n)[piece.matrices], fits[piece.path]
-            )
-            moved = rescale(level, piece, back=False)
-            cast = lambda new, old: new.astype(old.dtype)
-            given[index] = jax.tree.map(cast, moved, level)
+    given = {i: level_of(p, fits[p.path]) for i, p in enumerate(pieces) if p.path in fits}
     groups: dict[tuple, list[int]] = {}
     base, numbers = split_rule(rule)
-    # A rule of a user may read the number of directions off the shape.
-    pad = pad_spectrum if numbers or isinstance(rule, ranks.gavish_donoho) else lambda s: s
-    padded = [pad(piece.spectra) for piece in pieces]
+    padded = [pad_for(rule, piece.spectra) for piece in pieces]
     for index, piece in enumerate(pieces):
         eigenvalues = padded[index].eigenvalues
         dtype = given[index].threshold.dtype if index in given else None
