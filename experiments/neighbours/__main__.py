@@ -101,7 +101,7 @@ def show(config: Config, console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Reads the options, runs what is missing, and shows it."""
     config = tyro.cli(Config, args=arguments, prog=COMMAND)
-    console = Console(width=210)
+    console = Console(width=138)
     try:
         if config.track and not config.show_only:
             run_all(config, config.track, console)

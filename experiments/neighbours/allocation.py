@@ -23,7 +23,7 @@ First = Callable[[Setting], Training]
 
 @lru_cache(maxsize=512)
 def _first(make: First, setting: Any, hyper: tuple) -> Training:
-    return make(setting._replace(hyper=dict(hyper)))
+    return make(setting._replace(hyper=dict(hyper)))._replace(state=None)
 
 
 def first(setting: Setting, make: First) -> Training:

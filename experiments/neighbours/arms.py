@@ -45,7 +45,7 @@ class Arm:
 
     @property
     def is_full_size(self) -> bool:
-        """Whether it has all parameters, at every level."""
+        """Returns True if it has all parameters, at every level."""
         return self.kind == WHOLE
 
     def draw(self, trial: int) -> Hyper:

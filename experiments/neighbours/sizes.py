@@ -17,7 +17,7 @@ FLOAT = 4  # bytes
 
 
 class Thin(NamedTuple):
-    """What an arm has made.
+    """The network that an arm has made.
 
     Attributes:
       training: Its parameters, and the seconds that they took.
@@ -35,7 +35,7 @@ class Thin(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What a network costs.
+    """The cost of a network.
 
     Attributes:
       parameters: Numbers that are stored: entries of factors and cores, and entries that are not 0.
@@ -119,13 +119,14 @@ def share(track: Track, level: float) -> float:
 
 def narrow(track: Track, level: float) -> nn.Module:
     """Returns the network whose width has the largest size within the level."""
-    total, best = dense_size(track).parameters, 1
-    for width in range(1, track.module.width):
-        shapes = tracks.dense(track.module.clone(width=width), track).shapes
-        if numbers(shapes) > level * total:
-            break
-        best = width
-    return track.module.clone(width=best)
+    limit, low, high = level * dense_size(track).parameters, 1, track.module.width
+    fits = lambda width: (
+        numbers(tracks.dense(track.module.clone(width=width), track).shapes) <= limit
+    )
+    while high - low > 1:  # `low` fits, `high` does not
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return track.module.clone(width=low)
 
 
 def best_bits(track: Track, level: float) -> int:

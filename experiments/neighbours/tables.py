@@ -29,68 +29,87 @@ def tests(found: dict[int, dict[str, Any]]) -> dict[int, float]:
     return {seed: record["test"] for seed, record in found.items()}
 
 
-def _tuned(arm: Arm, record: dict[str, Any]) -> str:
-    """Returns the numbers that trials chose."""
-    names = [name for name in record["hyper"] if name not in dict(arm.fixed)]
-    return ", ".join(f"{name} {record['hyper'][name]:g}" for name in names)
-
-
 def _mean(found: dict[int, dict[str, Any]], name: str) -> float:
     return float(np.mean([record[name] for record in found.values()]))
 
 
 def _latency(found: dict[int, dict[str, Any]]) -> list[str]:
-    """Returns milliseconds of both batches, and how many times faster than dense that is."""
+    """Returns milliseconds for each batch, and those of the dense network over them."""
     timed = next((r["milliseconds"] for r in found.values() if "milliseconds" in r), None)
     if timed is None:
-        return ["", ""]
-    cell = lambda one: f"{one['thin']:.3g} ({one['dense'] / one['thin']:.2g}x)"
-    return [cell(one) for one in timed.values()]
+        return [""] * 4
+    cells = lambda one: (f"{one['thin']:.3f}", f"{one['dense'] / one['thin']:.1f}")
+    return [cell for one in timed.values() for cell in cells(one)]
+
+
+def _mark(arm: Arm) -> str:
+    return arm.name + (" *" if arm.kind == arms.OURS else "")
 
 
 def _row(records: Records, letter: str, arm: Arm, level: float) -> list[str] | None:
-    track = tracks.TRACKS[letter]
     found = final(records, letter, arm.name, level)
     if not found:
         return None
-    whole, values = sizes.dense_size(track), tests(found)
+    whole, values = sizes.dense_size(tracks.TRACKS[letter]), tests(found)
     against = paired_difference(values, tests(final(records, letter, REFERENCE, level)))
     return [
-        arm.name,
-        arm.kind,
+        _mark(arm),
         str(len(found)),
-        output.interval(np.array([*values.values()])),
+        output.interval(np.array([*values.values()]), ".1f"),
         "" if against is None or arm.name == REFERENCE else str(against),
         f"{_mean(found, 'parameters'):,.0f}",
         f"{_mean(found, 'bytes') / whole.bytes:.3f}",
         f"{_mean(found, 'multiply_adds') / whole.multiply_adds:.3f}",
         *_latency(found),
         f"{_mean(found, 'train_seconds'):.1f}",
-        _tuned(arm, next(iter(found.values()))),
     ]
+
+
+def _new_table(title: str, *columns: str) -> Table:
+    table = Table(box=None, title=title, title_justify="left", pad_edge=False)
+    table.add_column(columns[0], no_wrap=True)
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def level_table(records: Records, letter: str, level: float) -> Table | None:
     """Returns a row for each arm at a level, the best first; None without records."""
-    columns = "less SVD", "numbers", "bytes", "products", "ms, 1", "ms, 128", "train s"
     title = f"track {letter}: {tracks.TRACKS[letter].task}, "
     title += "full size" if level == 1 else f"{100 * level:g} % of the parameters"
-    table = Table(box=None, title=title, title_justify="left", pad_edge=False)
-    for name in ("arm", "kind"):
-        table.add_column(name, no_wrap=True)
-    for name in ("seeds", "test %", *columns):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("tuned", no_wrap=True)
+    columns = "arm", "seeds", "test %", f"less {REFERENCE}", "numbers", "bytes", "products"
+    table = _new_table(title, *columns, "ms, 1", "x", "ms, 128", "x", "train s")
     rows = [row for arm in arms.on_track(letter) if (row := _row(records, letter, arm, level))]
-    for row in sorted(rows, key=lambda row: -float(row[3].split()[0])):
+    for row in sorted(rows, key=lambda row: -float(row[2].split()[0])):
         table.add_row(*row)
     return table if rows else None
 
 
+def tuned_table(records: Records, letter: str) -> Table | None:
+    """Returns the numbers that trials chose, and what they reached on validation."""
+    title = f"track {letter}: what {len(arms.TRIALS)} trials of each arm chose"
+    table = _new_table(title, "arm", "validation %", "rate", "decay", "dropout", "others")
+    for arm in arms.on_track(letter):
+        trials = [
+            r
+            for r in records
+            if r["settings"]["tuning"]
+            and (r["settings"]["arm"], r["settings"]["track"]) == (arm.name, letter)
+        ]
+        if not trials:
+            continue
+        best = max(trials, key=lambda r: (r["validation"], -r["settings"]["trial"]))
+        shared = [f"{best['hyper'][name]:g}" for name in arms.SHARED]
+        others = ", ".join(f"{name} {best['hyper'][name]:g}" for name, _ in arm.knobs)
+        table.add_row(_mark(arm), f"{best['validation']:.1f}", *shared, others)
+    return table if table.row_count else None
+
+
 def track_tables(records: Records, letter: str) -> list[Table]:
-    """Returns the tables of a track: its levels, and the networks of full size."""
+    """Returns the tables of a track: its levels, the networks of full size, and the tuning."""
     levels = (*tracks.TRACKS[letter].levels, 1.0)
     found = [level_table(records, letter, level) for level in levels]
+    found.append(tuned_table(records, letter))
     return [table for table in found if table is not None]
 
 

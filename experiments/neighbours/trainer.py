@@ -237,7 +237,7 @@ def start(setting: Setting, module: nn.Module | None = None) -> Training:
 @lru_cache(maxsize=512)
 def _pretrained(track: Track, seed: int, hyper: tuple, share: float) -> Training:
     setting = Setting(track, 1.0, seed, dict(hyper))
-    return fit(setting, start(setting), Phase(share))
+    return fit(setting, start(setting), Phase(share))._replace(state=None)
 
 
 def pretrained(setting: Setting, share: float) -> Training:

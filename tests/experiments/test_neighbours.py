@@ -1,6 +1,7 @@
 """The bench of neighbours: counts of the papers, layers against references, every arm in short."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from experiments.neighbours import (
     trainer,
 )
 
+PAGE = Path(__file__).parents[2] / "docs" / "neighbours.md"
 FIRST = [0.04023, 0.299869, 0.466616, 0.159717]
 LABELS = [7, 1, 1, 6, 4, 9, 4, 6, 0, 5]
 ARMS = [(track, arm.name) for track in tracks.TRACKS for arm in arms.on_track(track)]
@@ -199,7 +201,6 @@ def test_what_is_chosen_for_a_level_is_within_it(track):
         assert sizes.size_of(thin, track).bytes <= level * whole.bytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("track", tracks.TRACKS.values(), ids=tracks.TRACKS)
 def test_the_narrow_network_is_within_the_level(track):
     for level in track.levels:
@@ -296,3 +297,20 @@ def test_an_arm_that_a_track_has_not_is_named_with_those_that_it_has(tmp_path, c
 def test_ranks_come_from_the_tuning_seed():
     assert allocation.TUNING_SEED == runs.TUNING_SEED
     assert allocation.TUNING_SEED not in range(5)
+
+
+# The page.
+
+
+def test_the_page_has_the_tables_of_the_committed_results(capsys):
+    assert command.main(["--show-only"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    missing = [line for line in lines if line not in PAGE.read_text()]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_page_has_the_claims(capsys):
+    assert command.main(["--claims"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "\n".join(lines) in PAGE.read_text()
