@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from rmtjax._modes import in_usual_modes
 from rmtjax._types import BulkFit, check_type, Count, Scalar, size_of, Spectrum
-from rmtjax.laws import bulk_law, check_level, marchenko_pastur, threshold_at, tracy_widom
+from rmtjax.laws import bulk_law, check_level, level_quantile, marchenko_pastur, threshold_at
 from rmtjax.noise._pieces import pad_spectrum
 
 # If the law does not fit, the count of spikes can grow by one a step, up to half of the ranks.
@@ -169,8 +170,8 @@ def _settle_jvp(trim, primals, tangents):
 
 
 @partial(jax.jit, static_argnames="trim")
-def _fit(spectrum: Spectrum, rank, level: ArrayLike, *, trim: float) -> BulkFit:
-    quantile = tracy_widom.ppf(1 - level).astype(spectrum.ratio.dtype)
+def _fit(spectrum: Spectrum, rank, quantile: Scalar, *, trim: float) -> BulkFit:
+    quantile = quantile.astype(spectrum.ratio.dtype)
     spikes, scale, threshold = _settle(spectrum, rank, quantile, trim)
 
     def correct(_, variance):
@@ -265,6 +266,6 @@ def fit_bema(
     check_level(level)
     check_one(spectrum)
     _check_rank(rank, spectrum.eigenvalues.shape[0])
-    if not isinstance(spectrum.eigenvalues, jax.core.Tracer):
+    if not isinstance(spectrum.eigenvalues, Tracer):
         spectrum = pad_spectrum(spectrum)
-    return _fit(spectrum, rank, level, trim=trim)
+    return _fit(spectrum, rank, level_quantile(level), trim=trim)
