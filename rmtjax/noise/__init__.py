@@ -13,10 +13,12 @@ from rmtjax.noise._bema import (
     fit_bema as fit_bema,
 )
 from rmtjax.noise._equalize import (
+    advises as advises,
     equalize as equalize,
     equalize_stack as equalize_stack,
     Equalized as Equalized,
     equalized_view as equalized_view,
+    equalizes as equalizes,
     level_after as level_after,
     Sides as Sides,
 )
@@ -41,9 +43,5 @@ from rmtjax.noise._spectral_metrics import (
     some_metrics as some_metrics,
     SpectralMetrics as SpectralMetrics,
 )
-from rmtjax.noise.ranks import (
-    advises as advises,
-    check_rule as check_rule,
-    equalizes as equalizes,
-)
+from rmtjax.noise.ranks import check_rule as check_rule
 from rmtjax.noise.shrinkage import Shrink as Shrink

@@ -143,6 +143,16 @@ def _equalize_each(stack: Float[Array, "b m n"], *, sides: Sides) -> Equalized:
     return lax.map(lambda matrix: _equalize(matrix, sides), stack)
 
 
+def equalizes(rule: object) -> bool:
+    """Returns True for a rule that judges kernels over the scales of their rows and columns."""
+    return getattr(rule, "equalize", False) is True
+
+
+def advises(rule: object) -> bool:
+    """Returns True for a rule that tells of refused kernels whether they fit once equalized."""
+    return getattr(rule, "equalize", False) == "advise"
+
+
 def level_after(level: float, ratio: float) -> float:
     r"""Returns the level to ask for, so that noise whose both sides were equalized has `level`.
 

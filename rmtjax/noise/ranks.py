@@ -51,16 +51,6 @@ class RankRule(Protocol):
         ...
 
 
-def equalizes(rule: object) -> bool:
-    """Returns True for a rule that judges kernels over the scales of their rows and columns."""
-    return getattr(rule, "equalize", False) is True
-
-
-def advises(rule: object) -> bool:
-    """Returns True for a rule that tells of refused kernels whether they fit once equalized."""
-    return getattr(rule, "equalize", False) == "advise"
-
-
 def check_rule(rule: object, *, plans: bool = False) -> None:
     """Raises TypeError if `rule` is not a rank rule.
 

@@ -216,3 +216,14 @@ def test_a_tree_without_kernels_is_a_warning_and_passes():
     assert updates is params
     with pytest.raises(ValueError, match="`params` must be given"):
         monitor.update(params, state)
+
+
+def test_the_state_of_an_nnx_optimizer_is_read():
+    model = nnx.Linear(96, 64, rngs=nnx.Rngs(0))
+    model.kernel[...] = KERNEL.T
+    optimizer = nnx.Optimizer(model, optax.chain(rmtjax.monitor(1), optax.sgd(0.0)), wrt=nnx.Param)
+    gradients = nnx.grad(lambda model: model(jnp.ones((1, 96))).sum())(model)
+    optimizer.update(model, gradients, value=jnp.float32(1))
+    record = rmtjax.History().add(optimizer.opt_state)
+    assert record["step"] == 1
+    assert next(n for name, n in record.items() if name.startswith("monitor/spikes")) == 3
