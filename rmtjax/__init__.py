@@ -48,7 +48,7 @@ from rmtjax.replicas import (
 )
 from rmtjax.report import (
     analyze,
-    compare,
+    compare_reports,
     Entry,
     ExtraMetrics,
     find_traps,
@@ -123,7 +123,7 @@ __all__ = [
     "averaged",
     "certificate",
     "checkpoint",
-    "compare",
+    "compare_reports",
     "deal",
     "drop_and_grow",
     "equalize",

@@ -1,4 +1,4 @@
-"""Runs the command `rmtjax`, which analyzes, compresses or compares checkpoints."""
+"""Runs the command `rmtjax`, which analyzes, compresses and compares checkpoints."""
 
 import argparse
 import contextlib
@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,17 +21,18 @@ from rmtjax._text import printable
 from rmtjax._types import Where
 from rmtjax.cli._arguments import (
     check_outputs,
-    is_special,
     is_stdout,
     make_parser,
     parse_columns,
     parse_pattern,
     parse_rule,
     UsageError,
+    write_text,
 )
+from rmtjax.cli._data import collect_moments, compare
 from rmtjax.noise import shrinkage
 from rmtjax.planning import check_matches, PlanOptions
-from rmtjax.report import compare, Extra, most_signal, Report
+from rmtjax.report import compare_reports, Extra, most_signal, Report
 
 # `removed` shows what a kernel would lose, before it is cut.
 FITTED = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
@@ -83,13 +83,7 @@ def _show(report: Report, args: argparse.Namespace, table: bool) -> None:
     data = {"json": lambda: report.to_json(*columns) + "\n", "csv": lambda: report.to_csv(*columns)}
     make = {**data, "html": page}
     for form, path in args.reports:
-        text = make[form]()
-        if is_stdout(path):
-            print(text, end="", flush=True)
-            continue
-        # A pipe or a device stays, and is written into. A file is replaced.
-        with open(path, "wb") if is_special(path) else checkpoint.replacing(Path(path)) as file:
-            file.write(text.encode())
+        write_text(path, make[form]())
     if table and not args.quiet:
         timed = report.totals.milliseconds is not None
         by_output = any(row.removed_outputs is not None for row in report.rows)
@@ -148,7 +142,7 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Cal
     if args.command != "compress":
         report = checkpoint.analyze_file(args.file, **options, **_extra(args))
         if getattr(args, "against", None) is not None:
-            report = compare(checkpoint.analyze_file(args.against, **options), report)
+            report = compare_reports(checkpoint.analyze_file(args.against, **options), report)
         return report, lambda: _list(report, args) if args.command == "select" else ""
     report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
     sizes = lambda: (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
@@ -195,6 +189,13 @@ def _tell(found: adapters.Difference) -> str:
 
 def _work(args: argparse.Namespace) -> None:
     """Runs the command."""
+    if args.command in ("moments", "compare"):
+        check_outputs(args)
+        with _progress(args.quiet) as progress:
+            tell = {"moments": collect_moments, "compare": compare}[args.command](args, progress)
+        if not args.quiet and not any(is_stdout(path) for _, path in args.reports):
+            tell()
+        return
     options = _plan_options(args)
     parse_columns(args.columns)  # before the work
     check_outputs(args)

@@ -24,18 +24,24 @@ from rmtjax.noise._equalize import (
 )
 from rmtjax.noise._pieces import (
     fit_live as fit_live,
+    level_of as level_of,
     live_spectra as live_spectra,
     on_scale as on_scale,
     Piece as Piece,
     rescale as rescale,
     split_pieces as split_pieces,
 )
-from rmtjax.noise._rule_numbers import join_rule as join_rule, split_rule as split_rule
+from rmtjax.noise._rule_numbers import (
+    join_rule as join_rule,
+    kept_rank as kept_rank,
+    pad_for as pad_for,
+    split_rule as split_rule,
+)
 from rmtjax.noise._spectral_metrics import (
     metrics_of as metrics_of,
     metrics_of_each as metrics_of_each,
     some_metrics as some_metrics,
     SpectralMetrics as SpectralMetrics,
 )
-from rmtjax.noise.ranks import check_rule as check_rule, kept_rank as kept_rank
+from rmtjax.noise.ranks import check_rule as check_rule
 from rmtjax.noise.shrinkage import Shrink as Shrink

@@ -260,10 +260,10 @@ class fixed(_WithoutNoise):  # noqa: N801
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
-        size = spectrum.eigenvalues.shape[-1]
         # No number that int32 does not hold. A rank may also be traced.
-        rank = min(self.rank, size) if isinstance(self.rank, int) else self.rank
-        return jnp.minimum(rank, size).astype(jnp.int32)
+        most = spectrum.eigenvalues.shape[-1]
+        rank = min(self.rank, most) if isinstance(self.rank, int) else self.rank
+        return jnp.minimum(rank, size_of(spectrum)).astype(jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -298,22 +298,8 @@ class size(_WithoutNoise):  # noqa: N801
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
-        exact = self.share * spectrum.eigenvalues.shape[-1] / (1 + spectrum.ratio)
+        exact = self.share * size_of(spectrum) / (1 + spectrum.ratio)
         # In float32 a rank of 32 may come out as 31.999998.
         exact = jnp.floor(exact.astype(jnp.float32) + 1e-3).astype(jnp.int32)
         rounded = exact // self.multiple * self.multiple
         return jnp.maximum(jnp.maximum(rounded, jnp.minimum(exact, self.multiple)), 1)
-
-
-@in_usual_modes
-def kept_rank(
-    num_signal: Int[ArrayLike, ""],
-    size: Int[ArrayLike, ""],
-    keep: ArrayLike = 0.0,
-    min_rank: Int[ArrayLike, ""] = 1,
-) -> Int[Array, ""]:
-    r"""Returns $K + \lfloor keep\, (p - K) \rfloor$ for $p$ = `size`, and at least `min_rank`."""
-    share = jnp.asarray(keep, jnp.float32)  # A bfloat16 has no integers between 256 and 1,000.
-    # In float32, 0.7 * 10 may round to just below 7. A thousandth of a rank forgives that.
-    rest = jnp.floor(share * jnp.subtract(size, num_signal) + 1e-3).astype(jnp.int32)
-    return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)

@@ -14,7 +14,7 @@ from rmtjax._axes import join_stacks, KernelLeaf, MatrixView, split_stacks, View
 from rmtjax._modes import in_usual_modes
 from rmtjax._progress import Step
 from rmtjax._sharding import beside_accelerator, fetch
-from rmtjax._types import BulkFit, Spectrum
+from rmtjax._types import BulkFit, size_of, Spectrum
 from rmtjax.noise import (
     above_rounding,
     advises,
@@ -23,7 +23,9 @@ from rmtjax.noise import (
     equalizes,
     join_rule,
     level_after,
+    level_of,
     on_scale,
+    pad_for,
     Piece,
     rescale,
     Sides,
@@ -92,8 +94,12 @@ def _judge(
     levels = levels._replace(num_spikes=jax.vmap(count_above)(spectra, levels.threshold))
     # Without an edge a threshold is a floor, above which pruning had to leave all.
     floored = jnp.where(jnp.isnan(levels.edge), levels.num_spikes, 0)
+
     # The directions of factors that a truncation has left are not zero.
-    present = lambda s: jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored)
+    def present(s: Spectrum) -> Bool[Array, " p"]:
+        there = jnp.arange(s.eigenvalues.shape[0]) < size_of(s)
+        return there & (jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored))
+
     return {
         "fits": levels,
         "noisy": jax.vmap(above_rounding)(spectra, levels.variance),
@@ -105,27 +111,20 @@ def _judge(
 
 def _judge_pieces(pieces: list[Piece], views: Views, rule, fits: Fits) -> list[dict[str, Any]]:
     """Judges pieces, those with as many eigenvalues together: one program judges a group."""
-    given = {}
-    for index, piece in enumerate(pieces):
-        if piece.path in fits:
-            level = jax.tree.map(
-                lambda n, piece=piece: np.ravel(n)[piece.matrices], fits[piece.path]
-            )
-            moved = rescale(level, piece, back=False)
-            cast = lambda new, old: new.astype(old.dtype)
-            given[index] = jax.tree.map(cast, moved, level)
+    given = {i: level_of(p, fits[p.path]) for i, p in enumerate(pieces) if p.path in fits}
     groups: dict[tuple, list[int]] = {}
+    base, numbers = split_rule(rule)
+    padded = [pad_for(rule, piece.spectra) for piece in pieces]
     for index, piece in enumerate(pieces):
-        eigenvalues = piece.spectra.eigenvalues
+        eigenvalues = padded[index].eigenvalues
         dtype = given[index].threshold.dtype if index in given else None
         program = eigenvalues.shape[1], eigenvalues.dtype, dtype, views[piece.path].is_factored
         groups.setdefault(program, []).append(index)
     results: dict[int, Any] = {}
     for (*_, factored), group in groups.items():
-        spectra = join_stacks([pieces[index].spectra for index in group])
+        spectra = join_stacks([padded[index] for index in group])
         levels = [given[index] for index in group if index in given]
         with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
-            base, numbers = split_rule(rule)
             joined = join_stacks(levels) if levels else None
             judged = _judge(spectra, joined, numbers, rule=base, factored=factored)
         sizes = [len(pieces[index].spectra.eigenvalues) for index in group]

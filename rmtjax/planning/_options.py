@@ -103,3 +103,13 @@ class PlanOptions:
             check_count(f"batch[{path!r}]", rows)
         if not (self.batch is None or isinstance(self.batch, Mapping)):
             check_count("batch", self.batch)
+        if self.budget_is_time and self.batch is None:
+            raise ValueError(
+                "`batch` must be given with a budget of milliseconds, got None: the rows that "
+                "each kernel multiplies in one call."
+            )
+
+    @property
+    def budget_is_time(self) -> bool:
+        """Returns True for a budget of milliseconds."""
+        return isinstance(self.budget, Budget) and self.budget.milliseconds is not None

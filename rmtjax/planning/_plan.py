@@ -16,8 +16,8 @@ from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.moments import Moments
 from rmtjax.noise import equalizes, ranks, Shrink
 from rmtjax.planning._budget import Budget, path_of
-from rmtjax.planning._cost import Clock, rows_by_path, time_products, weigh
-from rmtjax.planning._decide import choices, decide, give_ranks
+from rmtjax.planning._cost import Clock, remember, rows_by_path, time_products, weigh
+from rmtjax.planning._decide import choices, decide, give_ranks, time_kernels
 from rmtjax.planning._measure import Findings, given_fits, measure_values, study
 from rmtjax.planning._options import PlanOptions
 from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan
@@ -41,8 +41,12 @@ def decide_all(found: Findings, options: PlanOptions, clock: Clock | None = None
     """Returns the plan of kernels that were measured."""
     clock, rows = clock or cache(time_products), rows_by_path(options.batch, found.kernels)
     slow: set[str] = set()
+    timed = None
+    if options.budget_is_time:
+        timed = time_kernels(found, options, rows, clock)
+        clock = remember(clock, timed.values())
     while True:
-        ranks = give_ranks(found, options, rows, slow)
+        ranks = give_ranks(found, options, rows, slow, timed)
         decided = {path: decide(found, path, options, ranks) for path in found.kernels}
         plan = Plan(
             {p: _weigh(row, found.kernels[p], rows.get(p), clock) for p, row in decided.items()}
@@ -126,7 +130,8 @@ def plan(
         parameters of the chosen kernels, in (0, 1], or a `rmtjax.Budget`. All kernels share it.
         The sum of the shares of energy that they lose is smallest: of outputs with moments, of
         squared entries without. The size is at most one step of a rank below it. The rule is only
-        reported. Kernels whose factors are too slow, by `batch`, stay as they are.
+        reported. Kernels whose factors are too slow, by `batch`, stay as they are. For
+        `Budget(milliseconds=...)` each kernel is timed at up to 16 ranks, which takes seconds.
       progress: True shows the progress on stderr. A function `progress(done, total, path)` is
         called before each group of kernels that is measured.
 
@@ -246,6 +251,6 @@ def trade_off(
     options = PlanOptions(**known, batch=batch, moments=moments, budget=Budget(share=1.0))
     found = study(params, options)
     able, fixed = choices(found, options, rows_by_path(batch, found.kernels))
-    path = path_of(able, fixed)
+    path = path_of(able, sum(fixed.values()))
     whole = max(int(path.sizes[0]), 1)
     return TradeOff(path.sizes, path.sizes / whole, path.losses, found, options)

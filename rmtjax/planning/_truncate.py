@@ -233,11 +233,11 @@ def factorize(
       (80, 16)
     """
     # The box names the axes of the dense kernel, which factors do not have.
-    boxed = lambda node: hasattr(node, "replace_boxed") and is_factors(node.value)
-    unbox = lambda node: node.value if boxed(node) else node
+    held = lambda node: getattr(node, "value", None) if hasattr(node, "replace_boxed") else None
+    unbox = lambda node: held(node) if is_factors(held(node)) else node
     with showing(progress, "factorize") as step:
         thin = _change(params, plan, moments, step)
-    return jax.tree.map(unbox, thin, is_leaf=lambda node: boxed(node) or is_factors(node))
+    return jax.tree.map(unbox, thin, is_leaf=lambda node: is_factors(unbox(node)))
 
 
 @in_usual_modes

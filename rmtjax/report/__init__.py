@@ -6,7 +6,7 @@ HTML, a data frame or a page that opens in a browser.
 
 from rmtjax.report._analyze import analyze as analyze
 from rmtjax.report._columns import expand_columns as expand_columns
-from rmtjax.report._compare import compare as compare
+from rmtjax.report._compare import compare_reports as compare_reports
 from rmtjax.report._extra import (
     Extra as Extra,
     ExtraMetrics as ExtraMetrics,

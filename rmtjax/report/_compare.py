@@ -44,7 +44,7 @@ def _change(path: str, old: Report, new: Report) -> SpectralChange:
     )
 
 
-def compare(old: Report, new: Report) -> Report:
+def compare_reports(old: Report, new: Report) -> Report:
     """Returns the new of two reports with the columns of `SpectralChange`, group "change".
 
     Args:
@@ -62,7 +62,8 @@ def compare(old: Report, new: Report) -> Report:
       >>> import jax, rmtjax
       >>> kernel = jax.random.normal(jax.random.key(0), (80, 60))
       >>> old, new = (rmtjax.analyze({"kernel": k}) for k in (kernel, 2 * kernel.at[:, 0].add(4)))
-      >>> print(rmtjax.compare(old, new).table("path", "spikes", "spikes_change", "norm_change"))
+      >>> changes = rmtjax.compare_reports(old, new)
+      >>> print(changes.table("path", "spikes", "spikes_change", "norm_change"))
       path    spikes  spikes_change  norm_change
       kernel  1       1              1.27
 

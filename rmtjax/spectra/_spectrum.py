@@ -185,6 +185,7 @@ def to_unit(array: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array,
     return times_power(array, -exponent), exponent
 
 
+@jax.jit
 def _spectrum(matrix: Float[Array, "m n"]) -> Spectrum:
     matrix = lift(matrix)
     finite = jnp.isfinite(matrix).all()

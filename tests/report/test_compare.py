@@ -27,7 +27,7 @@ def report(kernels):
     before = {"a": old, "turned": old, "wider": old, "short": old[:20], "gone": old}
     after = {"a": new, "turned": rotation @ old, "wider": noise(2, 60, 120), "short": old[:20]}
     reports = (rmtjax.analyze(tree, where="*") for tree in (before, {**after, "fresh": new}))
-    return rmtjax.compare(*reports)
+    return rmtjax.compare_reports(*reports)
 
 
 def test_changes_are_those_of_the_singular_values(kernels, report):
@@ -54,9 +54,9 @@ def test_what_cannot_be_compared_has_no_numbers(report):
     assert "gone" not in report.metrics
     assert report.to_dict("change")["rows"][0]["spikes_change"] == 1
     with pytest.raises(ValueError, match="`old` and `new` must have kernels in common"):
-        rmtjax.compare(*(rmtjax.analyze({n: noise(0, 60, 90)}, where="*") for n in "xy"))
+        rmtjax.compare_reports(*(rmtjax.analyze({n: noise(0, 60, 90)}, where="*") for n in "xy"))
     with pytest.raises(TypeError, match="old"):
-        rmtjax.compare(None, report)
+        rmtjax.compare_reports(None, report)
 
 
 def test_the_command_line_compares_two_files(kernels, tmp_path, capsys):
