@@ -43,6 +43,16 @@ class Difference(NamedTuple):
       unmatched: Names of the tensors that only one checkpoint has, or both in other shapes or in a
         dtype that is not floating. Nothing is told of them.
       written: Paths of the kernels that `extract_lora` has written to the adapter.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     paths = f"{folder}/base.safetensors", f"{folder}/tuned.safetensors"
+      ...     for path, bias in zip(paths, (0.0, 1.0)):
+      ...         rmtjax.checkpoint.save(path, {"kernel": jnp.ones((80, 60)), "bias": bias})
+      ...     difference = rmtjax.adapters.analyze_difference(*paths)
+      >>> difference.unchanged, difference.others
+      (('kernel',), ('bias',))
     """
 
     report: Report
