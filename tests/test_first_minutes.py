@@ -62,6 +62,22 @@ def test_dir_and_help_are_short():
     )
 
 
+def public(module, name="rmtjax"):
+    """Yields the dotted names of a module and of those in it, and what they name."""
+    for part in module.__all__:
+        value, path = getattr(module, part), f"{name}.{part}"
+        if inspect.ismodule(value):
+            yield from public(value, path)
+        elif inspect.isclass(value) or inspect.isroutine(value):
+            yield path, value
+
+
+def test_every_public_name_has_an_example():
+    names = dict(public(rmtjax))
+    assert {"rmtjax.ranks.bema", "rmtjax.plots.esd", "rmtjax.linen.KernelTable"} <= names.keys()
+    assert not [name for name, value in names.items() if ">>> " not in (value.__doc__ or "")]
+
+
 def test_a_plan_under_jit_says_where_to_make_it():
     with pytest.raises(TypeError, match="make the plan outside `jit`"):
         jax.jit(rmtjax.plan)(PARAMS)

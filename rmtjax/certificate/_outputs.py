@@ -18,6 +18,16 @@ class OutputChange(NamedTuple):
     Attributes:
       change: $E\,|y - y'|^2$, for a stack an array with an entry for each matrix.
       energy: $E\,|x W|^2$, the mean square of the outputs without the bias.
+
+    Examples:
+      >>> import flax.linen as nn, jax, rmtjax
+      >>> module, x = nn.Dense(6), jax.random.normal(jax.random.key(0), (50, 8))
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> params, moments = variables["params"], rmtjax.linen.moments(module, variables, [x])
+      >>> doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
+      >>> found = rmtjax.certificate.output_changes(params, doubled, moments)["kernel"]
+      >>> print(f"{found.change / found.energy:.3f}")
+      1.000
     """
 
     change: Float[np.ndarray, "*stack"]

@@ -34,6 +34,14 @@ class Moment:
       second: $\sum x x^T$; of a table of embeddings, whose rows $x$ have a single 1, its diagonal.
       third: $\sum |x|^2 x$, from which the shrinkage of centred moments is computed.
       fourth: $\sum |x|^4$, from which the shrinkage of moments is computed.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
+      >>> module, x = nn.Dense(3), jnp.eye(4)
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> moment = rmtjax.linen.moments(module, variables, [x])["kernel"]
+      >>> int(moment.rows[0]), moment.second.shape
+      (4, (1, 4, 4))
     """
 
     # Arrays of JAX or NumPy. JAX also makes such trees of other leaves, as it does of any tree.

@@ -197,6 +197,13 @@ class TradeOff:
         they do to the outputs of the model.
       findings: What was measured of the kernels.
       options: The options of the plans.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 80))}
+      >>> curve = rmtjax.trade_off(params)
+      >>> int(curve.sizes[0]), curve.plan(0.5)["kernel"].rank
+      (6400, 16)
     """
 
     sizes: Int[np.ndarray, " k"]

@@ -58,6 +58,13 @@ class PruneState(NamedTuple):
       fall: By how much `value_fn` fell over the period before the last step; the largest number of
         float32 before, or if it was not finite.
       curvatures: Path to the moments of gradients by which kernels fade; None without `fade`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> state = rmtjax.prune_spectrum(every=100).init(params)
+      >>> int(state.step), state.ranks["kernel"].tolist()
+      (0, 60)
     """
 
     step: Int[Array, ""]
