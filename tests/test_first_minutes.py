@@ -3,10 +3,14 @@
 import inspect
 import logging
 import pickle
+import warnings
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import rmtjax
@@ -71,3 +75,53 @@ def test_a_pickle_says_how_to_save_it(tmp_path):
     path.write_bytes(b"PK\x03\x04" + bytes(100) + b"\x00" * 8)
     with pytest.raises(ValueError, match=r"`torch.save` .* `safetensors.torch.save_file`"):
         checkpoint.restore(path)
+
+
+THIN = {"kernel": rmtjax.factorize_matrix(NOISE[0], 4)}
+DENSE = nn.Dense(80, use_bias=False)
+
+
+def test_a_module_on_thin_parameters_is_right_and_says_how_to_save_time():
+    inputs = jnp.ones((2, 60))
+    expected = np.ones((2, 60)) @ np.asarray(THIN["kernel"].left, np.float64)
+    expected = expected @ np.asarray(THIN["kernel"].right, np.float64)
+    for run in (DENSE.apply, jax.jit(DENSE.apply)):
+        with pytest.warns(UserWarning, match=r"saves no time. Call `rmtjax.linen.apply\(module"):
+            outputs = run({"params": THIN}, inputs)
+        # Rounding of a sum over 60 inputs and 4 directions in float32.
+        np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rmtjax.linen.apply(DENSE, {"params": THIN}, inputs)
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.MultiSteps(optax.lion(0.1), 2)])
+def test_an_old_optimizer_state_names_the_remedy(optimizer):
+    dense = {"kernel": jnp.asarray(NOISE[0])}
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        for old, new in ((dense, THIN), (THIN, dense)):
+            words = (
+                r"`rmtjax.transfer_opt_state\(opt_state, params, thin\)`, or call `optimizer.init"
+            )
+            with pytest.raises((ValueError, TypeError), match=words):
+                update(new, optimizer.init(old), new)
+
+
+def test_factors_take_no_arithmetic_of_tuples():
+    factors = THIN["kernel"]
+    for attempt in (
+        lambda: factors * 2,
+        lambda: factors + factors,
+        lambda: jnp.ones((2, 60)) @ factors,
+    ):
+        with pytest.raises(TypeError, match="arithmetic needs arrays, got Factors"):
+            attempt()
+
+
+def test_functions_of_flax_on_boxes_take_thin_parameters():
+    with pytest.warns(UserWarning, match="multiplied out"):
+        assert nn.unbox(THIN)["kernel"].shape == (60, 80)
+    spec = nn.get_partition_spec(THIN)["kernel"]
+    assert spec == rmtjax.Factors(jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec())
+    mesh = jax.make_mesh((1,), ("model",))
+    assert nn.get_sharding(THIN, mesh)["kernel"].left.mesh == mesh

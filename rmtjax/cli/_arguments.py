@@ -62,7 +62,9 @@ class UsageError(Exception):
     """A fault of the arguments that `argparse` does not find."""
 
 
-def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.RankRule:
+def parse_rule(
+    text: str, level: float | None, trim: float | None, equalize: bool | str | None = None
+) -> ranks.RankRule:
     """Returns a rank rule from its name, and its number after a colon: "energy:0.99"."""
     name, colon, number = text.partition(":")
     kind, rule = _RULES.get(name.replace("-", "_"), (None, None))
@@ -72,9 +74,11 @@ def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.Rank
             f"{text!r}."
         )
     # Only what was given is passed on, so that the defaults stand in one place.
-    options = {k: value for k, value in (("level", level), ("trim", trim)) if value is not None}
+    given = {"level": level, "trim": trim, "equalize": equalize}
+    options = {name: value for name, value in given.items() if value is not None}
     if rule is not ranks.bema and options:
-        raise UsageError(f"--level and --trim are options of the rule bema, not of {name}.")
+        words = "--level, --trim and --equalize are options of the rule bema"
+        raise UsageError(f"{words}, not of {name}.")
     try:
         return rule(kind(number)) if kind else rule(**options)
     except ValueError as error:
@@ -173,6 +177,12 @@ def _add_common(command: argparse.ArgumentParser, multiple: int, file: str = "FI
     add("--rule", default="bema", help=rules)
     add("--level", type=float, help="of bema: P(noise alone gives a spike), default 0.01")
     add("--trim", type=float, help="of bema: share left out at each end, default 0.25")
+    equalize = (
+        "of bema: judges and cuts kernels over the scales of their noise in rows and columns; "
+        "'advise' only says which of the refused ones would fit"
+    )
+    modes = {"nargs": "?", "const": True, "choices": ("advise",), "metavar": "advise"}
+    add("--equalize", **modes, help=equalize)
     add("--include", **pattern, help=f"{_INCLUDE}; a complete name makes a kernel of any tensor")
     add("--exclude", **pattern, help="not these kernels")
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
@@ -211,6 +221,16 @@ def _add_select(command: argparse.ArgumentParser) -> None:
     add("--top", type=parse_share, default=0.25, help="share of each kind, as 25%% (default)")
     forms = "names (default), json, or axolotl: its `unfrozen_parameters`"
     add("--form", choices=("names", "json", "axolotl"), default="names", help=forms)
+
+
+def _add_analyze(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    orders = "columns `traps`: spectra of so many random orders of the entries (5)"
+    add("--randomized", type=int, nargs="?", const=5, default=0, metavar="DRAWS", help=orders)
+    blocks = "columns `pooled`: exponents of blocks of one aspect ratio, in (0, 1] (1)"
+    add("--aspect", type=float, nargs="?", const=1.0, metavar="RATIO", help=blocks)
+    add("--seed", type=int, default=0, help="of the random orders (0)")
+    add("--against", metavar="OLD", help="columns `change`: an earlier checkpoint of the model")
 
 
 def _add_compress(command: argparse.ArgumentParser) -> None:
@@ -282,8 +302,9 @@ def make_parser() -> argparse.ArgumentParser:
         else:
             _add_model(command)
         _add_common(command, multiple, "TUNED" if name == "diff" else "FILE")
-        if name in ("compress", "select"):
-            {"compress": _add_compress, "select": _add_select}[name](command)
+        own = {"analyze": _add_analyze, "compress": _add_compress, "select": _add_select}
+        if name in own:
+            own[name](command)
         # For faults that come up later: the usage that is printed is that of the command.
         command.set_defaults(refuse=command.error)
     for name, text, add in (

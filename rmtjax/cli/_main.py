@@ -32,12 +32,13 @@ from rmtjax.cli._arguments import (
 from rmtjax.cli._data import collect_moments, compare
 from rmtjax.noise import shrinkage
 from rmtjax.planning import check_matches, PlanOptions
-from rmtjax.report import most_signal, Report
+from rmtjax.report import compare_reports, Extra, most_signal, Report
 
 # `removed` shows what a kernel would lose, before it is cut.
 FITTED = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
 OUTPUTS = ("removed_outputs",)
 COSTS = ("parameters", "multiply_adds", "milliseconds")
+EXTRA = ("randomized", "aspect", "seed")  # of `analyze` alone
 
 
 def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str]) -> Where | None:
@@ -90,6 +91,9 @@ def _show(report: Report, args: argparse.Namespace, table: bool) -> None:
             *FITTED,
             *(OUTPUTS if by_output else ()),
             *(COSTS if timed else ()),
+            *(("change",) if getattr(args, "against", None) is not None else ()),
+            *(("traps",) if getattr(args, "randomized", 0) else ()),
+            *(("pooled",) if getattr(args, "aspect", None) is not None else ()),
             "reason",
         )
         # A terminal has its width. Columns that were asked for are all printed.
@@ -111,16 +115,22 @@ def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options of the plan. A value that no file could have is wrong usage."""
     names = {field.name for field in dataclasses.fields(PlanOptions)}
     options = {name: value for name, value in vars(args).items() if name in names}
-    options["rule"] = parse_rule(args.rule, args.level, args.trim)
+    options["rule"] = parse_rule(args.rule, args.level, args.trim, args.equalize)
     if options.get("shrink"):
         options["shrink"] = getattr(shrinkage, args.shrink)
     if options.get("moments"):
         options["moments"] = checkpoint.load_moments(options["moments"])
     try:
         PlanOptions(**options)
+        Extra(**_extra(args))
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     return options
+
+
+def _extra(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of columns that a spectrum does not have, which `analyze` alone has."""
+    return {name: getattr(args, name) for name in EXTRA if args.command == "analyze"}
 
 
 def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Callable[[], str]]:
@@ -130,7 +140,9 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Cal
         return found.report, lambda: _tell(found)
     options["dtype"] = args.dtype
     if args.command != "compress":
-        report = checkpoint.analyze_file(args.file, **options)
+        report = checkpoint.analyze_file(args.file, **options, **_extra(args))
+        if getattr(args, "against", None) is not None:
+            report = compare_reports(checkpoint.analyze_file(args.against, **options), report)
         return report, lambda: _list(report, args) if args.command == "select" else ""
     report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
     sizes = lambda: (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
@@ -187,7 +199,9 @@ def _work(args: argparse.Namespace) -> None:
     options = _plan_options(args)
     parse_columns(args.columns)  # before the work
     check_outputs(args)
-    for source in filter(None, (getattr(args, "base", None), args.file)):
+    for source in filter(
+        None, (getattr(args, "base", None), getattr(args, "against", None), args.file)
+    ):
         with checkpoint.open_tensors(source) as tensors:
             for form, target in args.reports:
                 if not is_stdout(target):

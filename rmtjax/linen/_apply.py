@@ -12,6 +12,7 @@ from flax.core.scope import Scope, subtract_filters
 from jaxtyping import PyTree
 
 from rmtjax._axes import as_pair, FactoredKernel, Factors, is_factors
+from rmtjax.linen._boxes import unbox
 from rmtjax.linen._layers import call_inputs, has_variables, run_cell, run_embed, run_layer
 from rmtjax.models import evaluate, registered
 from rmtjax.spectra import multiply
@@ -39,7 +40,7 @@ def _warn(module: nn.Module, remedy: str) -> None:
 
 def _merge(module: nn.Module, params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters of a module with its factors multiplied out."""
-    unboxed = {name: nn.unbox(leaf) for name, leaf in params.items()}
+    unboxed = {name: unbox(leaf) for name, leaf in params.items()}
     for name, leaf in unboxed.items():
         # qwix holds quantized arrays in its own containers.
         if isinstance(leaf, Factors) and not jax.tree_util.all_leaves(leaf):
@@ -71,7 +72,7 @@ def _run_registered(module: nn.Module, method: str, args, kwargs):
         outputs = getattr(module.clone(parent=traced), method)(*args, **kwargs)
         return outputs, traced.mutable_variables()
 
-    params = nn.unbox(module.variables["params"])
+    params = unbox(module.variables["params"])
     (outputs, written), multiplied_out = evaluate(run, params)
     # Without this, the layer's next call would draw the same random numbers again.
     scope.rng_counters.update(counters)
@@ -103,7 +104,7 @@ def _interceptor(next_fun, args, kwargs, context):
     cell_outputs = run_cell(module, params, args, kwargs) if method == "__call__" else None
     if cell_outputs is not None:
         return cell_outputs
-    params = {name: as_pair(nn.unbox(leaf)) for name, leaf in params.items()}
+    params = {name: as_pair(unbox(leaf)) for name, leaf in params.items()}
     if not any(is_factors(leaf) for leaf in params.values()):
         return next_fun(*args, **kwargs)
     if method == "setup":

@@ -51,8 +51,10 @@ def _refusal(measured: Measurement, min_size: int) -> str | None:
         if not measured.noisy.all():
             return "no noise above rounding; of a truncated kernel `fits` must tell it"
         if (measured.fits.num_spikes >= size // 2).any():
-            return f"half of the {size} directions stand out, and leave no bulk to fit"
-        return f"law does not fit (distance {measured.fits.distance.max():.3f})"
+            words = f"half of the {size} directions stand out, and leave no bulk to fit"
+        else:
+            words = f"law does not fit (distance {measured.fits.distance.max():.3f})"
+        return words + measured.advice
     # Nothing stands out, as before training; to cut to nothing would destroy the network.
     return None if measured.signal.any() else "no signal stands out of the noise"
 
@@ -215,8 +217,10 @@ def decide(
     spectrum = Spectrum(unstack(eigenvalues), ratio[0])
     known: Any = {"shape": view.shape, "axes": view.axes, "spectrum": spectrum}
     known |= {"fit": unstack(measured.fits), "loss": unstack(loss)}
+    known |= {"equalized": measured.equalized}
     note = " (spectrum estimated)" if measured.estimated else ""
     note += _zeros(view, measured)
+    note += " (rows and columns equalized)" if measured.equalized else ""
     note += " (no moments: by weights)" if options.moments is not None and not loss else ""
     if ranks is None:
         refusal = _refusal(measured, options.min_size) or (

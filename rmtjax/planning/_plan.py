@@ -15,7 +15,7 @@ from rmtjax._modes import in_usual_modes
 from rmtjax._progress import Progress, showing
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.moments import Moments
-from rmtjax.noise import ranks, Shrink
+from rmtjax.noise import equalizes, ranks, Shrink
 from rmtjax.planning._budget import Budget, path_of
 from rmtjax.planning._cost import Clock, remember, rows_by_path, time_products, weigh
 from rmtjax.planning._decide import choices, decide, give_ranks, time_kernels
@@ -170,11 +170,23 @@ def without_values(found: Findings) -> Findings:
 
 @in_usual_modes
 def judge_again(found: Findings, options: PlanOptions) -> Findings:
-    """Returns findings under another rule, from the spectra that are known."""
+    """Returns findings under another rule, from the spectra that are known.
+
+    Raises ValueError for one that equalizes kernels if these were measured as they are, and for one
+    that does not if they were equalized.
+    """
     values: Any = {path: row.values for path, row in found.measured.items()}
     views: Any = {path: found.kernels[path] for path in values}
     given = given_fits(options.fits, found.kernels)
-    return found._replace(measured=measure_values(views, values, options.rule, given))
+    before = {path: row.equalized for path, row in found.measured.items()}
+    if any(even != equalizes(options.rule) for path, even in before.items() if path not in given):
+        raise ValueError(
+            f"`rule` must equalize kernels if those of the report were, and not else, got "
+            f"{options.rule!r}: call `rmtjax.analyze` again."
+        )
+    measured = measure_values(views, values, options.rule, given)
+    measured = {path: row._replace(equalized=before[path]) for path, row in measured.items()}
+    return found._replace(measured=measured)
 
 
 @dataclass(frozen=True, eq=False)
