@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
@@ -33,7 +34,10 @@ def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -
 def _unchosen_row(leaf: KernelLeaf) -> Kept:
     """Returns the row of a leaf that may be a kernel, and is not one by its name."""
     cost, _ = weigh(leaf, None, None, time_products)
-    return Kept("kept: not a kernel by its name, unless `where` chooses it", leaf.shape, cost=cost)
+    cause = "not a kernel by its name, unless `where` chooses it"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        cause = f"not floating ({leaf.dtype})"
+    return Kept(f"kept: {cause}", leaf.shape, cost=cost)
 
 
 @in_usual_modes
