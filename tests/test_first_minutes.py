@@ -111,6 +111,20 @@ def test_a_module_on_thin_parameters_is_right_and_says_how_to_save_time():
         rmtjax.linen.apply(DENSE, {"params": THIN}, inputs)
 
 
+@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
+def test_a_module_that_rewrites_factors_says_to_leave_them_out(wrapper):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            options = {"update_stats": False} if wrapper is nn.SpectralNorm else {}
+            return wrapper(nn.Dense(80, use_bias=False))(inputs, **options)
+
+    variables = Wrapped().init(jax.random.key(0), jnp.ones((2, 60)))
+    variables = {**variables, "params": {**variables["params"], "Dense_0": THIN}}
+    with pytest.raises(ValueError, match=r"'kernel' holds thin factors. Leave this kernel out"):
+        rmtjax.linen.apply(Wrapped(), variables, jnp.ones((2, 60)))
+
+
 @pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.MultiSteps(optax.lion(0.1), 2)])
 def test_an_old_optimizer_state_names_the_remedy(optimizer):
     dense = {"kernel": jnp.asarray(NOISE[0])}

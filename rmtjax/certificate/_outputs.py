@@ -100,12 +100,16 @@ def output_changes(
         if path not in moments or not isinstance(view, MatrixView):
             continue
         if not isinstance(other, MatrixView) or other.shape != view.shape:
-            raise ValueError(f"`after` must have {path!r} of shape {view.shape}, as `before` has.")
+            found_shape = other.shape if isinstance(other, MatrixView) else None
+            raise ValueError(
+                f"`after` must have {path!r} of shape {view.shape}, as `before` has, got "
+                f"{found_shape}. Take both trees from the same module."
+            )
         moment = moments[path]
         if moment.size != view.rows:
             raise ValueError(
                 f"`moments` is of another model: it has {moment.size} inputs for {path!r}, whose "
-                f"kernel of shape {view.shape} has {view.rows}."
+                f"kernel of shape {view.shape} has {view.rows}. Collect them with this model."
             )
         matrices, moved = (np.asarray(v.matrices(), np.float64) for v in (view, other))
         bias = _bias_change(leaves, changed, view)
