@@ -76,7 +76,7 @@ def plan_for(matrices: jax.Array, level: float = 0.01) -> tuple[np.ndarray, np.n
     """Returns spikes and verdict of each matrix of a stack, as a plan finds them."""
     rule = rmtjax.ranks.bema(level=level, equalize=True)
     axes = {"kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
-    row = rmtjax.plan({"kernel": matrices}, rule=rule, axes=axes)["kernel"]
+    row: Any = rmtjax.plan({"kernel": matrices}, rule=rule, axes=axes)["kernel"]
     eigenvalues, ratio = row.spectrum
     each = lambda values, fit: rule.accepts(rmtjax.Spectrum(values, jnp.asarray(ratio)), fit)
     fits = jax.tree.map(jnp.asarray, row.fit)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from rmtjax._axes import KernelAxes, to_stack
+from rmtjax._axes import KernelAxes, to_matrices
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.laws import noise_threshold
 from rmtjax.noise import fit_live, ranks, some_metrics, SpectralMetrics
@@ -83,7 +83,7 @@ def _on_scale(columns: dict[str, Array], exponent: Any) -> dict[str, Array]:
 
 def look_at(kernel: Any, key: Array, axes: KernelAxes, options: LookOptions) -> Look:
     """Returns the columns of a kernel. Numbers that do not exist are 0: a state has no NaN."""
-    matrices, exponent = to_unit(lift(to_stack(kernel, axes)))
+    matrices, exponent = to_unit(lift(to_matrices(jnp.asarray(kernel), axes)))
     spectra: Spectrum = each(spectrum, matrices)
     fits, accepted = fit_live(options.rule, options.min_size, spectra, matrices)
     known = dict(zip(BulkFit._fields, fits, strict=True))
@@ -98,7 +98,7 @@ def look_at(kernel: Any, key: Array, axes: KernelAxes, options: LookOptions) -> 
     traps = jnp.zeros(accepted.shape, bool)
     if options.shuffles:
         keys = jax.random.split(key, len(matrices))
-        shuffled = lambda pair: _shuffled(*pair, options)
+        shuffled = lambda pair: _shuffled(pair[0], pair[1], options)
         columns |= lax.map(shuffled, (matrices, keys))
         traps = columns["shuffled_rate"] > 0.5
     columns = _on_scale(columns, exponent)

@@ -152,7 +152,7 @@ def monitor(
         return MonitorState(step, looks, measured, kernels, total, counted, loss, periods)
 
     @in_usual_modes
-    def update_fn(updates, state: MonitorState, params: Any = None, *, value=None, **extra_args):
+    def update_fn(updates, state: Any, params: Any = None, *, value=None, **extra_args):
         del extra_args
         views, _ = moving_kernels(updates, params, find, state.kernels)
         step = jnp.asarray(optax.safe_increment(state.step))

@@ -134,7 +134,7 @@ def history(
         )
     ax = new_axes(names=paths) if ax is None else ax
     dot = dot_size(len(records))
-    crosses: list[tuple[Any, Any]] = []
+    crosses: list[Any] = []
     for index, path in enumerate(paths):
         seen = [record for record in records if prefix + path in record]
         steps, values = zip(

@@ -101,7 +101,8 @@ def _shuffled(matrix: np.ndarray, rng: np.random.Generator, draws: int, level: f
 
 def _pooled(matrix: np.ndarray, aspect: float) -> np.ndarray:
     """Returns the exponents of the pooled spectrum of blocks, with errors."""
-    blocks = np.stack([matrix[block] for block in blocks_of(*matrix.shape, aspect)])
+    rows, columns = matrix.shape
+    blocks = np.stack([matrix[block] for block in blocks_of(rows, columns, aspect)])
     eigenvalues, ratio = _eigenvalues(blocks)
     pooled: Any = np.sort(eigenvalues.ravel())[::-1].astype(np.float32)
     nothing: BulkFit = jax.tree.map(np.asarray, no_fit((), np.float32))

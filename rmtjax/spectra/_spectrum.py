@@ -250,6 +250,7 @@ def pooled_spectrum(matrix: Float[ArrayLike, "m n"], *, ratio: float = 1.0) -> S
     matrix = as_matrix("pooled_spectrum", matrix)
     if not 0 < ratio <= 1:
         raise ValueError(f"`ratio` must be in (0, 1], a short side over a long one, got {ratio}.")
-    blocks = jnp.stack([matrix[block] for block in blocks_of(*matrix.shape, ratio)])
+    rows, columns = matrix.shape
+    blocks = jnp.stack([matrix[block] for block in blocks_of(rows, columns, ratio)])
     eigenvalues, ratios = by_compiler(partial(each, _spectrum), blocks)
     return Spectrum(jnp.sort(eigenvalues.ravel())[::-1], ratios[0])
