@@ -1,5 +1,6 @@
 """Sums over the rows that a kernel is multiplied with, in compiled programs."""
 
+import itertools
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -12,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from rmtjax._sharding import by_compiler
 
-# From so many columns on, a quarter of the products of a Gram matrix, which repeat, are left out.
-_WIDE = 256
+# From so many columns on, a Gram matrix is made of two blocks of rows, and of three, so that a
+# quarter of its products, and a third, are left out: they repeat others.
+_WIDE = 256, 512
 
 
 @partial(
@@ -89,13 +91,16 @@ def _gram(rows: Float[Array, "n m"]) -> Float[Array, "m m"]:
     options = {"precision": lax.Precision.HIGHEST, "preferred_element_type": dtype}
     product = lambda first, second: jnp.matmul(first.T, second, **options)
     size = rows.shape[1]
-    if size < _WIDE:
+    count = sum(size >= width for width in _WIDE) + 1
+    if count == 1:
         return product(rows, rows)
     # The products below the diagonal blocks repeat those above.
-    half = size // 2
-    above = product(rows[:, :half], rows)
-    below = jnp.pad(product(rows[:, half:], rows[:, half:]), ((0, 0), (half, 0)))
-    whole = jnp.concatenate([above, below])
+    places = [size * place // count for place in range(count + 1)]
+    parts = [
+        jnp.pad(product(rows[:, begin:end], rows[:, begin:]), ((0, 0), (begin, 0)))
+        for begin, end in itertools.pairwise(places)
+    ]
+    whole = jnp.concatenate(parts)
     return jnp.triu(whole) + jnp.triu(whole, 1).T
 
 

@@ -40,6 +40,7 @@ class Kept:
     spectrum: Spectrum | None = None
     cost: Cost | None = None
     loss: OutputLosses | None = None
+    equalized: bool = False
     action = "keep"
     shrink = None
     __repr__ = _brief_row
@@ -58,6 +59,7 @@ class _Lowered:
     shrink: Shrink | None = None
     cost: Cost | None = None
     loss: OutputLosses | None = None
+    equalized: bool = False
     __repr__ = _brief_row
 
 
@@ -76,6 +78,8 @@ class Truncated(_Lowered):
       loss: What a cut by output takes, for each rank from 0: `outputs`, the mean over the data of
         the squared change of the outputs, `weighted`, the same with the weights of the moments, and
         `squares` of the entries. None without moments, and after loading from a file.
+      equalized: Whether the spectrum, the noise and the cut are those of the kernel over the scales
+        of its noise in rows and columns, as `rmtjax.equalize` finds them.
 
     Examples:
       >>> import jax, rmtjax
@@ -120,8 +124,12 @@ class Plan(dict[str, LayerPlan]):
 
     @property
     def fits(self) -> dict[str, BulkFit]:
-        """The noise levels by path. A plan that is made after a cut must be given these."""
-        return {path: row.fit for path, row in self.items() if row.fit is not None}
+        """The noise levels by path. A plan that is made after a cut must be given these.
+
+        Kernels that were equalized have none: a level of theirs holds on no other scale.
+        """
+        rows = {path: row for path, row in self.items() if not row.equalized}
+        return {path: row.fit for path, row in rows.items() if row.fit is not None}
 
     @property
     def changes(self) -> dict[str, Truncated | Factorized]:

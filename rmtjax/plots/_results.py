@@ -1,6 +1,6 @@
 """Draws results: ranks of kernels, sizes, training, accuracy of networks, certificates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -102,6 +102,50 @@ def training(
     ax.plot([], [], "--", color="0.4", label="signal")
     ax.set_yscale("log")
     return finish(ax, "step", "number of directions", title)
+
+
+def history(
+    records: Iterable[Mapping[str, Any]],
+    column: str = "spikes",
+    *,
+    ax: "Axes | None" = None,
+    title: str = "",
+) -> "Axes":
+    """Draws a column of each kernel over training, as `rmtjax.monitor` measures it.
+
+    A cross marks the looks at which the law no longer fitted a kernel that it had fitted before.
+
+    Args:
+      records: An `rmtjax.History`, or its records.
+      column: Name of a column that was measured.
+      ax, title: As in `layers`.
+
+    Raises:
+      ValueError: No record has the column, or one has no "step".
+    """
+    records, prefix = list(records), f"monitor/{column}/"
+    paths = dict.fromkeys(
+        key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix)
+    )
+    if not paths or not all("step" in record for record in records):
+        raise ValueError(
+            f'`records` must have keys that begin with "{prefix}", and a "step" each: those of a '
+            "`rmtjax.History`, of a monitor with this column."
+        )
+    ax = new_axes(names=paths) if ax is None else ax
+    dot = dot_size(len(records))
+    crosses: list[tuple[Any, Any]] = []
+    for index, path in enumerate(paths):
+        seen = [record for record in records if prefix + path in record]
+        steps, values = zip(
+            *((record["step"], record[prefix + path]) for record in seen), strict=True
+        )
+        ax.plot(steps, values, fillstyle="none", markersize=dot, label=path, **style(index))
+        left = [bool(record.get(f"monitor/left_law/{path}")) for record in seen]
+        crosses += [point for *point, gone in zip(steps, values, left, strict=True) if gone]
+    if crosses:
+        ax.plot(*np.transpose(crosses), "x", color="0.2", markersize=dot, label="left the law")
+    return finish(ax, "step", column.replace("_", " "), title)
 
 
 def accuracy(

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from rmtjax._axes import MatrixView
+from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.spectra import compose, times_power
-from rmtjax.training._pruning_step import KernelState, landing_norm, removed_share
+from rmtjax.training._prune_state import KernelState, landing_norm
+from rmtjax.training._pruning_step import removed_share
 
 Move = tuple[Array, KernelState]  # the update of a kernel, and its state
 
@@ -61,6 +62,13 @@ class Cut:
     waits: Bool[Array, ""]
     begin: Int[Array, ""]
     steps: int
+
+    @classmethod
+    def of(cls, arrays: tuple, vectors: tuple, axes: KernelAxes, steps: int) -> "Cut":
+        """Returns the cut of a kernel from the arrays that make it."""
+        kernel, whole, before, after, waits, begin = arrays
+        view = MatrixView("", kernel, axes)
+        return cls(view, before, after, whole, vectors, waits, begin, steps)
 
     def rank(self, step: Int[Array, ""]) -> Int[Array, ""]:
         """Returns the rank at a step of the way: it falls by one factor in each."""

@@ -20,7 +20,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from rmtjax._axes import MatrixView
+from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler
 from rmtjax.planning import map_kernels
 from rmtjax.spectra import decompose
@@ -36,7 +36,8 @@ from rmtjax.training._cuts import (
     without_cut,
 )
 from rmtjax.training._fades import Curvature, ends_of, fade_within, gathered
-from rmtjax.training._pruning_step import call_if, KernelState, map_alike
+from rmtjax.training._prune_state import KernelState
+from rmtjax.training._pruning_step import call_if, group_alike, Tall, ungroup
 
 _RANKS = 32  # the most ranks at which one kernel may end
 # Share of the gain over zeros. A network that learns more in a period is not cut for the first
@@ -116,19 +117,34 @@ def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
     return loss
 
 
+def _vectors_of(arrays: tuple, axes: KernelAxes):
+    """Returns the directions of where the update of a kernel lands without its cut."""
+    return by_compiler(lambda whole: decompose(MatrixView("", whole, axes).matrices()), arrays[1])
+
+
 def _lessen(fine: Callable, kernels: _Kernels, before: list[Move], after: list[Move]):
     """Returns updates and states as far on the way of all cuts as the loss allows."""
     views, whole, is_first, waits = kernels
-    find = lambda kernel, axes: decompose(MatrixView("", kernel, axes).matrices())
-    vectors_of = lambda kernels, axes: by_compiler(partial(find, axes=axes), *kernels)
-    arrays = [(kernel,) for kernel in whole]
-    vectors = map_alike(vectors_of, arrays, tuple(view.axes for view in views))
     steps = max(2, min(_RANKS, 2**STEPS // len(views)))
     begins, end = begins_of([state for _, state in after], is_first, steps)
-    of_each: Any = zip(views, before, after, whole, vectors, waits, begins, strict=True)
-    cuts = [Cut(*kernel, steps=steps) for kernel in of_each]
-    step = bisect(lambda step: fine([cut.lower(step) for cut in cuts]), end)
-    return [cut.chosen(step) for cut in cuts]
+    forms = list(map(Tall, views))
+    stacks = (
+        [form.stack(a) for form, a in zip(forms, arrays, strict=True)]
+        for arrays in ([view.leaf for view in views], whole)
+    )
+    moves = (list(map(Tall.stacked, forms, end)) for end in (before, after))
+    of_each = list(zip(*stacks, *moves, waits, begins, strict=True))
+    groups = group_alike(of_each, tuple(form.axes for form in forms))
+    vectors = [group.map(_vectors_of) for group in groups]
+
+    def at(step: Array, part: Callable[[Cut, Array], Any]) -> list[Any]:
+        """Returns a part of each cut at a step."""
+        of_cut = lambda *arrays, axes: part(Cut.of(*arrays, axes, steps), step)
+        known = zip(groups, vectors, strict=True)
+        return ungroup(groups, [group.map(of_cut, vectors) for group, vectors in known])
+
+    step = bisect(lambda step: fine(list(map(Tall.kernel, forms, at(step, Cut.lower)))), end)
+    return list(map(Tall.restored, forms, at(step, Cut.chosen), [state for _, state in before]))
 
 
 def _candidates(kernels: _Kernels, before: list[Move], after: list[Move], ripe) -> list[Move]:

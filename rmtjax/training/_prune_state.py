@@ -1,13 +1,16 @@
 """The state of `prune_spectrum`: what it holds of each kernel by path, and of the loss."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rmtjax._axes import MatrixView
+from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._sharding import typed_sharding
 from rmtjax._types import BulkFit, no_fit
 
 
@@ -104,3 +107,45 @@ def unpruned(view: MatrixView) -> KernelState:
         landed=jnp.ones((), bool),
         exponent=jnp.zeros((), jnp.int32),
     )
+
+
+def root_mean_square(array: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the root mean square, which never leaves the range of the entries."""
+    scale = jnp.maximum(jnp.max(jnp.abs(array)), jnp.finfo(array.dtype).tiny)
+    return scale * jnp.sqrt(jnp.mean(jnp.square(array / scale)))
+
+
+def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the root mean square of what an update lands on, as it is rounded there."""
+    bits = jnp.finfo(kernel.dtype)
+    # A cast alone may be left out by the compiler, which then keeps more bits than land.
+    landed = lax.reduce_precision(kernel + update, bits.nexp, bits.nmant)
+    return root_mean_square(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+
+
+@partial(jax.jit, static_argnames="axes")
+def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[KernelState]:
+    """Returns states without cuts that another transform behind this one, or a wrapper, undid."""
+
+    def check(kernel, state: KernelState, axes: KernelAxes) -> KernelState:
+        known = state.norm > 0
+        norm = root_mean_square(kernel.astype(state.norm.dtype))
+        share = jnp.abs((norm / state.norm) ** 2 - 1)
+        # A fiftieth of what was removed, over what is left; sums are rounded to some 1e-6.
+        most = jnp.maximum(0.02 * state.removed / (1 - state.removed), 1e-5)
+        lost = known & ~(share <= most)
+        fresh = unpruned(MatrixView("", kernel, axes))
+        # An earlier cut has landed: its noise level still holds.
+        first = state.previous >= fresh.rank
+        forget = lambda old, new: jnp.where(lost & first, new, old)
+        return state._replace(
+            fit=jax.tree.map(forget, state.fit, fresh.fit),
+            rank=jnp.where(lost, state.previous, state.rank),
+            floor=jnp.where(lost, fresh.floor, state.floor),
+            landed=jnp.where(known, ~lost, state.landed),
+        )
+
+    if any(typed_sharding(kernel) for kernel in kernels):
+        return states  # sums over explicit axes of a mesh may wait for ever on CPU
+    checked = lambda states: list(map(check, kernels, states, axes))
+    return lax.cond(after_cut, checked, lambda states: states, states)
