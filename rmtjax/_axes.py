@@ -189,7 +189,7 @@ def to_matrices(kernel: Kernel, axes: KernelAxes) -> Any:
     return kernel.transpose(axes.order).reshape(matrix_shape(kernel.shape, axes))
 
 
-def to_stack(kernel: Any, axes: KernelAxes):
+def to_stack(kernel: Any, axes: KernelAxes) -> Any:
     """Returns a kernel as a JAX stack of matrices, or as `Factors` of stacks."""
     kernel = as_pair(kernel)
     if isinstance(kernel, FactoredKernel):

@@ -29,6 +29,16 @@ class Drift(NamedTuple):
       cosine: $\langle a, b \rangle / (\|a\|_F \|b\|_F)$ of all entries; of outputs, the mean over
         the vectors along the last axis. NaN where one of them is zero.
       largest: $\max |b - a|$.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     paths = f"{folder}/a.safetensors", f"{folder}/b.safetensors"
+      ...     for path, value in zip(paths, (1.0, 2.0)):
+      ...         rmtjax.checkpoint.save(path, {"kernel": jnp.full((4, 4), value)})
+      ...     (drift,) = rmtjax.checkpoint.compare_files(*paths).rows
+      >>> drift.relative, round(drift.cosine, 3), drift.largest
+      (1.0, 1.0, 1.0)
     """
 
     path: str
@@ -45,6 +55,16 @@ class Comparison(NamedTuple):
       rows: A `Drift` for each leaf that both have, in the order of the first.
       unmatched: Paths of the leaves that only one has, or both in other shapes, or that are not
         read as numbers. Nothing is told of them.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     paths = f"{folder}/a.safetensors", f"{folder}/b.safetensors"
+      ...     rmtjax.checkpoint.save(paths[0], {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)})
+      ...     rmtjax.checkpoint.save(paths[1], {"kernel": jnp.ones((4, 4))})
+      ...     found = rmtjax.checkpoint.compare_files(*paths)
+      >>> [row.path for row in found.rows], found.unmatched
+      (['kernel'], ('bias',))
     """
 
     rows: tuple[Drift, ...]

@@ -70,7 +70,8 @@ def unbox(tree: PyTree) -> PyTree:
     """Returns a tree without the boxes of Flax, in which kernels in parts stay in parts."""
 
     def strip(leaf: Any) -> Any:
-        boxed = isinstance(leaf, AxisMetadata) and not is_factors(leaf)
-        return unbox(leaf.unbox()) if boxed else leaf
+        if is_factors(leaf) or not isinstance(leaf, AxisMetadata):
+            return leaf
+        return unbox(leaf.unbox())
 
     return jax.tree.map(strip, tree, is_leaf=is_axis_metadata)

@@ -20,6 +20,13 @@ class KernelLook(NamedTuple):
       traps: Whether most random orders of the entries had a spike at the last look.
       spikes: Number of spikes at the last look.
       growing: Number of looks in a row at which the spikes have grown while the loss was flat.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> look = rmtjax.monitor(every=10, columns=["spikes"]).init(params).kernels["kernel"]
+      >>> [*look.columns], bool(look.fitted)
+      (['spikes'], False)
     """
 
     columns: dict[str, Array]
@@ -42,6 +49,13 @@ class MonitorState(NamedTuple):
       counted: Number of these losses.
       loss: Mean of the losses of the period before the last look.
       periods: Number of periods that had a loss.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> state = rmtjax.monitor(every=10).init(params)
+      >>> int(state.step), int(state.looks), [*state.kernels]
+      (0, 0, ['kernel'])
     """
 
     step: Int[Array, ""]

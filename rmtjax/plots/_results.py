@@ -122,6 +122,14 @@ def history(
 
     Raises:
       ValueError: No record has the column, or one has no "step".
+
+    Examples:
+      >>> import rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> records = [{"step": step, "monitor/spikes/kernel": step // 10} for step in (0, 10, 20)]
+      >>> ax = rmtjax.plots.history(records, ax=Figure().subplots())
+      >>> len(ax.get_lines())
+      1
     """
     records, prefix = list(records), f"monitor/{column}/"
     paths = dict.fromkeys(

@@ -36,6 +36,14 @@ class ExtraMetrics(NamedTuple):
       pooled_alpha_error: Its standard error. Blocks of one kernel are taken as independent.
       pooled_hill: As `hill`.
       pooled_hill_error: Its standard error.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> report = rmtjax.analyze(params, randomized=2)
+      >>> print(report.table("path", "shuffled_spikes", "shuffled_rate"))
+      path    shuffled_spikes  shuffled_rate
+      kernel  0                0
     """
 
     shuffled_spikes: float | None = None
@@ -62,6 +70,15 @@ class SpectralChange(NamedTuple):
       distance_change: Kolmogorov distance from the law, new less old.
       stable_rank_change: Stable rank, new less old.
       alpha_change: Exponent of the tail, new less old.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
+      >>> report = rmtjax.compare_reports(rmtjax.analyze(params), rmtjax.analyze(doubled))
+      >>> print(report.table("path", "spectrum_change", "norm_change"))
+      path    spectrum_change  norm_change
+      kernel  1                1
     """
 
     spectrum_change: float | None = None
