@@ -85,7 +85,6 @@ def units(config: Config) -> Iterator[tuple[str, float, str]]:
     for share in config.shares:
         yield from ((name, share, "") for name in cuts.METHODS)
         yield from ((name, share, "repaired") for name in cuts.REPAIRED)
-    for share in config.shares:
         yield from ((name, share, "tuned") for name in cuts.TUNED)
 
 
