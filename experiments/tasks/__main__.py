@@ -28,7 +28,7 @@ Found = dict[str, list[dict]]  # outcomes of the seeds, by "task / optimizer / a
 class Config:
     """Trains ten tasks with one recipe: never cut, guarded by the loss, and by squares alone.
 
-    What is in the file is not run again.
+    What is in the file is not run again. It holds its seeds in their order.
     """
 
     tasks: tuple[str, ...] = tuple(task.name for task in problems.TASKS)
@@ -41,6 +41,8 @@ class Config:
     """Ways to prune; `size` asks for 45 % of each kernel and lets the rest fade."""
     file: Path = RESULTS
     """Results, read and written."""
+    reuse: Path | None = None
+    """Results of seeds 0, 1, 2 and so on: their runs that are never cut are not made again."""
     show_only: bool = False
     """Print the table of the file."""
 
@@ -69,17 +71,23 @@ def run(config: Config, content: dict, console: Console) -> None:
     """Runs what is missing."""
     found: Found = content["runs"]
     content["environment"] = measure.environment()
+    if config.reuse is not None and config.seeds == tuple(range(len(config.seeds))):
+        known = load(config.reuse)["runs"]
+        taken = {k: known[k][: len(config.seeds)] for k in known if k.endswith("/ never cut")}
+        found.update({k: runs for k, runs in taken.items() if len(found.get(k, [])) < len(runs)})
     for task in (task for task in problems.TASKS if task.name in config.tasks):
         data = task.load()
         network = task.build(data.train[0][: task.batch])
         for optimizer in config.optimizers:
             for arm in config.arms:
                 key = key_of(task.name, optimizer, arm)
-                if len(found.get(key, [])) == len(config.seeds):
+                done = found.get(key, [])
+                missing = config.seeds[len(done) :]
+                if not missing:
                     continue
                 begun = time.monotonic()
-                outcomes = compare.run(task, data, network, optimizer, arm, config.seeds)
-                found[key] = [outcome._asdict() for outcome in outcomes]
+                outcomes = compare.run(task, data, network, optimizer, arm, missing)
+                found[key] = done + [outcome._asdict() for outcome in outcomes]
                 content["seconds"] += time.monotonic() - begun
                 save(content, config.file)
                 console.print(f"{key}: {[round(outcome.thin, 3) for outcome in outcomes]}")
@@ -89,6 +97,7 @@ def changes(task: problems.Task, optimizer: str, arm: str, found: Found) -> np.n
     """Returns the gain of each seed over no cut: points, or per cent of the loss."""
     plain = np.array([one["test"] for one in found[key_of(task.name, optimizer, "never cut")]])
     thin = np.array([one["thin"] for one in found[key_of(task.name, optimizer, arm)]])
+    plain = plain[: len(thin)]  # some seeds may still be missing
     return thin - plain if task.in_points else 100 * (plain - thin) / plain
 
 

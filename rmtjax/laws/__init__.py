@@ -13,6 +13,7 @@ from rmtjax.laws._finite_size import (
     critical_distance as critical_distance,
     law_curve as law_curve,
     law_left as law_left,
+    level_quantile as level_quantile,
     noise_above as noise_above,
     noise_threshold as noise_threshold,
     roots as roots,

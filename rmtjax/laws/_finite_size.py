@@ -77,9 +77,13 @@ def noise_threshold(ratio: Scalar, size: ArrayLike, level: ArrayLike):
     $t$ is the $1 - level$ quantile of the Tracy-Widom law (Johnstone, 2001). Within the roots $n$
     and $p$ are reduced by a half, which makes the error one of second order (Ma, 2012).
     """
+    return threshold_at(ratio, size, level_quantile(level).astype(ratio.dtype))
+
+
+def level_quantile(level: ArrayLike) -> Array:
+    """Returns the Tracy-Widom quantile at 1 - level: of a number a constant, not a program."""
     with jax.ensure_compile_time_eval() if isinstance(level, float) else nullcontext():
-        quantile = tracy_widom.ppf(1 - level)  # of a number a constant, not a part of the program
-    return threshold_at(ratio, size, quantile.astype(ratio.dtype))
+        return tracy_widom.ppf(1 - level)
 
 
 def threshold_at(ratio: Scalar, size: ArrayLike, quantile: Array):

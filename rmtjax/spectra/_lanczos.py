@@ -145,13 +145,15 @@ def largest_eigenvalue(matrix: Float[Array, "m n"], steps: int = 48) -> Float[Ar
         basis = basis.at[:, i].set(vector)
         image = matmul(long.T, matmul(long, vector)) / rows
         diagonal = diagonal.at[i].set(jnp.dot(vector, image))
-        without = lambda vector: vector - matmul(basis, matmul(basis.T, vector))
-        image = without(image)
-        beside = beside.at[i].set(jnp.linalg.norm(image))
+
+        def without(turn, state):
+            vector, length = state
+            vector = vector - matmul(basis, matmul(basis.T, vector))
+            return _unit(vector), jnp.where(turn == 0, jnp.linalg.norm(vector), length)
+
         # Again: if nothing is left but rounding, that must not repeat the basis.
-        for _ in range(3):
-            image = without(_unit(image))
-        return basis, diagonal, beside, _unit(image)
+        vector, length = lax.fori_loop(0, 4, without, (image, jnp.zeros((), long.dtype)))
+        return basis, diagonal, beside.at[i].set(length), vector
 
     start = jax.random.normal(jax.random.key(0), (size,), long.dtype)
     zeros = jnp.zeros((size, steps), long.dtype), *[jnp.zeros(steps, long.dtype)] * 2

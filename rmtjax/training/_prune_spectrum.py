@@ -25,10 +25,16 @@ from rmtjax.planning import (
 )
 from rmtjax.training._fades import no_curvature
 from rmtjax.training._guard import fade_if, Guard, guard_if, UNKNOWN
-from rmtjax.training._prune_state import by_field, FIELDS, KernelState, PruneState, unpruned
+from rmtjax.training._prune_state import (
+    by_field,
+    FIELDS,
+    forget_lost,
+    KernelState,
+    PruneState,
+    unpruned,
+)
 from rmtjax.training._pruning_step import (
     call_if,
-    forget_lost,
     is_due,
     is_placeholder,
     moving_kernels,

@@ -1,13 +1,16 @@
 """The state of `prune_spectrum`: what it holds of each kernel by path, and of the loss."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rmtjax._axes import MatrixView
+from rmtjax._axes import KernelAxes, MatrixView, to_stack
+from rmtjax._sharding import typed_sharding
 from rmtjax._types import BulkFit, no_fit
 
 
@@ -55,6 +58,13 @@ class PruneState(NamedTuple):
       fall: By how much `value_fn` fell over the period before the last step; the largest number of
         float32 before, or if it was not finite.
       curvatures: Path to the moments of gradients by which kernels fade; None without `fade`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> state = rmtjax.prune_spectrum(every=100).init(params)
+      >>> int(state.step), state.ranks["kernel"].tolist()
+      (0, 60)
     """
 
     step: Int[Array, ""]
@@ -97,3 +107,84 @@ def unpruned(view: MatrixView) -> KernelState:
         landed=jnp.ones((), bool),
         exponent=jnp.zeros((), jnp.int32),
     )
+
+
+def root_mean_square(array: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the root mean square, which never leaves the range of the entries."""
+    scale = jnp.maximum(jnp.max(jnp.abs(array)), jnp.finfo(array.dtype).tiny)
+    return scale * jnp.sqrt(jnp.mean(jnp.square(array / scale)))
+
+
+def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the root mean square of what an update lands on, as it is rounded there."""
+    bits = jnp.finfo(kernel.dtype)
+    # A cast alone may be left out by the compiler, which then keeps more bits than land.
+    landed = lax.reduce_precision(kernel + update, bits.nexp, bits.nmant)
+    return root_mean_square(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+
+
+@partial(jax.jit, static_argnames="axes")
+def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[KernelState]:
+    """Returns states without cuts that another transform behind this one, or a wrapper, undid."""
+
+    def check(kernel, state: KernelState, axes: KernelAxes) -> KernelState:
+        known = state.norm > 0
+        norm = root_mean_square(kernel.astype(state.norm.dtype))
+        share = jnp.abs((norm / state.norm) ** 2 - 1)
+        # A fiftieth of what was removed, over what is left; sums are rounded to some 1e-6.
+        most = jnp.maximum(0.02 * state.removed / (1 - state.removed), 1e-5)
+        lost = known & ~(share <= most)
+        fresh = unpruned(MatrixView("", kernel, axes))
+        # An earlier cut has landed: its noise level still holds.
+        first = state.previous >= fresh.rank
+        forget = lambda old, new: jnp.where(lost & first, new, old)
+        return state._replace(
+            fit=jax.tree.map(forget, state.fit, fresh.fit),
+            rank=jnp.where(lost, state.previous, state.rank),
+            floor=jnp.where(lost, fresh.floor, state.floor),
+            landed=jnp.where(known, ~lost, state.landed),
+        )
+
+    if any(typed_sharding(kernel) for kernel in kernels):
+        return states  # sums over explicit axes of a mesh may wait for ever on CPU
+    checked = lambda states: list(map(check, kernels, states, axes))
+    return lax.cond(after_cut, checked, lambda states: states, states)
+
+
+class Tall:
+    """Turns a kernel and its state into tall matrices and back.
+
+    So kernels of one size share a program, whatever their axes. On a mesh with explicit axes they
+    stay as they are: the compiler decides on shardings inside alone.
+
+    Attributes:
+      axes: The axes of what `stack` returns.
+      turned: Whether rows and columns change places.
+    """
+
+    def __init__(self, view: MatrixView):
+        inputs, outputs, batch = view.axes
+        explicit = typed_sharding(view.leaf) is not None
+        self.turned = view.rows < view.columns and not explicit
+        turned = KernelAxes(outputs, inputs, batch) if self.turned else view.axes
+        self.axes = view.axes if explicit else KernelAxes((1,), (2,), (0,))
+        self._view = None if explicit else MatrixView("", view.leaf, turned)
+
+    def stack(self, array: Array) -> Array:
+        """Returns an array with the axes of the kernel as tall matrices."""
+        return array if self._view is None else to_stack(array, self._view.axes)
+
+    def kernel(self, stack: Array) -> Array:
+        """Returns tall matrices as an array with the axes of the kernel."""
+        return stack if self._view is None else self._view.from_matrices(stack)
+
+    def stacked(self, move: tuple[Array, KernelState]) -> tuple[Array, KernelState]:
+        """Returns an update and a state of tall matrices."""
+        update, state = move
+        fit = jax.tree.map(jnp.ravel, state.fit)
+        return self.stack(update), state._replace(fit=fit, floor=jnp.ravel(state.floor))
+
+    def restored(self, move: tuple[Array, KernelState], state: KernelState):
+        """Returns an update and a state of the kernel, whose state before gives the shapes."""
+        like = lambda new, old: new.reshape(old.shape)
+        return self.kernel(move[0]), jax.tree.map(like, move[1], state)

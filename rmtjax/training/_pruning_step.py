@@ -17,7 +17,7 @@ from rmtjax._types import from_state, Spectrum, to_state
 from rmtjax.noise import fit_live, kept_rank, ranks
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import from_singular_values, lift, times_power, to_unit, truncate_by
-from rmtjax.training._prune_state import KernelState, unpruned
+from rmtjax.training._prune_state import KernelState, landing_norm, Tall
 from rmtjax.training._stands_out import stands_out
 
 # How a rule is mapped over a stack: its matrices have one aspect ratio.
@@ -144,20 +144,6 @@ def removed_share(s, matrices, rank) -> Float[Array, ""]:
     return jnp.maximum(1 - jnp.sum(jnp.square(kept)) / jnp.where(total > 0, total, 1), 0)
 
 
-def root_mean_square(array: Float[Array, "..."]) -> Float[Array, ""]:
-    """Returns the root mean square, which never leaves the range of the entries."""
-    scale = jnp.maximum(jnp.max(jnp.abs(array)), jnp.finfo(array.dtype).tiny)
-    return scale * jnp.sqrt(jnp.mean(jnp.square(array / scale)))
-
-
-def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
-    """Returns the root mean square of what an update lands on, as it is rounded there."""
-    bits = jnp.finfo(kernel.dtype)
-    # A cast alone may be left out by the compiler, which then keeps more bits than land.
-    landed = lax.reduce_precision(kernel + update, bits.nexp, bits.nmant)
-    return root_mean_square(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
-
-
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
     """Returns a truncated stack, whether it differs from the given one, and the new state."""
     # The scale is that of the first cut, as the noise level is.
@@ -226,24 +212,66 @@ def _same_programs(inputs: list[tuple], axes: tuple[Any, ...]) -> list[list[int]
     return list(groups.values())
 
 
-def _map_one_by_one(function: Callable, inputs: list[tuple]) -> list[Any]:
-    """Applies a function to inputs of the same shapes, one by one, in one program."""
-    if len(inputs) == 1:
-        return [function(inputs[0])]
-    # A loop in the program: a decomposition compiles for seconds, each time it appears.
-    outputs = lax.map(function, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
-    at = lambda index: jax.tree.map(lambda leaf: leaf[index], outputs)
-    return [at(index) for index in range(len(inputs))]
+class Alike(NamedTuple):
+    """Kernels that one program serves.
+
+    Attributes:
+      indices: Their places among all kernels.
+      axes: What makes them matrices.
+      arrays: The arrays of each kernel, stacked; of a lone kernel as they are.
+    """
+
+    indices: list[int]
+    axes: Any
+    arrays: Any
+
+    def map(self, function: Callable, *more: PyTree) -> PyTree:
+        """Applies `function(arrays, *more, axes=axes)` to each kernel; `more` is from such maps."""
+        call = partial(function, axes=self.axes)
+        if len(self.indices) == 1:
+            return call(self.arrays, *more)
+        # A loop in the program: a decomposition compiles for seconds, each time it appears.
+        return lax.map(lambda arrays: call(*arrays), (self.arrays, *more))
+
+    def at_once(self, function: Callable, *more: PyTree) -> PyTree:
+        """Applies `function(arrays, *more)`, which decomposes nothing, to all of them together."""
+        call = function if len(self.indices) == 1 else jax.vmap(function)
+        return call(self.arrays, *more)
+
+    def of(self, numbers: Array) -> Array:
+        """Returns those numbers of all kernels that are of these, as the maps take them."""
+        alone = len(self.indices) == 1
+        return numbers[self.indices[0]] if alone else numbers[jnp.asarray(self.indices)]
+
+
+def group_alike(inputs: list[tuple], axes: tuple[Any, ...]) -> list[Alike]:
+    """Returns kernels in groups, from the arrays of each."""
+
+    def join(indices: list[int]) -> Alike:
+        first, *others = (inputs[index] for index in indices)
+        stack = lambda *leaves: jnp.stack(leaves)
+        return Alike(
+            indices, axes[indices[0]], jax.tree.map(stack, first, *others) if others else first
+        )
+
+    return list(map(join, _same_programs(inputs, axes)))
+
+
+def ungroup(groups: list[Alike], outputs: list[PyTree]) -> list[Any]:
+    """Returns for each kernel what maps over groups have returned."""
+    results: dict[int, Any] = {}
+    for group, output in zip(groups, outputs, strict=True):
+        for place, index in enumerate(group.indices):
+            alone = len(group.indices) == 1
+            one = lambda leaf, place=place: leaf[place]
+            results[index] = output if alone else jax.tree.map(one, output)
+    return [results[index] for index in range(len(results))]
 
 
 def map_alike(function: Callable, inputs: list[tuple], axes: tuple[Any, ...]) -> list[Any]:
     """Applies `function(arrays, axes)` to the arrays of each kernel; one program serves a shape."""
-    results: dict[int, Any] = {}
-    for indices in _same_programs(inputs, axes):
-        of_shape = partial(function, axes=axes[indices[0]])
-        outputs = _map_one_by_one(of_shape, [inputs[index] for index in indices])
-        results |= zip(indices, outputs, strict=True)
-    return [results[index] for index in range(len(inputs))]
+    groups = group_alike(inputs, axes)
+    return ungroup(groups, [group.map(function) for group in groups])
 
 
 # Compiled also for users who call `update` outside `jit`. Without paths among the arguments one
@@ -258,35 +286,11 @@ def prune_if(due, kernels, updates, states, numbers: StepNumbers, *, axes, optio
         return by_compiler(prune_kernel, *arrays, numbers, out=out)
 
     def prune(updates, states):
-        pruned = map_alike(prune_one, list(zip(kernels, updates, states, strict=True)), axes)
+        forms = [Tall(MatrixView("", *kernel)) for kernel in zip(kernels, axes, strict=True)]
+        moves = zip(forms, kernels, updates, states, strict=True)
+        inputs = [(form.stack(kernel), *form.stacked(tuple(move))) for form, kernel, *move in moves]
+        pruned = map_alike(prune_one, inputs, tuple(form.axes for form in forms))
+        pruned = list(map(Tall.restored, forms, pruned, states))
         return [update for update, _ in pruned], [state for _, state in pruned]
 
     return lax.cond(due, prune, lambda *same: same, updates, states)
-
-
-@partial(jax.jit, static_argnames="axes")
-def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[KernelState]:
-    """Returns states without cuts that another transform behind this one, or a wrapper, undid."""
-
-    def check(kernel, state: KernelState, axes: KernelAxes) -> KernelState:
-        known = state.norm > 0
-        norm = root_mean_square(kernel.astype(state.norm.dtype))
-        share = jnp.abs((norm / state.norm) ** 2 - 1)
-        # A fiftieth of what was removed, over what is left; sums are rounded to some 1e-6.
-        most = jnp.maximum(0.02 * state.removed / (1 - state.removed), 1e-5)
-        lost = known & ~(share <= most)
-        fresh = unpruned(MatrixView("", kernel, axes))
-        # An earlier cut has landed: its noise level still holds.
-        first = state.previous >= fresh.rank
-        forget = lambda old, new: jnp.where(lost & first, new, old)
-        return state._replace(
-            fit=jax.tree.map(forget, state.fit, fresh.fit),
-            rank=jnp.where(lost, state.previous, state.rank),
-            floor=jnp.where(lost, fresh.floor, state.floor),
-            landed=jnp.where(known, ~lost, state.landed),
-        )
-
-    if any(typed_sharding(kernel) for kernel in kernels):
-        return states  # sums over explicit axes of a mesh may wait for ever on CPU
-    checked = lambda states: list(map(check, kernels, states, axes))
-    return lax.cond(after_cut, checked, lambda states: states, states)

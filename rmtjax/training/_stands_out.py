@@ -22,23 +22,31 @@ _CAP = 3.0  # times the median: a row or a column of a larger scale is taken for
 _SAMPLING = math.pi / 2 - 1  # n times the variance of the logarithm of a mean of n magnitudes
 
 
-def _scales(sizes: Float[Array, "m n"], axis: int) -> Float[Array, "..."]:
-    """Returns the scales of rows or columns, less the scatter that equal ones have; 0 of zeros."""
-    means = jnp.mean(sizes, axis, keepdims=True)
-    live, others = means > 0, jnp.any(sizes > 0, 1 - axis)
+def _scales(sizes: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """Returns the scales of rows times those of columns, less the scatter that equal ones have.
+
+    Those of zeros are 0.
+    """
+    pad = lambda means: jnp.pad(means, (0, max(sizes.shape) - len(means)))
+    # Both sides in one array, which makes the program smaller.
+    means = jnp.stack([pad(jnp.mean(sizes, axis)) for axis in (1, 0)])
+    live = means > 0
     # Up to a factor, which the profile of noise does not depend on.
     logs = jnp.log(jnp.where(live, means, 1))
-    logs = jnp.minimum(logs - jnp.nanmedian(jnp.where(live, logs, jnp.nan)), math.log(_CAP))
-    scatter = _SAMPLING / jnp.sum(others)
-    mean, variance = jnp.mean(logs, where=live), jnp.var(logs, where=live)
+    median = jnp.nanmedian(jnp.where(live, logs, jnp.nan), axis=1, keepdims=True)
+    logs = jnp.minimum(logs - median, math.log(_CAP))
+    # A mean over a row has as many numbers as there are columns that are not zero.
+    scatter = _SAMPLING / jnp.sum(live[::-1], axis=1, keepdims=True)
+    options = {"axis": 1, "keepdims": True, "where": live}
+    mean, variance = jnp.mean(logs, **options), jnp.var(logs, **options)
     share = jnp.maximum(1 - scatter / jnp.maximum(variance, scatter), 0)
-    return jnp.where(live, jnp.exp(mean + jnp.sqrt(share) * (logs - mean)), 0)
+    scales = jnp.where(live, jnp.exp(mean + jnp.sqrt(share) * (logs - mean)), 0)
+    return scales[0, : len(sizes), None] * scales[1, None, : sizes.shape[1]]
 
 
 def _reach(matrix: Float[Array, "m n"], look: Int[Array, ""]) -> Float[Array, ""]:
     """Returns the mean largest eigenvalue of noise of variance 1 with the profile of a matrix."""
-    sizes = jnp.abs(matrix)
-    scale = _scales(sizes, 1) * _scales(sizes, 0)
+    scale = _scales(jnp.abs(matrix))
     scale = scale / jnp.sqrt(jnp.mean(scale**2, where=scale > 0))
     draw = lambda key: largest_eigenvalue(scale * jax.random.normal(key, scale.shape, scale.dtype))
     return lax.map(draw, jax.random.split(jax.random.key(look), _DRAWS)).mean()
