@@ -133,7 +133,7 @@ def factorize(
 ) -> Training:
     """Returns the network with kernels as factors of given ranks, nearest in outputs if asked."""
     params, axes = training.params, options(setting)["axes"]
-    how = {"moments": moments(setting, params) if outputs else None}
+    how: dict[str, Any] = {"moments": moments(setting, params) if outputs else None}
     for path, rank in ranked.items():
         only = lambda p, leaf, path=path: p == path
         rule: Any = ranks.fixed(rank)

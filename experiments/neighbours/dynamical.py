@@ -83,7 +83,7 @@ def step(loss, bases: Bases, shapes, rate, tau, optimizer, state) -> tuple[Bases
     low, rest = bases
 
     def with_kernels(pairs, rest):
-        found = {path: _factors(*pair, shapes[path]) for path, pair in pairs.items()}
+        found = {path: _factors(a, b, shapes[path]) for path, (a, b) in pairs.items()}
         return loss(replaced(rest, found))
 
     k = {path: one.u @ one.s for path, one in low.items()}

@@ -1,6 +1,7 @@
 """Arms of low rank: those of this library, and the rules that it stands beside."""
 
 from functools import cache, partial
+from typing import Any
 
 import optax
 
@@ -14,7 +15,7 @@ from rmtjax import lowrank, ranks
 LOOKS = 8  # pruning steps of the first phase
 
 
-def _period(steps: int) -> dict[str, int]:
+def _period(steps: int) -> dict[str, Any]:
     """Returns looks that begin after a quarter of a phase, the last one before its end."""
     begin = max(1, steps // 4)
     return {"start": begin, "every": max(1, (steps - begin) // LOOKS)}

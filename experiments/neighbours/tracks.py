@@ -59,7 +59,7 @@ class Track:
 
     def short(self) -> "Track":
         """Returns the track with a small network, few samples and few steps."""
-        small = {"width": 64} | ({"channels": (4, 64)} if self.name == "c" else {})
+        small: dict[str, Any] = {"width": 64} | ({"channels": (4, 64)} if self.name == "c" else {})
         return replace(self, module=self.module.clone(**small), steps=20, load=_Few(self.load))
 
 

@@ -71,7 +71,7 @@ def _decayed(hyper: Hyper) -> optax.GradientTransformation:
         decay = lambda u, p: u + hyper["decay"] * p if p.ndim > 1 else u
         return jax.tree.map(decay, updates, params), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,8 @@ def loop(
             carry = one(carry, inputs, data, numbers, extra)
         jax.block_until_ready(carry)
     seconds = time.perf_counter() - begin
-    return Training(*carry, before.seconds + seconds, before.phases + 1)
+    params, state = carry
+    return Training(params, state, before.seconds + seconds, before.phases + 1)
 
 
 def steps_of(track: Track, share: float) -> int:
