@@ -146,16 +146,12 @@ _compiled: dict[Any, Any] = {}
 
 def _compile(function, *args):
     """Returns a compiled program, made once for arguments of one shape."""
-    kind = lambda leaf: (np.shape(leaf), np.result_type(leaf)) if not _is_key(leaf) else "key"
+    kind = lambda leaf: (np.shape(leaf), str(leaf.dtype))
     leaves, tree = jax.tree.flatten(args)
-    shapes = function, tree, tuple(map(kind, leaves)), tuple(np.shape(leaf) for leaf in leaves)
+    shapes = function, tree, tuple(map(kind, leaves))
     if shapes not in _compiled:
         _compiled[shapes] = function.lower(*args).compile()
     return _compiled[shapes]
-
-
-def _is_key(leaf) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 @lru_cache(maxsize=8)
@@ -190,6 +186,7 @@ def loop(
     order = jnp.asarray(orders(track, setting.seed, before.phases, steps))
     key = jax.random.fold_in(jax.random.key(setting.seed), 1 + before.phases)
     keys, data = jax.random.split(key, steps), on_device(track, "train")
+    extra = jax.tree.map(jnp.asarray, extra)
     numbers = {name: jnp.float32(value) for name, value in setting.hyper.items()}
     if track.scan:
         run = _compile(_looped(program), before.params, order, keys, data, numbers, extra)
