@@ -48,7 +48,8 @@ def test_a_loss_that_allows_nothing_leaves_all_as_it_is():
         share = squares(path)[RANK:].sum() / squares(path).sum()
         np.testing.assert_allclose(found[f"refused/{path}"], share, rtol=1e-4)
     plan = rmtjax.plan(landed, fits=rmtjax.noise_levels(state))
-    assert {row.reason for row in plan.values()} == {"kept: pruning left it alone while training"}
+    words = "kept: pruning left it alone while training: the loss would have risen; train longer, "
+    assert {row.reason for row in plan.values()} == {f"{words}or raise `max_rise`"}
 
 
 @pytest.mark.parametrize("weights", [EQUAL, CHEAP_B, {"a": 0.3, "b": 2.0}])
