@@ -10,7 +10,16 @@ from rmtjax._types import BulkFit, Spectrum
 from rmtjax._version import __version__ as __version__
 from rmtjax.laws import marchenko_pastur, tracy_widom
 from rmtjax.models import register_layer
-from rmtjax.noise import fit_bema, metrics_of, ranks, shrinkage, SpectralMetrics
+from rmtjax.monitoring import History, KernelLook, monitor, MonitorState
+from rmtjax.noise import (
+    equalize,
+    Equalized,
+    fit_bema,
+    metrics_of,
+    ranks,
+    shrinkage,
+    SpectralMetrics,
+)
 from rmtjax.planning import (
     Budget,
     Cost,
@@ -39,12 +48,15 @@ from rmtjax.replicas import (
 )
 from rmtjax.report import (
     analyze,
+    compare_reports,
     Entry,
+    ExtraMetrics,
     find_traps,
     mask,
     most_signal,
     Report,
     Row,
+    SpectralChange,
     Spike,
     Traps,
 )
@@ -60,7 +72,7 @@ from rmtjax.sparse import (
     SparseState,
     sparsity,
 )
-from rmtjax.spectra import factorize_matrix, spectrum, truncate_matrix
+from rmtjax.spectra import factorize_matrix, pooled_spectrum, spectrum, truncate_matrix
 from rmtjax.training import (
     metrics,
     noise_levels,
@@ -80,17 +92,23 @@ __all__ = [
     "Cost",
     "DropAndGrowState",
     "Entry",
+    "Equalized",
+    "ExtraMetrics",
     "Factorized",
     "Factors",
+    "History",
     "Kept",
     "KernelAxes",
+    "KernelLook",
     "Merged",
+    "MonitorState",
     "Plan",
     "PruneEntriesState",
     "PruneState",
     "Report",
     "Row",
     "SparseState",
+    "SpectralChange",
     "SpectralMetrics",
     "Spectrum",
     "Spike",
@@ -105,8 +123,10 @@ __all__ = [
     "averaged",
     "certificate",
     "checkpoint",
+    "compare_reports",
     "deal",
     "drop_and_grow",
+    "equalize",
     "factorize",
     "factorize_matrix",
     "find_traps",
@@ -120,6 +140,7 @@ __all__ = [
     "metrics",
     "metrics_of",
     "moments",
+    "monitor",
     "most_signal",
     "nnx",
     "noise_levels",
@@ -127,6 +148,7 @@ __all__ = [
     "penalty",
     "plan",
     "plots",
+    "pooled_spectrum",
     "projections",
     "prune_entries",
     "prune_spectrum",

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from rmtjax._text import brief_fields
+from rmtjax._text import brief_fields, InParts
 
 Kernel = Float[Array, "..."] | Float[np.ndarray, "..."]
+_is_numpy = lambda leaf: isinstance(leaf, np.ndarray)
 
 
 class KernelAxes(NamedTuple):
@@ -46,7 +47,12 @@ class KernelAxes(NamedTuple):
         return (*self.batch, *self.inputs, *self.outputs)
 
 
-class Factors(NamedTuple):
+class _Factors(NamedTuple):
+    left: Float[Array, "*inputs r"]
+    right: Float[Array, "*r_outputs"]
+
+
+class Factors(InParts, _Factors):
     """Holds a kernel as the product of two thinner ones, in the kernel's place of a tree.
 
     Attributes:
@@ -59,13 +65,11 @@ class Factors(NamedTuple):
       (1, 4)
     """
 
-    left: Float[Array, "*inputs r"]
-    right: Float[Array, "*r_outputs"]
-
+    __slots__ = ()
     __repr__ = brief_fields
 
 
-class FactoredKernel:
+class FactoredKernel(InParts):
     """A kernel held as other parts than two factors, in the kernel's place of a tree: a protocol.
 
     A subclass is a pytree whose leaves are its parts, with the batch axes first in each. Its other
@@ -185,7 +189,7 @@ def to_matrices(kernel: Kernel, axes: KernelAxes) -> Any:
     return kernel.transpose(axes.order).reshape(matrix_shape(kernel.shape, axes))
 
 
-def to_stack(kernel: Any, axes: KernelAxes):
+def to_stack(kernel: Any, axes: KernelAxes) -> Any:
     """Returns a kernel as a JAX stack of matrices, or as `Factors` of stacks."""
     kernel = as_pair(kernel)
     if isinstance(kernel, FactoredKernel):
@@ -208,10 +212,6 @@ def split_stacks(joined: PyTree, sizes: Sequence[int]) -> list[Any]:
     ends = np.cumsum(sizes)
     parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
     return [jax.tree.map(operator.itemgetter(part), joined) for part in parts]
-
-
-def _is_numpy(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray)
 
 
 def native(leaf: Any) -> Any:
@@ -254,7 +254,7 @@ class KernelLeaf:
             return self.leaf.rank
         return self.leaf.left.shape[-1] if isinstance(self.leaf, Factors) else None
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense kernel."""
         return kernel_shape(self.leaf)
@@ -277,17 +277,17 @@ class MatrixView(KernelLeaf):
         super().__post_init__()
         check_axes(self.path, self.axes, len(self.shape))
 
-    @property
+    @functools.cached_property
     def stack(self) -> int:
         """The number of matrices: 1 if the kernel is not a stack."""
         return matrix_shape(self.shape, self.axes)[0]
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """The number of inputs of each matrix."""
         return matrix_shape(self.shape, self.axes)[1]
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         """The number of outputs of each matrix."""
         return matrix_shape(self.shape, self.axes)[2]

@@ -57,6 +57,41 @@ def brief_fields(self: Any) -> str:
     return f"{type(self).__name__}({fields})"
 
 
+class ThinType(type):
+    """The type of kernels in parts: it prints a hint for who meets one unawares.
+
+    Where two trees differ, the error of JAX prints the types of both subtrees. Nothing else in it
+    is ours, and the usual cause is the state of an optimizer that belongs to the dense kernels.
+    """
+
+    def __repr__(cls) -> str:
+        """Returns the name and the hint."""
+        return (
+            f"<class 'rmtjax.{cls.__name__}'>, a kernel in parts. If the other tree is the state "
+            "of an optimizer for the dense kernels, carry it over by "
+            "`rmtjax.transfer_opt_state(opt_state, params, thin)`, or call `optimizer.init(thin)`."
+        )
+
+
+class InParts(metaclass=ThinType):
+    """A kernel in parts, which is no array and says so. A tuple would repeat and join its parts."""
+
+    __slots__ = ()
+
+    def _refuse(self, *others: Any) -> Any:
+        """Raises TypeError, with the remedies."""
+        del others
+        raise TypeError(
+            f"arithmetic needs arrays, got {type(self).__name__}: a kernel in parts. Multiply it "
+            "out by `rmtjax.merge(params)`, or run the model by `rmtjax.linen.apply`. In an "
+            "optimizer, parameters and state do not belong together: carry the state over by "
+            "`rmtjax.transfer_opt_state(opt_state, params, thin)`, or call `optimizer.init`."
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = __neg__ = _refuse
+
+
 def first_lines(lines: Sequence[str]) -> list[str]:
     """Returns as many lines as fit a screen, and how many more there are."""
     more = len(lines) - SCREEN

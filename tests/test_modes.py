@@ -25,6 +25,7 @@ TRANSFORMS = {
             rmtjax.admm(jnp.sign, every=2),
             rmtjax.lowrank.shrink_tail(2, strength=0.1, rule=ranks.fixed(4)),
             rmtjax.average_params(1),
+            rmtjax.monitor(2, shuffles=1),
         ),
         every=2,
         density=0.5,

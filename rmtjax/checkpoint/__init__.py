@@ -2,11 +2,17 @@
 
 `save` writes a parameter tree with its plan, `restore` fills a tree or names what does not fit, and
 `load_plan` returns the plan alone. `save_moments` and `load_moments` do so for the moments of the
-inputs of kernels. `analyze_file` and `compress_file` work on files that are larger
+inputs of kernels. `analyze_file`, `compress_file` and `compare_files` work on files that are larger
 than memory. Other programs can read the results: factors are tensors with the names `PATH/left` and
 `PATH/right`.
 """
 
+from rmtjax.checkpoint._compare import (
+    compare_files as compare_files,
+    Comparison as Comparison,
+    Drift as Drift,
+    Sums as Sums,
+)
 from rmtjax.checkpoint._manifest import read_manifest as read_manifest
 from rmtjax.checkpoint._moments import (
     load_moments as load_moments,
@@ -28,7 +34,10 @@ from rmtjax.checkpoint._tensor_names import (
 from rmtjax.checkpoint._tensors import Entry as Entry, FilePath as FilePath, Tensors as Tensors
 
 __all__ = [
+    "Comparison",
+    "Drift",
     "analyze_file",
+    "compare_files",
     "compress_file",
     "load_moments",
     "load_plan",

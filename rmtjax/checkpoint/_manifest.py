@@ -17,8 +17,8 @@ from rmtjax.noise import ranks, shrinkage
 from rmtjax.planning import Cost, Factorized, Kept, LayerPlan, Plan, Truncated
 
 # Raise it when an older reader would misread the text. New names do not need it: they are ignored.
-FORMAT = 2
-_WITHOUT_PARTS = 1  # what a manifest without kernels in other parts is, for older readers
+FORMAT = 3
+_WITH_PARTS, _PLAIN = 2, 1  # what manifests without equalized kernels are, for older readers
 _ROWS: dict[str, Any] = {row.action: row for row in (Kept, Truncated, Factorized)}
 _SHRINKERS = {name: getattr(shrinkage, name) for name in ("frobenius", "operator", "nuclear")}
 
@@ -52,6 +52,7 @@ def _dump_row(row: LayerPlan) -> dict[str, Any]:
         "fit": row.fit and {"dtype": dtype, **_dump_numbers(row.fit)},
         "shrink": row.shrink and names.get(row.shrink, str(row.shrink)),
         "cost": row.cost and _dump_numbers(row.cost),
+        **({"equalized": True} if row.equalized else {}),
     }
 
 
@@ -65,8 +66,9 @@ def to_json(
     parts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """Returns the text of a manifest for the key `KEY`; the arguments are as in `Manifest`."""
+    equalized = any(row.equalized for row in (plan or {}).values())
     fields = {
-        "format": FORMAT if parts else _WITHOUT_PARTS,
+        "format": FORMAT if equalized else _WITH_PARTS if parts else _PLAIN,
         "versions": {"rmtjax": __version__, "jax": jax.__version__},
         "rule": None if rule is None else str(rule),
         "plan": None if plan is None else {path: _dump_row(row) for path, row in plan.items()},
@@ -124,6 +126,7 @@ def _parse_row(path: str, fields: Any) -> LayerPlan:
         "rank": _check(fields["rank"], int, NoneType),
         "fit": None if fit is None else _parse_fit(fit),
         "cost": None if cost is None else Cost(*map(number, Cost._fields)),
+        "equalized": fields.get("equalized") is True,
     }
     if action == Kept.action:
         return Kept(**row)

@@ -25,14 +25,7 @@ from rmtjax.checkpoint._tensor_names import (
     pair_adapters,
     unchosen,
 )
-from rmtjax.checkpoint._tensors import (
-    check_dtype,
-    Entry,
-    FilePath,
-    KEY,
-    Tensors,
-    with_dtype,
-)
+from rmtjax.checkpoint._tensors import check_dtype, Entry, FilePath, KEY, Tensors, with_dtype
 from rmtjax.moments import Moments
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import (
@@ -51,7 +44,7 @@ from rmtjax.planning import (
     study,
     without_values,
 )
-from rmtjax.report import Report
+from rmtjax.report import Extra, Report
 
 
 def _plan_kernels(
@@ -61,7 +54,8 @@ def _plan_kernels(
     dtype: np.dtype | None,
     progress: Step,
     later: int = 0,
-) -> tuple[Plan, Findings, PlanOptions]:
+    extra: Extra = Extra(),  # noqa: B008 - a frozen value
+) -> tuple[Plan, Findings, PlanOptions, dict[str, Any]]:
     """Returns the plan of a file, and what it was made of; each kernel is read alone.
 
     `later` steps follow in the progress.
@@ -69,7 +63,8 @@ def _plan_kernels(
     kernels = choose(leaves, options)
     # A kernel that was cut has lost its noise. One that was only kept is fitted like any other.
     changes = manifest.plan.changes if manifest.plan else {}
-    fits = {path: row.fit for path, row in changes.items()} | dict(options.fits or {})
+    known = {path: row.fit for path, row in changes.items() if not row.equalized}
+    fits = known | dict(options.fits or {})
     rows_by_path(options.batch, kernels)  # raises an error for other paths before the work
     check_moments(options.moments, leaves)
     others = unchosen(leaves, kernels) if options.where is None else {}
@@ -79,15 +74,16 @@ def _plan_kernels(
         table = axes or {}
         axes = lambda path, leaf: table[path] if path in table else guess_axes(path, leaf, tree)
     options = dataclasses.replace(options, where=lambda path, leaf: True, axes=axes, fits=fits)
-    found = Findings({}, {}, {}, {}, {})
+    found, extras = Findings({}, {}, {}, {}, {}), {}
     for place, (path, leaf) in enumerate(kernels.items(), len(others)):
         progress(place, len(others) + len(kernels) + later, path)
         known = {path: fits[path]} if path in fits else None
         moments = options.moments and options.moments.of([path])
         alone = dataclasses.replace(options, fits=known, moments=moments, batch=None)
-        found = merge_findings(found, study({path: with_dtype(leaf, dtype)}, alone))
+        one = study({path: with_dtype(leaf, dtype)}, alone)
+        found, extras = merge_findings(found, one), extras | extra.of(one, options)
     found = found._replace(others=others)
-    return decide_all(found, options), without_values(found), options
+    return decide_all(found, options), without_values(found), options, extras
 
 
 def _find_outputs(leaves: Mapping[str, Any], plan: Plan) -> dict[str, Entry]:
@@ -161,6 +157,9 @@ def analyze_file(
     batch: int | Mapping[str, int] | None = None,
     moments: Moments | None = None,
     budget: Budget | float | None = None,
+    randomized: int = 0,
+    aspect: float | None = None,
+    seed: int = 0,
     dtype: DTypeLike | None = None,
     progress: Progress = None,
 ) -> Report:
@@ -180,6 +179,7 @@ def analyze_file(
       rule, min_size, exact_below, batch, budget: As in `rmtjax.plan`.
       moments: As in `rmtjax.plan`, by the paths of the file. They are not centred, since the bias
         stays as it is.
+      randomized, aspect, seed: As in `rmtjax.analyze`.
       dtype: float32 or float64, for the computation. By default the dtype of the kernel, but at
         least float32, and float32 if 64 bits are switched off in jax.
       progress: True shows the progress on stderr. A function `progress(done, total, path)` is
@@ -204,9 +204,9 @@ def analyze_file(
     sizes: dict[str, Any] = {"multiple": multiple, "min_size": min_size, "exact_below": exact_below}
     sizes |= {"moments": moments, "budget": budget}
     options = PlanOptions(rule, where=where, axes=axes, fits=fits, batch=batch, **sizes)
-    checked = check_dtype(dtype)
+    checked, extra = check_dtype(dtype), Extra(randomized, aspect, seed)
     with open_tensors(path) as tensors, showing(progress, "analyze_file") as step:
-        return analyze_tensors(tensors, options, step, checked, adapters=True)
+        return analyze_tensors(tensors, options, step, checked, extra, adapters=True)
 
 
 def analyze_tensors(
@@ -214,6 +214,7 @@ def analyze_tensors(
     options: PlanOptions,
     step: Step,
     dtype: np.dtype | None = None,
+    extra: Extra = Extra(),  # noqa: B008 - a frozen value
     *,
     adapters: bool = False,
 ) -> Report:
@@ -221,8 +222,9 @@ def analyze_tensors(
     manifest = read_manifest(tensors)
     leaves = find_leaves(tensors, manifest)
     leaves = pair_adapters(leaves) if adapters else leaves
-    plan, found, options = _plan_kernels(leaves, manifest, options, dtype, step)
-    return Report(plan, count_others(leaves, plan), False, found, options)
+    found = _plan_kernels(leaves, manifest, options, dtype, step, extra=extra)
+    plan, findings, options, extras = found
+    return Report(plan, count_others(leaves, plan), False, findings, options, extras)
 
 
 @in_usual_modes

@@ -5,9 +5,11 @@ import math
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from rmtjax._names import matcher
 from rmtjax._version import __version__
+from rmtjax.checkpoint import replacing
 from rmtjax.noise import ranks
 from rmtjax.report import expand_columns
 
@@ -18,7 +20,9 @@ examples:
   rmtjax analyze checkpoint/ --rule gavish_donoho --include '*encoder*'
   rmtjax compress model.safetensors --out thin.safetensors
   rmtjax compress model.safetensors --out low.safetensors --mode truncate --exclude '*embed*'
+  rmtjax moments --model model.py:build --data tokens.npy --out m.safetensors
   rmtjax compress model.safetensors --out small.safetensors --budget 0.75 --moments m.safetensors
+  rmtjax compare model.safetensors small.safetensors --model model.py:build --data tokens.npy
   rmtjax select model.safetensors --top 25% --form axolotl
   rmtjax diff base.safetensors tuned.safetensors --lora adapter
 
@@ -32,6 +36,18 @@ exit codes:
   143  terminated (SIGTERM)
 A command that ends early leaves no half-written file.
 """
+_INCLUDE = (
+    "only kernels of this name: a glob as '*attention*', or a regular expression after 're:', "
+    "can be repeated"
+)
+_MODEL = (
+    "function that takes nothing and returns (module, variables) of linen or a model of nnx: "
+    "FILE.py:FUNCTION or MODULE:FUNCTION"
+)
+_DATA = (
+    "file of samples, first axis by first axis: .npy for one argument of the model, .npz with an "
+    "array for each argument, in the order of the file"
+)
 # The type of the number after the colon, and the rule.
 _RULES = {
     "bema": (None, ranks.bema),
@@ -46,7 +62,9 @@ class UsageError(Exception):
     """A fault of the arguments that `argparse` does not find."""
 
 
-def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.RankRule:
+def parse_rule(
+    text: str, level: float | None, trim: float | None, equalize: bool | str | None = None
+) -> ranks.RankRule:
     """Returns a rank rule from its name, and its number after a colon: "energy:0.99"."""
     name, colon, number = text.partition(":")
     kind, rule = _RULES.get(name.replace("-", "_"), (None, None))
@@ -56,9 +74,11 @@ def parse_rule(text: str, level: float | None, trim: float | None) -> ranks.Rank
             f"{text!r}."
         )
     # Only what was given is passed on, so that the defaults stand in one place.
-    options = {k: value for k, value in (("level", level), ("trim", trim)) if value is not None}
+    given = {"level": level, "trim": trim, "equalize": equalize}
+    options = {name: value for name, value in given.items() if value is not None}
     if rule is not ranks.bema and options:
-        raise UsageError(f"--level and --trim are options of the rule bema, not of {name}.")
+        words = "--level, --trim and --equalize are options of the rule bema"
+        raise UsageError(f"{words}, not of {name}.")
     try:
         return rule(kind(number)) if kind else rule(**options)
     except ValueError as error:
@@ -74,6 +94,13 @@ def parse_share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"must be a share such as 25% or 0.25, got {text!r}")
     return share
+
+
+def parse_count(text: str) -> int:
+    """Returns a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def parse_columns(text: str | None) -> tuple[str, ...]:
@@ -104,6 +131,15 @@ def is_stdout(path: str) -> bool:
 def is_special(path: str) -> bool:
     """Returns True for a pipe or a device, which is written into and not replaced."""
     return os.path.exists(path) and not os.path.isfile(path)
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a text to stdout, into a pipe or a device, or as a file, which is replaced."""
+    if is_stdout(path):
+        print(text, end="", flush=True)
+        return
+    with open(path, "wb") if is_special(path) else replacing(Path(path)) as file:
+        file.write(text.encode())
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -141,11 +177,13 @@ def _add_common(command: argparse.ArgumentParser, multiple: int, file: str = "FI
     add("--rule", default="bema", help=rules)
     add("--level", type=float, help="of bema: P(noise alone gives a spike), default 0.01")
     add("--trim", type=float, help="of bema: share left out at each end, default 0.25")
-    include = (
-        "only kernels of this name: a glob as '*attention*', or a regular expression after 're:', "
-        "can be repeated; a complete name makes a kernel of any tensor"
+    equalize = (
+        "of bema: judges and cuts kernels over the scales of their noise in rows and columns; "
+        "'advise' only says which of the refused ones would fit"
     )
-    add("--include", **pattern, help=include)
+    modes = {"nargs": "?", "const": True, "choices": ("advise",), "metavar": "advise"}
+    add("--equalize", **modes, help=equalize)
+    add("--include", **pattern, help=f"{_INCLUDE}; a complete name makes a kernel of any tensor")
     add("--exclude", **pattern, help="not these kernels")
     add("--min-size", type=int, default=50, help="shortest short side that is fitted, default 50")
     add("--exact-below", type=int, default=4096, help="short sides from it on are estimated (4096)")
@@ -164,7 +202,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     budget = "share of the parameters to reach, as 75%% or 0.75, in place of the rule's ranks"
     add("--budget", type=parse_share, help=budget)
-    moments = "cuts by output: a file of `rmtjax.checkpoint.save_moments`, by the paths of FILE"
+    moments = "cuts by output: a file of `rmtjax moments` for the model of FILE"
     add("--moments", metavar="MOMENTS", help=moments)
     add("--batch", type=int, help="times each kernel with so many rows; slow factors are not used")
     add("--dtype", choices=("float32", "float64"), help="of the computation, at least")
@@ -185,6 +223,16 @@ def _add_select(command: argparse.ArgumentParser) -> None:
     add("--form", choices=("names", "json", "axolotl"), default="names", help=forms)
 
 
+def _add_analyze(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    orders = "columns `traps`: spectra of so many random orders of the entries (5)"
+    add("--randomized", type=int, nargs="?", const=5, default=0, metavar="DRAWS", help=orders)
+    blocks = "columns `pooled`: exponents of blocks of one aspect ratio, in (0, 1] (1)"
+    add("--aspect", type=float, nargs="?", const=1.0, metavar="RATIO", help=blocks)
+    add("--seed", type=int, default=0, help="of the random orders (0)")
+    add("--against", metavar="OLD", help="columns `change`: an earlier checkpoint of the model")
+
+
 def _add_compress(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--out", required=True, metavar="OUT", help="file to write, NAME.safetensors")
@@ -194,6 +242,38 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     add("--keep", type=float, default=0.0, help="share of the noise directions that stay, 0 to 1")
     add("--shrink", choices=("frobenius", "operator", "nuclear"), help="shrinks what is kept")
     add("--min-rank", type=int, default=1, help="smallest rank, default 1")
+
+
+def _add_data(command: argparse.ArgumentParser, *, required: bool) -> None:
+    add = command.add_argument
+    add("--model", required=required, metavar="MODEL", help=_MODEL)
+    add("--data", required=required, metavar="DATA", help=_DATA)
+    size = "samples of one call of the model, default 32"
+    add("--batch-size", type=parse_count, default=32, metavar="N", help=size)
+    add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
+    add("--quiet", action="store_true", help="no table and no progress")
+    command.set_defaults(dtype=None, reports=[], refuse=command.error)
+
+
+def _add_moments(command: argparse.ArgumentParser) -> None:
+    add, pattern = command.add_argument, {"action": "append", "default": [], "metavar": "PATTERN"}
+    _add_data(command, required=True)
+    add("--out", required=True, metavar="OUT", help="file to write, NAME.safetensors")
+    add("--force", action="store_true", help="replaces an existing OUT")
+    add("--include", **pattern, help=_INCLUDE)
+    add("--exclude", **pattern, help="not these kernels")
+    weigh = "weighs outputs by what they change of those of the model; for thousands of rows"
+    add("--gradients", action="store_true", help=weigh)
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_data(command, required=False)
+    add("file", metavar="BEFORE", help=".safetensors file, sharded folder or orbax checkpoint")
+    add("after", metavar="AFTER", help="another one of the same model, dense or thin")
+    named = lambda path: ("json", path)
+    words = "writes the rows; '-' is stdout and no table"
+    add("--json", dest="reports", action="append", metavar="FILE", type=named, help=words)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -222,8 +302,18 @@ def make_parser() -> argparse.ArgumentParser:
         else:
             _add_model(command)
         _add_common(command, multiple, "TUNED" if name == "diff" else "FILE")
-        if name in ("compress", "select"):
-            {"compress": _add_compress, "select": _add_select}[name](command)
+        own = {"analyze": _add_analyze, "compress": _add_compress, "select": _add_select}
+        if name in own:
+            own[name](command)
         # For faults that come up later: the usage that is printed is that of the command.
         command.set_defaults(refuse=command.error)
+    for name, text, add in (
+        (
+            "moments",
+            "collects what data feed to the kernels of a model, for --moments",
+            _add_moments,
+        ),
+        ("compare", "how far tensors, and outputs on data, are from one another", _add_compare),
+    ):
+        add(commands.add_parser(name, help=text, description=text, **layout))
     return parser

@@ -1,4 +1,4 @@
-"""Runs the command `rmtjax`, which analyzes, compresses or compares checkpoints."""
+"""Runs the command `rmtjax`, which analyzes, compresses and compares checkpoints."""
 
 import argparse
 import contextlib
@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,22 +21,24 @@ from rmtjax._text import printable
 from rmtjax._types import Where
 from rmtjax.cli._arguments import (
     check_outputs,
-    is_special,
     is_stdout,
     make_parser,
     parse_columns,
     parse_pattern,
     parse_rule,
     UsageError,
+    write_text,
 )
+from rmtjax.cli._data import collect_moments, compare
 from rmtjax.noise import shrinkage
 from rmtjax.planning import check_matches, PlanOptions
-from rmtjax.report import most_signal, Report
+from rmtjax.report import compare_reports, Extra, most_signal, Report
 
 # `removed` shows what a kernel would lose, before it is cut.
 FITTED = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
 OUTPUTS = ("removed_outputs",)
 COSTS = ("parameters", "multiply_adds", "milliseconds")
+EXTRA = ("randomized", "aspect", "seed")  # of `analyze` alone
 
 
 def _select(tensors: checkpoint.Tensors, include: list[str], exclude: list[str]) -> Where | None:
@@ -82,13 +83,7 @@ def _show(report: Report, args: argparse.Namespace, table: bool) -> None:
     data = {"json": lambda: report.to_json(*columns) + "\n", "csv": lambda: report.to_csv(*columns)}
     make = {**data, "html": page}
     for form, path in args.reports:
-        text = make[form]()
-        if is_stdout(path):
-            print(text, end="", flush=True)
-            continue
-        # A pipe or a device stays, and is written into. A file is replaced.
-        with open(path, "wb") if is_special(path) else checkpoint.replacing(Path(path)) as file:
-            file.write(text.encode())
+        write_text(path, make[form]())
     if table and not args.quiet:
         timed = report.totals.milliseconds is not None
         by_output = any(row.removed_outputs is not None for row in report.rows)
@@ -96,6 +91,9 @@ def _show(report: Report, args: argparse.Namespace, table: bool) -> None:
             *FITTED,
             *(OUTPUTS if by_output else ()),
             *(COSTS if timed else ()),
+            *(("change",) if getattr(args, "against", None) is not None else ()),
+            *(("traps",) if getattr(args, "randomized", 0) else ()),
+            *(("pooled",) if getattr(args, "aspect", None) is not None else ()),
             "reason",
         )
         # A terminal has its width. Columns that were asked for are all printed.
@@ -117,16 +115,22 @@ def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options of the plan. A value that no file could have is wrong usage."""
     names = {field.name for field in dataclasses.fields(PlanOptions)}
     options = {name: value for name, value in vars(args).items() if name in names}
-    options["rule"] = parse_rule(args.rule, args.level, args.trim)
+    options["rule"] = parse_rule(args.rule, args.level, args.trim, args.equalize)
     if options.get("shrink"):
         options["shrink"] = getattr(shrinkage, args.shrink)
     if options.get("moments"):
         options["moments"] = checkpoint.load_moments(options["moments"])
     try:
         PlanOptions(**options)
+        Extra(**_extra(args))
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     return options
+
+
+def _extra(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of columns that a spectrum does not have, which `analyze` alone has."""
+    return {name: getattr(args, name) for name in EXTRA if args.command == "analyze"}
 
 
 def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Callable[[], str]]:
@@ -136,7 +140,9 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Report, Cal
         return found.report, lambda: _tell(found)
     options["dtype"] = args.dtype
     if args.command != "compress":
-        report = checkpoint.analyze_file(args.file, **options)
+        report = checkpoint.analyze_file(args.file, **options, **_extra(args))
+        if getattr(args, "against", None) is not None:
+            report = compare_reports(checkpoint.analyze_file(args.against, **options), report)
         return report, lambda: _list(report, args) if args.command == "select" else ""
     report = checkpoint.compress_file(args.file, args.out, mode=args.mode, **options)
     sizes = lambda: (f"{printable(path)}, {_size(path)}" for path in (args.file, args.out))
@@ -183,10 +189,19 @@ def _tell(found: adapters.Difference) -> str:
 
 def _work(args: argparse.Namespace) -> None:
     """Runs the command."""
+    if args.command in ("moments", "compare"):
+        check_outputs(args)
+        with _progress(args.quiet) as progress:
+            tell = {"moments": collect_moments, "compare": compare}[args.command](args, progress)
+        if not args.quiet and not any(is_stdout(path) for _, path in args.reports):
+            tell()
+        return
     options = _plan_options(args)
     parse_columns(args.columns)  # before the work
     check_outputs(args)
-    for source in filter(None, (getattr(args, "base", None), args.file)):
+    for source in filter(
+        None, (getattr(args, "base", None), getattr(args, "against", None), args.file)
+    ):
         with checkpoint.open_tensors(source) as tensors:
             for form, target in args.reports:
                 if not is_stdout(target):

@@ -38,14 +38,18 @@ _SMALL = 0.1
 _CELLS = 64
 
 
-def _prepare(ratio: ArrayLike, variance: ArrayLike, *others: ArrayLike):
-    """Checks the parameters and returns all arguments as arrays of one shape and dtype."""
+def _check(ratio: ArrayLike, variance: ArrayLike) -> None:
+    """Raises ValueError for numbers out of range. The values of arrays are not read."""
     if isinstance(ratio, int | float | np.number) and not 0 < ratio <= 1:
         raise ValueError(
             f"`ratio` must be in (0, 1], got {ratio}. Divide the shorter side by the longer."
         )
     if isinstance(variance, int | float | np.number) and not 0 < variance < math.inf:
         raise ValueError(f"`variance` must be positive and finite, got {variance}.")
+
+
+def _prepare(ratio: ArrayLike, variance: ArrayLike, *others: ArrayLike):
+    """Returns all arguments as arrays of one shape and dtype, NaN where out of range."""
     arrays = ratio, variance, *others
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     ratio, variance, *rest = jnp.broadcast_arrays(*(jnp.asarray(a, dtype) for a in arrays))
@@ -92,19 +96,19 @@ def _angle_cdf(angle, root):
     rest = (1 - root) + 2 * root * half**2 + jnp.finfo(angle.dtype).tiny
     arc = jnp.arctan(root * sine / rest)
     small = root < _SMALL
-    safe = jnp.where(small, 1.0, root)  # Keeps the gradient of the unused branch finite.
+    safe = jnp.where(small, 1.0, root)  # Keeps the gradients of unused branches finite.
     closed = (safe * sine - (1 - safe**2) * arc) / safe**2
-    series = arc - sine * _series(cosine, root)
-    return (angle + jnp.where(small, series, closed)) / jnp.pi
+    few, slope = jnp.where(small, root, 0.0), sine / rest
+    short = arc - slope * (cosine - few * slope**2 * _arc_rest(few * slope))
+    return (angle + jnp.where(small, short, closed)) / jnp.pi
 
 
-def _series(cosine, root):
-    r"""Sums $\sum_{k \ge 2} a^{k - 2} U_{k - 1}(\cos\theta) / k$ of Chebyshev polynomials U."""
-    # The terms left out are below the rounding unit, since a < 0.1: 0.1^17 in float64.
-    before, last, power, total = jnp.ones_like(cosine), 2 * cosine, root, cosine
-    for k in range(3, 19 if cosine.dtype == jnp.float64 else 10):
-        before, last = last, 2 * cosine * last - before
-        total, power = total + power * last / k, power * root
+def _arc_rest(t):
+    r"""Returns $(t - \arctan t) / t^3$ for $t < 1/9$, by its series."""
+    square, total = t**2, 0.0
+    # The terms left out are below the rounding unit: 81^-4 / 11 in float32.
+    for k in reversed(range(8 if t.dtype == jnp.float64 else 4)):
+        total = (-1) ** k / (2 * k + 3) + square * total
     return total
 
 
@@ -153,6 +157,8 @@ def _angle_ppf_jvp(primals, tangents):
     return angle, tangent
 
 
+# Functions are compiled whole: called outside `jit`, each step would be a program of its own.
+@jax.jit
 def _quantiles(q: ArrayLike, ratio: ArrayLike, variance: ArrayLike, lack: ArrayLike):
     shared = jnp.ndim(ratio) == jnp.ndim(lack) == 0  # Then one table serves all quantiles.
     ratio, variance, lack, q = _prepare(ratio, variance, lack, q)
@@ -191,6 +197,7 @@ def noise_quantiles(
     References:
       Dumitriu and Edelman, J. Math. Phys. 47 (2006) 063302.
     """
+    _check(ratio, variance)
     return _quantiles(q, ratio, variance, 1 / jnp.asarray(ranks))
 
 
@@ -208,6 +215,12 @@ def support(
       >>> float(lower), float(upper)
       (0.25, 2.25)
     """
+    _check(ratio, variance)
+    return _support(ratio, variance)
+
+
+@jax.jit
+def _support(ratio, variance):
     ratio, variance = _prepare(ratio, variance)
     lower, upper = _unit_support(ratio)
     return variance * lower, variance * upper
@@ -228,6 +241,12 @@ def pdf(x: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Arra
       >>> print(f"{rmtjax.marchenko_pastur.pdf(1.0, 0.5):.4f}")
       0.4211
     """
+    _check(ratio, variance)
+    return _pdf(x, ratio, variance)
+
+
+@jax.jit
+def _pdf(x, ratio, variance):
     ratio, variance, x = _prepare(ratio, variance, x)
     angle, outside = _angle(x / variance, ratio)
     # The square root is 2 a sigma^2 sin(theta), and a / gamma = 1 / a.
@@ -246,6 +265,12 @@ def cdf(x: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Arra
       >>> print(f"{rmtjax.marchenko_pastur.cdf(1.0, 0.5):.4f}")
       0.5760
     """
+    _check(ratio, variance)
+    return _cdf(x, ratio, variance)
+
+
+@jax.jit
+def _cdf(x, ratio, variance):
     ratio, variance, x = _prepare(ratio, variance, x)
     angle, outside = _angle(x / variance, ratio)
     _, upper = _unit_support(ratio)
@@ -271,4 +296,5 @@ def ppf(q: ArrayLike, ratio: ArrayLike, variance: ArrayLike = 1.0) -> Float[Arra
       >>> print(f"{rmtjax.marchenko_pastur.ppf(0.5, 1.0):.4f}")  # the median
       0.6528
     """
+    _check(ratio, variance)
     return _quantiles(q, ratio, variance, 0.0)

@@ -12,6 +12,7 @@ from flax.core.scope import Scope, subtract_filters
 from jaxtyping import PyTree
 
 from rmtjax._axes import as_pair, FactoredKernel, Factors, is_factors
+from rmtjax.linen._boxes import unbox
 from rmtjax.linen._layers import call_inputs, has_variables, run_cell, run_embed, run_layer
 from rmtjax.models import evaluate, registered
 from rmtjax.spectra import multiply
@@ -23,6 +24,10 @@ REMEDY = (
     "`nn.Sequential([layer])`. If it is your layer and only multiplies by its kernel, call "
     "`rmtjax.register_layer`. Otherwise leave the kernel out with `where`."
 )
+
+
+# They rewrite each array of the layer inside them, which the halves of a kernel cannot stand.
+REWRITERS = (nn.WeightNorm, nn.SpectralNorm)
 
 
 def _place(module: nn.Module) -> str:
@@ -39,7 +44,7 @@ def _warn(module: nn.Module, remedy: str) -> None:
 
 def _merge(module: nn.Module, params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters of a module with its factors multiplied out."""
-    unboxed = {name: nn.unbox(leaf) for name, leaf in params.items()}
+    unboxed = {name: unbox(leaf) for name, leaf in params.items()}
     for name, leaf in unboxed.items():
         # qwix holds quantized arrays in its own containers.
         if isinstance(leaf, Factors) and not jax.tree_util.all_leaves(leaf):
@@ -71,7 +76,7 @@ def _run_registered(module: nn.Module, method: str, args, kwargs):
         outputs = getattr(module.clone(parent=traced), method)(*args, **kwargs)
         return outputs, traced.mutable_variables()
 
-    params = nn.unbox(module.variables["params"])
+    params = unbox(module.variables["params"])
     (outputs, written), multiplied_out = evaluate(run, params)
     # Without this, the layer's next call would draw the same random numbers again.
     scope.rng_counters.update(counters)
@@ -96,14 +101,27 @@ def _run_thin(module: nn.Module, method: str, params: Mapping[str, Any], args, k
     return None
 
 
+def _check_rewriter(module: nn.Module) -> None:
+    """Raises ValueError for a module that rewrites the factors of the layer inside it."""
+    layer: Any = getattr(module, "layer_instance", None)
+    if isinstance(module, REWRITERS) and isinstance(layer, nn.Module) and layer.scope is not None:
+        for name, leaf in layer.variables.get("params", {}).items():
+            if is_factors(unbox(leaf)):
+                raise ValueError(
+                    f"{_place(module)} rewrites the parameters of {_place(layer)}, of which "
+                    f"{name!r} holds thin factors. Leave this kernel out of the plan with `where`."
+                )
+
+
 def _interceptor(next_fun, args, kwargs, context):
     """Runs a method of a module, by thin layers if the module has `Factors`."""
     module, method = context.module, context.method_name
+    _check_rewriter(module)
     params = module.variables.get("params", {}) if module.scope is not None else {}
     cell_outputs = run_cell(module, params, args, kwargs) if method == "__call__" else None
     if cell_outputs is not None:
         return cell_outputs
-    params = {name: as_pair(nn.unbox(leaf)) for name, leaf in params.items()}
+    params = {name: as_pair(unbox(leaf)) for name, leaf in params.items()}
     if not any(is_factors(leaf) for leaf in params.values()):
         return next_fun(*args, **kwargs)
     if method == "setup":
@@ -147,7 +165,7 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
     The outputs equal those of the merged tree (`rmtjax.merge`) up to rounding. Gradients are
     those of the factors, so training can go on in them. Works under `jit`, `grad` and `vmap`.
     Modules that rewrite the parameters of another module, such as `nn.WeightNorm` and
-    `nn.SpectralNorm`, fail on factors. Leave their kernels out of the plan with `where`.
+    `nn.SpectralNorm`, raise an error on factors. Leave their kernels out of the plan with `where`.
 
     Args:
       module: An unmodified linen module.
@@ -160,7 +178,8 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
         know this layer or because its factors have other axes.
 
     Raises:
-      ValueError: `variables` is the tree without `{"params": tree}` around it.
+      ValueError: `variables` is the tree without `{"params": tree}` around it, or a module rewrites
+        the parameters of another one that has factors.
       TypeError: The factors to multiply out are not arrays, for example quantized.
 
     Examples:

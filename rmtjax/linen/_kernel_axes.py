@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from rmtjax._axes import kernel_shape, KernelAxes
+from rmtjax.linen._boxes import unbox
 from rmtjax.linen._layers import call_inputs, KNOWN, layer_axes
 from rmtjax.models import check_names, registered
 from rmtjax.planning import guess_axes, leaves_by_path, NAMES, Neighbours
@@ -34,7 +35,7 @@ def _registered_kernels(module: nn.Module, kernels: Mapping[str, KernelAxes]) ->
 
 def _kernels_of(module: nn.Module, args, kwargs) -> dict[str, Used]:
     """Returns the kernels of a layer by name, as this call of it uses them."""
-    shape = lambda name: jnp.shape(nn.unbox(module.get_variable("params", name)))
+    shape = lambda name: jnp.shape(unbox(module.get_variable("params", name)))
     kernels = registered(type(module))
     if kernels is not None:
         return {n: (axes, shape(n)) for n, axes in _registered_kernels(module, kernels).items()}
@@ -64,6 +65,13 @@ class KernelTable(dict[str, KernelAxes | None]):
     Attributes:
       used: The axes and the shape of each kernel by path, where its layer used it.
       tree: The shapes of all leaves, as the module has them.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
+      >>> module, x = nn.Dense(60), jnp.ones((2, 80))
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> rmtjax.linen.kernel_axes(module, variables, x).used["kernel"]
+      (KernelAxes(inputs=(0,), outputs=(1,), batch=()), (80, 60))
     """
 
     def __init__(self, used: dict[str, Used], params: PyTree):

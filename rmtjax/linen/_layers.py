@@ -7,6 +7,7 @@ import flax.linen as nn
 import numpy as np
 
 from rmtjax._axes import Factors, is_factors, KernelAxes
+from rmtjax.linen._boxes import unbox
 from rmtjax.models import einsum_axes, split_einsum
 
 # By the exact type. A subclass may do anything with its kernel, so it is not a known layer.
@@ -105,7 +106,7 @@ def run_cell(module: nn.Module, params: Mapping[str, Any], args, kwargs):
     if type(module) not in CELLS:
         return None
     layers = [layer for layer in params.values() if isinstance(layer, Mapping)]
-    if not any(is_factors(nn.unbox(leaf)) for layer in layers for leaf in layer.values()):
+    if not any(is_factors(unbox(leaf)) for layer in layers for leaf in layer.values()):
         return None
     return call_layers(module, params, args, kwargs)
 

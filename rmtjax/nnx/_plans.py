@@ -25,7 +25,7 @@ from rmtjax.planning import (
     study,
     without_values,
 )
-from rmtjax.report import Report
+from rmtjax.report import Extra, Report
 
 
 def _study(
@@ -104,13 +104,17 @@ def analyze(
     exact_below: int = 4096,
     batch: int | Mapping[str, int] | None = None,
     moments: Moments | None = None,
+    randomized: int = 0,
+    aspect: float | None = None,
+    seed: int = 0,
     progress: Progress = None,
 ) -> Report:
     """Reports the spectrum, the noise fit and the rank of every kernel of a model.
 
     Args:
       model, gates, axes, fits: As in `rmtjax.nnx.plan`.
-      rule, where, min_size, exact_below, batch, moments, progress: As in `rmtjax.analyze`.
+      rule, where, min_size, exact_below, batch, moments, randomized, aspect, seed, progress: As in
+        `rmtjax.analyze`.
 
     Examples:
       >>> import flax.nnx as nnx, rmtjax
@@ -122,12 +126,15 @@ def analyze(
     sizes: dict[str, Any] = {"multiple": 1, "min_size": min_size, "exact_below": exact_below}
     known: dict[str, Any] = {"where": where, "axes": axes, "fits": fits, "moments": moments}
     opened = open_layers(model, gates)
-    options = PlanOptions(rule, batch=batch, **known, **sizes)
+    options, extra = (
+        PlanOptions(rule, batch=batch, **known, **sizes),
+        Extra(randomized, aspect, seed),
+    )
     with showing(progress, "analyze") as step:
         found, options = _study(opened, options, step if progress else None)
-        rows = decide_all(found, options)
+        rows, extras = decide_all(found, options), extra.of(found, options)
     others = count_others(to_tree(opened), rows)
-    return Report(rows, others, False, without_values(found), options)
+    return Report(rows, others, False, without_values(found), options, extras)
 
 
 def truncate(

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
 from rmtjax._modes import in_usual_modes
 from rmtjax._types import BulkFit, check_type, Count, Scalar, size_of, Spectrum
 from rmtjax.laws import bulk_law, check_level, level_quantile, marchenko_pastur, threshold_at
+from rmtjax.noise._pieces import pad_spectrum
 
 # If the law does not fit, the count of spikes can grow by one a step, up to half of the ranks.
 _MAX_STEPS = 50
@@ -43,9 +45,9 @@ def count_above(spectrum: Spectrum, threshold: Scalar):
 
 def above_rounding(spectrum: Spectrum, variance: Scalar):
     """Returns True if a noise level exceeds what rounding makes of exact zeros."""
-    size = spectrum.eigenvalues.shape[-1]
+    size = size_of(spectrum)
     # A backward stable SVD is off by about p * eps * s_1. Eigenvalues are squares of that.
-    unit = size * jnp.finfo(spectrum.eigenvalues.dtype).eps
+    unit = jnp.asarray(size, variance.dtype) * jnp.finfo(spectrum.eigenvalues.dtype).eps
     return variance > unit**2 * spectrum.eigenvalues[..., 0]
 
 
@@ -264,4 +266,6 @@ def fit_bema(
     check_level(level)
     check_one(spectrum)
     _check_rank(rank, spectrum.eigenvalues.shape[0])
+    if not isinstance(spectrum.eigenvalues, Tracer):
+        spectrum = pad_spectrum(spectrum)
     return _fit(spectrum, rank, level_quantile(level), trim=trim)

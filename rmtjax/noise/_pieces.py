@@ -65,6 +65,29 @@ def rescale(fits: BulkFit, piece: Piece, *, back: bool) -> BulkFit:
         )
 
 
+def pad_spectrum(spectrum: Spectrum) -> LiveSpectrum:
+    """Returns a spectrum with zeros behind it, so that one program fits kernels of many sizes.
+
+    The lengths are 64, 96, 128, 192, 256 and so on. A fit compiles for longer than it runs.
+    """
+    if isinstance(spectrum, LiveSpectrum):
+        return spectrum
+    eigenvalues, ratio = spectrum
+    size = eigenvalues.shape[-1]
+    power = 1 << max((size - 1).bit_length(), 6)
+    length = 3 * power // 4 if 64 < size <= 3 * power // 4 else power
+    numbers: Any = np if isinstance(eigenvalues, np.ndarray) else jnp
+    padded = numbers.pad(eigenvalues, [(0, 0)] * (eigenvalues.ndim - 1) + [(0, length - size)])
+    return LiveSpectrum(padded, ratio, numbers.full(eigenvalues.shape[:-1], size, np.int32))
+
+
+def level_of(piece: Piece, fit: BulkFit) -> BulkFit:
+    """Returns a noise level that is known for a kernel on the scale of a piece of it."""
+    level = jax.tree.map(lambda numbers: np.ravel(numbers)[piece.matrices], fit)
+    cast = lambda new, old: new.astype(old.dtype)
+    return jax.tree.map(cast, rescale(level, piece, back=False), level)
+
+
 def live_spectra(spectra: Spectrum, matrices: Float[Array, "b m n"]) -> tuple[LiveSpectrum, Array]:
     """Returns spectra of a stack as those of the rows and columns that are not zero, in a program.
 

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+from rmtjax._modes import in_usual_modes
 from rmtjax._types import BulkFit, Spectrum
-from rmtjax.noise.ranks import bema, energy, fixed, RankRule, size
+from rmtjax.noise._pieces import pad_spectrum
+from rmtjax.noise.ranks import bema, energy, fixed, gavish_donoho, RankRule, size
 
 
 class _AnyRule:
@@ -56,3 +59,23 @@ def split_rule(rule: RankRule) -> tuple[RankRule, dict[str, Any] | None]:
 def join_rule(base: Any, numbers: Mapping[str, Any] | None) -> Any:
     """Returns the rule that `split_rule` has split, whose numbers may be traced by now."""
     return base if numbers is None else _AnyRule(base, numbers)
+
+
+def pad_for(rule: RankRule, spectrum: Spectrum) -> Spectrum:
+    """Returns a padded spectrum, for which one program serves kernels of many sizes."""
+    # A rule of a user may read the number of directions off the shape.
+    return pad_spectrum(spectrum) if type(rule) in (*_KINDS, gavish_donoho) else spectrum
+
+
+@in_usual_modes
+def kept_rank(
+    num_signal: Int[ArrayLike, ""],
+    size: Int[ArrayLike, ""],
+    keep: ArrayLike = 0.0,
+    min_rank: Int[ArrayLike, ""] = 1,
+) -> Int[Array, ""]:
+    r"""Returns $K + \lfloor keep\, (p - K) \rfloor$ for $p$ = `size`, and at least `min_rank`."""
+    share = jnp.asarray(keep, jnp.float32)  # A bfloat16 has no integers between 256 and 1,000.
+    # In float32, 0.7 * 10 may round to just below 7. A thousandth of a rank forgives that.
+    rest = jnp.floor(share * jnp.subtract(size, num_signal) + 1e-3).astype(jnp.int32)
+    return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)

@@ -1,6 +1,6 @@
 """The numbers that people read off a spectrum: norms, ranks, tails, and signal-to-noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +55,13 @@ class SpectralMetrics(NamedTuple):
       hill_tail: Number of eigenvalues in that tail.
       alpha_weighted: $\alpha \log_{10} s_1^2$.
       log_alpha_norm: $\log_{10} \sum_k s_k^{2 \alpha}$.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+      >>> metrics = rmtjax.metrics_of(rmtjax.spectrum(noise))
+      >>> metrics._fields[:3], int(metrics.numerical_rank)
+      (('spectral_norm', 'frobenius_norm', 'stable_rank'), 200)
     """
 
     spectral_norm: Float[Array, "*batch"]
@@ -116,13 +123,20 @@ def _signal(spectrum: Spectrum, size: Count, fit: BulkFit) -> dict[str, Array]:
     }
 
 
-def _tails(spectrum: Spectrum, longer: Scalar, count: Count, share: Scalar) -> dict[str, Array]:
-    """Returns the exponents of power laws, and how well other tails do."""
+def _hill(spectrum: Spectrum, count: Count, share: ArrayLike) -> dict[str, Array]:
+    """Returns the exponent of a tail that has a share of the eigenvalues."""
+    logs = logs_of(spectrum.eigenvalues, count)
+    # The smallest tail has the median for a share of one half, also of an odd number.
+    hill = tail_of(logs, count - jnp.floor((1 - share) * count).astype(jnp.int32))
+    size = jnp.where(jnp.isfinite(hill.alpha), hill.size, 0)
+    return {"hill": hill.alpha, "hill_error": hill.error, "hill_tail": size}
+
+
+def _tails(spectrum: Spectrum, longer: Scalar, count: Count) -> dict[str, Array]:
+    """Returns the exponent of a power law, and how well other tails do."""
     eigenvalues = spectrum.eigenvalues
     logs = logs_of(eigenvalues, count)
     tail = best_tail(logs, count)
-    # The smallest tail has the median for a share of one half, also of an odd number.
-    hill = tail_of(logs, count - jnp.floor((1 - share) * count).astype(jnp.int32))
     known = tail.size > 0
     verdicts = {}
     for name, against in (("lognormal", against_lognormal), ("exponential", against_exponential)):
@@ -137,18 +151,23 @@ def _tails(spectrum: Spectrum, longer: Scalar, count: Count, share: Scalar) -> d
         "alpha_tail": tail.size,
         "alpha_start": jnp.where(known, eigenvalues[tail.size - 1], jnp.nan),
         "alpha_distance": tail.distance,
-        "hill": hill.alpha,
-        "hill_error": hill.error,
-        "hill_tail": jnp.where(jnp.isfinite(hill.alpha), hill.size, 0),
         "alpha_weighted": tail.alpha * squares[0] / np.log(10),
         "log_alpha_norm": jnp.where(known, logsumexp(powers) / np.log(10), jnp.nan),
     }
 
 
-def _metrics(
-    spectrum: Spectrum, size: Count, fit: BulkFit, rank: Count, share: Scalar
-) -> SpectralMetrics:
-    """Returns the metrics of `size` eigenvalues, which zeros may follow."""
+def some_metrics(
+    spectrum: Spectrum,
+    size: Count,
+    fit: BulkFit,
+    rank: Count,
+    share: ArrayLike = 0.5,
+    names: Collection[str] = SpectralMetrics._fields,
+) -> dict[str, Array]:
+    """Returns metrics of `size` eigenvalues, which zeros may follow, by name.
+
+    Only those are computed that come with the names: a program is no larger than it must be.
+    """
     finite = jnp.isfinite(spectrum.eigenvalues).all()
     # Rounding can leave eigenvalues of a singular matrix just below 0.
     eigenvalues = jnp.where(finite, jnp.maximum(spectrum.eigenvalues, 0), 0)
@@ -156,10 +175,26 @@ def _metrics(
     floor = (longer * jnp.finfo(eigenvalues.dtype).eps) ** 2 * eigenvalues[0]
     count = jnp.sum(eigenvalues > floor, dtype=jnp.int32)
     known = Spectrum(eigenvalues, spectrum.ratio)
-    numbers = _ranks(known, longer, count, rank) | _tails(known, longer, count, share)
-    numbers |= _signal(known, size, fit)
+    parts: dict[tuple[str, ...], Callable[[], dict[str, Array]]] = {
+        SpectralMetrics._fields[:6]: lambda: _ranks(known, longer, count, rank),
+        SpectralMetrics._fields[6:9]: lambda: _signal(known, size, fit),
+        ("hill", "hill_error", "hill_tail"): lambda: _hill(known, count, share),
+        (*SpectralMetrics._fields[9:18], *SpectralMetrics._fields[21:]): lambda: _tails(
+            known, longer, count
+        ),
+    }
+    numbers: dict[str, Array] = {}
+    for part, compute in parts.items():
+        numbers |= compute() if {*part} & {*names} else {}
     unknown = lambda value: value if value.dtype == jnp.int32 else jnp.where(finite, value, jnp.nan)
-    return SpectralMetrics(**jax.tree.map(unknown, numbers))
+    return jax.tree.map(unknown, {name: numbers[name] for name in numbers if name in names})
+
+
+def _metrics(
+    spectrum: Spectrum, size: Count, fit: BulkFit, rank: Count, share: Scalar
+) -> SpectralMetrics:
+    """Returns all metrics of `size` eigenvalues, which zeros may follow."""
+    return SpectralMetrics(**some_metrics(spectrum, size, fit, rank, share))
 
 
 _of_one = jax.jit(_metrics)

@@ -13,7 +13,7 @@ All methods are pure functions of the `Spectrum` of one matrix. They work under 
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -31,7 +31,13 @@ Rank = Int[ArrayLike, ""] | None
 
 @runtime_checkable
 class RankRule(Protocol):
-    """Describes a rank rule: a noise fit, a verdict on it, and a count of signal directions."""
+    """Describes a rank rule: a noise fit, a verdict on it, and a count of signal directions.
+
+    Examples:
+      >>> import rmtjax
+      >>> isinstance(rmtjax.ranks.bema(), rmtjax.ranks.RankRule)
+      True
+    """
 
     @property
     def needs_noise(self) -> bool:
@@ -51,13 +57,21 @@ class RankRule(Protocol):
         ...
 
 
-def check_rule(rule: object) -> None:
-    """Raises TypeError if `rule` is not a rank rule."""
+def check_rule(rule: object, *, plans: bool = False) -> None:
+    """Raises TypeError if `rule` is not a rank rule.
+
+    Raises ValueError for one that equalizes, except in `plans`: a spectrum alone has no rows.
+    """
     # A class has the same methods as its instances, so the protocol alone would accept it.
     if isinstance(rule, type) or not isinstance(rule, RankRule):
         raise TypeError(
             "`rule` must be a rank rule such as `rmtjax.ranks.bema()` or "
             f"`rmtjax.ranks.fixed(16)`, got {rule!r} ({type(rule).__name__})."
+        )
+    if getattr(rule, "equalize", False) and not plans:
+        raise ValueError(
+            "`rule` must have `equalize=False` outside of plans and reports, which alone have the "
+            f"kernels to equalize, got {rule!r}."
         )
 
 
@@ -83,11 +97,18 @@ class bema(_AboveThreshold):  # noqa: N801 - rules are called like functions, `r
     the law. Kernels trained on MNIST stay under 0.01 with SGD and under 0.02 with Adam. The rule
     also rejects a fit with spikes in half of the ranks, because the rest is then a minority.
 
+    With `equalize`, plans and reports first divide each kernel by the scales that its noise has in
+    rows and columns, as `rmtjax.equalize` does. The rule judges what is left, and the kernel is
+    cut there and scaled back. Its singular values are then weighted by the noise around them.
+
     Attributes:
       trim: Share of the noise eigenvalues left out at each end of the fit, in [0, 0.5).
       level: Probability that noise alone gives a spike, in (0, 1).
       significance: Probability that pure noise is rejected at a tolerance of 0, in [0.001, 0.5].
       tolerance: $d$, in [0, 1]. With 1, every finite spectrum with a minority of spikes passes.
+      equalize: True equalizes each kernel. "advise" judges kernels as they are. The reason of a
+        refused one then tells if it fits after equalizing rows, columns or both. A spectrum that
+        the rule itself is called with is never changed.
 
     Examples:
       >>> import jax, rmtjax
@@ -101,6 +122,7 @@ class bema(_AboveThreshold):  # noqa: N801 - rules are called like functions, `r
     level: float = 0.01
     significance: float = 0.01
     tolerance: float = 0.015
+    equalize: bool | Literal["advise"] = False
 
     def __post_init__(self):
         check_trim(self.trim)
@@ -108,6 +130,14 @@ class bema(_AboveThreshold):  # noqa: N801 - rules are called like functions, `r
         check_significance(self.significance)
         if not 0 <= self.tolerance <= 1:
             raise ValueError(f"`tolerance` must be in [0, 1], got {self.tolerance}.")
+        if not (isinstance(self.equalize, bool) or self.equalize == "advise"):
+            raise ValueError(f'`equalize` must be a bool or "advise", got {self.equalize!r}.')
+
+    def __repr__(self) -> str:
+        # Files and results hold rules by their text, from before there was `equalize`.
+        shown = {name: value for name, value in vars(self).items() if name != "equalize"}
+        shown |= {"equalize": self.equalize} if self.equalize else {}
+        return f"bema({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def fit(self, spectrum: Spectrum, rank: Rank = None) -> BulkFit:
         """Fits the bulk by eigenvalue matching."""
@@ -236,10 +266,10 @@ class fixed(_WithoutNoise):  # noqa: N801
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
-        size = spectrum.eigenvalues.shape[-1]
         # No number that int32 does not hold. A rank may also be traced.
-        rank = min(self.rank, size) if isinstance(self.rank, int) else self.rank
-        return jnp.minimum(rank, size).astype(jnp.int32)
+        most = spectrum.eigenvalues.shape[-1]
+        rank = min(self.rank, most) if isinstance(self.rank, int) else self.rank
+        return jnp.minimum(rank, size_of(spectrum)).astype(jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -274,22 +304,8 @@ class size(_WithoutNoise):  # noqa: N801
     def __call__(self, spectrum: Spectrum, fit: BulkFit | None = None) -> Int[Array, ""]:
         """Returns the rank."""
         del fit
-        exact = self.share * spectrum.eigenvalues.shape[-1] / (1 + spectrum.ratio)
+        exact = self.share * size_of(spectrum) / (1 + spectrum.ratio)
         # In float32 a rank of 32 may come out as 31.999998.
         exact = jnp.floor(exact.astype(jnp.float32) + 1e-3).astype(jnp.int32)
         rounded = exact // self.multiple * self.multiple
         return jnp.maximum(jnp.maximum(rounded, jnp.minimum(exact, self.multiple)), 1)
-
-
-@in_usual_modes
-def kept_rank(
-    num_signal: Int[ArrayLike, ""],
-    size: Int[ArrayLike, ""],
-    keep: ArrayLike = 0.0,
-    min_rank: Int[ArrayLike, ""] = 1,
-) -> Int[Array, ""]:
-    r"""Returns $K + \lfloor keep\, (p - K) \rfloor$ for $p$ = `size`, and at least `min_rank`."""
-    share = jnp.asarray(keep, jnp.float32)  # A bfloat16 has no integers between 256 and 1,000.
-    # In float32, 0.7 * 10 may round to just below 7. A thousandth of a rank forgives that.
-    rest = jnp.floor(share * jnp.subtract(size, num_signal) + 1e-3).astype(jnp.int32)
-    return jnp.clip(num_signal + rest, jnp.minimum(min_rank, size), size)

@@ -52,6 +52,7 @@ from rmtjax.planning._options import (
     check_share as check_share,
     PlanOptions as PlanOptions,
 )
+from rmtjax.planning._outputs import refit as refit
 from rmtjax.planning._plan import (
     decide_all as decide_all,
     judge_again as judge_again,
@@ -61,7 +62,6 @@ from rmtjax.planning._plan import (
     TradeOff as TradeOff,
     without_values as without_values,
 )
-from rmtjax.planning._refit import refit as refit
 from rmtjax.planning._rows import (
     check_plan as check_plan,
     check_plan_fits as check_plan_fits,

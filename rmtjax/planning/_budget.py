@@ -9,7 +9,7 @@ number saved. This is optimal at each size that a step reaches (Everett, 1963).
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ import numpy as np
 
 from rmtjax._axes import KernelLeaf, MatrixView
 from rmtjax.planning._cost import count, hindrance
+
+NANOSECONDS = 1e6  # in a millisecond: times count in them, so that all sizes are integers
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Budget:
         means `Budget(share=0.75)`.
       parameters: Numbers in the chosen kernels.
       multiply_adds: Of the chosen kernels, for the rows of `batch`, or for one row each.
+      milliseconds: Of one call of each of the chosen kernels with the rows of `batch`, which must
+        be given: products are timed on the default device. Kernels without rows stay as they are.
 
     Examples:
       >>> import jax, rmtjax
@@ -39,17 +43,26 @@ class Budget:
     share: float | None = None
     parameters: int | None = None
     multiply_adds: int | None = None
+    milliseconds: float | None = None
 
     def __post_init__(self):
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             raise ValueError(f"`Budget` must have one of {(*vars(self),)}, got {given or 'none'}.")
         ((name, value),) = given.items()
-        kinds = (int, np.integer) if name != "share" else (int, float, np.floating, np.integer)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+        whole = name in ("parameters", "multiply_adds")
+        kinds = (int, np.integer) if whole else (int, float, np.floating, np.integer)
+        valid = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < np.inf
+        if not valid:
             raise ValueError(f"`{name}` of a `Budget` must be a number above 0, got {value!r}.")
         if name == "share" and not value <= 1:
             raise ValueError(f"`budget` must be in (0, 1], got {value}: the share that stays.")
+
+    def tell(self, size: int) -> str:
+        """Returns a size in words."""
+        if self.milliseconds is not None:
+            return f"{size / NANOSECONDS:.4g} ms"
+        return f"{size:,} {self.field.replace('_', '-')}"
 
     @property
     def field(self) -> str:
@@ -57,9 +70,11 @@ class Budget:
         return "multiply_adds" if self.multiply_adds is not None else "parameters"
 
     def limit(self, whole: int) -> int:
-        """Returns the largest size allowed, of a tree with this size."""
+        """Returns the largest size allowed, of a tree with this size; of time, nanoseconds."""
         if self.share is not None:
             return int(self.share * whole + 1e-9)
+        if self.milliseconds is not None:
+            return int(min(self.milliseconds, 1e12) * NANOSECONDS)
         return int(self.parameters or self.multiply_adds or 0)
 
 
@@ -86,8 +101,19 @@ class Choices(NamedTuple):
     losses: np.ndarray
 
 
+def ranks_of(view: MatrixView, multiple: int, least: int) -> list[int]:
+    """Returns the ranks, in steps of a multiple, of factors that may replace a kernel."""
+    first = -(-least // multiple) * multiple
+    return [rank for rank in range(first, view.full_rank, multiple) if not hindrance(view, rank)]
+
+
 def choices_of(
-    view: MatrixView, losses: np.ndarray, budget: Budget, rows: int, multiple: int, least: int
+    view: MatrixView,
+    losses: np.ndarray,
+    budget: Budget,
+    rows: int,
+    ranks: Sequence[int],
+    times: Mapping[int | None, int] | None = None,
 ) -> Choices:
     """Returns the choices of a kernel: factors of each rank that are smaller than it is.
 
@@ -96,11 +122,13 @@ def choices_of(
       losses: The share of energy that is lost at each rank, from 0 to the full rank.
       budget: Tells which size counts.
       rows: The rows that the kernel multiplies.
-      multiple, least: Of the ranks: the step, and the smallest.
+      ranks: Of its factors, ascending.
+      times: Nanoseconds by rank, for a budget of time.
     """
     size = lambda rank: count(view, rows, rank)[budget.field == "multiply_adds"]
-    whole, first = size(view.rank), -(-least // multiple) * multiple
-    ranks = [rank for rank in range(first, view.full_rank, multiple) if not hindrance(view, rank)]
+    if times is not None:
+        size, ranks = times.__getitem__, [rank for rank in ranks if rank in times]
+    whole = size(view.rank)
     kept = [rank for rank in ranks if size(rank) < whole]
     sizes = np.array([*map(size, kept), whole], np.int64)
     return Choices((*kept, None), sizes, np.append(losses[kept], 0.0))
@@ -176,17 +204,12 @@ def allocate(choices: Mapping[str, Choices], fixed: int, limit: int) -> dict[str
 
     The size is at most `limit`, and less than a step of a rank below it.
 
-    Raises:
-      ValueError: The smallest choices of all kernels are larger than the limit.
+    Args:
+      choices: Of each kernel that may be cut.
+      fixed: The size of the kernels that may not.
+      limit: At least the size of the smallest choices.
     """
     path = path_of(choices, fixed)
-    if path.sizes[-1] > limit:
-        least = int(path.sizes[-1])
-        raise ValueError(
-            f"`budget` allows {limit:,}, and the smallest plan has {least:,}: of these, {fixed:,} "
-            "are in kernels that cannot be cut. Allow more, lower `min_rank`, `multiple` or "
-            "`min_size`, or choose other kernels with `where`."
-        )
     taken = {name: len(one.sizes) - 1 for name, one in choices.items()}
     for (name, place), before in zip(path.steps, path.sizes, strict=False):
         if before <= limit:
@@ -204,3 +227,22 @@ def allocate(choices: Mapping[str, Choices], fixed: int, limit: int) -> dict[str
 def size_of(kernel: KernelLeaf, budget: Budget, rows: int) -> int:
     """Returns the size of a kernel as it is."""
     return count(kernel, rows, kernel.rank)[budget.field == "multiply_adds"]
+
+
+def check_reach(
+    budget: Budget, limit: int, able: Mapping[str, Choices], fixed: Mapping[str, int]
+) -> None:
+    """Raises ValueError for a budget below the smallest plan, with the largest kernel in it."""
+    smallest = {path: int(one.sizes[0]) for path, one in able.items()}
+    least = sum(smallest.values()) + sum(fixed.values())
+    if least <= limit:
+        return
+    sizes = {**smallest, **fixed}
+    path = max(sizes, key=lambda path: sizes[path])
+    why = "which cannot be cut" if path in fixed else "at its smallest"
+    raise ValueError(
+        f"`budget` allows {budget.tell(limit)}, and the smallest plan has {budget.tell(least)}: "
+        f"of these, {budget.tell(sizes[path])} are in {path!r}, {why}, and "
+        f"{budget.tell(sum(fixed.values()))} in all kernels that cannot be cut. Allow more, lower "
+        "`min_rank`, `multiple` or `min_size`, or choose other kernels with `where`."
+    )

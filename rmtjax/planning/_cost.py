@@ -3,9 +3,9 @@
 import math
 import operator
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from rmtjax.planning._kernels import obstacle
 MARGIN = 0.05  # a layer that gains less is not worth its loss of rank
 ROUNDS, FEWEST_ROUNDS = 11, 3
 BURST, BUDGET = 2e-3, 0.5  # seconds of a burst of calls, and of all rounds together
+MOST_RANKS = 16  # of factors, timed for a budget of milliseconds
 # More entries in the inputs or outputs of a timed product would take gigabytes of memory.
 MOST = 2**26
 
@@ -34,6 +35,13 @@ class Cost(NamedTuple):
       parameters_after: As `parameters`; equal where the shape stays.
       multiply_adds_after: As `multiply_adds`.
       milliseconds_after: As `milliseconds`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> cost = rmtjax.plan(params, rule=rmtjax.ranks.fixed(8))["kernel"].cost
+      >>> cost.parameters, cost.parameters_after
+      (4800, 1120)
     """
 
     parameters: int
@@ -63,6 +71,26 @@ class Product(NamedTuple):
 
 Times = Float[np.ndarray, "rounds alternatives"]  # milliseconds
 Clock = Callable[[Product], Times]
+
+
+class Timed(NamedTuple):
+    """Holds the times of a product, as it is and with factors of some ranks."""
+
+    product: Product
+    times: Times
+
+
+def remember(clock: Clock, timed: Iterable[Timed]) -> Clock:
+    """Returns a clock that looks up what was timed, so that one product has one time."""
+    known = {one.product._replace(ranks=()): one for one in timed}
+
+    def look(product: Product) -> Times:
+        one = known.get(product._replace(ranks=()))
+        if one is None or not {*product.ranks} <= {*one.product.ranks}:
+            return clock(product)
+        return one.times[:, [one.product.ranks.index(rank) for rank in product.ranks]]
+
+    return look
 
 
 def rows_by_path(batch: int | Mapping[str, int] | None, paths: Collection[str]) -> dict[str, int]:
@@ -167,6 +195,32 @@ def count(kernel: KernelLeaf, rows: int, rank: int | None) -> tuple[int, int]:
     return left + right, rows * (right if is_table(kernel.path, kernel.shape) else left + right)
 
 
+def is_timed(kernel: KernelLeaf) -> TypeGuard[MatrixView]:
+    """Returns True for a kernel whose products can be timed."""
+    return isinstance(kernel, MatrixView) and not (kernel.in_parts or obstacle(kernel, min_size=1))
+
+
+def time_ranks(kernel: MatrixView, rows: int, ranks: Sequence[int], clock: Clock) -> Timed:
+    """Returns the times of a kernel as it is, and with factors of at most `MOST_RANKS` ranks."""
+    places = np.linspace(0, len(ranks) - 1, min(len(ranks), MOST_RANKS)).round().astype(int)
+    chosen = (kernel.rank, *(ranks[place] for place in places))
+    lookup = is_table(kernel.path, kernel.shape)
+    product = Product(rows, (kernel.rows, kernel.columns), kernel.dtype, lookup, chosen)
+    return Timed(product, clock(product))
+
+
+def nanoseconds(timed: Timed, stack: int) -> dict[int | None, int]:
+    """Returns median times by rank: of the kernel as it is, and of factors that are faster."""
+    (whole, *ranks), times = timed.product.ranks, timed.times
+    medians = np.median(times, axis=0) * stack * 1e6
+    won = {r: medians[k] for k, r in enumerate(ranks, 1) if is_faster(times[:, [0, k]])}
+    # More rank is more time: what a noisy clock says otherwise saves nothing.
+    found, last = {whole: int(medians[0])}, 0
+    for rank, median in won.items():
+        found[rank] = last = max(int(median), last + 1)
+    return found
+
+
 def weigh(
     kernel: KernelLeaf, rank: int | None, rows: int | None, clock: Clock
 ) -> tuple[Cost, str | None]:
@@ -177,8 +231,7 @@ def weigh(
     """
     lookup = is_table(kernel.path, kernel.shape)
     before, after = (count(kernel, rows or 1, r) for r in (kernel.rank, rank))
-    untimed = kernel.in_parts or obstacle(kernel, min_size=1)
-    if rows is None or not isinstance(kernel, MatrixView) or untimed:
+    if rows is None or not is_timed(kernel):
         return Cost(*before, None, *after, None), None
     ranks = (rank,) if rank == kernel.rank else (kernel.rank, rank)
     times = clock(Product(rows, (kernel.rows, kernel.columns), kernel.dtype, lookup, ranks))

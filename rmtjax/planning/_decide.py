@@ -11,8 +11,16 @@ from rmtjax._axes import MatrixView
 from rmtjax._types import Spectrum
 from rmtjax.moments import Moments
 from rmtjax.noise import kept_rank, Shrink
-from rmtjax.planning._budget import allocate, Budget, Choices, choices_of, size_of
-from rmtjax.planning._cost import hindrance
+from rmtjax.planning._budget import (
+    allocate,
+    Budget,
+    check_reach,
+    Choices,
+    choices_of,
+    ranks_of,
+    size_of,
+)
+from rmtjax.planning._cost import Clock, hindrance, is_timed, nanoseconds, time_ranks, Timed
 from rmtjax.planning._measure import Findings, Measurement
 from rmtjax.planning._options import PlanOptions
 from rmtjax.planning._rows import Factorized, Kept, LayerPlan, Truncated
@@ -43,8 +51,10 @@ def _refusal(measured: Measurement, min_size: int) -> str | None:
         if not measured.noisy.all():
             return "no noise above rounding; of a truncated kernel `fits` must tell it"
         if (measured.fits.num_spikes >= size // 2).any():
-            return f"half of the {size} directions stand out, and leave no bulk to fit"
-        return f"law does not fit (distance {measured.fits.distance.max():.3f})"
+            words = f"half of the {size} directions stand out, and leave no bulk to fit"
+        else:
+            words = f"law does not fit (distance {measured.fits.distance.max():.3f})"
+        return words + measured.advice
     # Nothing stands out, as before training; to cut to nothing would destroy the network.
     return None if measured.signal.any() else "no signal stands out of the noise"
 
@@ -101,41 +111,74 @@ def _weights(found: Findings, moments: Moments | None) -> dict[str, float]:
     return {path: float(roots.get(path, mean) / mean) for path in found.measured}
 
 
-def choices(
-    found: Findings, options: PlanOptions, rows: Mapping[str, int], whole: Collection[str] = ()
-) -> tuple[dict[str, Choices], int]:
-    """Returns the choices of the kernels that a budget may cut, and the size of the others.
+def _may_be_cut(found: Findings, path: str, whole: Collection[str]) -> bool:
+    """Returns True for a kernel that a budget may cut; those of `whole` stay as they are."""
+    kernel = found.kernels[path]
+    fixed_form = path in whole or getattr(kernel, "in_parts", None)
+    known = path in found.measured and not fixed_form and isinstance(kernel, MatrixView)
+    return known and not _broken(found.measured[path])
 
-    `whole` are kernels that stay as they are.
+
+def time_kernels(
+    found: Findings, options: PlanOptions, rows: Mapping[str, int], clock: Clock
+) -> dict[str, Timed]:
+    """Returns the times of each kernel with rows, at the ranks that a budget of time may choose."""
+    timed = {}
+    for path, kernel in found.kernels.items():
+        if path in rows and is_timed(kernel):
+            may = _may_be_cut(found, path, ())
+            ranks = ranks_of(kernel, options.multiple, options.min_rank) if may else []
+            timed[path] = time_ranks(kernel, rows[path], ranks, clock)
+    return timed
+
+
+def choices(
+    found: Findings,
+    options: PlanOptions,
+    rows: Mapping[str, int],
+    whole: Collection[str] = (),
+    timed: Mapping[str, Timed] | None = None,
+) -> tuple[dict[str, Choices], dict[str, int]]:
+    """Returns the choices of the kernels that a budget may cut, and the sizes of the others.
+
+    `whole` are kernels that stay as they are; `timed` is given for a budget of time.
     """
     budget: Any = options.budget or Budget(share=1.0)
-    able, fixed, weights = {}, 0, _weights(found, options.moments)
+    able, fixed, weights = {}, {}, _weights(found, options.moments)
     for path, kernel in found.kernels.items():
-        count, one = rows.get(path, 1), None
-        fixed_form = path in whole or getattr(kernel, "in_parts", None)
-        can_be_cut = path in found.measured and not fixed_form
-        if can_be_cut and isinstance(kernel, MatrixView) and not _broken(found.measured[path]):
-            sizes = options.multiple, options.min_rank
+        count, one, times = rows.get(path, 1), None, None
+        if timed is not None:
+            unknown: dict[int | None, int] = {kernel.rank: 0}
+            stack = getattr(kernel, "stack", 1)
+            times = nanoseconds(timed[path], stack) if path in timed else unknown
+        if _may_be_cut(found, path, whole):
+            view: Any = kernel
             losses = weights[path] * _losses(found, path)
-            one = choices_of(kernel, losses, budget, count, *sizes)
+            ranks = ranks_of(view, options.multiple, options.min_rank)
+            one = choices_of(view, losses, budget, count, ranks, times)
         if one is None or len(one.ranks) == 1:
-            fixed += size_of(kernel, budget, count)
+            fixed[path] = times[kernel.rank] if times else size_of(kernel, budget, count)
         else:
             able[path] = one
     return able, fixed
 
 
 def give_ranks(
-    found: Findings, options: PlanOptions, rows: Mapping[str, int], whole: Collection[str] = ()
+    found: Findings,
+    options: PlanOptions,
+    rows: Mapping[str, int],
+    whole: Collection[str] = (),
+    timed: Mapping[str, Timed] | None = None,
 ) -> dict[str, int | None] | None:
     """Returns the rank of each kernel under a budget, None for one that stays; None without one."""
     budget: Any = options.budget
     if budget is None:
         return None
-    able, fixed = choices(found, options, rows, whole)
-    sizes = (size_of(kernel, budget, rows.get(p, 1)) for p, kernel in found.kernels.items())
-    ranks = allocate(able, fixed, budget.limit(sum(sizes)))
-    return dict.fromkeys(found.measured) | ranks
+    able, fixed = choices(found, options, rows, whole, timed)
+    size = sum(fixed.values()) + sum(int(one.sizes[-1]) for one in able.values())
+    limit = budget.limit(size)
+    check_reach(budget, limit, able, fixed)
+    return dict.fromkeys(found.measured) | allocate(able, sum(fixed.values()), limit)
 
 
 def _signal_rank(view: MatrixView, measured: Measurement, options: PlanOptions) -> tuple[int, str]:
@@ -148,6 +191,15 @@ def _signal_rank(view: MatrixView, measured: Measurement, options: PlanOptions) 
     rank = min(-(-rank // options.multiple) * options.multiple, size)  # rounded up
     shrunk = ", shrunk" if options.shrink else ""
     return rank, f"{count} of {size} are signal, rank {rank}{shrunk}"
+
+
+def _whole(path: str, view: MatrixView, options: PlanOptions) -> str:
+    """Returns why a kernel is whole under a budget."""
+    budget: Any = options.budget
+    timed = not isinstance(options.batch, Mapping) or path in options.batch
+    if budget.milliseconds is not None and not (timed and is_timed(view)):
+        return "not timed, so that a budget of time does not cut it"
+    return "whole under the budget"
 
 
 def decide(
@@ -165,8 +217,10 @@ def decide(
     spectrum = Spectrum(unstack(eigenvalues), ratio[0])
     known: Any = {"shape": view.shape, "axes": view.axes, "spectrum": spectrum}
     known |= {"fit": unstack(measured.fits), "loss": unstack(loss)}
+    known |= {"equalized": measured.equalized}
     note = " (spectrum estimated)" if measured.estimated else ""
     note += _zeros(view, measured)
+    note += " (rows and columns equalized)" if measured.equalized else ""
     note += " (no moments: by weights)" if options.moments is not None and not loss else ""
     if ranks is None:
         refusal = _refusal(measured, options.min_size) or (
@@ -174,7 +228,7 @@ def decide(
         )
         rank, words = _signal_rank(view, measured, options)
     else:
-        refusal = _broken(measured) or (None if ranks[path] else "whole under the budget")
+        refusal = _broken(measured) or (None if ranks[path] else _whole(path, view, options))
         rank = ranks[path] or size
         words = f"rank {rank} of {size} under the budget"
     words += " by output" if loss else ""

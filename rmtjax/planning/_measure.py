@@ -1,6 +1,7 @@
 """Measures kernels: the noise and the signal in their spectra, and their outputs on data."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,19 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
-from rmtjax._axes import join_stacks, kernel_shape, KernelLeaf, MatrixView, split_stacks, Views
+from rmtjax._axes import join_stacks, KernelLeaf, MatrixView, split_stacks, Views
 from rmtjax._modes import in_usual_modes
 from rmtjax._progress import Step
 from rmtjax._sharding import beside_accelerator, fetch
-from rmtjax._types import BulkFit, Spectrum
-from rmtjax.moments import Moments, Second
+from rmtjax._types import BulkFit, size_of, Spectrum
 from rmtjax.noise import (
     above_rounding,
+    advises,
     count_above,
+    equalized_view,
+    equalizes,
     join_rule,
+    level_after,
+    level_of,
     on_scale,
+    pad_for,
     Piece,
     rescale,
+    Sides,
     split_pieces,
     split_rule,
 )
@@ -37,11 +44,15 @@ from rmtjax.planning._kernels import (
     unchosen,
 )
 from rmtjax.planning._options import PlanOptions
+from rmtjax.planning._outputs import all_losses
 from rmtjax.planning._rows import Kept, LayerPlan, left_alone
-from rmtjax.spectra import each, estimated_spectra, output_losses, OutputLosses, spectra, Values
+from rmtjax.spectra import each, estimated_spectra, OutputLosses, spectra, Values
 
 # An estimate is off by 0.01 in the distance from the law. Above this one it leaves no doubt.
 _CLEARLY = 0.05
+
+# What is tried for a kernel that the law does not fit, in words.
+_WORDS: dict[Sides, str] = {"rows": "rows", "columns": "columns", "both": "rows and columns"}
 
 Fits = Mapping[str, BulkFit]
 
@@ -60,6 +71,8 @@ class Measurement(NamedTuple):
     live: Int[np.ndarray, "b 2"]  # number of rows and of columns that are not zero
     estimated: bool = False  # whether the bulk of the spectra is made of estimated quantiles
     values: Values | None = None  # from which another rule can judge
+    equalized: bool = False  # whether all this is of the kernel over the scales of its noise
+    advice: str = ""  # on a kernel that is refused
 
 
 @partial(jax.jit, static_argnames=("rule", "factored"))
@@ -81,8 +94,12 @@ def _judge(
     levels = levels._replace(num_spikes=jax.vmap(count_above)(spectra, levels.threshold))
     # Without an edge a threshold is a floor, above which pruning had to leave all.
     floored = jnp.where(jnp.isnan(levels.edge), levels.num_spikes, 0)
+
     # The directions of factors that a truncation has left are not zero.
-    present = lambda s: jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored)
+    def present(s: Spectrum) -> Bool[Array, " p"]:
+        there = jnp.arange(s.eigenvalues.shape[0]) < size_of(s)
+        return there & (jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored))
+
     return {
         "fits": levels,
         "noisy": jax.vmap(above_rounding)(spectra, levels.variance),
@@ -94,27 +111,20 @@ def _judge(
 
 def _judge_pieces(pieces: list[Piece], views: Views, rule, fits: Fits) -> list[dict[str, Any]]:
     """Judges pieces, those with as many eigenvalues together: one program judges a group."""
-    given = {}
-    for index, piece in enumerate(pieces):
-        if piece.path in fits:
-            level = jax.tree.map(
-                lambda n, piece=piece: np.ravel(n)[piece.matrices], fits[piece.path]
-            )
-            moved = rescale(level, piece, back=False)
-            cast = lambda new, old: new.astype(old.dtype)
-            given[index] = jax.tree.map(cast, moved, level)
+    given = {i: level_of(p, fits[p.path]) for i, p in enumerate(pieces) if p.path in fits}
     groups: dict[tuple, list[int]] = {}
+    base, numbers = split_rule(rule)
+    padded = [pad_for(rule, piece.spectra) for piece in pieces]
     for index, piece in enumerate(pieces):
-        eigenvalues = piece.spectra.eigenvalues
+        eigenvalues = padded[index].eigenvalues
         dtype = given[index].threshold.dtype if index in given else None
         program = eigenvalues.shape[1], eigenvalues.dtype, dtype, views[piece.path].is_factored
         groups.setdefault(program, []).append(index)
     results: dict[int, Any] = {}
     for (*_, factored), group in groups.items():
-        spectra = join_stacks([pieces[index].spectra for index in group])
+        spectra = join_stacks([padded[index] for index in group])
         levels = [given[index] for index in group if index in given]
         with beside_accelerator():  # small loops with many steps, which an accelerator is slow at
-            base, numbers = split_rule(rule)
             joined = join_stacks(levels) if levels else None
             judged = _judge(spectra, joined, numbers, rule=base, factored=factored)
         sizes = [len(pieces[index].spectra.eigenvalues) for index in group]
@@ -155,7 +165,28 @@ def _decides(measured: Measurement, values: Values, view: MatrixView) -> bool:
     return bool((counted | refused).all())
 
 
-def measure(views: Views, rule, fits: Fits, exact_below: int) -> dict[str, Measurement]:
+def _measure_equalized(views: Views, rule, sides: Sides = "both") -> dict[str, Measurement]:
+    """Measures kernels over the scales of their noise in rows and columns."""
+    even = {path: equalized_view(view, sides) for path, view in views.items()}
+    values, measured = spectra(even), {}
+    for path, view in even.items():
+        # The level depends on the aspect ratio. It is no part of a program.
+        level = level_after(rule.level, view.short / view.long)
+        measured |= measure_values(
+            {path: view}, {path: values[path]}, replace(rule, level=level), {}
+        )
+    return {path: measured[path]._replace(equalized=True) for path in even}
+
+
+def _advise(view: MatrixView, rule) -> str:
+    """Returns whether a kernel that the law does not fit would fit if it were equalized."""
+    for sides, words in _WORDS.items():
+        if _measure_equalized({view.path: view}, rule, sides)[view.path].accepted.all():
+            return f"; fits after equalizing {words}"
+    return "; does not fit after equalizing rows and columns"
+
+
+def _measure_as_it_is(views: Views, rule, fits: Fits, exact_below: int) -> dict[str, Measurement]:
     """Measures kernels, with the noise levels that are given for some of them."""
     values = estimated_spectra(views, exact_below)
     measured = measure_values(views, values, rule, fits)
@@ -164,52 +195,20 @@ def measure(views: Views, rule, fits: Fits, exact_below: int) -> dict[str, Measu
         path: row for path, row in measured.items() if _decides(row, values[path], views[path])
     }
     rest = {path: view for path, view in views.items() if path not in measured}
-    measured |= measure_values(views, spectra(rest), rule, fits)
+    return measured | measure_values(rest, spectra(rest), rule, fits)
+
+
+def measure(views: Views, rule, fits: Fits, exact_below: int) -> dict[str, Measurement]:
+    """Measures kernels as the rule wants them: as they are, or equalized."""
+    # A level that is given is that of the kernel as it is.
+    even = {p: view for p, view in views.items() if equalizes(rule) and p not in fits}
+    as_is = {path: view for path, view in views.items() if path not in even}
+    measured = _measure_as_it_is(as_is, rule, fits, exact_below) | _measure_equalized(even, rule)
+    for path, view in views.items() if advises(rule) else ():
+        row = measured[path]
+        if (row.finite & row.noisy).all() and not row.accepted.all() and path not in fits:
+            measured[path] = row._replace(advice=_advise(view, rule))
     return {path: measured[path] for path in views}
-
-
-def bias_of(view: MatrixView, leaves: Mapping[str, Any]) -> str | None:
-    """Returns the path of the bias beside a kernel; None if there is none of its outputs."""
-    parent, slash, _ = view.path.rpartition("/")
-    path = f"{parent}{slash}bias"
-    shape = tuple(view.shape[axis] for axis in (*view.axes.batch, *view.axes.outputs))
-    return path if path in leaves and kernel_shape(leaves[path]) == shape else None
-
-
-def second_of(moments: Moments, view: MatrixView, leaves: Mapping[str, Any]) -> Second:
-    """Returns the second moments of the inputs of a kernel in a tree with these leaves.
-
-    They are centred only if there is a bias to correct. Raises ValueError for other inputs.
-    """
-    moment = moments[view.path]
-    if moment.size != view.rows:
-        raise ValueError(
-            f"`moments` is of another model: it has {moment.size} inputs for {view.path!r}, whose "
-            f"kernel of shape {view.shape} has {view.rows}. Collect the moments with this model."
-        )
-    if len(moment.total) not in (1, view.stack):
-        raise ValueError(
-            f"`moments` must have one moment for each matrix of {view.path!r}, {view.stack}, or "
-            f"one for all, got {len(moment.total)}. Collect the moments with the same `axes`."
-        )
-    second = moments.second(view.path, centred=bias_of(view, leaves) is not None)
-    if not np.isfinite(second.exact).all():
-        raise ValueError(
-            f"`moments` is not finite for {view.path!r}: collect the moments anew, or leave the "
-            "kernel out with `where`."
-        )
-    return second
-
-
-def _all_losses(
-    views: Views, moments: Moments | None, leaves: Mapping[str, Any]
-) -> dict[str, OutputLosses]:
-    """Returns what cuts of each rank do to the outputs of the kernels that have moments."""
-    losses = {}
-    for path, view in views.items():
-        if moments is not None and path in moments and not view.in_parts:
-            losses[path] = output_losses(view, second_of(moments, view, leaves))
-    return losses
 
 
 def _check_paths(name: str, by_path: Any, params: PyTree) -> None:
@@ -310,5 +309,5 @@ def study(params: PyTree, options: PlanOptions, step: Step | None = None) -> Fin
     measured = {}
     for part in _parts(views, step):
         measured |= measure(part, options.rule, given, options.exact_below)
-    losses = _all_losses(views, options.moments, leaves_by_path(params))
+    losses = all_losses(views, options.moments, leaves_by_path(params))
     return Findings(kernels, rows, measured, losses, others)

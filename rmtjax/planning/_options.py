@@ -11,7 +11,7 @@ import numpy as np
 from rmtjax._names import matcher
 from rmtjax._types import Axes, BulkFit, check_type, is_patterns, Where
 from rmtjax.moments import Moments
-from rmtjax.noise import check_rule, ranks, Shrink
+from rmtjax.noise import check_rule, equalizes, ranks, Shrink
 from rmtjax.planning._budget import Budget, to_budget
 
 
@@ -56,7 +56,7 @@ class PlanOptions:
     budget: Budget | float | None = None  # a size to reach, in the place of the rule's ranks
 
     def __post_init__(self):
-        check_rule(self.rule)
+        check_rule(self.rule, plans=True)
         check_share("keep", self.keep, "the directions that are not signal and stay all the same")
         if self.shrink is not None and not callable(self.shrink):
             raise TypeError(
@@ -92,9 +92,24 @@ class PlanOptions:
         if self.budget is not None and (self.shrink is not None or self.keep > 0):
             name = "keep" if self.keep > 0 else "shrink"
             raise ValueError(f"`{name}` must be left out with `budget`, which decides what stays.")
+        if self.budget is not None and equalizes(self.rule):
+            raise ValueError(
+                "`budget` must be left out with a rule that equalizes: it compares squares of "
+                f"kernels as they are. Got {self.rule!r}."
+            )
         for name in ("min_rank", "multiple", "min_size", "exact_below"):
             check_count(name, getattr(self, name))
         for path, rows in self.batch.items() if isinstance(self.batch, Mapping) else ():
             check_count(f"batch[{path!r}]", rows)
         if not (self.batch is None or isinstance(self.batch, Mapping)):
             check_count("batch", self.batch)
+        if self.budget_is_time and self.batch is None:
+            raise ValueError(
+                "`batch` must be given with a budget of milliseconds, got None: the rows that "
+                "each kernel multiplies in one call."
+            )
+
+    @property
+    def budget_is_time(self) -> bool:
+        """Returns True for a budget of milliseconds."""
+        return isinstance(self.budget, Budget) and self.budget.milliseconds is not None

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
@@ -14,10 +15,10 @@ from rmtjax._modes import in_usual_modes
 from rmtjax._progress import Progress, showing
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.moments import Moments
-from rmtjax.noise import ranks, Shrink
+from rmtjax.noise import equalizes, ranks, Shrink
 from rmtjax.planning._budget import Budget, path_of
-from rmtjax.planning._cost import Clock, rows_by_path, time_products, weigh
-from rmtjax.planning._decide import choices, decide, give_ranks
+from rmtjax.planning._cost import Clock, remember, rows_by_path, time_products, weigh
+from rmtjax.planning._decide import choices, decide, give_ranks, time_kernels
 from rmtjax.planning._measure import Findings, given_fits, measure_values, study
 from rmtjax.planning._options import PlanOptions
 from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan
@@ -33,7 +34,10 @@ def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -
 def _unchosen_row(leaf: KernelLeaf) -> Kept:
     """Returns the row of a leaf that may be a kernel, and is not one by its name."""
     cost, _ = weigh(leaf, None, None, time_products)
-    return Kept("kept: not a kernel by its name, unless `where` chooses it", leaf.shape, cost=cost)
+    cause = "not a kernel by its name, unless `where` chooses it"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        cause = f"not floating ({leaf.dtype})"
+    return Kept(f"kept: {cause}", leaf.shape, cost=cost)
 
 
 @in_usual_modes
@@ -41,8 +45,12 @@ def decide_all(found: Findings, options: PlanOptions, clock: Clock | None = None
     """Returns the plan of kernels that were measured."""
     clock, rows = clock or cache(time_products), rows_by_path(options.batch, found.kernels)
     slow: set[str] = set()
+    timed = None
+    if options.budget_is_time:
+        timed = time_kernels(found, options, rows, clock)
+        clock = remember(clock, timed.values())
     while True:
-        ranks = give_ranks(found, options, rows, slow)
+        ranks = give_ranks(found, options, rows, slow, timed)
         decided = {path: decide(found, path, options, ranks) for path in found.kernels}
         plan = Plan(
             {p: _weigh(row, found.kernels[p], rows.get(p), clock) for p, row in decided.items()}
@@ -126,7 +134,8 @@ def plan(
         parameters of the chosen kernels, in (0, 1], or a `rmtjax.Budget`. All kernels share it.
         The sum of the shares of energy that they lose is smallest: of outputs with moments, of
         squared entries without. The size is at most one step of a rank below it. The rule is only
-        reported. Kernels whose factors are too slow, by `batch`, stay as they are.
+        reported. Kernels whose factors are too slow, by `batch`, stay as they are. For
+        `Budget(milliseconds=...)` each kernel is timed at up to 16 ranks, which takes seconds.
       progress: True shows the progress on stderr. A function `progress(done, total, path)` is
         called before each group of kernels that is measured.
 
@@ -161,11 +170,23 @@ def without_values(found: Findings) -> Findings:
 
 @in_usual_modes
 def judge_again(found: Findings, options: PlanOptions) -> Findings:
-    """Returns findings under another rule, from the spectra that are known."""
+    """Returns findings under another rule, from the spectra that are known.
+
+    Raises ValueError for one that equalizes kernels if these were measured as they are, and for one
+    that does not if they were equalized.
+    """
     values: Any = {path: row.values for path, row in found.measured.items()}
     views: Any = {path: found.kernels[path] for path in values}
     given = given_fits(options.fits, found.kernels)
-    return found._replace(measured=measure_values(views, values, options.rule, given))
+    before = {path: row.equalized for path, row in found.measured.items()}
+    if any(even != equalizes(options.rule) for path, even in before.items() if path not in given):
+        raise ValueError(
+            f"`rule` must equalize kernels if those of the report were, and not else, got "
+            f"{options.rule!r}: call `rmtjax.analyze` again."
+        )
+    measured = measure_values(views, values, options.rule, given)
+    measured = {path: row._replace(equalized=before[path]) for path, row in measured.items()}
+    return found._replace(measured=measured)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +201,13 @@ class TradeOff:
         they do to the outputs of the model.
       findings: What was measured of the kernels.
       options: The options of the plans.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 80))}
+      >>> curve = rmtjax.trade_off(params)
+      >>> int(curve.sizes[0]), curve.plan(0.5)["kernel"].rank
+      (6400, 16)
     """
 
     sizes: Int[np.ndarray, " k"]
@@ -234,6 +262,6 @@ def trade_off(
     options = PlanOptions(**known, batch=batch, moments=moments, budget=Budget(share=1.0))
     found = study(params, options)
     able, fixed = choices(found, options, rows_by_path(batch, found.kernels))
-    path = path_of(able, fixed)
+    path = path_of(able, sum(fixed.values()))
     whole = max(int(path.sizes[0]), 1)
     return TradeOff(path.sizes, path.sizes / whole, path.losses, found, options)

@@ -27,6 +27,12 @@ class Kept:
     """A kernel that stays as it is; its fields are those of `Truncated`.
 
     A leaf that is not a matrix has no `axes`. Without a spectrum there is no `rank` and no `fit`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> row = rmtjax.plan({"kernel": jax.random.normal(jax.random.key(0), (80, 60))})["kernel"]
+      >>> isinstance(row, rmtjax.Kept), row.reason
+      (True, 'kept: no signal stands out of the noise')
     """
 
     reason: str
@@ -37,6 +43,7 @@ class Kept:
     spectrum: Spectrum | None = None
     cost: Cost | None = None
     loss: OutputLosses | None = None
+    equalized: bool = False
     action = "keep"
     shrink = None
     __repr__ = _brief_row
@@ -55,6 +62,7 @@ class _Lowered:
     shrink: Shrink | None = None
     cost: Cost | None = None
     loss: OutputLosses | None = None
+    equalized: bool = False
     __repr__ = _brief_row
 
 
@@ -73,13 +81,30 @@ class Truncated(_Lowered):
       loss: What a cut by output takes, for each rank from 0: `outputs`, the mean over the data of
         the squared change of the outputs, `weighted`, the same with the weights of the moments, and
         `squares` of the entries. None without moments, and after loading from a file.
+      equalized: Whether the spectrum, the noise and the cut are those of the kernel over the scales
+        of its noise in rows and columns, as `rmtjax.equalize` finds them.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> row = rmtjax.plan(params, rule=rmtjax.ranks.fixed(50))["kernel"]
+      >>> isinstance(row, rmtjax.Truncated), row.rank
+      (True, 56)
     """
 
     action = "truncate"
 
 
 class Factorized(_Lowered):
-    """A kernel that two thinner factors replace; its fields are those of `Truncated`."""
+    """A kernel that two thinner factors replace; its fields are those of `Truncated`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> row = rmtjax.plan(params, rule=rmtjax.ranks.fixed(8))["kernel"]
+      >>> isinstance(row, rmtjax.Factorized), row.rank
+      (True, 8)
+    """
 
     action = "factorize"
 
@@ -102,8 +127,12 @@ class Plan(dict[str, LayerPlan]):
 
     @property
     def fits(self) -> dict[str, BulkFit]:
-        """The noise levels by path. A plan that is made after a cut must be given these."""
-        return {path: row.fit for path, row in self.items() if row.fit is not None}
+        """The noise levels by path. A plan that is made after a cut must be given these.
+
+        Kernels that were equalized have none: a level of theirs holds on no other scale.
+        """
+        rows = {path: row for path, row in self.items() if not row.equalized}
+        return {path: row.fit for path, row in rows.items() if row.fit is not None}
 
     @property
     def changes(self) -> dict[str, Truncated | Factorized]:

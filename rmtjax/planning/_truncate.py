@@ -1,6 +1,7 @@
 """Applies a plan to a parameter tree: truncate, factorize, and merge, the way back."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ from rmtjax._progress import Progress, showing, Step
 from rmtjax._sharding import place_factors, place_like
 from rmtjax._types import check_type
 from rmtjax.moments import Moments
+from rmtjax.noise import equalize_stack
 from rmtjax.planning._kernels import check_tree, is_abstract, leaves_by_path, map_kernels
-from rmtjax.planning._measure import bias_of, second_of
+from rmtjax.planning._outputs import bias_of, second_of
 from rmtjax.planning._rows import check_plan, check_plan_fits, Factorized, Plan, Truncated
 from rmtjax.spectra import (
     keeps_most,
@@ -86,6 +88,34 @@ def _cut_by_output(view: MatrixView, row, moments: Moments, leaves: Mapping[str,
         yield bias, _shift(leaves[bias], second.mean, view, leaf)
 
 
+def _shrunk(s: Any, view: MatrixView, row: Truncated | Factorized) -> Any:
+    """Returns the singular values that stay, shrunk if the row says so."""
+    if row.shrink is None:
+        return s
+    # One variance for each matrix of a stack, in the shape of the batch axes.
+    variance = np.reshape(row.fit.variance, s.shape[:-1])
+    # Zeros are no noise. A matrix of zeros stays as it is.
+    live = jnp.maximum(live_sides(view), 1).reshape(*s.shape[:-1], 2)
+    return shrink_values(jnp.asarray(s), row.shrink, variance, (live[..., 0], live[..., 1]))
+
+
+def _cut_equalized(view: MatrixView, row: Truncated | Factorized) -> Any:
+    """Returns the new leaf of a kernel that is cut over the scales of its noise, and scaled back.
+
+    Its squared error, each entry over the variance of the noise in it, is the least at this rank.
+    """
+    found = equalize_stack(view)
+    even = replace(view, leaf=view.from_matrices(found.matrix))
+    ((_, (u, s, vt)),) = singular_vectors({view.path: even}, {view.path: row.rank})
+    left, right = split(u, _shrunk(s, even, row), vt)
+    rows = found.rows.reshape(*left.shape[:-1], 1)
+    inner = len(view.axes.batch)
+    columns = jnp.expand_dims(
+        found.columns.reshape(*right.shape[:inner], *right.shape[inner + 1 :]), inner
+    )
+    return _new_leaf(Factors(left * rows, columns * right), view, row)
+
+
 def changed_leaves(
     views: Views,
     rows: Rows,
@@ -102,17 +132,13 @@ def changed_leaves(
             yield from _cut_by_output(rest.pop(path), rows[path], moments, leaves or {})
     for path, view in list(rest.items()):
         row = rows[path]
-        if isinstance(row, Truncated) and row.shrink is None and keeps_most(view, row.rank):
+        if row.equalized:
+            yield path, _cut_equalized(rest.pop(path), row)
+        elif isinstance(row, Truncated) and row.shrink is None and keeps_most(view, row.rank):
             yield path, place_like(without_last(rest.pop(path), row.rank), view.leaf)
     for path, (u, s, vt) in singular_vectors(rest, {path: rows[path].rank for path in rest}):
         view, row = views[path], rows[path]
-        if row.shrink is not None:
-            # One variance for each matrix of a stack, in the shape of the batch axes.
-            variance = np.reshape(row.fit.variance, s.shape[:-1])
-            # Zeros are no noise. A matrix of zeros stays as it is.
-            live = jnp.maximum(live_sides(view), 1).reshape(*s.shape[:-1], 2)
-            s = shrink_values(jnp.asarray(s), row.shrink, variance, (live[..., 0], live[..., 1]))
-        yield path, _new_leaf(split(u, s, vt), view, row)
+        yield path, _new_leaf(split(u, _shrunk(s, view, row), vt), view, row)
 
 
 def _check_moments(plan: Plan, moments: Moments | None) -> None:
@@ -207,11 +233,11 @@ def factorize(
       (80, 16)
     """
     # The box names the axes of the dense kernel, which factors do not have.
-    boxed = lambda node: hasattr(node, "replace_boxed") and is_factors(node.value)
-    unbox = lambda node: node.value if boxed(node) else node
+    held = lambda node: getattr(node, "value", None) if hasattr(node, "replace_boxed") else None
+    unbox = lambda node: held(node) if is_factors(held(node)) else node
     with showing(progress, "factorize") as step:
         thin = _change(params, plan, moments, step)
-    return jax.tree.map(unbox, thin, is_leaf=lambda node: boxed(node) or is_factors(node))
+    return jax.tree.map(unbox, thin, is_leaf=lambda node: is_factors(unbox(node)))
 
 
 @in_usual_modes

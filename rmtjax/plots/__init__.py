@@ -17,6 +17,7 @@ Examples:
 from rmtjax.plots._results import (
     accuracy as accuracy,
     certificate as certificate,
+    history as history,
     layers as layers,
     trade_off as trade_off,
     training as training,
@@ -31,6 +32,7 @@ __all__ = [
     "accuracy",
     "certificate",
     "esd",
+    "history",
     "layers",
     "quantiles",
     "singular_values",

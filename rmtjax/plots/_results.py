@@ -1,6 +1,6 @@
 """Draws results: ranks of kernels, sizes, training, accuracy of networks, certificates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,15 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
         is on top. The legend counts kernels without a spectrum.
       ax: Where to draw; by default on a new figure, as high as the kernels need.
       title: Above the axes.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> ax = Figure().subplots()
+      >>> shown = rmtjax.plots.layers(rmtjax.plan(params), title="One kernel", ax=ax)
+      >>> ax.get_title()
+      'One kernel'
     """
     check_type("plan", plan, Mapping, "For a report, give `report.plan`.")
     shown = {path: row for path, row in plan.items() if row.spectrum is not None}
@@ -63,6 +72,14 @@ def training(
     Raises:
       ValueError: No record has a rank, or one has no "step".
       TypeError: `records` is not a sequence.
+
+    Examples:
+      >>> import rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> records = [{"step": step, "rank/kernel": 60 - step} for step in (0, 10, 20)]
+      >>> ax = rmtjax.plots.training(records, ax=Figure().subplots())
+      >>> len(ax.get_lines())
+      3
     """
     check_type("records", records, Sequence, "Put a single record into a list.")
     paths = dict.fromkeys(
@@ -87,6 +104,58 @@ def training(
     return finish(ax, "step", "number of directions", title)
 
 
+def history(
+    records: Iterable[Mapping[str, Any]],
+    column: str = "spikes",
+    *,
+    ax: "Axes | None" = None,
+    title: str = "",
+) -> "Axes":
+    """Draws a column of each kernel over training, as `rmtjax.monitor` measures it.
+
+    A cross marks the looks at which the law no longer fitted a kernel that it had fitted before.
+
+    Args:
+      records: An `rmtjax.History`, or its records.
+      column: Name of a column that was measured.
+      ax, title: As in `layers`.
+
+    Raises:
+      ValueError: No record has the column, or one has no "step".
+
+    Examples:
+      >>> import rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> records = [{"step": step, "monitor/spikes/kernel": step // 10} for step in (0, 10, 20)]
+      >>> ax = rmtjax.plots.history(records, ax=Figure().subplots())
+      >>> len(ax.get_lines())
+      1
+    """
+    records, prefix = list(records), f"monitor/{column}/"
+    paths = dict.fromkeys(
+        key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix)
+    )
+    if not paths or not all("step" in record for record in records):
+        raise ValueError(
+            f'`records` must have keys that begin with "{prefix}", and a "step" each: those of a '
+            "`rmtjax.History`, of a monitor with this column."
+        )
+    ax = new_axes(names=paths) if ax is None else ax
+    dot = dot_size(len(records))
+    crosses: list[Any] = []
+    for index, path in enumerate(paths):
+        seen = [record for record in records if prefix + path in record]
+        steps, values = zip(
+            *((record["step"], record[prefix + path]) for record in seen), strict=True
+        )
+        ax.plot(steps, values, fillstyle="none", markersize=dot, label=path, **style(index))
+        left = [bool(record.get(f"monitor/left_law/{path}")) for record in seen]
+        crosses += [point for *point, gone in zip(steps, values, left, strict=True) if gone]
+    if crosses:
+        ax.plot(*np.transpose(crosses), "x", color="0.2", markersize=dot, label="left the law")
+    return finish(ax, "step", column.replace("_", " "), title)
+
+
 def accuracy(
     parameters: Numbers,
     accuracies: Numbers,
@@ -107,6 +176,14 @@ def accuracy(
 
     Raises:
       ValueError: The arguments are not of one length.
+
+    Examples:
+      >>> import rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> ax = Figure().subplots()
+      >>> shown = rmtjax.plots.accuracy([1000, 200], [98.0, 97.5], names=["dense", "pruned"], ax=ax)
+      >>> ax.get_xscale()
+      'log'
     """
     x, y = np.asarray(parameters, float), np.asarray(accuracies, float)
     ends = np.full((x.size, 2), np.nan) if intervals is None else np.asarray(intervals, float)
@@ -135,6 +212,14 @@ def trade_off(
     Args:
       curves: From `rmtjax.trade_off`, or several of them by name; anything else raises TypeError.
       ax, title: As in `layers`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> ax = rmtjax.plots.trade_off(rmtjax.trade_off(params), ax=Figure().subplots())
+      >>> len(ax.get_lines())
+      1
     """
     named = {"": curves} if isinstance(curves, TradeOff) else curves
     check_type("curves", named, Mapping, "Give what `rmtjax.trade_off` returns.")
@@ -162,6 +247,14 @@ def certificate(
       bounds: By how much the removal can lower that margin: twice the bound on the change of a
         logit. Another number of bounds raises ValueError.
       ax, title: As in `layers`.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> ax = Figure().subplots()
+      >>> shown = rmtjax.plots.certificate(jnp.array([1.0, 3.0]), jnp.array([2.0, 2.0]), ax=ax)
+      >>> len(ax.get_legend().get_texts())
+      3
     """
     x, y = np.asarray(margins, float), np.asarray(bounds, float)
     if x.ndim != 1 or x.shape != y.shape:

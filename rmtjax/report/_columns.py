@@ -9,6 +9,7 @@ import numpy as np
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import metrics_of_each, SpectralMetrics
 from rmtjax.planning import LayerPlan, Plan
+from rmtjax.report._extra import ExtraMetrics, SpectralChange
 from rmtjax.report._row import Row, to_number
 
 _NORMS = ("spectral_norm", "frobenius_norm", "stable_rank", "effective_rank", "numerical_rank")
@@ -17,12 +18,17 @@ _TESTS = ("lognormal_ratio", "lognormal_p", "exponential_ratio", "exponential_p"
 _HILL = ("hill", "hill_error", "hill_tail", "alpha_weighted", "log_alpha_norm")
 _LAW = ("ratio", "variance", "edge", "threshold", "spikes", "distance")
 _SIGNAL = ("mp_softrank", "snr", "snr_noise")
+_SHUFFLED, _POOLED = ExtraMetrics._fields[:3], ExtraMetrics._fields[3:]
+_OTHERS = (*ExtraMetrics._fields, *SpectralChange._fields)  # that a spectrum does not have
 GROUPS = {
     "summary": ("path", "shape", "spikes", "distance", "stable_rank", "alpha", "reason"),
     "law": ("path", *_LAW, *_SIGNAL),
     "ranks": ("path", "rank", "removed", *_NORMS, "condition"),
     "tails": ("path", *_ALPHA, *_TESTS, *_HILL),
     "cost": ("path", "parameters", "multiply_adds", "milliseconds"),
+    "traps": ("path", "spikes", *_SHUFFLED),
+    "pooled": ("path", "hill", *_POOLED),
+    "change": ("path", "spikes", *SpectralChange._fields),
     "all": (*Row._fields, *SpectralMetrics._fields),
 }
 _KINDS = {int | None: "Int64", float | None: "float64"}
@@ -36,11 +42,12 @@ def expand_columns(columns: Sequence[str]) -> tuple[str, ...]:
       ValueError: A name is neither that of a column nor that of a group.
     """
     names = tuple(name for column in columns for name in GROUPS.get(column, (column,)))
-    unknown = sorted(set(names) - set(GROUPS["all"]))
+    unknown = sorted(set(names) - set(GROUPS["all"]) - set(_OTHERS))
     if unknown:
         raise ValueError(
-            f"`columns` must be fields of `Row` {Row._fields} or of `SpectralMetrics` "
-            f"{SpectralMetrics._fields}, or groups {tuple(GROUPS)}, got {unknown[0]!r}."
+            f"`columns` must be fields of `Row` {Row._fields}, of `SpectralMetrics` "
+            f"{SpectralMetrics._fields} or {_OTHERS}, or groups {tuple(GROUPS)}, got "
+            f"{unknown[0]!r}."
         )
     return tuple(dict.fromkeys(names))
 
@@ -49,7 +56,8 @@ def dtypes(columns: Sequence[str]) -> dict[str, str]:
     """Returns the types of the columns of numbers in pandas."""
     # pandas would make floats of integers among which one is missing.
     kinds = {name: _KINDS.get(kind) for name, kind in Row.__annotations__.items()}
-    kinds |= {name: "float64" for name in SpectralMetrics._fields} | dict.fromkeys(_COUNTS, "Int64")
+    floats = (*SpectralMetrics._fields, *_OTHERS)
+    kinds |= {name: "float64" for name in floats} | dict.fromkeys(_COUNTS, "Int64")
     return {name: kind for name in columns if (kind := kinds[name])}
 
 

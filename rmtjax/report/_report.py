@@ -6,21 +6,15 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
-from jaxtyping import PyTree
-
-from rmtjax._progress import Progress, showing
 from rmtjax._text import align, html_table, no_such_path, printable, SCREEN
-from rmtjax._types import Axes, BulkFit, Where
-from rmtjax.moments import Moments
 from rmtjax.noise import ranks
 from rmtjax.planning import (
     add_costs,
     Cost,
-    count_others,
     decide_all,
     Findings,
     judge_again,
@@ -28,8 +22,6 @@ from rmtjax.planning import (
     Others,
     Plan,
     PlanOptions,
-    study,
-    without_values,
 )
 from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics
 from rmtjax.report._page import render
@@ -41,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 
+Extras = Mapping[str, Mapping[str, Any]]
 # The default columns of tables, without and with the costs that `batch` measures.
 _COLUMNS = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "reason")
 _TIMED = (*_COLUMNS[:-1], "parameters", "multiply_adds", "milliseconds", "reason")
@@ -56,10 +49,10 @@ class Report:
     report is also a sequence of its rows. Names of kernels are escaped in every form, so that they
     cannot control a terminal or act as markup.
 
-    The columns of a table are fields of `Row` and of `SpectralMetrics`, by their names or by the
-    name of a group: "summary", "law", "ranks", "tails", "cost" or "all". By default these are the
-    results of the fit, and the costs if these were timed. A cost that the plan changes is written
-    as `before -> after`. The totals are below the costs.
+    The columns of a table are fields of `Row`, `SpectralMetrics` and `ExtraMetrics`, by their names
+    or by that of a group: "summary", "law", "ranks", "tails", "cost", "traps", "pooled", "change"
+    or "all". By default these are the results of the fit, and the costs if these were timed. A cost
+    that the plan changes is written as `before -> after`. The totals are below the costs.
 
     Attributes:
       plan: The plan behind the report, with the spectra.
@@ -67,6 +60,7 @@ class Report:
       applied: Whether the plan was carried out. If not, tables say "would be factorized".
       findings: What was measured of the kernels, without their values; None for a plan alone.
       options: The options of the plan.
+      extras: The `ExtraMetrics` of kernels by path and name, if they were asked for.
 
     Examples:
       >>> import jax, rmtjax
@@ -81,6 +75,7 @@ class Report:
     applied: bool = False
     findings: Findings | None = None
     options: PlanOptions | None = None
+    extras: Extras = field(default_factory=dict)
 
     # Cached, because every form of the report asks for them. A frozen dataclass allows it: the
     # cache writes into `__dict__`, and not by `setattr`.
@@ -115,7 +110,7 @@ class Report:
           rule: A rank rule of `rmtjax.ranks`.
 
         Raises:
-          ValueError: The report was made of a plan alone.
+          ValueError: The report was made of a plan alone, or only one of both rules equalizes.
         """
         if self.findings is None or self.options is None:
             raise ValueError(
@@ -132,9 +127,11 @@ class Report:
         """The `SpectralMetrics` of each kernel by path and name, computed when first asked for.
 
         A number is None without a spectrum that is finite, and where it does not exist. A stack has
-        the mean of its members, and the largest of their counts.
+        the mean of its members, and the largest of their counts. `ExtraMetrics` follow if
+        `analyze` was asked for them.
         """
-        return spectral_metrics(self.plan)
+        found = spectral_metrics(self.plan)
+        return {path: {**numbers, **self.extras.get(path, {})} for path, numbers in found.items()}
 
     @property
     def totals(self) -> Cost:
@@ -142,7 +139,7 @@ class Report:
         return add_costs(layer.cost for layer in self.plan.values() if layer.cost)
 
     def _value(self, row: Row, name: str) -> Any:
-        return getattr(row, name) if name in Row._fields else self.metrics[row.path][name]
+        return getattr(row, name) if name in Row._fields else self.metrics[row.path].get(name)
 
     @property
     def summary(self) -> str:
@@ -275,45 +272,3 @@ class Report:
         """
         numbers = self.rows, self.totals, self.plan, self.others
         return render(title, *numbers, applied=self.applied)
-
-
-def analyze(
-    params: PyTree,
-    *,
-    rule: ranks.RankRule = ranks.bema(),  # noqa: B008 - a frozen value
-    where: Where | None = None,
-    axes: Axes | None = None,
-    fits: Mapping[str, BulkFit] | None = None,
-    min_size: int = 50,
-    exact_below: int = 4096,
-    batch: int | Mapping[str, int] | None = None,
-    moments: Moments | None = None,
-    progress: Progress = None,
-) -> Report:
-    """Analyzes every kernel of a parameter tree; changes nothing.
-
-    Args:
-      params: Nested dictionaries of arrays, as `module.init(...)["params"]`.
-      rule, where, axes, fits, min_size, exact_below, batch, moments, progress: As in `rmtjax.plan`.
-
-    Returns:
-      A `Report`. Ranks are not rounded up to a multiple, and kernels under `min_size` have rows
-      without a fit.
-
-    Raises:
-      ValueError: An option is out of range, or `axes` or `batch` does not fit the tree.
-
-    Examples:
-      >>> import jax, rmtjax
-      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
-      >>> report = rmtjax.analyze({"Dense_0": {"kernel": noise.at[:, 0].add(5.0)}})
-      >>> report.rows[0].spikes, report.rows[0].reason
-      (1, 'factorized: 1 of 200 are signal, rank 1')
-    """
-    sizes: dict[str, Any] = {"multiple": 1, "min_size": min_size, "exact_below": exact_below}
-    known: dict[str, Any] = {"where": where, "axes": axes, "fits": fits, "moments": moments}
-    options = PlanOptions(rule, batch=batch, **known, **sizes)
-    with showing(progress, "analyze") as step:
-        found = study(params, options, step if progress else None)
-        plan = decide_all(found, options)
-    return Report(plan, count_others(params, plan), False, without_values(found), options)

@@ -32,12 +32,14 @@ from rmtjax.spectra._select import (
     without_last as without_last,
 )
 from rmtjax.spectra._spectrum import (
+    blocks_of as blocks_of,
     check_matrix as check_matrix,
     each as each,
     einsum as einsum,
     from_singular_values as from_singular_values,
     lift as lift,
     matmul as matmul,
+    pooled_spectrum as pooled_spectrum,
     spectrum as spectrum,
     times_power as times_power,
     to_unit as to_unit,

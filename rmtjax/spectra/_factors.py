@@ -26,6 +26,7 @@ def svd(matrix: Float[Array, "*batch m n"] | Factors) -> tuple[Array, Array, Arr
     return by_compiler(_svd, matrix)
 
 
+@jax.jit
 def _svd(matrix):
     if jax.tree.leaves(matrix)[0].ndim > 2:
         return each(_svd, matrix)
@@ -78,6 +79,7 @@ def _project_jvp(primals, tangents):
     return lower, same + crossed
 
 
+@jax.jit
 def split(u, s, vt) -> Factors:
     """Returns directions as factors. Each gets the root of each value, so that both train alike.
 

@@ -185,6 +185,7 @@ def to_unit(array: Float[Array, "..."]) -> tuple[Float[Array, "..."], Int[Array,
     return times_power(array, -exponent), exponent
 
 
+@jax.jit
 def _spectrum(matrix: Float[Array, "m n"]) -> Spectrum:
     matrix = lift(matrix)
     finite = jnp.isfinite(matrix).all()
@@ -195,3 +196,61 @@ def _spectrum(matrix: Float[Array, "m n"]) -> Spectrum:
     # Memory for full matrices would be allocated even though only values are returned.
     values = jnp.linalg.svd(safe, full_matrices=False, compute_uv=False)
     return from_singular_values(jnp.where(finite, values, jnp.nan), matrix)
+
+
+def blocks_of(rows: int, columns: int, ratio: float) -> list[tuple[slice, slice]]:
+    """Returns blocks of one aspect ratio that cover a matrix, each with one of its complete sides.
+
+    They overlap where they do not divide the other side.
+    """
+    short, long = sorted((rows, columns))
+    width = round(short / ratio)
+    # A matrix that is nearer to square than the blocks is divided along its short side.
+    whole, size = (long, width) if width <= long else (short, max(1, round(long * ratio)))
+    count = -(-whole // size)
+    starts = [round(index * (whole - size) / max(count - 1, 1)) for index in range(count)]
+    parts = [slice(start, start + size) for start in starts]
+    along_columns = (columns >= rows) == (width <= long)
+    every = slice(None)
+    return [(every, part) if along_columns else (part, every) for part in parts]
+
+
+@in_usual_modes
+def pooled_spectrum(matrix: Float[ArrayLike, "m n"], *, ratio: float = 1.0) -> Spectrum:
+    r"""Returns the spectra of blocks of one aspect ratio as one spectrum.
+
+    An exponent of the tail depends on the aspect ratio of the kernel, also for noise. Those of
+    blocks of one aspect ratio can be compared between kernels of different shapes (FARMS).
+
+    Args:
+      matrix: Real matrix of any floating dtype. Works under `jit` and `vmap`.
+      ratio: Aspect ratio of the blocks, in (0, 1]. Each block has one side of the matrix complete.
+        Where blocks do not divide the other side they overlap, and entries count twice.
+
+    Returns:
+      `Spectrum(eigenvalues, ratio)` of all blocks, for `rmtjax.metrics_of`. The law of noise does
+      not hold for it: only norms, ranks and exponents of it have a meaning.
+
+    Raises:
+      ValueError, TypeError: As `rmtjax.spectrum`, or `ratio` is out of range.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> for columns in (100, 300, 1000):
+      ...     noise = jax.random.normal(jax.random.key(0), (100, columns))
+      ...     spectra = rmtjax.spectrum(noise), rmtjax.pooled_spectrum(noise)
+      ...     print([f"{rmtjax.metrics_of(spectrum).hill:.1f}" for spectrum in spectra])
+      ['2.2', '2.2']
+      ['3.2', '2.1']
+      ['5.1', '2.1']
+
+    References:
+      Hu et al., ICML (2025), https://arxiv.org/abs/2506.06280.
+    """
+    matrix = as_matrix("pooled_spectrum", matrix)
+    if not 0 < ratio <= 1:
+        raise ValueError(f"`ratio` must be in (0, 1], a short side over a long one, got {ratio}.")
+    rows, columns = matrix.shape
+    blocks = jnp.stack([matrix[block] for block in blocks_of(rows, columns, ratio)])
+    eigenvalues, ratios = by_compiler(partial(each, _spectrum), blocks)
+    return Spectrum(jnp.sort(eigenvalues.ravel())[::-1], ratios[0])

@@ -107,6 +107,7 @@ def squares_suffice(s: Float[Array, "b p"], floor: Float[Array, " b"]) -> Bool[A
     return floor >= _CLEAR * jnp.sqrt(jnp.finfo(s.dtype).eps) * s[:, 0]
 
 
+@jax.jit
 def gram_svd(matrices: Float[Array, "b m n"], floor: Float[Array, " b"]) -> Vectors:
     r"""Returns thin singular value decompositions by Gram matrices, cheaper than by `svd`.
 

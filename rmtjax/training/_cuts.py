@@ -133,8 +133,9 @@ def lower_at(arrays: Moves, vectors: Vectors, rank: Array, axes: KernelAxes) -> 
     """Returns a kernel cut to a rank."""
     whole = land(arrays)
 
-    def multiply(vectors, rank, like):
-        return MatrixView("", like, axes).from_matrices(compose(*vectors, rank))
+    def multiply(vectors: Vectors, rank, like):
+        u, s, vt = vectors
+        return MatrixView("", like, axes).from_matrices(compose(u, s, vt, rank))
 
     kernel = by_compiler(multiply, vectors, rank, whole, out=typed_sharding(whole))
     short = vectors[1].shape[1]

@@ -189,6 +189,9 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `primal/PATH`: the distance of the kernel from its projection, over its norm;
     - `dual/PATH`: by how much the projection has moved since the last one, over its norm.
 
+    Of `rmtjax.monitor`, 0 before the first look: `monitor/COLUMN/PATH` for each column, and
+    `monitor/left_law/PATH`, `monitor/traps/PATH` and `monitor/growing/PATH`.
+
     Args:
       opt_state: From `optimizer.init` or `optimizer.update`, with one state or several, at any
         depth in `chain`, `masked`, `partition`, `MultiSteps` or `inject_hyperparams`.

@@ -61,6 +61,13 @@ class PruneState(NamedTuple):
       fall: By how much `value_fn` fell over the period before the last step; the largest number of
         float32 before, or if it was not finite.
       curvatures: Path to the moments of gradients by which kernels fade; None without `fade`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> state = rmtjax.prune_spectrum(every=100).init(params)
+      >>> int(state.step), state.ranks["kernel"].tolist()
+      (0, 60)
     """
 
     step: Int[Array, ""]
@@ -168,7 +175,7 @@ class Tall:
         self.axes = view.axes if explicit else KernelAxes((1,), (2,), (0,))
         self._view = None if explicit else MatrixView("", view.leaf, turned)
 
-    def stack(self, array: Array) -> Array:
+    def stack(self, array: Array) -> Any:
         """Returns an array with the axes of the kernel as tall matrices."""
         return array if self._view is None else to_stack(array, self._view.axes)
 

@@ -97,8 +97,8 @@ def test_a_shrinker_of_ones_own_is_named_and_not_called(plan):
 
 def test_a_newer_format_asks_for_an_upgrade(plan):
     told = json.loads(_manifest.to_json(plan))
-    with pytest.raises(ValueError, match=r"format 3, and this rmtjax knows 2: upgrade it"):
-        _manifest.parse(json.dumps({"format": 3, "all": "else"}))
+    with pytest.raises(ValueError, match=r"format 4, and this rmtjax knows 3: upgrade it"):
+        _manifest.parse(json.dumps({"format": 4, "all": "else"}))
     told["plan"]["Dense_0/kernel"]["mood"] = told["comment"] = "of a later version"
     same_row(
         _manifest.parse(json.dumps(told)).plan["Dense_0/kernel"],

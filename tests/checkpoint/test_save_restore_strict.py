@@ -111,7 +111,7 @@ def test_a_plan_that_does_not_fit_its_tensors(tmp_path):
         with pytest.raises(ValueError, match=words):
             checkpoint.restore(path)
     write(path, json.dumps({"format": 9}), x=np.ones(1))
-    with pytest.raises(ValueError, match=r"cannot restore .*format 9, .* knows 2: upgrade it"):
+    with pytest.raises(ValueError, match=r"cannot restore .*format 9, .* knows 3: upgrade it"):
         checkpoint.restore(path)
 
 

@@ -71,6 +71,23 @@ def test_training_begins_when_the_signal_is_known(ax):
         plots.training([{"rank/a": 3}])
 
 
+def looks():
+    """Made-up looks of two kernels, one of which leaves the law."""
+    for step, spikes in ((1, 0), (11, 3), (21, 7), (31, 6)):
+        kernels = {"monitor/spikes/a": spikes, "monitor/left_law/a": step > 11}
+        yield {"step": step, **kernels, "monitor/spikes/b": 1, "monitor/left_law/b": False}
+
+
+def test_history_has_a_line_for_each_kernel_and_a_cross_where_the_law_is_left(ax):
+    plots.history(looks(), ax=ax)
+    assert labels(ax) == ["a", "b", "left the law"]
+    assert line(ax, "a").T.tolist() == [[1, 0], [11, 3], [21, 7], [31, 6]]
+    assert line(ax, "left the law").T.tolist() == [[21, 7], [31, 6]]
+    for records in ([{"step": 1, "loss": 2.0}], [{"monitor/spikes/a": 3}], []):
+        with pytest.raises(ValueError, match="`records` must have keys that begin with"):
+            plots.history(records, ax=ax)
+
+
 def test_training_makes_room_for_the_names_of_many_kernels():
     names = [f"encoder/layer_{i}/attention/query/kernel" for i in range(12)]
     wide = plots.training([{"step": 0} | {f"rank/{name}": 8 for name in names}])
@@ -130,6 +147,7 @@ def test_certificate_counts_what_is_certain(ax):
 DRAWN = {
     "layers": lambda ax, plan: plots.layers(plan, ax=ax),
     "training": lambda ax, _: plots.training(RECORDS, ax=ax),
+    "history": lambda ax, _: plots.history(looks(), ax=ax),
     "accuracy": lambda ax, _: plots.accuracy(*ACCURACY, names=NAMES, ax=ax),
     "certificate": lambda ax, _: plots.certificate(MARGINS, BOUNDS, ax=ax),
 }

@@ -33,6 +33,7 @@ def everything(max_rise):
     chain = optax.chain(
         rmtjax.admm(lambda kernel: jnp.sign(kernel), every=2, start=2, **at("a")),
         optax.sgd(0.1, 0.9),
+        rmtjax.monitor(2, start=2, shuffles=1, **at("a")),
         rmtjax.agree(2, start=2, **at("b")),
         rmtjax.lowrank.shrink_tail(2, strength=0.1, **at("c")),
         rmtjax.prune_entries(0.5, every=2, **at("d")),

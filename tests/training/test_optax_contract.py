@@ -80,14 +80,23 @@ def mean(learning_rate: Rate):
     return optax.chain(optax.adam(learning_rate), rmtjax.average_params())
 
 
+def looks(learning_rate: Rate):
+    return optax.chain(rmtjax.monitor(every=10), optax.adam(learning_rate))
+
+
+def looks_of_all(learning_rate: Rate):
+    look = rmtjax.monitor(every=1000, columns=["spikes"], where="*", min_size=1)
+    return optax.chain(optax.adam(learning_rate), look)
+
+
 def half_precision(kernel):
     return kernel.astype("bfloat16")
 
 
 OF_ALL = (spectrum_of_all, entries_of_all, halves_of_all, tails_of_all)
-MAKERS = (spectrum, entries, halves, *OF_ALL, rounds, pull, exchange, mean)
+MAKERS = (spectrum, entries, halves, *OF_ALL, rounds, pull, exchange, mean, looks)
 # Steps that do more than a comparison compile and run for longer.
-LONG = (pull_of_all, exchange_of_all)
+LONG = (pull_of_all, exchange_of_all, looks_of_all)
 FACTORIES = {make.__name__: make for make in (*MAKERS, *LONG)}
 # The rate is that of optax's rows for this wrapper, which tunes it.
 WRAPPED = [

@@ -20,6 +20,7 @@ from rmtjax import (
     drop_and_grow,
     factorize_matrix,
     lowrank,
+    monitor,
     penalty,
     prune_entries,
     prune_spectrum,
@@ -166,6 +167,7 @@ ALL = TRANSFORMS | {
     "halves": lambda: agree(2),
     "tails": lambda: lowrank.shrink_tail(2, strength=0.1),
     "mean": lambda: average_params(),
+    "looks": lambda: monitor(2),
     "mean of entries": lambda: average_params(reset_zeros=True),
 }
 EVERYWHERE = lambda value: lambda tree: jax.tree.map(lambda _: value, tree)

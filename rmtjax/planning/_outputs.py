@@ -1,18 +1,65 @@
-"""Repairs factors after a cut: least squares on the outputs of the dense kernel, from moments."""
+"""What moments of the inputs say of kernels: losses of outputs, and repaired factors.
 
+`refit` finds factors after a cut by least squares on the outputs of the dense kernel.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax._axes import Factors, kernel_shape, MatrixView
+from rmtjax._axes import Factors, kernel_shape, MatrixView, Views
 from rmtjax._sharding import place_like
 from rmtjax._types import Axes, check_type
-from rmtjax.moments import Moments, shrink
+from rmtjax.moments import Moments, Second, shrink
 from rmtjax.planning._kernels import check_tree, find_kernels, leaves_by_path, map_kernels
-from rmtjax.planning._measure import bias_of, second_of
-from rmtjax.spectra import multiply
+from rmtjax.spectra import multiply, output_losses, OutputLosses
+
+
+def bias_of(view: MatrixView, leaves: Mapping[str, Any]) -> str | None:
+    """Returns the path of the bias beside a kernel; None if there is none of its outputs."""
+    parent, slash, _ = view.path.rpartition("/")
+    path = f"{parent}{slash}bias"
+    shape = tuple(view.shape[axis] for axis in (*view.axes.batch, *view.axes.outputs))
+    return path if path in leaves and kernel_shape(leaves[path]) == shape else None
+
+
+def second_of(moments: Moments, view: MatrixView, leaves: Mapping[str, Any]) -> Second:
+    """Returns the second moments of the inputs of a kernel in a tree with these leaves.
+
+    They are centred only if there is a bias to correct. Raises ValueError for other inputs.
+    """
+    moment = moments[view.path]
+    if moment.size != view.rows:
+        raise ValueError(
+            f"`moments` is of another model: it has {moment.size} inputs for {view.path!r}, whose "
+            f"kernel of shape {view.shape} has {view.rows}. Collect the moments with this model."
+        )
+    if len(moment.total) not in (1, view.stack):
+        raise ValueError(
+            f"`moments` must have one moment for each matrix of {view.path!r}, {view.stack}, or "
+            f"one for all, got {len(moment.total)}. Collect the moments with the same `axes`."
+        )
+    second = moments.second(view.path, centred=bias_of(view, leaves) is not None)
+    if not np.isfinite(second.exact).all():
+        raise ValueError(
+            f"`moments` is not finite for {view.path!r}: collect the moments anew, or leave the "
+            "kernel out with `where`."
+        )
+    return second
+
+
+def all_losses(
+    views: Views, moments: Moments | None, leaves: Mapping[str, Any]
+) -> dict[str, OutputLosses]:
+    """Returns what cuts of each rank do to the outputs of the kernels that have moments."""
+    losses = {}
+    for path, view in views.items():
+        if moments is not None and path in moments and not view.in_parts:
+            losses[path] = output_losses(view, second_of(moments, view, leaves))
+    return losses
 
 
 def _solve(smooth: np.ndarray, left: np.ndarray, dense: np.ndarray) -> np.ndarray:
