@@ -13,7 +13,6 @@ from experiments.neighbours.trainer import Hyper, Setting
 # arms which begin with dense training share it. Decay is decoupled: a step takes rate times decay.
 SHARED = "rate", "decay", "dropout"
 TRIALS = (
-    (1e-3, 0.0, 0.2),
     (2e-3, 0.5, 0.2),
     (4e-3, 0.1, 0.2),
     (2e-3, 0.1, 0.0),

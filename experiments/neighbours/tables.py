@@ -14,7 +14,8 @@ from experiments.study.statistics import paired_difference
 
 Records = list[dict[str, Any]]
 REFERENCE = "truncated SVD"  # of paired differences
-COLOURS = {arms.OURS: "C0", arms.NEIGHBOUR: "C1", arms.CONTROL: "0.4", arms.WHOLE: "0.7"}
+STYLES = {arms.OURS: "-", arms.NEIGHBOUR: "--", arms.CONTROL: ":", arms.WHOLE: ""}
+MARKERS = "os^"
 
 
 def final(records: Records, track: str, arm: str, level: float) -> dict[int, dict[str, Any]]:
@@ -113,30 +114,30 @@ def track_tables(records: Records, letter: str) -> list[Table]:
     return [table for table in found if table is not None]
 
 
+def _curve(records: Records, letter: str, arm: Arm, name: str) -> tuple[list[float], list[float]]:
+    """Returns the share of a cost, and the accuracy, of an arm at each level that was run."""
+    track = tracks.TRACKS[letter]
+    levels = (1.0,) if arm.is_full_size else track.levels
+    found = [one for level in levels if (one := final(records, letter, arm.name, level))]
+    whole = getattr(sizes.dense_size(track), name)
+    return [_mean(one, name) / whole for one in found], [_mean(one, "test") for one in found]
+
+
 def draw(records: Records, letters: list[str], path: Path) -> None:
-    """Draws accuracy against the share of parameters and of products, a line for each arm."""
-    figure = Figure(figsize=(11, 4.2 * len(letters)), layout="constrained")
-    axes = figure.subplots(len(letters), 2, squeeze=False)
-    for row, letter in zip(axes, letters, strict=True):
-        track = tracks.TRACKS[letter]
-        whole = sizes.dense_size(track)
-        for ax, name in zip(row, ("parameters", "multiply_adds"), strict=True):
-            for arm in arms.on_track(letter):
-                levels = (1.0,) if arm.is_full_size else track.levels
-                found = [final(records, letter, arm.name, level) for level in levels]
-                found = [one for one in found if one]
-                x = [_mean(one, name) / getattr(whole, name) for one in found]
-                y = [_mean(one, "test") for one in found]
-                ax.plot(x, y, "o-", ms=3, lw=1, color=COLOURS[arm.kind], alpha=0.8)
-                if found:
-                    ax.annotate(
-                        arm.name,
-                        (x[-1], y[-1]),
-                        fontsize=5,
-                        textcoords="offset points",
-                        xytext=(3, 0),
-                    )
-            ax.set(xscale="log", xlabel=f"{name.replace('_', '-')} over dense", ylabel="test %")
-            ax.set_title(f"track {letter}: {track.task}", fontsize="small", loc="left")
+    """Draws accuracy against the share of bytes and of products, a line for each arm."""
+    figure = Figure(figsize=(12, 4.6 * len(letters)), layout="constrained")
+    rows = figure.subplots(len(letters), 2, squeeze=False, sharey="row")
+    titles = {"bytes": "stored bytes over dense", "multiply_adds": "multiply-adds over dense"}
+    for row, letter in zip(rows, letters, strict=True):
+        for ax, (name, title) in zip(row, titles.items(), strict=True):
+            for i, arm in enumerate(arms.on_track(letter)):
+                x, y = _curve(records, letter, arm, name)
+                colour, style = f"C{i % 10}", STYLES[arm.kind]
+                marker = MARKERS[i // 10]
+                ax.plot(x, y, style, marker=marker, ms=4, lw=1, color=colour, label=_mark(arm))
+            ax.set(xscale="log", xlabel=title)
+        row[0].set_ylabel("test %")
+        row[0].set_title(f"track {letter}: {tracks.TRACKS[letter].task}", fontsize=9, loc="left")
+        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
     with output.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=100)

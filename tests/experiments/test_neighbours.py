@@ -30,7 +30,12 @@ from experiments.neighbours import (
 PAGE = Path(__file__).parents[2] / "docs" / "neighbours.md"
 FIRST = [0.04023, 0.299869, 0.466616, 0.159717]
 LABELS = [7, 1, 1, 6, 4, 9, 4, 6, 0, 5]
-ARMS = [(track, arm.name) for track in tracks.TRACKS for arm in arms.on_track(track)]
+# All arms on a track, and on the others those that treat a recurrent cell or a convolution alike.
+ARMS = [("a", arm.name) for arm in arms.on_track("a")]
+ARMS += [("b", name) for name in ("tensorized, joint", "tensorized, per gate", "SET", "SER")]
+ARMS += [("b", name) for name in ("RMT, guarded", "SVD training", "dynamical low rank")]
+ARMS += [("c", name) for name in ("RMT, guarded", "SVD training", "dynamical low rank")]
+ARMS += [("c", name) for name in ("operator (MPO)", "state (MPS)", "block terms", "ADMM, bits")]
 
 
 def draw(seed, *shape):
