@@ -254,7 +254,7 @@ class KernelLeaf:
             return self.leaf.rank
         return self.leaf.left.shape[-1] if isinstance(self.leaf, Factors) else None
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense kernel."""
         return kernel_shape(self.leaf)
@@ -277,17 +277,17 @@ class MatrixView(KernelLeaf):
         super().__post_init__()
         check_axes(self.path, self.axes, len(self.shape))
 
-    @property
+    @functools.cached_property
     def stack(self) -> int:
         """The number of matrices: 1 if the kernel is not a stack."""
         return matrix_shape(self.shape, self.axes)[0]
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """The number of inputs of each matrix."""
         return matrix_shape(self.shape, self.axes)[1]
 
-    @property
+    @functools.cached_property
     def columns(self) -> int:
         """The number of outputs of each matrix."""
         return matrix_shape(self.shape, self.axes)[2]

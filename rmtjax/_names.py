@@ -22,6 +22,8 @@ _HAIKU = re.compile(r"w(_[ih])?|embeddings")
 _TORCH = re.compile(r"weight|(in|q|k|v)_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 # Parts of the paths of adapters: LoRA and its relatives hold factors of a change, and no kernel.
 _ADAPTER = re.compile(r"(.*_)?(lora|loha|lokr|hada|vera|dora|ia3|oft|boft)_.+", re.IGNORECASE)
+# Quantized weights that other names than those of kernels hold, several entries in an integer.
+_QUANTIZED = re.compile(r"qweight|(.*_)?(packed|blocks|quantized)")
 # Layers whose weight multiplies entry by entry.
 _NORM = re.compile(r"(.*[_\d])?((layer|batch|group|rms|instance)?norms?|ln|bn|gn)\d*([_\d].*)?")
 # Layers of Torch that look rows up. An embedding of patches multiplies.
@@ -81,14 +83,18 @@ def is_table(path: str, shape: tuple[int, ...]) -> bool:
 
 
 def is_untold(path: str, leaf: Any) -> bool:
-    """Returns True for a leaf that may be a kernel under another name: floating, with two axes."""
+    """Returns True for a leaf that may be a kernel under another name, with two axes or more.
+
+    Floating leaves are, and integers under the names of quantized weights.
+    """
     name = _parts(path)[-1]
     # Layers of Flax know the adapters that they have: `lora_a`.
     vector = name in _VECTORS or _ADAPTER.fullmatch(name)
     dtype = getattr(next(iter(jax.tree.leaves(leaf)), None), "dtype", None)
     if vector or in_factor_layer(path) or dtype is None or len(kernel_shape(leaf)) < 2:
         return False
-    return bool(jnp.issubdtype(dtype, jnp.floating))
+    quantized = jnp.issubdtype(dtype, jnp.integer) and bool(_QUANTIZED.fullmatch(name))
+    return bool(jnp.issubdtype(dtype, jnp.floating)) or quantized
 
 
 class Neighbours:

@@ -16,7 +16,17 @@ PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 EXAMPLES = {page: find_examples(text) for page, text in PAGES.items()}
 ELSEWHERE = {"layers", "training_live"}  # run by `test_layer_table.py` and `test_metrics.py`
 # These pages train networks; the README has the same calls on smaller ones.
-SLOW = {"agreement", "prune", "sparse", "start"}
+SLOW = {
+    "agreement",
+    "columns",
+    "compress",
+    "lowrank",
+    "monitor",
+    "prune",
+    "rules",
+    "sparse",
+    "start",
+}
 RUN = [
     pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page
     for page, examples in EXAMPLES.items()

@@ -62,6 +62,22 @@ def test_dir_and_help_are_short():
     )
 
 
+def public(module, name="rmtjax"):
+    """Yields the dotted names of a module and of those in it, and what they name."""
+    for part in module.__all__:
+        value, path = getattr(module, part), f"{name}.{part}"
+        if inspect.ismodule(value):
+            yield from public(value, path)
+        elif inspect.isclass(value) or inspect.isroutine(value):
+            yield path, value
+
+
+def test_every_public_name_has_an_example():
+    names = dict(public(rmtjax))
+    assert {"rmtjax.ranks.bema", "rmtjax.plots.esd", "rmtjax.linen.KernelTable"} <= names.keys()
+    assert not [name for name, value in names.items() if ">>> " not in (value.__doc__ or "")]
+
+
 def test_a_plan_under_jit_says_where_to_make_it():
     with pytest.raises(TypeError, match="make the plan outside `jit`"):
         jax.jit(rmtjax.plan)(PARAMS)
@@ -93,6 +109,20 @@ def test_a_module_on_thin_parameters_is_right_and_says_how_to_save_time():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rmtjax.linen.apply(DENSE, {"params": THIN}, inputs)
+
+
+@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
+def test_a_module_that_rewrites_factors_says_to_leave_them_out(wrapper):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            options = {"update_stats": False} if wrapper is nn.SpectralNorm else {}
+            return wrapper(nn.Dense(80, use_bias=False))(inputs, **options)
+
+    variables = Wrapped().init(jax.random.key(0), jnp.ones((2, 60)))
+    variables = {**variables, "params": {**variables["params"], "Dense_0": THIN}}
+    with pytest.raises(ValueError, match=r"'kernel' holds thin factors. Leave this kernel out"):
+        rmtjax.linen.apply(Wrapped(), variables, jnp.ones((2, 60)))
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.MultiSteps(optax.lion(0.1), 2)])

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from rmtjax.planning import (
     decide_all,
     Findings,
     guess_axes,
+    Kept,
     Neighbours,
     Plan,
     PlanOptions,
@@ -43,6 +44,16 @@ class Difference(NamedTuple):
       unmatched: Names of the tensors that only one checkpoint has, or both in other shapes or in a
         dtype that is not floating. Nothing is told of them.
       written: Paths of the kernels that `extract_lora` has written to the adapter.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     paths = f"{folder}/base.safetensors", f"{folder}/tuned.safetensors"
+      ...     for path, bias in zip(paths, (0.0, 1.0)):
+      ...         rmtjax.checkpoint.save(path, {"kernel": jnp.ones((80, 60)), "bias": bias})
+      ...     difference = rmtjax.adapters.analyze_difference(*paths)
+      >>> difference.unchanged, difference.others
+      (('kernel',), ('bias',))
     """
 
     report: Report
@@ -59,9 +70,34 @@ def _comparable(one: Entry | None, other: Entry | None) -> bool:
     return all(jnp.issubdtype(e.dtype, jnp.floating) and not e.is_packed for e in (one, other))
 
 
+def _rounding(one: np.ndarray, other: np.ndarray) -> str | None:
+    """Returns the dtype whose rounding explains why two arrays differ; None if none does.
+
+    No entry has then moved by more than its last place. Arrays of float32 may hold what 16 bits
+    have rounded, which all of their entries show.
+    """
+    kinds, halves = [one.dtype, other.dtype], [np.dtype(jnp.bfloat16), np.dtype(np.float16)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        one, other = (array.astype(np.float64) for array in (one, other))
+        same = lambda array, kind: np.array_equal(array, array.astype(kind).astype(np.float64))
+        kinds += [kind for kind in halves if same(one, kind) or same(other, kind)]
+        moved, size = np.abs(one - other), np.maximum(np.abs(one), np.abs(other))
+        for kind in kinds:
+            limits = jnp.finfo(kind)
+            # The last place of x is worth at most eps |x|, or the smallest number.
+            least = float(limits.smallest_subnormal)
+            if np.all((moved <= np.maximum(float(limits.eps) * size, least)) | (one == other)):
+                return kind.name
+    return None
+
+
+# What tells by its name whether rounding explains a change.
+Rounding = Callable[[str], str | None]
+
+
 @contextlib.contextmanager
-def open_difference(base: FilePath, tuned: FilePath) -> Iterator[tuple[Tensors, set[str]]]:
-    """Opens the changes of the tensors as a checkpoint, and yields the names of all others."""
+def _open(base: FilePath, tuned: FilePath) -> Iterator[tuple[Tensors, set[str], Rounding]]:
+    """Opens the changes of the tensors as a checkpoint; yields the names of all others, too."""
     with open_tensors(base) as before, open_tensors(tuned) as after:
         names = [*after.entries, *(name for name in before.entries if name not in after.entries)]
         half = next((name for name in names if ".lora_A." in name), None)
@@ -89,7 +125,8 @@ def open_difference(base: FilePath, tuned: FilePath) -> Iterator[tuple[Tensors, 
         entries = {name: Entry(after.entries[name].shape, wide(name)) for name in both}
         files = (*after.files, *before.files)
         change = dataclasses.replace(after, entries=entries, metadata={}, read=read, files=files)
-        yield change, {*names} - {*both}
+        rounding = lambda name: _rounding(after.array(name), before.array(name))
+        yield change, {*names} - {*both}, rounding
 
 
 def analyze_difference(
@@ -108,7 +145,9 @@ def analyze_difference(
 
     A fine-tuning adds directions to a kernel, and noise: that of its steps, and the rounding of 16
     bits. The rule tells how many directions stand out of this noise. A change without noise above
-    rounding, as of an adapter that was merged, has the rank that is above rounding.
+    rounding, as of an adapter that was merged, has the rank that is above rounding. A kernel in
+    which no entry has moved by more than its last place is kept, since rounding explains that. Its
+    spikes would be those of the sizes of its entries.
 
     Args:
       base, tuned: Two checkpoints of one model, as in `rmtjax.checkpoint.analyze_file`.
@@ -144,9 +183,9 @@ def analyzed(
     base: FilePath, tuned: FilePath, options: PlanOptions, progress: Progress, task: str
 ) -> Iterator[tuple[Tensors, Difference]]:
     """Opens the changes of the tensors, and yields them with what is found of them."""
-    opened = open_difference(base, tuned)
-    with opened as (change, unmatched), showing(progress, task) as step:
-        yield change, _analyze_change(change, unmatched, options, step)
+    opened = _open(base, tuned)
+    with opened as (change, unmatched, rounding), showing(progress, task) as step:
+        yield change, _analyze_change(change, unmatched, rounding, options, step)
 
 
 def _among(change: Tensors, changed: Container[str], options: PlanOptions) -> PlanOptions | None:
@@ -193,8 +232,21 @@ def _count_above_rounding(report: Report) -> Report:
     return dataclasses.replace(report, plan=plan, findings=found)
 
 
+def _keep_rounding(report: Report, rounding: Rounding) -> Report:
+    """Returns the report with the changes kept that rounding explains, without a spectrum."""
+    options: Any = report.options
+    plan = Plan(report.plan)
+    for path, row in report.plan.items() if options.rule.needs_noise else ():
+        if row.fit is None or row.cost is None or (kind := rounding(path)) is None:
+            continue
+        before = row.cost[:3]
+        reason = f"kept: rounding of {kind} explains the change: each entry is within its unit"
+        plan[path] = Kept(reason, row.shape, row.axes, cost=type(row.cost)(*before, *before))
+    return dataclasses.replace(report, plan=plan)
+
+
 def _analyze_change(
-    change: Tensors, unmatched: set[str], options: PlanOptions, step: Step
+    change: Tensors, unmatched: set[str], rounding: Rounding, options: PlanOptions, step: Step
 ) -> Difference:
     """Analyzes the tensors that have changed, and sorts the names of the others."""
     entries = {name: entry for name, entry in change.entries.items() if np.any(change.array(name))}
@@ -210,6 +262,7 @@ def _analyze_change(
         report = Report(Plan(), none, False, Findings({}, {}, {}, {}, {}), options)
     else:
         report = _count_above_rounding(analyze_tensors(moved, able, step))
+        report = _keep_rounding(report, rounding)
     equal = tuple(name for name in change.entries if name not in entries)
     others = tuple(name for name in entries if name not in report.plan)
     return Difference(report, equal, others, tuple(sorted(unmatched)))

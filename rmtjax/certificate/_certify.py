@@ -30,6 +30,13 @@ class Certificate(NamedTuple):
         it holds for all labels. NaN if a label is not a class.
       removed: Sum of the squared entries that the kernels have lost, rounded down. For a
         truncation it is the sum of the squared singular values removed.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> params = {"Dense_0": {"kernel": jnp.eye(2)}}
+      >>> bounds = rmtjax.certificate.certify(params, params, jnp.ones((3, 2)), layers=["Dense_0"])
+      >>> float(bounds.removed), bounds.change.shape
+      (0.0, (3, 2))
     """
 
     change: Float[Array, "samples outputs"]

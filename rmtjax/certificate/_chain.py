@@ -37,7 +37,10 @@ def read_chain(before: PyTree, after: PyTree, layers: Sequence[str], width: int)
     old, new = _read_layers("before", before, layers), _read_layers("after", after, layers)
     pairs = list(zip(old, new, strict=True))
     if not pairs:
-        raise ValueError("`layers` must name at least one layer.")
+        raise ValueError(
+            f"`layers` must name at least one layer, got {layers!r}: name the dense layers in "
+            'their order, such as `["Dense_0", "Dense_1"]`.'
+        )
     for number, pair in enumerate(pairs):
         shapes, others = (jax.tree.map(jnp.shape, layer) for layer in pair)
         if shapes != others:

@@ -19,6 +19,13 @@ class PathCertificate(NamedTuple):
         leads the others by more than twice of it stays the same.
       loss: Bound on the increase of the mean cross-entropy: twice the mean of `shift`.
       penalty: By how much the penalty on the kernel has fallen, rounded down.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> kernel, inputs = jnp.array([[1.0, 0.5], [0.0, 2.0]]), jnp.array([[1.0, 0.0], [1.0, 1.0]])
+      >>> found = rmtjax.certificate.data_path(kernel, kernel.at[0, 1].set(0.0), inputs)
+      >>> found.shift.round(3).tolist(), round(float(found.loss), 3)
+      ([0.5, 0.5], 1.0)
     """
 
     shift: Float[Array, " samples"]

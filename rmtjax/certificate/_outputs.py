@@ -18,6 +18,16 @@ class OutputChange(NamedTuple):
     Attributes:
       change: $E\,|y - y'|^2$, for a stack an array with an entry for each matrix.
       energy: $E\,|x W|^2$, the mean square of the outputs without the bias.
+
+    Examples:
+      >>> import flax.linen as nn, jax, rmtjax
+      >>> module, x = nn.Dense(6), jax.random.normal(jax.random.key(0), (50, 8))
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> params, moments = variables["params"], rmtjax.linen.moments(module, variables, [x])
+      >>> doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
+      >>> found = rmtjax.certificate.output_changes(params, doubled, moments)["kernel"]
+      >>> print(f"{found.change / found.energy:.3f}")
+      1.000
     """
 
     change: Float[np.ndarray, "*stack"]
@@ -90,12 +100,16 @@ def output_changes(
         if path not in moments or not isinstance(view, MatrixView):
             continue
         if not isinstance(other, MatrixView) or other.shape != view.shape:
-            raise ValueError(f"`after` must have {path!r} of shape {view.shape}, as `before` has.")
+            found_shape = other.shape if isinstance(other, MatrixView) else None
+            raise ValueError(
+                f"`after` must have {path!r} of shape {view.shape}, as `before` has, got "
+                f"{found_shape}. Take both trees from the same module."
+            )
         moment = moments[path]
         if moment.size != view.rows:
             raise ValueError(
                 f"`moments` is of another model: it has {moment.size} inputs for {path!r}, whose "
-                f"kernel of shape {view.shape} has {view.rows}."
+                f"kernel of shape {view.shape} has {view.rows}. Collect them with this model."
             )
         matrices, moved = (np.asarray(v.matrices(), np.float64) for v in (view, other))
         bias = _bias_change(leaves, changed, view)

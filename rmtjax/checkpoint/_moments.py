@@ -81,7 +81,9 @@ def load_moments(path: FilePath) -> Moments:
         try:
             options = json.loads(text)
             if options["format"] > _FORMAT:
-                raise ValueError(f"format {options['format']}, and this rmtjax knows {_FORMAT}")
+                raise ValueError(
+                    f"format {options['format']} is newer than {_FORMAT}: upgrade rmtjax"
+                )
             parts: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in _KINDS}
             for name in tensors.entries:
                 kind, _, rest = name.partition("/")
@@ -96,7 +98,9 @@ def load_moments(path: FilePath) -> Moments:
             moments = Moments(*sums, names, centred=bool(options["centred"]))
             return moments.with_options(shrinkage=options["shrinkage"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the moments in '{path}' cannot be read: {error}.") from error
+            raise ValueError(
+                f"the moments in '{path}' cannot be read: {error}. If damaged, save them again."
+            ) from error
 
 
 def check_moments(moments: Moments | None, leaves: Mapping[str, Any]) -> None:

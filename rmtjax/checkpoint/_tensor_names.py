@@ -53,7 +53,11 @@ def choose(leaves: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
         # A table of `rmtjax.linen` is also a function. It may know leaves that were stacked since.
         for path in option if isinstance(option, Mapping) and not callable(option) else ():
             if path not in leaves:
-                raise ValueError(f"`{name}` has {path!r}, which is not a path of the file.")
+                some = ", ".join(map(repr, [*leaves][:5]))
+                raise ValueError(
+                    f"`{name}` has {path!r}, which is not a path of the file. It has "
+                    f"{some or 'none'}: give one of its paths, as `analyze_file` reports them."
+                )
     where = options.where
     if isinstance(where, Mapping):
         where = {path: where.get(path, False) for path in leaves}

@@ -86,8 +86,6 @@ def _saying(words: str) -> Iterator[None]:
 
 def _import_file(path: str) -> ModuleType:
     """Imports a file under a name of its own, with its folder first among those of modules."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--model: there is no file {path!r}: give FILE.py:FUNCTION.")
     name = f"_rmtjax_model_{os.path.splitext(os.path.basename(path))[0]}"
     spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -115,6 +113,8 @@ def load_model(source: str) -> Model:
     if not colon or not place or not name.isidentifier():
         raise UsageError(f"--model must be MODULE:FUNCTION or FILE.py:FUNCTION, got {source!r}.")
     is_file = place.endswith(".py")
+    if is_file and not os.path.isfile(place):
+        raise FileNotFoundError(f"--model: there is no file {place!r}: give FILE.py:FUNCTION.")
     folder = os.path.dirname(os.path.abspath(place)) if is_file else os.getcwd()
     with _importing_from(folder):
         if not is_file and importlib.util.find_spec(place.partition(".")[0]) is None:
@@ -122,8 +122,6 @@ def load_model(source: str) -> Model:
                 f"--model: there is no module {place!r} here, nor among those installed: give the "
                 "path of a file, as FILE.py:FUNCTION."
             )
-        if is_file and not os.path.isfile(place):
-            _import_file(place)  # raises the error in its own words
         with _saying(f"--model {source}: the import fails"):
             module = _import_file(place) if is_file else importlib.import_module(place)
         build = getattr(module, name, None)

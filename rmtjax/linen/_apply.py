@@ -26,6 +26,10 @@ REMEDY = (
 )
 
 
+# They rewrite each array of the layer inside them, which the halves of a kernel cannot stand.
+REWRITERS = (nn.WeightNorm, nn.SpectralNorm)
+
+
 def _place(module: nn.Module) -> str:
     return f"{type(module).__name__} {'/'.join(module.path)!r}"
 
@@ -97,9 +101,22 @@ def _run_thin(module: nn.Module, method: str, params: Mapping[str, Any], args, k
     return None
 
 
+def _check_rewriter(module: nn.Module) -> None:
+    """Raises ValueError for a module that rewrites the factors of the layer inside it."""
+    layer: Any = getattr(module, "layer_instance", None)
+    if isinstance(module, REWRITERS) and isinstance(layer, nn.Module) and layer.scope is not None:
+        for name, leaf in layer.variables.get("params", {}).items():
+            if is_factors(unbox(leaf)):
+                raise ValueError(
+                    f"{_place(module)} rewrites the parameters of {_place(layer)}, of which "
+                    f"{name!r} holds thin factors. Leave this kernel out of the plan with `where`."
+                )
+
+
 def _interceptor(next_fun, args, kwargs, context):
     """Runs a method of a module, by thin layers if the module has `Factors`."""
     module, method = context.module, context.method_name
+    _check_rewriter(module)
     params = module.variables.get("params", {}) if module.scope is not None else {}
     cell_outputs = run_cell(module, params, args, kwargs) if method == "__call__" else None
     if cell_outputs is not None:
@@ -148,7 +165,7 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
     The outputs equal those of the merged tree (`rmtjax.merge`) up to rounding. Gradients are
     those of the factors, so training can go on in them. Works under `jit`, `grad` and `vmap`.
     Modules that rewrite the parameters of another module, such as `nn.WeightNorm` and
-    `nn.SpectralNorm`, fail on factors. Leave their kernels out of the plan with `where`.
+    `nn.SpectralNorm`, raise an error on factors. Leave their kernels out of the plan with `where`.
 
     Args:
       module: An unmodified linen module.
@@ -161,7 +178,8 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
         know this layer or because its factors have other axes.
 
     Raises:
-      ValueError: `variables` is the tree without `{"params": tree}` around it.
+      ValueError: `variables` is the tree without `{"params": tree}` around it, or a module rewrites
+        the parameters of another one that has factors.
       TypeError: The factors to multiply out are not arrays, for example quantized.
 
     Examples:

@@ -65,6 +65,13 @@ class KernelTable(dict[str, KernelAxes | None]):
     Attributes:
       used: The axes and the shape of each kernel by path, where its layer used it.
       tree: The shapes of all leaves, as the module has them.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
+      >>> module, x = nn.Dense(60), jnp.ones((2, 80))
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> rmtjax.linen.kernel_axes(module, variables, x).used["kernel"]
+      (KernelAxes(inputs=(0,), outputs=(1,), batch=()), (80, 60))
     """
 
     def __init__(self, used: dict[str, Used], params: PyTree):

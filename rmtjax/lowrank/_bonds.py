@@ -22,6 +22,15 @@ class Bond(NamedTuple):
       values: Singular values of the unfolding, in descending order; of a stack one row a matrix.
       lost: $\sqrt{\sum_{k > rank} s_k^2}$, the Frobenius norm of what it has cut.
       reason: Why it is `rank`.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> modes = rmtjax.lowrank.state_modes((4,), (4,))
+      >>> rule = rmtjax.ranks.fixed(3)
+      >>> kernel = jnp.diag(jnp.array([4.0, 3, 2, 1]))
+      >>> bond = rmtjax.lowrank.tensor_train(kernel, modes, rule=rule).bonds[0]
+      >>> bond.rank, bond.size, round(float(bond.lost), 3)
+      (3, 4, 1.0)
     """
 
     rank: int

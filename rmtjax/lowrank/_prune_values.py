@@ -23,6 +23,13 @@ class PrunedValues(NamedTuple):
       params: The tree.
       ranks: Path to the number of values that stay, of each kernel in spectral form.
       reasons: Path to the reason in words.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> held = rmtjax.lowrank.to_spectral(params)
+      >>> rmtjax.lowrank.prune_values(held, rule=rmtjax.ranks.fixed(8)).ranks
+      {'kernel': 8}
     """
 
     params: PyTree

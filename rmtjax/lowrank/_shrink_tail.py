@@ -52,6 +52,13 @@ class ShrinkState(NamedTuple):
       removed: Path to the share of the squares that the last shrinking step has removed.
       exponents: Path to that of the power of two over which the noise level is that of the kernel;
         0 unless its squares could leave the range of float32.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> shrink = rmtjax.lowrank.shrink_tail(every=100, strength=0.5)
+      >>> state = shrink.init({"kernel": jnp.ones((80, 60))})
+      >>> int(state.step), state.ranks["kernel"].tolist()
+      (0, 60)
     """
 
     step: Int[Array, ""]

@@ -36,6 +36,13 @@ class SpectralFactors(FactoredKernel):
       v: The rank, then the output axes of the kernel; batch axes first. Spatial-wise the rank, the
         second axis of the window and the outputs.
       spatial: Whether the form is spatial-wise.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> s = jnp.array([3.0, 2.0])
+      >>> kernel = rmtjax.lowrank.SpectralFactors(jnp.eye(4, 2), s, jnp.eye(2, 4))
+      >>> kernel.shape, kernel.rank
+      ((4, 4), 2)
     """
 
     u: Any

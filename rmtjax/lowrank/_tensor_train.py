@@ -29,6 +29,13 @@ class TrainFit(NamedTuple):
       bonds: The `Bond`s between them.
       error: Bound on the Frobenius norm of the difference from the kernel: the root of the sum of
         the squares that the bonds have lost. Up to rounding it is the difference.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> modes = rmtjax.lowrank.operator_modes((2, 2), (2, 2))
+      >>> fit = rmtjax.lowrank.tensor_train(jnp.eye(4), modes)
+      >>> fit.train.bonds, round(float(fit.error), 3)
+      ((4,), 0.0)
     """
 
     train: TensorTrain
@@ -42,6 +49,13 @@ class Trains(NamedTuple):
     Attributes:
       params: The tree.
       fits: Path to the `TrainFit` of each kernel that was replaced.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> modes = {"kernel": rmtjax.lowrank.operator_modes((2, 2), (2, 2))}
+      >>> trains = rmtjax.lowrank.to_trains({"kernel": jnp.eye(4)}, modes)
+      >>> trains.fits["kernel"].train.bonds
+      (4,)
     """
 
     params: PyTree

@@ -63,6 +63,13 @@ class TensorTrain(FactoredKernel):
         are 1.
       inputs: Sizes of the input axes of the kernel.
       outputs: Sizes of its output axes.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> modes = rmtjax.lowrank.operator_modes((2, 2), (2, 2))
+      >>> train = rmtjax.lowrank.tensor_train(jnp.eye(4), modes).train
+      >>> train.bonds, train.shape
+      ((4,), (4, 4))
     """
 
     cores: tuple[Any, ...]

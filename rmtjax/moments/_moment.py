@@ -1,5 +1,6 @@
 """Sums over the rows that a kernel is multiplied with, in compiled programs."""
 
+import itertools
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -12,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from rmtjax._sharding import by_compiler
 
-# From so many columns on, a quarter of the products of a Gram matrix, which repeat, are left out.
-_WIDE = 256
+# From so many columns on, a Gram matrix is made of two blocks of rows, and of three, so that a
+# quarter of its products, and a third, are left out: they repeat others.
+_WIDE = 256, 512
 
 
 @partial(
@@ -34,6 +36,14 @@ class Moment:
       second: $\sum x x^T$; of a table of embeddings, whose rows $x$ have a single 1, its diagonal.
       third: $\sum |x|^2 x$, from which the shrinkage of centred moments is computed.
       fourth: $\sum |x|^4$, from which the shrinkage of moments is computed.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
+      >>> module, x = nn.Dense(3), jnp.eye(4)
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> moment = rmtjax.linen.moments(module, variables, [x])["kernel"]
+      >>> int(moment.rows[0]), moment.second.shape
+      (4, (1, 4, 4))
     """
 
     # Arrays of JAX or NumPy. JAX also makes such trees of other leaves, as it does of any tree.
@@ -81,13 +91,16 @@ def _gram(rows: Float[Array, "n m"]) -> Float[Array, "m m"]:
     options = {"precision": lax.Precision.HIGHEST, "preferred_element_type": dtype}
     product = lambda first, second: jnp.matmul(first.T, second, **options)
     size = rows.shape[1]
-    if size < _WIDE:
+    count = sum(size >= width for width in _WIDE) + 1
+    if count == 1:
         return product(rows, rows)
     # The products below the diagonal blocks repeat those above.
-    half = size // 2
-    above = product(rows[:, :half], rows)
-    below = jnp.pad(product(rows[:, half:], rows[:, half:]), ((0, 0), (half, 0)))
-    whole = jnp.concatenate([above, below])
+    places = [size * place // count for place in range(count + 1)]
+    parts = [
+        jnp.pad(product(rows[:, begin:end], rows[:, begin:]), ((0, 0), (begin, 0)))
+        for begin, end in itertools.pairwise(places)
+    ]
+    whole = jnp.concatenate(parts)
     return jnp.triu(whole) + jnp.triu(whole, 1).T
 
 

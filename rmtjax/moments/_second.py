@@ -27,6 +27,14 @@ class Second(NamedTuple):
       mean: $\bar x$ where the moments are centred, else None.
       weights: $G$, the second moment of the gradients of the model's outputs with respect to the
         outputs of the kernel, shrunk; None if all outputs count alike.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
+      >>> module, x = nn.Dense(3), jnp.eye(4)
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> second = rmtjax.linen.moments(module, variables, [x]).second("kernel", centred=False)
+      >>> second.exact.shape, second.mean is None
+      ((1, 4, 4), True)
     """
 
     exact: Float[np.ndarray, "stack m m"] | Float[np.ndarray, "stack m"]

@@ -55,6 +55,13 @@ class SpectralMetrics(NamedTuple):
       hill_tail: Number of eigenvalues in that tail.
       alpha_weighted: $\alpha \log_{10} s_1^2$.
       log_alpha_norm: $\log_{10} \sum_k s_k^{2 \alpha}$.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+      >>> metrics = rmtjax.metrics_of(rmtjax.spectrum(noise))
+      >>> metrics._fields[:3], int(metrics.numerical_rank)
+      (('spectral_norm', 'frobenius_norm', 'stable_rank'), 200)
     """
 
     spectral_norm: Float[Array, "*batch"]

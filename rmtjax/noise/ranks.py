@@ -31,7 +31,13 @@ Rank = Int[ArrayLike, ""] | None
 
 @runtime_checkable
 class RankRule(Protocol):
-    """Describes a rank rule: a noise fit, a verdict on it, and a count of signal directions."""
+    """Describes a rank rule: a noise fit, a verdict on it, and a count of signal directions.
+
+    Examples:
+      >>> import rmtjax
+      >>> isinstance(rmtjax.ranks.bema(), rmtjax.ranks.RankRule)
+      True
+    """
 
     @property
     def needs_noise(self) -> bool:

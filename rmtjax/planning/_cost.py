@@ -35,6 +35,13 @@ class Cost(NamedTuple):
       parameters_after: As `parameters`; equal where the shape stays.
       multiply_adds_after: As `multiply_adds`.
       milliseconds_after: As `milliseconds`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> cost = rmtjax.plan(params, rule=rmtjax.ranks.fixed(8))["kernel"].cost
+      >>> cost.parameters, cost.parameters_after
+      (4800, 1120)
     """
 
     parameters: int

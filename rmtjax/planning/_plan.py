@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
@@ -33,7 +34,10 @@ def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -
 def _unchosen_row(leaf: KernelLeaf) -> Kept:
     """Returns the row of a leaf that may be a kernel, and is not one by its name."""
     cost, _ = weigh(leaf, None, None, time_products)
-    return Kept("kept: not a kernel by its name, unless `where` chooses it", leaf.shape, cost=cost)
+    cause = "not a kernel by its name, unless `where` chooses it"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        cause = f"not floating ({leaf.dtype})"
+    return Kept(f"kept: {cause}", leaf.shape, cost=cost)
 
 
 @in_usual_modes
@@ -197,6 +201,13 @@ class TradeOff:
         they do to the outputs of the model.
       findings: What was measured of the kernels.
       options: The options of the plans.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 80))}
+      >>> curve = rmtjax.trade_off(params)
+      >>> int(curve.sizes[0]), curve.plan(0.5)["kernel"].rank
+      (6400, 16)
     """
 
     sizes: Int[np.ndarray, " k"]

@@ -26,6 +26,15 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
         is on top. The legend counts kernels without a spectrum.
       ax: Where to draw; by default on a new figure, as high as the kernels need.
       title: Above the axes.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> ax = Figure().subplots()
+      >>> shown = rmtjax.plots.layers(rmtjax.plan(params), title="One kernel", ax=ax)
+      >>> ax.get_title()
+      'One kernel'
     """
     check_type("plan", plan, Mapping, "For a report, give `report.plan`.")
     shown = {path: row for path, row in plan.items() if row.spectrum is not None}
@@ -63,6 +72,14 @@ def training(
     Raises:
       ValueError: No record has a rank, or one has no "step".
       TypeError: `records` is not a sequence.
+
+    Examples:
+      >>> import rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> records = [{"step": step, "rank/kernel": 60 - step} for step in (0, 10, 20)]
+      >>> ax = rmtjax.plots.training(records, ax=Figure().subplots())
+      >>> len(ax.get_lines())
+      3
     """
     check_type("records", records, Sequence, "Put a single record into a list.")
     paths = dict.fromkeys(
@@ -151,6 +168,14 @@ def accuracy(
 
     Raises:
       ValueError: The arguments are not of one length.
+
+    Examples:
+      >>> import rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> ax = Figure().subplots()
+      >>> shown = rmtjax.plots.accuracy([1000, 200], [98.0, 97.5], names=["dense", "pruned"], ax=ax)
+      >>> ax.get_xscale()
+      'log'
     """
     x, y = np.asarray(parameters, float), np.asarray(accuracies, float)
     ends = np.full((x.size, 2), np.nan) if intervals is None else np.asarray(intervals, float)
@@ -179,6 +204,14 @@ def trade_off(
     Args:
       curves: From `rmtjax.trade_off`, or several of them by name; anything else raises TypeError.
       ax, title: As in `layers`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> ax = rmtjax.plots.trade_off(rmtjax.trade_off(params), ax=Figure().subplots())
+      >>> len(ax.get_lines())
+      1
     """
     named = {"": curves} if isinstance(curves, TradeOff) else curves
     check_type("curves", named, Mapping, "Give what `rmtjax.trade_off` returns.")
@@ -206,6 +239,14 @@ def certificate(
       bounds: By how much the removal can lower that margin: twice the bound on the change of a
         logit. Another number of bounds raises ValueError.
       ax, title: As in `layers`.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> ax = Figure().subplots()
+      >>> shown = rmtjax.plots.certificate(jnp.array([1.0, 3.0]), jnp.array([2.0, 2.0]), ax=ax)
+      >>> len(ax.get_legend().get_texts())
+      3
     """
     x, y = np.asarray(margins, float), np.asarray(bounds, float)
     if x.ndim != 1 or x.shape != y.shape:

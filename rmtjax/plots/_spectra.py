@@ -116,6 +116,15 @@ def esd(
 
     Raises:
       ValueError: `bins` is under 1, or `spectrum` or `fit` is that of a stack.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> spectrum = rmtjax.spectrum(jax.random.normal(jax.random.key(0), (80, 60)))
+      >>> ax = Figure().subplots()
+      >>> shown = rmtjax.plots.esd(spectrum, rmtjax.fit_bema(spectrum), title="Noise", ax=ax)
+      >>> ax.get_title()
+      'Noise'
     """
     drawn = _to_draw(spectrum, fit)
     ax = new_axes() if ax is None else ax
@@ -159,6 +168,15 @@ def singular_values(
 
     Raises:
       ValueError: `rank` is out of range, or `spectrum` or `fit` is that of a stack.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> spectrum = rmtjax.spectrum(jax.random.normal(jax.random.key(0), (80, 60)))
+      >>> fit, ax = rmtjax.fit_bema(spectrum), Figure().subplots()
+      >>> ax = rmtjax.plots.singular_values(spectrum, fit, rank=10, title="Noise", ax=ax)
+      >>> ax.get_title()
+      'Noise'
     """
     drawn = _to_draw(spectrum, fit)
     size = drawn.values.size
@@ -193,6 +211,15 @@ def quantiles(
 
     Args:
       spectrum, fit, ax, title: As in `esd`. Those of a stack raise ValueError.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> from matplotlib.figure import Figure
+      >>> spectrum = rmtjax.spectrum(jax.random.normal(jax.random.key(0), (80, 60)))
+      >>> ax = Figure().subplots()
+      >>> shown = rmtjax.plots.quantiles(spectrum, rmtjax.fit_bema(spectrum), title="Noise", ax=ax)
+      >>> ax.get_title()
+      'Noise'
     """
     drawn = _to_draw(spectrum, fit)
     ax = new_axes() if ax is None else ax

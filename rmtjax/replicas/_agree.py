@@ -48,6 +48,12 @@ class AgreeState(NamedTuple):
         and if it passed unmerged.
       effective_rank: Path to the effective rank of what it has kept, as in `Merged`; 0 likewise.
       seen: Path to whether the kernel was seen from the start of the period on.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> state = rmtjax.agree(every=100).init({"kernel": jnp.ones((80, 60))})
+      >>> int(state.step), state.start["kernel"].shape, float(state.kept["kernel"])
+      (0, (80, 60), 1.0)
     """
 
     step: Int[Array, ""]

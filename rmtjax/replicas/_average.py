@@ -27,6 +27,12 @@ class AverageState(NamedTuple):
       best: The lowest validation loss before those.
       average: Tree like the parameters: the mean of what they have been since.
       age: How many values are in the mean: of each entry with `reset_zeros`, else of each leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> state = rmtjax.average_params(patience=3).init({"kernel": jnp.ones(2)})
+      >>> bool(state.averaging), state.recent.shape, state.average["kernel"].tolist()
+      (False, (3,), [1.0, 1.0])
     """
 
     averaging: Bool[Array, ""]

@@ -28,6 +28,13 @@ class Merged(NamedTuple):
       rank: Path to the effective rank of the agreed change: $\exp(H)$, with the entropy $H$ of the
         values $\max(r, 0)$ over their sum. It is the mean over the replicas and over the matrices
         of a stack; 0 if nothing is agreed on.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> start = {"kernel": jnp.zeros((60, 40))}
+      >>> merged = rmtjax.merge_replicas(start, {"kernel": jnp.ones((4, 60, 40))})
+      >>> print(f"{merged.kept['kernel']:.2f} {merged.rank['kernel']:.1f}")  # all replicas agree
+      1.00 1.0
     """
 
     params: PyTree

@@ -37,6 +37,13 @@ class Row(NamedTuple):
       parameters_after: As `parameters`, after the plan.
       multiply_adds_after: As `multiply_adds`, after the plan.
       milliseconds_after: As `milliseconds`, after the plan.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (200, 400))
+      >>> row = rmtjax.analyze({"kernel": noise.at[:, :3].add(5.0)})["kernel"]
+      >>> row.action, row.spikes, row.parameters, row.parameters_after
+      ('factorize', 1, 80000, 600)
     """
 
     path: str

@@ -37,6 +37,13 @@ class Spike(NamedTuple):
       right_participation: $\sum_j v_j^4$.
       row: Row of the largest component of u.
       column: Column of the largest component of v.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (60, 80))
+      >>> spike = rmtjax.find_traps(noise.at[7].multiply(4.0), jax.random.key(1)).spikes[0]
+      >>> spike.kind, spike.row
+      ('row', 7)
     """
 
     eigenvalue: float
@@ -54,6 +61,13 @@ class Entry(NamedTuple):
       row: Its row.
       column: Its column.
       deviations: Its distance from the mean of the entries, in their standard deviations.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (60, 80))
+      >>> entry = rmtjax.find_traps(noise.at[7, 9].set(40.0), jax.random.key(1)).largest[0]
+      >>> entry.row, entry.column, round(entry.deviations)
+      (7, 9, 34)
     """
 
     row: int
@@ -70,6 +84,13 @@ class Traps(NamedTuple):
         arrangement.
       largest: The five `Entry` values that are furthest from the mean.
       reach: Distance from which one entry alone is a spike in noise, in standard deviations.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> noise = jax.random.normal(jax.random.key(0), (60, 80))
+      >>> traps = rmtjax.find_traps(noise, jax.random.key(1))
+      >>> len(traps.spikes), [len(spikes) for spikes in traps.shuffled]
+      (0, [0, 0, 0, 0, 0])
     """
 
     spikes: tuple[Spike, ...]

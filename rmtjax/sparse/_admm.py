@@ -38,6 +38,13 @@ class AdmmState(NamedTuple):
       primal: Path to $\|W - G\|_F / \|W\|_F$ at the last projection; 1 before.
       dual: Path to $\|G - G_{before}\|_F / \|G\|_F$ at the last projection; 1 before.
       projected: Path to whether the kernel was projected.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> admm = rmtjax.admm(lambda kernel: jnp.sign(kernel), every=20)
+      >>> state = admm.init({"kernel": jnp.ones((8, 4))})
+      >>> int(state.step), float(state.primal["kernel"])
+      (0, 1.0)
     """
 
     step: Int[Array, ""]

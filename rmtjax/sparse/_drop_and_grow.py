@@ -51,6 +51,13 @@ class SparseState(NamedTuple):
       step: Number of updates seen.
       masks: Path to the booleans of that kernel, True for its entries that are not 0.
       moved: Path to the share of its entries that the last change of the mask has dropped.
+
+    Examples:
+      >>> import jax, optax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> state = rmtjax.drop_and_grow(optax.sgd(0.1), every=10, density=0.5).init(params)
+      >>> int(state.sparse.masks["kernel"].sum()), float(state.sparse.moved["kernel"])
+      (2400, 0.0)
     """
 
     step: Int[Array, ""]
@@ -64,6 +71,13 @@ class DropAndGrowState(NamedTuple):
     Attributes:
       sparse: The masks.
       inner_state: The state of the optimizer inside, zero where a mask is False.
+
+    Examples:
+      >>> import jax, optax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> state = rmtjax.drop_and_grow(optax.adam(0.1), every=10, density=0.5).init(params)
+      >>> optax.tree.get(state.inner_state, "mu")["kernel"].shape
+      (80, 60)
     """
 
     sparse: SparseState

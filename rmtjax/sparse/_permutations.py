@@ -21,6 +21,13 @@ class Permutation(NamedTuple):
       order: Indices of the inputs: `kernel[order]` is the kernel in the new order.
       before: Sum of the scores that the pattern keeps in the given order.
       after: The same in the new order, at least `before`.
+
+    Examples:
+      >>> import numpy as np, rmtjax
+      >>> matrix = np.array([[9.0], [8.0], [7.0], [6.0], [1.0], [1.0], [1.0], [1.0]])
+      >>> found = rmtjax.patterns.permute_inputs(matrix, (2, 4))
+      >>> sorted(map(int, found.order)), found.after > found.before
+      ([0, 1, 2, 3, 4, 5, 6, 7], True)
     """
 
     order: Int[np.ndarray, " inputs"]

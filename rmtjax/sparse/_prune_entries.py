@@ -45,6 +45,12 @@ class PruneEntriesState(NamedTuple):
       masks: Path to the booleans of that kernel, True where an entry stays.
       selecting: Steps of the selection of a round that are left; 0 outside it.
       goal: Number of entries that the last round removes in the end.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> state = rmtjax.prune_entries(0.9, start=2).init({"kernel": jnp.ones((80, 60))})
+      >>> int(state.step), int(state.masks["kernel"].sum())
+      (0, 4800)
     """
 
     step: Int[Array, ""]

@@ -48,6 +48,12 @@ class Quantized(NamedTuple):
     Attributes:
       codes: Integers of the grid, in the shape of the matrix.
       scale: The scale, in a shape that broadcasts with the codes.
+
+    Examples:
+      >>> import jax.numpy as jnp, rmtjax
+      >>> grid = rmtjax.projections.quantize_bits(jnp.array([[0.9, -1.1]]), 2)
+      >>> (grid.codes * grid.scale).round(2).tolist()
+      [[1.0, -1.0]]
     """
 
     codes: Int[Array, "..."]

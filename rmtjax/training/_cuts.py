@@ -4,26 +4,68 @@ Kernels that were cut before go down all at once. Then one goes after the other,
 least cost first, each from its full rank down to the rank of its rule.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
-from rmtjax.spectra import compose, times_power
-from rmtjax.training._prune_state import KernelState, landing_norm
-from rmtjax.training._pruning_step import removed_share
+from rmtjax.spectra import compose, decompose, times_power
+from rmtjax.training._prune_state import KernelState, landing_norm, Tall
+from rmtjax.training._pruning_step import group_alike, removed_share, ungroup
 
 Move = tuple[Array, KernelState]  # the update of a kernel, and its state
+Moves = tuple[Array, Move, Move]  # a kernel, and its move without a cut and with it
+Vectors = tuple[Array, Array, Array]  # (u, s, vt)
 
 # Two losses with their gradients, of about three forward passes each, and those of the last
 # pruning step and of zeros are eight passes. With the steps of the bisection they are 15.
 STEPS = 7
+
+
+class Stacks:
+    """Kernels with their moves without cuts and with them, those that are alike as one stack.
+
+    Attributes:
+      groups: The arrays of a kernel are its values, and both moves, as tall matrices.
+      forms: What turns each kernel into tall matrices.
+    """
+
+    def __init__(self, views: list[MatrixView], before: list, after: list):
+        self.forms, self._states = list(map(Tall, views)), [state for _, state in before]
+        each = zip(self.forms, views, before, after, strict=True)
+        inputs = [
+            (form.stack(view.leaf), form.stacked(old), form.stacked(new))
+            for form, view, old, new in each
+        ]
+        self.groups = group_alike(inputs, tuple(form.axes for form in self.forms))
+
+    def at_once(self, function: Callable, *numbers: Array) -> "Stacks":
+        """Returns them with other arrays; each kernel gets its numbers."""
+        new = copy.copy(self)
+        of_group = lambda group: group.at_once(function, *map(group.of, numbers))
+        new.groups = [group._replace(arrays=of_group(group)) for group in self.groups]
+        return new
+
+    def join(self, trees: list) -> list:
+        """Returns what belongs to each kernel for the maps over groups."""
+        stack = lambda *leaves: jnp.stack(leaves)
+        of_group = lambda first, *others: jax.tree.map(stack, first, *others) if others else first
+        return [of_group(*(trees[index] for index in group.indices)) for group in self.groups]
+
+    def kernels(self, outputs: list[Array]) -> list[Array]:
+        """Returns kernels with their own axes, from those of the groups."""
+        return list(map(Tall.kernel, self.forms, ungroup(self.groups, outputs)))
+
+    def moves(self, outputs: list) -> list[tuple[Array, KernelState]]:
+        """Returns moves of kernels with their own axes, from those of the groups."""
+        return list(map(Tall.restored, self.forms, ungroup(self.groups, outputs), self._states))
 
 
 def bisect(fine_at: Callable[[Array], Array], end: Array, steps: int = STEPS) -> Int[Array, ""]:
@@ -40,91 +82,105 @@ def bisect(fine_at: Callable[[Array], Array], end: Array, steps: int = STEPS) ->
     return lax.while_loop(unsure, narrow, (zero, end.astype(jnp.int32), zero))[0]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """One kernel on the way of all cuts.
+class Way(NamedTuple):
+    """The way of all cuts, in numbers of all kernels.
 
     Attributes:
-      view: The kernel before the update.
-      before, after: Its update and its state, without the cut and with it.
-      whole: Where the update lands without the cut.
-      vectors: (u, s, vt) of the matrices of `whole`.
-      waits: Whether a plan is told how far it may go, and nothing is cut.
-      begin: Step of the way from which on it is cut.
-      steps: Number of steps on which it is cut.
+      short: Their short sides.
+      even: The ranks at which factors are as large as the kernels.
+      ranks: Those of the rule.
+      changes: Whether they are cut.
+      begins: The steps from which on they are cut.
+      steps: The number of steps on which each is cut.
     """
 
-    view: MatrixView
-    before: Move
-    after: Move
-    whole: Array
-    vectors: tuple[Array, Array, Array]
-    waits: Bool[Array, ""]
-    begin: Int[Array, ""]
+    short: Int[Array, " k"]
+    even: Float[Array, " k"]
+    ranks: Int[Array, " k"]
+    changes: Bool[Array, " k"]
+    begins: Int[Array, " k"]
     steps: int
 
-    @classmethod
-    def of(cls, arrays: tuple, vectors: tuple, axes: KernelAxes, steps: int) -> "Cut":
-        """Returns the cut of a kernel from the arrays that make it."""
-        kernel, whole, before, after, waits, begin = arrays
-        view = MatrixView("", kernel, axes)
-        return cls(view, before, after, whole, vectors, waits, begin, steps)
-
-    def rank(self, step: Int[Array, ""]) -> Int[Array, ""]:
-        """Returns the rank at a step of the way: it falls by one factor in each."""
-        view, state = self.view, self.after[1]
-        done = jnp.clip(step - self.begin, 0, self.steps) / self.steps
+    def ranks_at(self, step: Int[Array, ""]) -> Int[Array, " k"]:
+        """Returns the ranks at a step of the way: they fall by one factor in each."""
+        done = jnp.clip(step - self.begins, 0, self.steps) / self.steps
         # From the rank on at which factors are smaller than the kernel, if the cut goes so far.
-        even = view.rows * view.columns / (view.rows + view.columns)
-        start = jnp.where(state.rank < even, even, view.short)
-        rank = jnp.round(start * (state.rank / start) ** done).astype(jnp.int32)
+        start = jnp.where(self.ranks < self.even, self.even, self.short)
+        ranks = jnp.round(start * (self.ranks / start) ** done).astype(jnp.int32)
         # In float32 the last power may be off by one rank.
-        rank = jnp.where(done == 1, state.rank, rank)
-        return jnp.where(is_cut(state) & (done > 0), rank, view.short)
+        ranks = jnp.where(done == 1, self.ranks, ranks)
+        return jnp.where(self.changes & (done > 0), ranks, self.short)
 
-    def lower(self, step: Int[Array, ""]) -> Array:
-        """Returns the kernel at a step of the way."""
+    def ended(self, step: Int[Array, ""]) -> Bool[Array, " k"]:
+        """Returns True for kernels that a later step does not change."""
+        return (step >= self.begins + self.steps) | ~self.changes
 
-        def multiply(vectors, rank, like):
-            u, s, vt = vectors
-            return MatrixView("", like, self.view.axes).from_matrices(compose(u, s, vt, rank))
 
-        rank, out = self.rank(step), typed_sharding(self.whole)
-        kernel = by_compiler(multiply, self.vectors, rank, self.whole, out=out)
-        return jnp.where(rank < self.view.short, kernel.astype(self.whole.dtype), self.whole)
+def land(arrays: Moves) -> Array:
+    """Returns where the update of a kernel lands without its cut, in its dtype."""
+    kernel, (update, _), _ = arrays
+    return (kernel + update).astype(kernel.dtype)
 
-    def state(self, step: Int[Array, ""], move: Array) -> KernelState:
-        """Returns the state at a step that is not the last of the kernel."""
-        old, new, s, rank = self.before[1], self.after[1], self.vectors[1], self.rank(step)
-        is_lower = rank < self.view.short
-        removed = jnp.where(is_lower, removed_share(s, s, rank), 0)
-        last, next_ = (
-            jnp.take(s, jnp.minimum(r, s.shape[1]) - 1, axis=1) for r in (rank, rank + 1)
-        )
-        # After a cut, far from the directions that stay and from those that training will add.
-        # Without one, between those that must stay and the others, which are still there.
-        last, next_ = (times_power(value, -new.exponent) for value in (last, next_))
-        floor = jnp.where(self.waits, last * next_, jnp.square(last * 0.75)) / self.view.long
-        floor = jnp.maximum(floor, jnp.finfo(floor.dtype).tiny)  # 0 would stand for none
-        # The noise is that of the first cut: a kernel that is not cut remembers nothing.
-        fit = jax.tree.map(lambda new, old: jnp.where(is_lower, new, old), new.fit, old.fit)
-        state = new._replace(
-            fit=fit,
-            rank=jnp.where(is_lower, rank, old.rank),
-            removed=removed,
-            refused=jnp.maximum(new.removed - removed, 0),
-            floor=jnp.where(is_lower, floor, -1).reshape(new.floor.shape),
-            norm=jnp.where(is_lower, landing_norm(self.view.leaf, move), 0),
-        )
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
 
-    def chosen(self, step: Int[Array, ""]) -> tuple[Array, KernelState]:
-        """Returns the update and the state at a step, to the last bit those given at both ends."""
-        move = (self.lower(step) - self.view.leaf).astype(self.before[0].dtype)
-        move = jnp.where(self.rank(step) < self.view.short, move, self.before[0])
-        done = step >= self.begin + self.steps
-        pick = lambda end, part: jnp.where(done | ~is_cut(self.after[1]), end, part)
-        return jax.tree.map(pick, self.after, (move, self.state(step, move)))
+def vectors_of(arrays: Moves, decomposes: Bool[Array, ""], axes: KernelAxes) -> Vectors:
+    """Returns the directions of where an update lands without its cut, or of ones."""
+    find = lambda whole: decompose(MatrixView("", whole, axes).matrices())
+    return by_compiler(find, jnp.where(decomposes, land(arrays), 1))
+
+
+def lower_at(arrays: Moves, vectors: Vectors, rank: Array, axes: KernelAxes) -> Array:
+    """Returns a kernel cut to a rank."""
+    whole = land(arrays)
+
+    def multiply(vectors, rank, like):
+        return MatrixView("", like, axes).from_matrices(compose(*vectors, rank))
+
+    kernel = by_compiler(multiply, vectors, rank, whole, out=typed_sharding(whole))
+    short = vectors[1].shape[1]
+    return jnp.where(rank < short, kernel.astype(whole.dtype), whole)
+
+
+def chosen_at(
+    arrays: Moves, vectors: Vectors, rank: Array, ended: Array, waits: Array, axes: KernelAxes
+) -> Move:
+    """Returns the update and the state at a rank, to the last bit those given at both ends.
+
+    With `waits` a plan is told how far it may go, and nothing is cut.
+    """
+    (kernel, before, after), is_lower = arrays, rank < vectors[1].shape[1]
+    move = (lower_at(arrays, vectors, rank, axes) - kernel).astype(before[0].dtype)
+    move = jnp.where(is_lower, move, before[0])
+    norm = jnp.where(is_lower, landing_norm(kernel, move), 0)
+    # Of tall matrices, or of a kernel as it is on a mesh.
+    view = MatrixView("", kernel, axes)
+    state = _state_at(before[1], after[1], vectors[1], rank, waits, norm, view.long)
+    pick = lambda end, part: jnp.where(ended, end, part)
+    return jax.tree.map(pick, after, (move, state))
+
+
+def _state_at(
+    old: KernelState, new: KernelState, s: Array, rank: Array, waits: Array, norm: Array, long: int
+) -> KernelState:
+    """Returns the state of a kernel that is cut to a rank."""
+    is_lower = rank < s.shape[1]
+    removed = jnp.where(is_lower, removed_share(s, s, rank), 0)
+    places = jnp.minimum(jnp.stack([rank, rank + 1]), s.shape[1]) - 1
+    # After a cut, far from the directions that stay and from those that training will add. Without
+    # one, between those that must stay and the others, which are still there.
+    last, next_ = times_power(jnp.take(s, places, axis=1), -new.exponent).T
+    floor = jnp.where(waits, last * next_, jnp.square(last * 0.75)) / long
+    floor = jnp.maximum(floor, jnp.finfo(floor.dtype).tiny)  # 0 would stand for none
+    # The noise is that of the first cut: a kernel that is not cut remembers nothing.
+    fit = jax.tree.map(lambda new, old: jnp.where(is_lower, new, old), new.fit, old.fit)
+    state = new._replace(
+        fit=fit,
+        rank=jnp.where(is_lower, rank, old.rank),
+        removed=removed,
+        refused=jnp.maximum(new.removed - removed, 0),
+        floor=jnp.where(is_lower, floor, -1).reshape(new.floor.shape),
+        norm=norm,
+    )
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
 
 
 def is_cut(state: KernelState) -> Bool[Array, ""]:
@@ -132,19 +188,20 @@ def is_cut(state: KernelState) -> Bool[Array, ""]:
     return state.removed > 0
 
 
-def with_cost(after: Move, start: Array, end: Array, first: Array, last: Array) -> Move:
-    r"""Returns a cut with what it adds to the loss, from the gradients at both ends.
+def cost_of(start: Array, end: Array, first: Array, last: Array) -> Float[Array, ""]:
+    r"""Returns what a cut adds to the loss, from the gradients at both ends.
 
     $\Delta L \approx \frac12 \langle g_0 + g_1, W' - W \rangle$ is exact for a loss that is
     quadratic in between. Its terms are those of the kernels.
     """
     start, end, first, last = (a.astype(jnp.float32) for a in (start, end, first, last))
-    cost = jnp.sum((first + last) / 2 * (end - start))
-    # A cut without a finite cost is the dearest.
-    largest = jnp.finfo(cost.dtype).max
-    cost = jnp.nan_to_num(cost, nan=largest, posinf=largest)
-    move, state = after
-    return move, state._replace(cost=cost.astype(state.cost.dtype))
+    return jnp.sum((first + last) / 2 * (end - start))
+
+
+def finite_costs(costs: list[Array]) -> Float[Array, " k"]:
+    """Returns costs of all kernels; a cut without a finite cost is the dearest."""
+    largest = jnp.finfo(jnp.float32).max
+    return jnp.nan_to_num(jnp.stack(costs), nan=largest, posinf=largest)
 
 
 def without_cut(before: Move, after: Move, floor: Array) -> Move:
@@ -162,13 +219,16 @@ def told(wait: Bool[Array, ""], before: Move, after: Move) -> Move:
     (move, old), new = before, after[1]
     none = jnp.zeros_like(new.removed)
     left = move, new._replace(rank=old.rank, removed=none, norm=jnp.zeros_like(new.norm))
-    return jax.tree.map(partial(jnp.where, wait), left, after)
+    return jax.tree.map(partial(pick, wait), left, after)
 
 
-def begins_of(states: list[KernelState], is_first: Array, steps: int):
+def pick(condition: Array, one: Array, other: Array) -> Array:
+    """Returns one array or the other; one and the same is not compared with itself."""
+    return one if one is other else jnp.where(condition, one, other)
+
+
+def begins_of(changes: Array, costs: Array, is_first: Array, steps: int):
     """Returns the step at which each cut begins, and the last step of all."""
-    changes = jnp.stack([*map(is_cut, states)])
-    costs = jnp.stack([state.cost.astype(jnp.float32) for state in states])
     # The cheapest is the first, and those that are not cut come last.
     order = jnp.argsort(jnp.where(changes & is_first, costs, jnp.inf))
     first = steps * jnp.any(changes & ~is_first)

@@ -21,8 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.spectra import compose, decompose, lift, matmul
-from rmtjax.training._cuts import bisect, is_cut, Move
-from rmtjax.training._pruning_step import landing_norm, map_alike
+from rmtjax.training._cuts import bisect, is_cut, land, Move, Moves, pick, Stacks
+from rmtjax.training._prune_state import landing_norm
+from rmtjax.training._pruning_step import ungroup
 
 _STEPS = 6  # of the bisection. One more pass asks for the loss before the update.
 _FORGETS = 0.9  # of the moments, at each look
@@ -46,21 +47,34 @@ def no_curvature(view: MatrixView) -> Curvature:
     return Curvature(square(view.rows), square(view.columns))
 
 
-def _add(old: Curvature, kernel: Array, axes: KernelAxes) -> Curvature:
-    gradient = MatrixView("", kernel.astype(jnp.float32), axes).matrices()
-    scale = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.finfo(jnp.float32).tiny)
-    gradient = jnp.where(jnp.isfinite(gradient), gradient / scale, 0)
-    across = gradient.swapaxes(1, 2)
-    new = matmul(gradient, across), matmul(across, gradient)
-    # Each batch counts alike, so that no product overflows.
-    new = (square / jnp.maximum(jnp.trace(square, 0, 1, 2).max(), 1e-30) for square in new)
-    return Curvature(*(_FORGETS * was + square for was, square in zip(old, new, strict=True)))
+def _add(_, old: Curvature, gradient: Array, axes: KernelAxes) -> Curvature:
+    """Returns moments with those of one more gradient."""
+
+    def add(old: Curvature, gradient: Array) -> Curvature:
+        gradient = MatrixView("", gradient.astype(jnp.float32), axes).matrices()
+        scale = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.finfo(jnp.float32).tiny)
+        gradient = jnp.where(jnp.isfinite(gradient), gradient / scale, 0)
+        across = gradient.swapaxes(1, 2)
+        new = matmul(gradient, across), matmul(across, gradient)
+        # Each batch counts alike, so that no product overflows.
+        new = (square / jnp.maximum(jnp.trace(square, 0, 1, 2).max(), 1e-30) for square in new)
+        return Curvature(*(_FORGETS * was + square for was, square in zip(old, new, strict=True)))
+
+    return by_compiler(add, old, gradient)
 
 
-def gathered(views: list[MatrixView], old: list[Curvature], gradients: list[Array]):
+def _turned(stacks: Stacks, curvatures: list[Curvature]) -> list[Curvature]:
+    """Returns moments of kernels as those of tall matrices, or back."""
+    turn = lambda form, moments: Curvature(*moments[::-1]) if form.turned else moments
+    return list(map(turn, stacks.forms, curvatures))
+
+
+def gathered(stacks: Stacks, old: list[Curvature], gradients: list[Array]) -> list[Curvature]:
     """Returns the moments of kernels with one more gradient of each."""
-    of_each = zip(old, gradients, views, strict=True)
-    return [by_compiler(partial(_add, axes=view.axes), *arrays) for *arrays, view in of_each]
+    gradients = [form.stack(one) for form, one in zip(stacks.forms, gradients, strict=True)]
+    of_each = zip(stacks.groups, *map(stacks.join, (_turned(stacks, old), gradients)), strict=True)
+    new = [group.map(_add, *arrays) for group, *arrays in of_each]
+    return _turned(stacks, ungroup(stacks.groups, new))
 
 
 def _roots(square: Float[Array, "b p p"]) -> tuple[Array, Array]:
@@ -76,7 +90,7 @@ def _roots(square: Float[Array, "b p p"]) -> tuple[Array, Array]:
     return root, inverse
 
 
-def _cut(arrays, axes: KernelAxes) -> Array:
+def _cut(arrays: Moves, curvature: Curvature, rank: Array, axes: KernelAxes) -> Array:
     """Returns a kernel cut to a rank, with nothing left that the gradients feel least."""
 
     def cut(kernel, curvature: Curvature, rank):
@@ -86,65 +100,72 @@ def _cut(arrays, axes: KernelAxes) -> Array:
         lower = compose(*decompose(weighted), rank)
         return view.from_matrices(matmul(matmul(back, lower), forth)).astype(kernel.dtype)
 
-    return by_compiler(cut, *arrays, out=typed_sharding(arrays[0]))
+    whole = land(arrays)
+    return by_compiler(cut, whole, curvature, rank, out=typed_sharding(whole))
 
 
-def ends_of(views, whole: list[Array], curvatures: list[Curvature], ranks: list[Array]):
-    """Returns kernels with nothing left beyond their ranks."""
-    inputs = list(zip(whole, curvatures, ranks, strict=True))
-    return map_alike(_cut, inputs, tuple(view.axes for view in views))
+def ends_of(stacks: Stacks, curvatures: list[Curvature], ranks: list[Array]) -> list[Array]:
+    """Returns the kernels of each group with nothing left beyond their ranks."""
+    known, ranks_of = stacks.join(_turned(stacks, curvatures)), jnp.stack(ranks)
+    return [
+        group.map(_cut, moments, group.of(ranks_of))
+        for group, moments in zip(stacks.groups, known, strict=True)
+    ]
 
 
-def _chosen(view: MatrixView, before: Move, after: Move, whole, end, goes, fade) -> Move:
+def _chosen(arrays: Moves, end: Array, goes: Array, cost: Array, *, fade: Any) -> Move:
     """Returns the update of a kernel that fades, or its update as it was; and its state.
 
     The floor lets a plan cut it or not. The rank stays full: the tail may still be there.
     """
-    (same, old), (faded, new) = before, after
+    kernel, (same, old), (faded, new) = arrays
+    whole, new = land(arrays), new._replace(cost=cost.astype(new.cost.dtype))
     beyond = new.removed + new.refused
     left = jnp.where(beyond < _WEAK, 0, fade)
-    start, stop = (kernel.astype(jnp.float32) for kernel in (whole, end))
-    kernel = (start + (1 - left) * (stop - start)).astype(whole.dtype)
-    move = jnp.where(goes, (kernel - view.leaf).astype(same.dtype), same)
+    start, stop = (part.astype(jnp.float32) for part in (whole, end))
+    lower = (start + (1 - left) * (stop - start)).astype(whole.dtype)
+    move = jnp.where(goes, (lower - kernel).astype(same.dtype), same)
     removed = jnp.where(goes, beyond * (1 - jnp.square(left)), 0)
     state = new._replace(
         fit=jax.tree.map(partial(jnp.where, goes), new.fit, old.fit),
         removed=removed,
         refused=beyond - removed,
         floor=jnp.where(goes, new.floor, -1),
-        norm=jnp.where(goes, landing_norm(view.leaf, move), 0),
+        norm=jnp.where(goes, landing_norm(kernel, move), 0),
     )
     state = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
-    return jax.tree.map(partial(jnp.where, is_cut(new)), (move, state), (faded, new))
+    return jax.tree.map(partial(pick, is_cut(new)), (move, state), (faded, new))
 
 
 def fade_within(
-    views: list[MatrixView],
+    stacks: Stacks,
     rise_of: Callable[[list[Array]], Array],
     kernels: tuple[list[Array], list[Array]],
+    cuts: tuple[Bool[Array, " k"], Float[Array, " k"]],
     rise: tuple[Float[Array, ""], Float[Array, ""]],
-    moves: tuple[list[Move], list[Move]],
     fade: Any,
 ) -> list[Move]:
     """Returns updates and states of kernels that fade, as long as the loss allows their cuts.
 
-    `rise_of` is what kernels add to the loss. `kernels` are those without and with their cuts, and
-    `rise` is what all cuts add, and the most that they may.
+    `rise_of` is what kernels add to the loss. `kernels` are those without cuts, and the groups of
+    those with them. `cuts` are which kernels have one, and its cost. `rise` is what all cuts add,
+    and the most that they may.
     """
-    (whole, ends), (before, after), (rise_of_all, most) = kernels, moves, rise
-    costs = jnp.stack([state.cost.astype(jnp.float32) for _, state in after])
-    changes = jnp.stack([is_cut(state) for _, state in after])
-    places = jnp.argsort(
-        jnp.argsort(jnp.where(changes, jnp.nan_to_num(costs, nan=jnp.inf), jnp.inf))
-    )
+    (whole, ends), (changes, costs), (rise_of_all, most) = kernels, cuts, rise
+    places = jnp.argsort(jnp.argsort(jnp.where(changes, costs, jnp.inf)))
+    lower = stacks.kernels(ends)
 
-    def first(number) -> list[Bool[Array, ""]]:
-        return list((places < number) & changes)
+    def first(number) -> Bool[Array, " k"]:
+        return (places < number) & changes
 
     def fine(number: Int[Array, ""]) -> Bool[Array, ""]:
-        return rise_of(list(map(jnp.where, first(number), ends, whole))) <= most
+        return rise_of(list(map(jnp.where, first(number), lower, whole))) <= most
 
     count = jnp.sum(changes, dtype=jnp.int32)
     number = lax.cond(rise_of_all <= most, lambda: count, lambda: bisect(fine, count, _STEPS))
-    of_each = zip(views, before, after, whole, ends, first(number), strict=True)
-    return [_chosen(*kernel, fade=jnp.asarray(fade)) for kernel in of_each]
+    chosen, numbers = partial(_chosen, fade=jnp.asarray(fade)), (first(number), costs)
+    faded = [
+        group.at_once(chosen, end, *map(group.of, numbers))
+        for group, end in zip(stacks.groups, ends, strict=True)
+    ]
+    return stacks.moves(faded)

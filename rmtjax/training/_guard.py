@@ -18,26 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from rmtjax._axes import KernelAxes, MatrixView
-from rmtjax._sharding import by_compiler
+from rmtjax._axes import MatrixView
 from rmtjax.planning import map_kernels
-from rmtjax.spectra import decompose
 from rmtjax.training._cuts import (
     begins_of,
     bisect,
-    Cut,
+    chosen_at,
+    cost_of,
+    finite_costs,
     is_cut,
+    lower_at,
     Move,
+    Moves,
+    pick,
+    Stacks,
     STEPS,
     told,
-    with_cost,
+    vectors_of,
+    Way,
     without_cut,
 )
 from rmtjax.training._fades import Curvature, ends_of, fade_within, gathered
-from rmtjax.training._prune_state import KernelState
-from rmtjax.training._pruning_step import call_if, group_alike, Tall, ungroup
+from rmtjax.training._pruning_step import call_if
 
 _RANKS = 32  # the most ranks at which one kernel may end
 # Share of the gain over zeros. A network that learns more in a period is not cut for the first
@@ -67,22 +71,6 @@ class Guard(NamedTuple):
     max_rise: Any
 
 
-class _Kernels(NamedTuple):
-    """Holds what is known of all kernels before their cuts.
-
-    Attributes:
-      views: The kernels before their updates.
-      whole: Where the updates land without cuts.
-      is_first: Whether a kernel was never cut.
-      waits: Whether a kernel was cut and waits with the next cut.
-    """
-
-    views: list[MatrixView]
-    whole: list[Array]
-    is_first: Bool[Array, " k"]
-    waits: Bool[Array, " k"]
-
-
 def _gains(guard: Guard, start: Array) -> tuple[Array, Array]:
     """Returns by how much the loss has fallen over the last period, and from that of zeros."""
     loss = _scalar(guard.value_fn)
@@ -93,12 +81,6 @@ def _gains(guard: Guard, start: Array) -> tuple[Array, Array]:
     period, whole = loss(guard.reference) - start, loss(tree) - start
     # A fall that is not finite is above every limit, and the next look does not count it.
     return period, jnp.maximum(jnp.where(jnp.isfinite(whole), whole, 0), 0)
-
-
-def _kernels(guard: Guard, views, whole, states: list[KernelState]) -> _Kernels:
-    """Returns what is known of kernels."""
-    is_first = jnp.stack([s.rank >= v.short for v, s in zip(views, states, strict=True)])
-    return _Kernels(views, whole, is_first, ~is_first & ~jnp.asarray(guard.again))
 
 
 def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
@@ -117,49 +99,31 @@ def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
     return loss
 
 
-def _vectors_of(arrays: tuple, axes: KernelAxes):
-    """Returns the directions of where the update of a kernel lands without its cut."""
-    return by_compiler(lambda whole: decompose(MatrixView("", whole, axes).matrices()), arrays[1])
-
-
-def _lessen(fine: Callable, kernels: _Kernels, before: list[Move], after: list[Move]):
+def _lessen(fine: Callable, stacks: Stacks, way: Way, end: Array, waits: Array, done: Array):
     """Returns updates and states as far on the way of all cuts as the loss allows."""
-    views, whole, is_first, waits = kernels
-    steps = max(2, min(_RANKS, 2**STEPS // len(views)))
-    begins, end = begins_of([state for _, state in after], is_first, steps)
-    forms = list(map(Tall, views))
-    stacks = (
-        [form.stack(a) for form, a in zip(forms, arrays, strict=True)]
-        for arrays in ([view.leaf for view in views], whole)
-    )
-    moves = (list(map(Tall.stacked, forms, end)) for end in (before, after))
-    of_each = list(zip(*stacks, *moves, waits, begins, strict=True))
-    groups = group_alike(of_each, tuple(form.axes for form in forms))
-    vectors = [group.map(_vectors_of) for group in groups]
+    groups = stacks.groups
+    # The decompositions wait for those before: under `vmap` both are computed.
+    vectors = [
+        group.map(vectors_of, group.of(jnp.broadcast_to(~done, waits.shape))) for group in groups
+    ]
+    each = list(zip(groups, vectors, strict=True))
 
-    def at(step: Array, part: Callable[[Cut, Array], Any]) -> list[Any]:
-        """Returns a part of each cut at a step."""
-        of_cut = lambda *arrays, axes: part(Cut.of(*arrays, axes, steps), step)
-        known = zip(groups, vectors, strict=True)
-        return ungroup(groups, [group.map(of_cut, vectors) for group, vectors in known])
+    def lower(step: Array) -> list[Array]:
+        ranks = way.ranks_at(step)
+        return stacks.kernels(
+            [group.map(lower_at, known, group.of(ranks)) for group, known in each]
+        )
 
-    step = bisect(lambda step: fine(list(map(Tall.kernel, forms, at(step, Cut.lower)))), end)
-    return list(map(Tall.restored, forms, at(step, Cut.chosen), [state for _, state in before]))
+    step = bisect(lambda step: fine(lower(step)), end)
+    numbers = way.ranks_at(step), way.ended(step), waits
+    return [group.map(chosen_at, known, *map(group.of, numbers)) for group, known in each]
 
 
-def _candidates(kernels: _Kernels, before: list[Move], after: list[Move], ripe) -> list[Move]:
-    """Returns the cuts that a step tries.
-
-    First cuts only if the network is `ripe`. Kernels that wait are then left as they are: a cut
-    that is not made must not hide what the others cost.
-    """
-    begin = kernels.is_first & jnp.stack([is_cut(state) for _, state in after])
-    leave = kernels.waits & jnp.any(begin) & ripe
-    tried = []
-    for old, new, held, left in zip(before, after, begin & ~ripe, leave, strict=True):
-        uncut = without_cut(old, new, jnp.where(left, old[1].floor, -1))
-        tried.append(jax.tree.map(partial(jnp.where, held | left), uncut, new))
-    return tried
+def _candidate(arrays: Moves, held: Array, left: Array) -> Moves:
+    """Returns the moves of a kernel, with its cut only if it is neither held nor left."""
+    kernel, before, after = arrays
+    uncut = without_cut(before, after, jnp.where(left, before[1].floor, -1))
+    return kernel, before, jax.tree.map(partial(pick, held | left), uncut, after)
 
 
 def _loss_of(guard: Guard, views: list[MatrixView]) -> Callable[[list[Array]], Array]:
@@ -198,18 +162,43 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: list[Move], afte
     loss, whole = _loss_of(guard, views), list(map(_land, views, before))
     start, first = jax.value_and_grad(loss)(whole)
     period, gain = _gains(guard, start)
-    kernels = _kernels(guard, views, whole, [state for _, state in before])
-    after = _candidates(kernels, before, after, _mean_fall(guard, period) <= _RIPE * gain)
-    cut = list(map(_land, views, after))
+    ripe, short = _mean_fall(guard, period) <= _RIPE * gain, jnp.asarray([v.short for v in views])
+    changes = jnp.stack([is_cut(state) for _, state in after])
+    is_first = jnp.stack([state.rank for _, state in before]) >= short
+    waits = ~is_first & ~jnp.asarray(guard.again)
+    # First cuts only if the network is ripe. Kernels that wait are then left as they are: a cut
+    # that is not made must not hide what the others cost.
+    held, left = is_first & changes & ~ripe, waits & jnp.any(is_first & changes) & ripe
+    stacks = Stacks(views, before, after).at_once(_candidate, held, left)
+    skipped = held | left
+    lands = [_land(*kernel) for kernel in zip(views, after, strict=True)]
+    cut = list(map(jnp.where, skipped, whole, lands))
     end, last = jax.value_and_grad(loss)(cut)
-    after = list(map(with_cost, after, whole, cut, first, last))
+    costs = finite_costs(list(map(cost_of, whole, cut, first, last)))
     is_fine = lambda rise: (rise <= guard.max_rise * gain) & jnp.isfinite(rise)
     done, fine = is_fine(end - start), lambda kernels: is_fine(loss(kernels) - start)
-    # The decompositions wait for those before: under `vmap` both are computed.
-    rest = kernels._replace(whole=[jnp.where(done, 1, kernel) for kernel in whole])
-    after = lax.cond(done, lambda: after, lambda: _lessen(fine, rest, before, after))
-    after = list(map(told, kernels.waits, before, after))
-    return after, _known(period).astype(guard.fall.dtype)
+    way, last_step = _way(views, after, changes & ~skipped, costs, is_first)
+    rest = lambda: _lessen(fine, stacks, way, last_step, waits, done)
+    moves = lax.cond(done, lambda: [group.arrays[2] for group in stacks.groups], rest)
+
+    def end_of(arrays: Moves, move: Move, wait: Array, cost: Array) -> Move:
+        update, state = told(wait, arrays[1], move)
+        return update, state._replace(cost=cost.astype(state.cost.dtype))
+
+    ends = [
+        group.at_once(end_of, move, group.of(waits), group.of(costs))
+        for group, move in zip(stacks.groups, moves, strict=True)
+    ]
+    return stacks.moves(ends), _known(period).astype(guard.fall.dtype)
+
+
+def _way(views: list[MatrixView], after: list[Move], changes: Array, costs: Array, is_first: Array):
+    """Returns the way of all cuts, and its last step."""
+    steps = max(2, min(_RANKS, 2**STEPS // len(views)))
+    begins, last = begins_of(changes, costs, is_first, steps)
+    even = [view.rows * view.columns / (view.rows + view.columns) for view in views]
+    short, ranks = jnp.asarray([v.short for v in views]), jnp.stack([s.rank for _, s in after])
+    return Way(short, jnp.asarray(even, jnp.float32), ranks, changes, begins, steps), last
 
 
 def fade_if(
@@ -240,16 +229,19 @@ def fade_if(
         fall = jnp.where(prunes & ripe, guard.fall, _mean_fall(guard, period, 1 / 4))
         fine = fall <= _RIPE * gain
 
+        stacks = Stacks(views, before, after)
+
         def step():
-            cut = ends_of(views, whole, old, ranks)
+            ends = ends_of(stacks, old, ranks)
+            cut = stacks.kernels(ends)
             end, last = jax.value_and_grad(loss)(cut)
-            costly = list(map(with_cost, after, whole, cut, first, last))
+            costs = finite_costs(list(map(cost_of, whole, cut, first, last)))
+            cuts = jnp.stack([is_cut(state) for _, state in after]), costs
             rise = lambda kernels: loss(kernels) - start
             most = jnp.where(fine, jnp.maximum(fall, 0), -jnp.inf)
-            allowed = end - start, most
-            return fade_within(views, rise, (whole, cut), allowed, (before, costly), fade)
+            return fade_within(stacks, rise, (whole, ends), cuts, (end - start, most), fade)
 
-        new = gathered(views, curvatures, first)
+        new = gathered(stacks, curvatures, first)
         # The batch that judges a cut has no say in it, unless there was none before.
         pick = lambda was, now: jnp.where(jnp.any(was > 0), was, now)
         old = jax.tree.map(pick, curvatures, new)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._axes import KernelAxes, MatrixView, to_stack
 from rmtjax._sharding import typed_sharding
 from rmtjax._types import BulkFit, no_fit
 
@@ -58,6 +58,13 @@ class PruneState(NamedTuple):
       fall: By how much `value_fn` fell over the period before the last step; the largest number of
         float32 before, or if it was not finite.
       curvatures: Path to the moments of gradients by which kernels fade; None without `fade`.
+
+    Examples:
+      >>> import jax, rmtjax
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
+      >>> state = rmtjax.prune_spectrum(every=100).init(params)
+      >>> int(state.step), state.ranks["kernel"].tolist()
+      (0, 60)
     """
 
     step: Int[Array, ""]
@@ -142,3 +149,42 @@ def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[
         return states  # sums over explicit axes of a mesh may wait for ever on CPU
     checked = lambda states: list(map(check, kernels, states, axes))
     return lax.cond(after_cut, checked, lambda states: states, states)
+
+
+class Tall:
+    """Turns a kernel and its state into tall matrices and back.
+
+    So kernels of one size share a program, whatever their axes. On a mesh with explicit axes they
+    stay as they are: the compiler decides on shardings inside alone.
+
+    Attributes:
+      axes: The axes of what `stack` returns.
+      turned: Whether rows and columns change places.
+    """
+
+    def __init__(self, view: MatrixView):
+        inputs, outputs, batch = view.axes
+        explicit = typed_sharding(view.leaf) is not None
+        self.turned = view.rows < view.columns and not explicit
+        turned = KernelAxes(outputs, inputs, batch) if self.turned else view.axes
+        self.axes = view.axes if explicit else KernelAxes((1,), (2,), (0,))
+        self._view = None if explicit else MatrixView("", view.leaf, turned)
+
+    def stack(self, array: Array) -> Array:
+        """Returns an array with the axes of the kernel as tall matrices."""
+        return array if self._view is None else to_stack(array, self._view.axes)
+
+    def kernel(self, stack: Array) -> Array:
+        """Returns tall matrices as an array with the axes of the kernel."""
+        return stack if self._view is None else self._view.from_matrices(stack)
+
+    def stacked(self, move: tuple[Array, KernelState]) -> tuple[Array, KernelState]:
+        """Returns an update and a state of tall matrices."""
+        update, state = move
+        fit = jax.tree.map(jnp.ravel, state.fit)
+        return self.stack(update), state._replace(fit=fit, floor=jnp.ravel(state.floor))
+
+    def restored(self, move: tuple[Array, KernelState], state: KernelState):
+        """Returns an update and a state of the kernel, whose state before gives the shapes."""
+        like = lambda new, old: new.reshape(old.shape)
+        return self.kernel(move[0]), jax.tree.map(like, move[1], state)

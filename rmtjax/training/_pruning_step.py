@@ -11,13 +11,13 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rmtjax._axes import KernelAxes, MatrixView, to_stack
+from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import from_state, Spectrum, to_state
 from rmtjax.noise import fit_live, kept_rank, ranks
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import from_singular_values, lift, times_power, to_unit, truncate_by
-from rmtjax.training._prune_state import KernelState, landing_norm
+from rmtjax.training._prune_state import KernelState, landing_norm, Tall
 from rmtjax.training._stands_out import stands_out
 
 # How a rule is mapped over a stack: its matrices have one aspect ratio.
@@ -233,6 +233,16 @@ class Alike(NamedTuple):
         # A loop in the program: a decomposition compiles for seconds, each time it appears.
         return lax.map(lambda arrays: call(*arrays), (self.arrays, *more))
 
+    def at_once(self, function: Callable, *more: PyTree) -> PyTree:
+        """Applies `function(arrays, *more)`, which decomposes nothing, to all of them together."""
+        call = function if len(self.indices) == 1 else jax.vmap(function)
+        return call(self.arrays, *more)
+
+    def of(self, numbers: Array) -> Array:
+        """Returns those numbers of all kernels that are of these, as the maps take them."""
+        alone = len(self.indices) == 1
+        return numbers[self.indices[0]] if alone else numbers[jnp.asarray(self.indices)]
+
 
 def group_alike(inputs: list[tuple], axes: tuple[Any, ...]) -> list[Alike]:
     """Returns kernels in groups, from the arrays of each."""
@@ -262,45 +272,6 @@ def map_alike(function: Callable, inputs: list[tuple], axes: tuple[Any, ...]) ->
     """Applies `function(arrays, axes)` to the arrays of each kernel; one program serves a shape."""
     groups = group_alike(inputs, axes)
     return ungroup(groups, [group.map(function) for group in groups])
-
-
-class Tall:
-    """Turns a kernel and its state into tall matrices and back.
-
-    So kernels of one size share a program, whatever their axes. On a mesh with explicit axes they
-    stay as they are: the compiler decides on shardings inside alone.
-
-    Attributes:
-      axes: The axes of what `stack` returns.
-      turned: Whether rows and columns change places.
-    """
-
-    def __init__(self, view: MatrixView):
-        inputs, outputs, batch = view.axes
-        explicit = typed_sharding(view.leaf) is not None
-        self.turned = view.rows < view.columns and not explicit
-        turned = KernelAxes(outputs, inputs, batch) if self.turned else view.axes
-        self.axes = view.axes if explicit else KernelAxes((1,), (2,), (0,))
-        self._view = None if explicit else MatrixView("", view.leaf, turned)
-
-    def stack(self, array: Array) -> Array:
-        """Returns an array with the axes of the kernel as tall matrices."""
-        return array if self._view is None else to_stack(array, self._view.axes)
-
-    def kernel(self, stack: Array) -> Array:
-        """Returns tall matrices as an array with the axes of the kernel."""
-        return stack if self._view is None else self._view.from_matrices(stack)
-
-    def stacked(self, move: tuple[Array, KernelState]) -> tuple[Array, KernelState]:
-        """Returns an update and a state of tall matrices."""
-        update, state = move
-        fit = jax.tree.map(jnp.ravel, state.fit)
-        return self.stack(update), state._replace(fit=fit, floor=jnp.ravel(state.floor))
-
-    def restored(self, move: tuple[Array, KernelState], state: KernelState):
-        """Returns an update and a state of the kernel, whose state before gives the shapes."""
-        like = lambda new, old: new.reshape(old.shape)
-        return self.kernel(move[0]), jax.tree.map(like, move[1], state)
 
 
 # Compiled also for users who call `update` outside `jit`. Without paths among the arguments one

@@ -56,6 +56,7 @@ def test_no_bound_is_violated_on_mnist(mnist, ranks, least):
         assert tightness < 1.05
 
 
+@pytest.mark.slow
 def test_the_experiment_finds_no_violation(tmp_path, capsys):
     out = tmp_path / "found.json"
     options = ["--dataset", "fashion_mnist", "--source", "sample", "--widths", "64"]

@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers.slow import slow_except
 
 from experiments.tasks import __main__ as command, problems
 
 TASKS = {task.name: task for task in problems.TASKS}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", slow_except(("MLP", "LSTM"), TASKS))
 def test_a_network_has_a_finite_loss_and_kernels(name, monkeypatch):
     monkeypatch.setattr(problems, "images", sample)
     task = TASKS[name]

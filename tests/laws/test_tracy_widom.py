@@ -33,7 +33,7 @@ def reference(beta):
 @pytest.mark.parametrize(
     "transform", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"]
 )
-@pytest.mark.parametrize("beta", [1, 2])
+@pytest.mark.parametrize("beta", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_cdf_is_the_fredholm_determinant(beta, transform):
     x, expected = reference(beta)
     cdf = transform(functools.partial(tracy_widom.cdf, beta=beta))

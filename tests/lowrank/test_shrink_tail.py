@@ -191,6 +191,7 @@ def test_inject_hyperparams_says_that_min_size_is_static():
         factory(2, strength=0.5).init(make_params())
 
 
+@pytest.mark.slow
 def test_scan_over_steps_is_the_loop_and_nothing_is_compiled_again():
     optimizer, traces = shrink_tail(2, strength=optax.linear_schedule(1.0, 0.0, 4)), []
 

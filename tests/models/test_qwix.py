@@ -132,6 +132,7 @@ def test_a_model_that_is_one_layer_is_put_into_another_first():
     assert 0 < jnp.linalg.norm(outputs - wanted) < 0.03 * jnp.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_int8_of_a_thin_model(thin):
     rules = [qwix.QuantizationRule(weight_qtype="int8")]
     quantized = qwix.quantize_model(thin, qwix.PtqProvider(rules), SEQUENCE)

@@ -21,8 +21,8 @@ def moments_of(moment, **options):
     return Moments({"a": moment}, {}, (("a", "a"),), **options)
 
 
-# Under and over the width from which a Gram matrix is made in parts.
-@pytest.mark.parametrize("shape", [(1, 30, 7), (3, 20, 12), (1, 40, 271)])
+# Under and over the widths from which a Gram matrix is made of two parts, and of three.
+@pytest.mark.parametrize("shape", [(1, 30, 7), (3, 20, 12), (1, 40, 271), (1, 40, 520)])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sums_are_those_of_numpy(shape, transform, dtype):

@@ -45,7 +45,7 @@ def size(params):
     return sum(part.size for part in itertools.chain(*parts))
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("multiple", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_fifty_random_models_land_within_one_step_of_the_target(multiple):
     for seed in range(25):
         params, draw = random_tree(seed), np.random.default_rng(seed)

@@ -81,7 +81,7 @@ def test_a_plan_is_that_of_the_decomposition():
     np.testing.assert_allclose(thin.fit.threshold, dense.fit.threshold, rtol=1e-2)
 
 
-@pytest.mark.parametrize("values", [1.0, [1.0, 1.5]])
+@pytest.mark.parametrize("values", [pytest.param(1.0, marks=pytest.mark.slow), [1.0, 1.5]])
 def test_a_law_that_does_not_fit_is_seen(values):
     """One or two singular values, each many times: few steps of the iteration exhaust them."""
     matrix = np.diag(np.resize(values, LARGE)).astype(np.float32)
@@ -112,6 +112,7 @@ def test_a_rule_without_a_law_asks_for_more_directions_than_are_exact():
     assert "estimated" not in row.reason
 
 
+@pytest.mark.slow
 def test_stacks_and_what_is_not_finite(tmp_path):
     stack = np.stack([planted((LARGE, LARGE), [3.0, 2.0]), np.zeros((LARGE, LARGE), np.float32)])
     stack[1, 0, 0] = np.inf

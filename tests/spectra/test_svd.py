@@ -142,6 +142,7 @@ def test_only_what_squares_do_not_distinguish_is_decomposed(strength, rank, leas
     assert squares_suffice(s, jnp.full(1, least)) == suffice
 
 
+@pytest.mark.slow
 def test_a_carried_threshold_far_under_the_largest_value_counts_as_numpy_does():
     """By squares alone most of what stands near the threshold would be lost in their rounding."""
     optimizer = prune_spectrum(1)

@@ -24,7 +24,9 @@ import rmtjax
 from rmtjax import prune_spectrum, ranks
 from rmtjax._axes import MatrixView
 from rmtjax.training import _fades
+from rmtjax.training._cuts import Stacks
 from rmtjax.training._guard import _RIPE
+from rmtjax.training._prune_state import unpruned
 
 RULE = ranks.fixed(40)
 STATIC = ("rule", "min_size", "where", "axes", "max_rise")
@@ -136,17 +138,20 @@ def test_a_network_that_learns_fast_does_not_fade():
     assert set(map(float, state.floors.values())) == {-1}
 
 
-def test_a_cut_removes_what_the_gradients_feel_least():
+@pytest.mark.parametrize("shape", [(2, 8, 6), (2, 6, 8)], ids=["tall", "wide"])
+def test_a_cut_removes_what_the_gradients_feel_least(shape):
     rng = np.random.default_rng(0)
-    kernel, gradients = rng.normal(size=(2, 8, 6)), rng.normal(size=(30, 2, 8, 6))
-    gradients *= np.linspace(0.1, 3, 8)[:, None]
-    view = MatrixView("", jnp.zeros((2, 8, 6)), rmtjax.KernelAxes((1,), (2,), (0,)))
-    known = _fades.no_curvature(view)
+    kernel, gradients = rng.normal(size=shape), rng.normal(size=(30, *shape))
+    gradients *= np.linspace(0.1, 3, shape[1])[:, None]
+    axes = rmtjax.KernelAxes((1,), (2,), (0,))
+    view = MatrixView("", jnp.asarray(kernel, jnp.float32), axes)
+    move, known = (jnp.zeros(shape), unpruned(view)), _fades.no_curvature(view)
+    stacks = Stacks([view], [move], [move])
     for gradient in gradients:
-        (known,) = _fades.gathered([view], [known], [jnp.asarray(gradient, jnp.float32)])
-    (end,) = _fades.ends_of([view], [jnp.asarray(kernel, jnp.float32)], [known], [jnp.int32(3)])
+        (known,) = _fades.gathered(stacks, [known], [jnp.asarray(gradient, jnp.float32)])
+    (end,) = stacks.kernels(_fades.ends_of(stacks, [known], [jnp.int32(3)]))
     for i in range(2):
-        rows, columns = np.zeros((8, 8)), np.zeros((6, 6))
+        rows, columns = (np.zeros((side, side)) for side in shape[1:])
         for gradient in gradients:
             new = gradient[i] @ gradient[i].T, gradient[i].T @ gradient[i]
             scale = max(np.square(g).sum() for g in gradient)  # of the stack

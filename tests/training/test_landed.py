@@ -32,7 +32,7 @@ def landed(state):
 @pytest.mark.parametrize(
     ("every", "dtype"),
     [
-        (1, jnp.float32),
+        pytest.param(1, jnp.float32, marks=pytest.mark.slow),
         (2, jnp.bfloat16),
         pytest.param(2, jnp.float16, marks=pytest.mark.slow),
     ],

@@ -165,7 +165,7 @@ def test_where_and_min_size_choose_the_kernels():
     assert_same_bits(pruned["a"]["kernel"], params["a"]["kernel"])
 
 
-@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("batch", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stack_has_one_rank_that_of_its_richest(batch):
     matrices = jnp.stack([planted(0, num_spikes=2), planted(1, num_spikes=5)])
     inputs, outputs = sorted({0, 1, 2} - {batch})

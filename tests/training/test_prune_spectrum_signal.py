@@ -56,7 +56,7 @@ def test_the_signal_alone_is_enough(rule, monkeypatch):
     "options",
     [
         pytest.param({"keep": 0.5}, marks=pytest.mark.slow),
-        {"min_rank": 7},
+        pytest.param({"min_rank": 7}, marks=pytest.mark.slow),
         pytest.param({"noise": "refit"}, marks=pytest.mark.slow),
         {"rule": ranks.fixed(3)},
     ],
@@ -72,7 +72,7 @@ def test_where_more_is_needed_all_directions_are_found(options):
 
 
 @pytest.mark.parametrize(
-    "num_spikes", [pytest.param(BLOCK - 1, marks=pytest.mark.slow), BLOCK, 150]
+    "num_spikes", [*(pytest.param(n, marks=pytest.mark.slow) for n in (BLOCK - 1, 150)), BLOCK]
 )
 def test_more_signal_than_the_block_has_is_found_all_the_same(num_spikes):
     optimizer, kernel, state = regrown(num_spikes)

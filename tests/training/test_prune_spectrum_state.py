@@ -25,12 +25,12 @@ from rmtjax import prune_spectrum, PruneState, ranks
     ("dtype", "update_dtype"),
     [
         ("float32", "float32"),
-        ("bfloat16", "bfloat16"),
-        ("float16", "float16"),
+        pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("float16", "float16", marks=pytest.mark.slow),
         ("bfloat16", "float32"),
         pytest.param("float32", "bfloat16", marks=pytest.mark.slow),
         pytest.param("float32", "float64", marks=pytest.mark.slow),
-        ("float64", "float64"),
+        pytest.param("float64", "float64", marks=pytest.mark.slow),
     ],
 )
 def test_updates_keep_their_dtype_and_the_state_its_form(dtype, update_dtype):

@@ -172,8 +172,10 @@ def test_a_wrong_share_is_refused():
         prune_spectrum(max_removed=1.5)
 
 
-@pytest.mark.parametrize("rule", [ranks.bema(), ranks.gavish_donoho()])
-@pytest.mark.parametrize("strength", [30.0, 60.0])
+@pytest.mark.parametrize(
+    "rule", [ranks.bema(), pytest.param(ranks.gavish_donoho(), marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("strength", [pytest.param(30.0, marks=pytest.mark.slow), 60.0])
 def test_many_directions_of_one_strength_are_signal(rule, strength):
     """They hold most of the squares, which must not be taken for the variance of the noise."""
     left, right = (jnp.linalg.qr(noise(seed, (80, 80)))[0][:, :20] for seed in (1, 2))

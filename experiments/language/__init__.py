@@ -1,0 +1,1 @@
+"""A small causal language model, made smaller in several ways."""
