@@ -222,8 +222,9 @@ def analyze_tensors(
     manifest = read_manifest(tensors)
     leaves = find_leaves(tensors, manifest)
     leaves = pair_adapters(leaves) if adapters else leaves
-    plan, *known = _plan_kernels(leaves, manifest, options, dtype, step, extra=extra)
-    return Report(plan, count_others(leaves, plan), False, *known)
+    found = _plan_kernels(leaves, manifest, options, dtype, step, extra=extra)
+    plan, findings, options, extras = found
+    return Report(plan, count_others(leaves, plan), False, findings, options, extras)
 
 
 @in_usual_modes

@@ -66,6 +66,7 @@ from rmtjax.planning._rows import (
     check_plan as check_plan,
     check_plan_fits as check_plan_fits,
     Factorized as Factorized,
+    Hold as Hold,
     in_place as in_place,
     Kept as Kept,
     LayerPlan as LayerPlan,

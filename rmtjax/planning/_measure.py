@@ -45,7 +45,7 @@ from rmtjax.planning._kernels import (
 )
 from rmtjax.planning._options import PlanOptions
 from rmtjax.planning._outputs import all_losses
-from rmtjax.planning._rows import Kept, LayerPlan
+from rmtjax.planning._rows import Kept, LayerPlan, left_alone
 from rmtjax.spectra import each, estimated_spectra, OutputLosses, spectra, Values
 
 # An estimate is off by 0.01 in the distance from the law. Above this one it leaves no doubt.
@@ -300,7 +300,7 @@ def study(params: PyTree, options: PlanOptions, step: Step | None = None) -> Fin
         if not cause and kernel.is_factored and needs_noise and path not in given:
             cause = "factorized, and `fits` has no noise level for it"
         if not cause and path in given and (given[path].threshold < 0).any():
-            cause = "pruning left it alone while training"
+            cause = left_alone(given[path])
         if cause or not isinstance(kernel, MatrixView):
             rows[path] = Kept(f"kept: {cause}", kernel.shape, getattr(kernel, "axes", None))
         else:

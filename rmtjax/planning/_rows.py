@@ -1,9 +1,12 @@
 """The rows of a plan: a kernel is kept, truncated or factorized, each with its reason."""
 
+import enum
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+import numpy as np
 
 from rmtjax._axes import factored_axes, FactoredKernel, Factors, kernel_shape, KernelAxes
 from rmtjax._text import first_lines, html_table, no_such_path, printable, SCREEN
@@ -163,6 +166,40 @@ class Plan(dict[str, LayerPlan]):
         table = html_table(("path", "shape", "rank", "reason"), rows)
         more = f" Here are the first {SCREEN}." if len(self) > SCREEN else ""
         return f"<p>{self._title}.{more}</p>\n{table}"
+
+
+class Hold(enum.IntEnum):
+    """Says by a number why training has left a kernel alone at its last pruning step."""
+
+    NONE = 0
+    LAW = 1
+    NOTHING = 2
+    UNSETTLED = 3
+    SQUARES = 4
+    LEARNING = 5
+    LOSS = 6
+    WAITING = 7
+
+    @property
+    def words(self) -> str:
+        """The reason, with a remedy."""
+        return {
+            Hold.NONE: "its last cut was held back",
+            Hold.LAW: "the law did not fit; train longer, or use a rule such as `ranks.size`",
+            Hold.NOTHING: "nothing stood out of the noise; train longer",
+            Hold.UNSETTLED: "its signal had not settled; train longer, or raise `settled`",
+            Hold.SQUARES: "the cut takes too many squares; give `value_fn`, or raise `max_removed`",
+            Hold.LEARNING: "the network still learnt fast; train longer",
+            Hold.LOSS: "the loss would have risen; train longer, or raise `max_rise`",
+            Hold.WAITING: "it was cut before and waits for its next turn",
+        }[self]
+
+
+def left_alone(fit: BulkFit) -> str:
+    """Returns why training has left a kernel alone, from a noise level whose threshold is -1."""
+    code = int(np.max(fit.num_spikes))
+    known = code in list(Hold)
+    return f"pruning left it alone while training: {Hold(code if known else 0).words}"
 
 
 def in_place(row: LayerPlan, cause: str | None = None) -> LayerPlan:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
+from rmtjax.planning import Hold
 from rmtjax.spectra import compose, decompose, times_power
 from rmtjax.training._prune_state import KernelState, landing_norm, Tall
 from rmtjax.training._pruning_step import group_alike, removed_share, ungroup
@@ -132,8 +133,9 @@ def lower_at(arrays: Moves, vectors: Vectors, rank: Array, axes: KernelAxes) -> 
     """Returns a kernel cut to a rank."""
     whole = land(arrays)
 
-    def multiply(vectors, rank, like):
-        return MatrixView("", like, axes).from_matrices(compose(*vectors, rank))
+    def multiply(vectors: Vectors, rank, like):
+        u, s, vt = vectors
+        return MatrixView("", like, axes).from_matrices(compose(u, s, vt, rank))
 
     kernel = by_compiler(multiply, vectors, rank, whole, out=typed_sharding(whole))
     short = vectors[1].shape[1]
@@ -179,6 +181,7 @@ def _state_at(
         refused=jnp.maximum(new.removed - removed, 0),
         floor=jnp.where(is_lower, floor, -1).reshape(new.floor.shape),
         norm=norm,
+        reason=jnp.where(is_lower, Hold.NONE, Hold.LOSS),
     )
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
 
@@ -201,15 +204,22 @@ def cost_of(start: Array, end: Array, first: Array, last: Array) -> Float[Array,
 def finite_costs(costs: list[Array]) -> Float[Array, " k"]:
     """Returns costs of all kernels; a cut without a finite cost is the dearest."""
     largest = jnp.finfo(jnp.float32).max
-    return jnp.nan_to_num(jnp.stack(costs), nan=largest, posinf=largest)
+    costs_of = jnp.nan_to_num(jnp.stack(costs), nan=largest, posinf=largest)
+    # A cost of 0 in a state says that none was measured.
+    return jnp.where(costs_of == 0, jnp.finfo(jnp.float32).tiny, costs_of)
 
 
-def without_cut(before: Move, after: Move, floor: Array) -> Move:
-    """Returns an update without its cut, and a state with a floor for plans."""
+def without_cut(before: Move, after: Move, floor: Array, hold: Array) -> Move:
+    """Returns an update without its cut, and a state with a floor for plans and the reason."""
     (move, old), new = before, after[1]
     none = jnp.zeros_like(new.removed)
     state = new._replace(
-        fit=old.fit, rank=old.rank, floor=floor, removed=none, norm=jnp.zeros_like(new.norm)
+        fit=old.fit,
+        rank=old.rank,
+        floor=floor,
+        removed=none,
+        norm=jnp.zeros_like(new.norm),
+        reason=jnp.asarray(hold, new.reason.dtype),
     )
     return move, state._replace(refused=new.refused + new.removed)
 
@@ -218,7 +228,9 @@ def told(wait: Bool[Array, ""], before: Move, after: Move) -> Move:
     """Returns a kernel that waits with its next cut as it is; its floor stays for plans."""
     (move, old), new = before, after[1]
     none = jnp.zeros_like(new.removed)
-    left = move, new._replace(rank=old.rank, removed=none, norm=jnp.zeros_like(new.norm))
+    hold = jnp.where(new.reason == Hold.NONE, Hold.WAITING, new.reason).astype(new.reason.dtype)
+    left = new._replace(rank=old.rank, removed=none, norm=jnp.zeros_like(new.norm), reason=hold)
+    left = move, left
     return jax.tree.map(partial(pick, wait), left, after)
 
 

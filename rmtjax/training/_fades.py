@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
+from rmtjax.planning import Hold
 from rmtjax.spectra import compose, decompose, lift, matmul
 from rmtjax.training._cuts import bisect, is_cut, land, Move, Moves, pick, Stacks
 from rmtjax.training._prune_state import landing_norm
@@ -113,7 +114,7 @@ def ends_of(stacks: Stacks, curvatures: list[Curvature], ranks: list[Array]) -> 
     ]
 
 
-def _chosen(arrays: Moves, end: Array, goes: Array, cost: Array, *, fade: Any) -> Move:
+def _chosen(arrays: Moves, end: Array, goes: Array, cost: Array, *, fade: Any, hold: Any) -> Move:
     """Returns the update of a kernel that fades, or its update as it was; and its state.
 
     The floor lets a plan cut it or not. The rank stays full: the tail may still be there.
@@ -132,6 +133,7 @@ def _chosen(arrays: Moves, end: Array, goes: Array, cost: Array, *, fade: Any) -
         refused=beyond - removed,
         floor=jnp.where(goes, new.floor, -1),
         norm=jnp.where(goes, landing_norm(kernel, move), 0),
+        reason=jnp.where(goes, Hold.NONE, hold),
     )
     state = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
     return jax.tree.map(partial(pick, is_cut(new)), (move, state), (faded, new))
@@ -149,7 +151,7 @@ def fade_within(
 
     `rise_of` is what kernels add to the loss. `kernels` are those without cuts, and the groups of
     those with them. `cuts` are which kernels have one, and its cost. `rise` is what all cuts add,
-    and the most that they may.
+    and the most that they may, minus infinity while the network still learns fast.
     """
     (whole, ends), (changes, costs), (rise_of_all, most) = kernels, cuts, rise
     places = jnp.argsort(jnp.argsort(jnp.where(changes, costs, jnp.inf)))
@@ -163,7 +165,8 @@ def fade_within(
 
     count = jnp.sum(changes, dtype=jnp.int32)
     number = lax.cond(rise_of_all <= most, lambda: count, lambda: bisect(fine, count, _STEPS))
-    chosen, numbers = partial(_chosen, fade=jnp.asarray(fade)), (first(number), costs)
+    hold = jnp.where(most == -jnp.inf, Hold.LEARNING, Hold.LOSS)
+    chosen, numbers = partial(_chosen, fade=jnp.asarray(fade), hold=hold), (first(number), costs)
     faded = [
         group.at_once(chosen, end, *map(group.of, numbers))
         for group, end in zip(stacks.groups, ends, strict=True)

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from rmtjax._axes import MatrixView
-from rmtjax.planning import map_kernels
+from rmtjax.planning import Hold, map_kernels
 from rmtjax.training._cuts import (
     begins_of,
     bisect,
@@ -122,7 +122,8 @@ def _lessen(fine: Callable, stacks: Stacks, way: Way, end: Array, waits: Array, 
 def _candidate(arrays: Moves, held: Array, left: Array) -> Moves:
     """Returns the moves of a kernel, with its cut only if it is neither held nor left."""
     kernel, before, after = arrays
-    uncut = without_cut(before, after, jnp.where(left, before[1].floor, -1))
+    hold = jnp.where(left, Hold.WAITING, Hold.LEARNING)
+    uncut = without_cut(before, after, jnp.where(left, before[1].floor, -1), hold)
     return kernel, before, jax.tree.map(partial(pick, held | left), uncut, after)
 
 

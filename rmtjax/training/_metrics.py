@@ -65,22 +65,24 @@ def _numbers_of_pruning(state: PruneState) -> Numbers:
         "refused": state.refused,
         "cost": state.costs,
         "landed": state.landed,
+        "reason": state.reasons,
     }
 
 
 def _levels_of_pruning(state: PruneState) -> dict[str, BulkFit]:
     """Returns the noise levels that `prune_spectrum` carries."""
 
-    def floored(fit: BulkFit, floor: Array) -> BulkFit:
+    def floored(fit: BulkFit, floor: Array, reason: Array) -> BulkFit:
         # What a refused cut has left must not be cut by a plan. By an edge below 0 it knows that
         # this is no threshold of the noise.
         where = lambda least, own: jnp.where(floor == 0, own, least)
-        return fit._replace(edge=where(-1, fit.edge), threshold=where(floor, fit.threshold))
+        fit = fit._replace(edge=where(-1, fit.edge), threshold=where(floor, fit.threshold))
+        return fit._replace(num_spikes=jnp.where(floor < 0, reason, fit.num_spikes))
 
     def level(path: str, fit: BulkFit) -> BulkFit:
         # In the state of an `nnx.Optimizer` the leaves are variables, which JAX takes for trees.
         fit, floor = BulkFit(*map(jnp.asarray, fit)), jnp.asarray(state.floors[path])
-        return by_compiler(floored, fit, floor)
+        return by_compiler(floored, fit, floor, jnp.asarray(state.reasons[path]))
 
     return on_true_scale({p: level(p, fit) for p, fit in state.fits.items()}, state.exponents)
 
@@ -151,9 +153,14 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `distance/PATH`: Kolmogorov distance between the bulk and the law of that fit; 1 before;
     - `removed/PATH`: the share of the sum of squares that the last pruning step has removed;
     - `refused/PATH`: the share beyond the rank that it has left, as it fades or had to stay;
-    - `cost/PATH`: what its cut was predicted to add to the loss; 0 without `value_fn`;
+    - `cost/PATH`: what its cut was predicted to add to the loss; exactly 0 if that was not
+      measured, as without `value_fn`;
     - `landed/PATH`: False if the last cut is not in the parameters, as after a wrapper that mixes
-      updates: it is then forgotten. Always True on a mesh with explicit axes.
+      updates: it is then forgotten. Always True on a mesh with explicit axes;
+    - `reason/PATH`: why the last pruning step left it alone. 1: its fit was refused. 2: nothing
+      stood out of the noise. 3: its number of signal directions had not settled. 4: the cut would
+      take more than `max_removed`. 5: the network still learns fast. 6: the loss would rise. 7: it
+      was cut before and waits for its next turn. 0: none of these, or no step has come.
 
     Each matrix of a stack has a threshold and a distance; its index ends the name.
 
@@ -243,7 +250,8 @@ def noise_levels(opt_state: PyTree) -> dict[str, BulkFit]:
       Path to `BulkFit`; of a stack with an entry for each matrix. Before the first cut it is 0 at a
       distance of 1, and a `plan` fits anew. If a cut was held back or made smaller, the edge is -1
       and the threshold is a floor, below the directions that had to stay: no rule of a `plan` goes
-      further. At -1 it keeps the kernel.
+      further. At -1 it keeps the kernel, and `num_spikes` is the reason of `metrics`, which the row
+      of the plan tells.
 
     Warns:
       UserWarning: A cut of `prune_spectrum` is not in the parameters.

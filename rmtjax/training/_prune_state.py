@@ -28,6 +28,7 @@ class KernelState(NamedTuple):
     previous: Int[Array, ""]
     landed: Bool[Array, ""]
     exponent: Int[Array, ""]
+    reason: Int[Array, ""]
 
 
 def by_field(kind: Any, states: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -48,12 +49,14 @@ class PruneState(NamedTuple):
       refused: Path to the share beyond the rank that is left: it fades, or was not allowed to go.
       floors: Path to the eigenvalue down to which directions must stay, since a cut was held back;
         -1 if all must, 0 if the threshold decides.
-      costs: Path to what the cut was predicted to add to the loss; 0 without `value_fn`.
+      costs: Path to what the cut was predicted to add to the loss; 0 if that was not measured.
       norms: Path to the root mean square that the last step lands on; 0 if it did not cut.
       previous: Path to the rank before the last step.
       landed: Path to whether the last cut was found in the parameters.
       exponents: Path to the exponent of the power of two over which the noise level and the floor
         are those of the kernel; 0 unless its squares could leave the range of float32.
+      reasons: Path to why the last pruning step left it alone, as `rmtjax.metrics` lists them; 0 if
+        it did not.
       reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
       fall: By how much `value_fn` fell over the period before the last step; the largest number of
         float32 before, or if it was not finite.
@@ -79,6 +82,7 @@ class PruneState(NamedTuple):
     previous: dict[str, Int[Array, ""]]
     landed: dict[str, Bool[Array, ""]]
     exponents: dict[str, Int[Array, ""]]
+    reasons: dict[str, Int[Array, ""]]
     reference: PyTree = None
     fall: PyTree = None
     curvatures: PyTree = None
@@ -106,6 +110,7 @@ def unpruned(view: MatrixView) -> KernelState:
         previous=jnp.asarray(view.short, jnp.int32),
         landed=jnp.ones((), bool),
         exponent=jnp.zeros((), jnp.int32),
+        reason=jnp.zeros((), jnp.int32),
     )
 
 
@@ -170,7 +175,7 @@ class Tall:
         self.axes = view.axes if explicit else KernelAxes((1,), (2,), (0,))
         self._view = None if explicit else MatrixView("", view.leaf, turned)
 
-    def stack(self, array: Array) -> Array:
+    def stack(self, array: Array) -> Any:
         """Returns an array with the axes of the kernel as tall matrices."""
         return array if self._view is None else to_stack(array, self._view.axes)
 

@@ -15,7 +15,7 @@ from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import from_state, Spectrum, to_state
 from rmtjax.noise import fit_live, kept_rank, ranks
-from rmtjax.planning import leaves_by_path
+from rmtjax.planning import Hold, leaves_by_path
 from rmtjax.spectra import from_singular_values, lift, times_power, to_unit, truncate_by
 from rmtjax.training._prune_state import KernelState, landing_norm, Tall
 from rmtjax.training._stands_out import stands_out
@@ -117,21 +117,33 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     )
     signal = jax.vmap(options.rule, in_axes=(_EACH, 0))(spectra, fit).max()
     # If nothing stands out, as before training, a cut would destroy the network.
-    asked = ready = jnp.all(reliable) & jnp.isfinite(s).all() & (signal > 0)
+    reason = _unless(jnp.all(reliable) & jnp.isfinite(s).all(), Hold.LAW)
+    reason = _unless(signal > 0, Hold.NOTHING, reason)
+    asked = reason == Hold.NONE
     if options.waits:
-        ready &= _has_settled(signal, state, size, numbers.settled)
+        settled = _has_settled(signal, state, size, numbers.settled)
+        reason = _unless(settled, Hold.UNSETTLED, reason)
     rank = kept_rank(signal, size, numbers.keep, numbers.min_rank)
     was_cut = jnp.isfinite(state.fit.threshold).any()
     if complete and options.rule.needs_noise:
         test = lambda: stands_out(matrices, spectra, fit, jnp.asarray(numbers.look), options.rule)
-        ready = lax.cond(ready & (rank < size) & ~was_cut, test, lambda: ready)
-    share = jnp.where(ready & (rank < size), removed_share(s, matrices, rank), 0)
+        first = (reason == Hold.NONE) & (rank < size) & ~was_cut
+        stands = lax.cond(first, test, lambda: jnp.array(True))
+        reason = _unless(stands, Hold.NOTHING, reason)
+    goes = (reason == Hold.NONE) & (rank < size)
+    share = jnp.where(goes, removed_share(s, matrices, rank), 0)
     if options.rule.needs_noise or numbers.fade is not None:
-        ready &= share <= numbers.max_removed
+        reason = _unless(share <= numbers.max_removed, Hold.SQUARES, reason)
+    ready = reason == Hold.NONE
     # The noise is that of the first cut. Until then nothing is remembered.
     carry = (ready & (rank < size)) | was_cut
     fit = jax.tree.map(lambda new, old: jnp.where(carry, new, old), fit, state.fit)
-    return rank, (fit, signal, rank, ready, asked & ~ready, share)
+    return rank, (fit, signal, rank, reason, asked, share)
+
+
+def _unless(fine: Array, hold: Hold, reason: Any = Hold.NONE) -> Int[Array, ""]:
+    """Returns the reason to leave a kernel alone: the first that holds."""
+    return jnp.where((reason == Hold.NONE) & ~fine, hold, reason).astype(jnp.int32)
 
 
 def removed_share(s, matrices, rank) -> Float[Array, ""]:
@@ -164,7 +176,10 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     # Squares of very large and very small entries leave the range of float32.
     matrices = times_power(lift(matrices), -exponent)
     judge = partial(_judge, matrices=matrices, state=state, numbers=numbers, options=options)
-    lower, _, (fit, signal, rank, ready, held, share) = truncate_by(matrices, judge, floor, search)
+    lower, _, (fit, signal, rank, reason, asked, share) = truncate_by(
+        matrices, judge, floor, search
+    )
+    ready = reason == Hold.NONE
     changed = ready & (rank < size)
     share = share.astype(state.removed.dtype)
     removed = jnp.where(changed, share, 0)
@@ -179,9 +194,10 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
         removed=removed,
         refused=share - removed,
         # A kernel that is held back must not be cut by a plan either: no level lies below -1.
-        floor=jnp.where(held, -1, jnp.where(ready, 0, state.floor)),
+        floor=jnp.where(ready, 0, jnp.where(asked, -1, state.floor)),
         cost=jnp.zeros_like(state.cost),
         previous=state.rank,
+        reason=reason,
     )
     return times_power(lower, exponent), changed, new
 

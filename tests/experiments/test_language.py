@@ -2,6 +2,7 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -127,3 +128,13 @@ def test_the_figure_has_a_line_for_each_method():
     (ax,) = figure.draw(records()).axes
     names = {line.get_label() for line in ax.lines}
     assert {*cuts.METHODS} <= names
+
+
+def test_the_table_of_the_page_is_that_of_the_results():
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "experiments" / "results" / "language.json").read_text())
+    page = (root / "docs" / "compress.md").read_text()
+    told = page.partition("```text\nperplexity of the next")[2].partition("```")[0]
+    lines = f"perplexity of the next{told}".splitlines()
+    squeeze = lambda lines: [" ".join(line.split()) for line in lines if line.strip()]
+    assert squeeze(lines) == squeeze(printed(results))

@@ -1,5 +1,7 @@
 """`prune_spectrum` with `value_fn`: no step undoes more of the gain than it is allowed to."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,8 @@ def test_a_loss_that_allows_nothing_leaves_all_as_it_is():
         share = squares(path)[RANK:].sum() / squares(path).sum()
         np.testing.assert_allclose(found[f"refused/{path}"], share, rtol=1e-4)
     plan = rmtjax.plan(landed, fits=rmtjax.noise_levels(state))
-    assert {row.reason for row in plan.values()} == {"kept: pruning left it alone while training"}
+    words = "kept: pruning left it alone while training: the loss would have risen; train longer, "
+    assert {row.reason for row in plan.values()} == {f"{words}or raise `max_rise`"}
 
 
 @pytest.mark.parametrize("weights", [EQUAL, CHEAP_B, {"a": 0.3, "b": 2.0}])
@@ -112,3 +115,45 @@ def test_a_stack_gets_one_rank_and_its_matrices_their_levels():
     assert set(np.linalg.matrix_rank(landed["layers"]["kernel"])) == {rank}
     plan = rmtjax.plan(landed, fits=rmtjax.noise_levels(state), axes=axes, multiple=1)
     assert plan["layers/kernel"].rank == rank
+
+
+def _count(jaxpr, name):
+    """How often a primitive is in a program, in all of its parts."""
+    found = 0
+    for equation in jaxpr.eqns:
+        parts = [part for part in jax.tree.leaves(equation.params) if hasattr(part, "jaxpr")]
+        found += (equation.primitive.name == name) + sum(_count(part.jaxpr, name) for part in parts)
+    return found
+
+
+def test_kernels_of_one_size_share_a_program_whatever_their_axes():
+    one, wide = {"a": jnp.ones((60, 90))}, jnp.ones((90, 60))
+    several = one | {"b": wide, "c": wide.reshape(90, 4, 15), "d": wide.reshape(5, 18, 60)}
+    where = {"b": ((0,), (1,)), "c": ((0,), (1, 2)), "d": ((0, 1), (2,)), "a": ((0,), (1,))}
+    axes = lambda path, leaf: rmtjax.KernelAxes(*where[path])
+    optimizer = prune_spectrum(1, where=lambda path, leaf: True, axes=axes)
+    value_fn = lambda params: sum(jnp.sum(leaf**2) for leaf in params.values())
+
+    def decompositions(params):
+        update = functools.partial(optimizer.update, value_fn=value_fn)
+        state = optimizer.init(params)
+        return _count(jax.make_jaxpr(update)(params, state, params).jaxpr, "eigh")
+
+    assert 0 < decompositions(several) == decompositions(one)
+
+
+@pytest.mark.slow
+def test_the_guard_works_on_steps_that_are_accumulated():
+    """A pruning step is one of what `optax.MultiSteps` has accumulated."""
+    optimizer = optax.MultiSteps(prune_spectrum(1, max_rise=0.1, max_removed=1.0), 2)
+    update = jax.jit(functools.partial(optimizer.update, value_fn=loss_with(CHEAP_B)))
+    zeros, params, ranks = jax.tree.map(jnp.zeros_like, PARAMS), PARAMS, []
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        ranks.append([int(rank) for rank in state.inner_opt_state.ranks.values()])
+    expected = step(CHEAP_B, max_rise=0.1)[1]
+    assert ranks == [[SIZE, SIZE], [int(rank) for rank in expected.ranks.values()]]
+    assert np.linalg.matrix_rank(params["a"]["kernel"]) == ranks[1][0] < SIZE
+    assert bool(rmtjax.metrics(state)["landed/a/kernel"])

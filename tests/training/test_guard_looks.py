@@ -50,6 +50,7 @@ def test_what_was_cut_is_cut_again_at_looks_two_four_and_eight():
         assert set(map(int, state.ranks.values())) == {RANK}
         params = optax.apply_updates(params, updates)
         cut.append(np.linalg.matrix_rank(params["a"]["kernel"]) == RANK)
+        assert set(map(int, state.reasons.values())) == {0 if cut[-1] else 7}
         if not cut[-1]:
             assert_same_bits(updates, grown)
             assert set(map(float, state.removed.values())) == {0}
@@ -107,16 +108,18 @@ def test_a_schedule_cuts_at_each_look():
 
 
 def test_a_network_that_learns_fast_is_not_cut_for_the_first_time():
-    zeros, ranks = jax.tree.map(jnp.zeros_like, PARAMS), []
+    zeros, ranks, reasons = jax.tree.map(jnp.zeros_like, PARAMS), [], []
     shares = [1.0, 0.2, 0.1, 0.1, 0.1]  # what is not learnt yet, of the squares
     params, state = zeros, prune_spectrum(1).init(zeros)
     for share in shares:
         params = jax.tree.map(lambda leaf, share=share: leaf * (1 - share**0.5), PARAMS)
         _, state = update(zeros, state, params, EQUAL, 0.5)
         ranks.append(min(map(int, state.ranks.values())))
+        reasons.append(set(map(int, state.reasons.values())))
     # Of two periods the mean has to be below a fiftieth of all gain.
     assert ranks[:4] == [SIZE] * 4
     assert ranks[4] < SIZE
+    assert reasons[1:] == [{5}, {5}, {5}, {0}]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import rmtjax
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training_live.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
-KINDS = {"rank", "signal", "threshold", "distance", "removed", "refused", "cost", "landed"}
+KINDS = set(re.findall(r"`(\w+)/PATH`", PAGE.partition("rmtjax.agree")[0]))
 
 
 def noise(seed, shape=(60, 90)):
@@ -49,7 +49,7 @@ def assert_same(found, expected):
 
 def test_numbers_are_those_of_a_fit_of_the_kernel():
     found = rmtjax.metrics(after_a_step(PRUNE))
-    assert len(found) == 16
+    assert len(found) == 18
     for path, count in (("a/kernel", 2), ("b/kernel", 5)):
         assert found[f"rank/{path}"] == found[f"signal/{path}"] == count
         fit = rmtjax.fit_bema(rmtjax.spectrum(PARAMS[path[0]]["kernel"]))
@@ -89,6 +89,24 @@ def test_the_state_is_found_wherever_it_lies(nesting):
     assert_same(rmtjax.metrics(after_a_step(NESTED[nesting])), rmtjax.metrics(after_a_step(PRUNE)))
 
 
+LEFT = {
+    "nothing": ({"kernel": noise(3)}, {}, 2, None),
+    "unsettled": ({"kernel": spiked(1, 5)}, {"settled": 0.2}, 3, "its signal had not settled; "),
+    "squares": ({"kernel": spiked(1, 5)}, {"max_removed": 0.01}, 4, "the cut takes too many "),
+}
+
+
+@pytest.mark.parametrize(("params", "options", "code", "words"), LEFT.values(), ids=LEFT)
+def test_a_kernel_that_is_left_alone_says_why(params, options, code, words):
+    state = after_a_step(rmtjax.prune_spectrum(every=1, **options), params)
+    assert rmtjax.metrics(state)["reason/kernel"] == code
+    plan = rmtjax.plan(params, fits=rmtjax.noise_levels(state))
+    expected = "kept: no signal stands out of the noise"
+    if words is not None:
+        expected = f"kept: pruning left it alone while training: {words}"
+    assert plan["kernel"].reason.startswith(expected)
+
+
 @pytest.mark.slow
 def test_works_under_jit_and_scan():
     state = after_a_step(PRUNE)
@@ -113,6 +131,7 @@ def test_each_matrix_of_a_stack_has_its_own_fit():
     assert found.pop("refused/layers/kernel") == 0
     assert found.pop("cost/layers/kernel") == 0
     assert found.pop("landed/layers/kernel")
+    assert found.pop("reason/layers/kernel") == 0
     # Of the sum of the squares of both, what lies beyond that rank.
     values = np.linalg.svd(np.asarray(stack["layers"]["kernel"]), compute_uv=False) ** 2
     lost = values[:, 5:].sum() / values.sum()
