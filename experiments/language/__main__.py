@@ -92,7 +92,8 @@ def run(config: Config, path: Path, head: Mapping[str, Any], console: Console) -
     """Computes the results that the file lacks, and writes each as soon as it is known."""
     old = json.loads(path.read_text()) if path.is_file() else {}
     same = old.get("configuration") == head["configuration"]
-    records = {**head, "runs": old.get("runs", []) if same else []}
+    # The seconds are those of the cuts; the training of the model comes on top of them.
+    records = {**head, "seconds": 0.0, "runs": old.get("runs", []) if same else []}
     done = {(one["method"], one["share"], one["after"]) for one in records["runs"]}
     left = [unit for unit in units(config) if unit not in done][: config.most]
     if not left:
@@ -114,8 +115,17 @@ def run(config: Config, path: Path, head: Mapping[str, Any], console: Console) -
         seconds = round(time.perf_counter() - begin, 1)
         one = {"method": name, "share": share, "after": after, **rounded(found)}
         records["runs"].append(one | {"seconds": seconds})
+        records["seconds"] = round(sum(one["seconds"] for one in records["runs"]), 1)
         save(path, records)
     return records
+
+
+def without_slices(arguments: list[str]) -> list[str]:
+    """Returns arguments without `--most N`: slices end where one command would have ended."""
+    if "--most" not in arguments:
+        return arguments
+    place = arguments.index("--most")
+    return arguments[:place] + arguments[place + 2 :]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             fields = dataclasses.asdict(config)
             told = ("sizes", "steps", "tokens", "tested", "seed")
             head = {
-                "command": shlex.join([*command.split(), *arguments]),
+                "command": shlex.join([*command.split(), *without_slices(arguments)]),
                 "configuration": {name: fields[name] for name in told},
                 "environment": measure.environment(),
             }

@@ -114,10 +114,10 @@ def monitor(
       >>> updates, state = optimizer.update(params, optimizer.init(params), params)
       >>> for name, number in rmtjax.metrics(state).items():
       ...     print(f"{name:<36} {number:.3g}")
+      monitor/distance/Dense_0/kernel      0.0408
+      monitor/spectral_norm/Dense_0/kernel 138
       monitor/spikes/Dense_0/kernel        1
-      monitor/distance/Dense_0/kernel      0.0361
-      monitor/stable_rank/Dense_0/kernel   1.25
-      monitor/spectral_norm/Dense_0/kernel 139
+      monitor/stable_rank/Dense_0/kernel   1.24
       monitor/left_law/Dense_0/kernel      0
       monitor/traps/Dense_0/kernel         0
       monitor/growing/Dense_0/kernel       0

@@ -205,7 +205,7 @@ def equalize(matrix: Float[ArrayLike, "m n"], *, sides: Sides = "both") -> Equal
       >>> even = rmtjax.equalize(kernel)
       >>> count = lambda matrix: int(rmtjax.fit_bema(rmtjax.spectrum(matrix)).num_spikes)
       >>> count(kernel), count(even.matrix), bool(even.converged)
-      (52, 0, True)
+      (94, 0, True)
 
     A fit of the matrix that is returned has more false alarms than its level: two or three times
     as many. `ranks.bema(equalize=True)` allows for that.

@@ -65,7 +65,7 @@ def compare_reports(old: Report, new: Report) -> Report:
       >>> changes = rmtjax.compare_reports(old, new)
       >>> print(changes.table("path", "spikes", "spikes_change", "norm_change"))
       path    spikes  spikes_change  norm_change
-      kernel  1       1              1.27
+      kernel  1       1              1.226
 
     References:
       Mirsky, Q. J. Math. 11 (1960) 50-59.

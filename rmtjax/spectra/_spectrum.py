@@ -240,8 +240,8 @@ def pooled_spectrum(matrix: Float[ArrayLike, "m n"], *, ratio: float = 1.0) -> S
       ...     noise = jax.random.normal(jax.random.key(0), (100, columns))
       ...     spectra = rmtjax.spectrum(noise), rmtjax.pooled_spectrum(noise)
       ...     print([f"{rmtjax.metrics_of(spectrum).hill:.1f}" for spectrum in spectra])
-      ['2.2', '2.2']
-      ['3.2', '2.1']
+      ['2.1', '2.1']
+      ['3.1', '2.2']
       ['5.1', '2.1']
 
     References:
