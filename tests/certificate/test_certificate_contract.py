@@ -127,6 +127,7 @@ class Ramp:
         return self.slope * x
 
 
+@pytest.mark.slow
 def test_an_activation_may_change_between_two_calls():
     before, inputs = make_case()
     after = change_kernels(before, LAYERS[-1:], halve)

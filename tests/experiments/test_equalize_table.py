@@ -1,6 +1,11 @@
 """The tables of equalized kernels, from the command."""
 
+import pytest
+
 from experiments import equalize
+
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
 
 OPTIONS = (
     *("--draws", "3", "--noise", "10", "--shape", "60", "90", "--small", "60", "90"),

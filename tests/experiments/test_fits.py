@@ -10,6 +10,9 @@ import scipy.optimize
 import rmtjax
 from experiments import ensembles, fits, rivals
 
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
+
 # As many draws of one size, so that the fit is compiled once for each level.
 OPTIONS = (
     *("--bias.draws", "40", "--bias.shapes", "60", "120", "--bias.planted", "0", "0.1"),

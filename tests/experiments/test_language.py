@@ -14,6 +14,9 @@ import experiments.language.__main__ as study
 import rmtjax
 from experiments.language import cuts, figure, model, tables, text, trainer
 
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
+
 SIZES = model.Sizes(width=16, layers=1, heads=2, length=16)
 
 

@@ -16,6 +16,9 @@ import rmtjax
 from experiments.minilm import cuts, drift, model, tables, weights, words
 from experiments.minilm.__main__ import main
 
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECORDS = json.loads((ROOT / "experiments" / "results" / "minilm.json").read_text())
 TINY = model.Config(  # with one shape for all kernels, so that little is compiled

@@ -27,6 +27,9 @@ from experiments.neighbours import (
     trainer,
 )
 
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "neighbours.md"
 FIRST = [0.04023, 0.299869, 0.466616, 0.159717]
 LABELS = [7, 1, 1, 6, 4, 9, 4, 6, 0, 5]

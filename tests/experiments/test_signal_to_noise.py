@@ -4,8 +4,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experiments import signal_to_noise as study
+
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "files.md").read_text()

@@ -1,9 +1,13 @@
 """The spikes of networks with right and wrong labels, from the command."""
 
 import numpy as np
+import pytest
 
 from experiments import spikes
 from experiments.training import Split
+
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
 
 OPTIONS = (
     *("--datasets", "fashion_mnist", "--source", "sample", "--images", "200"),

@@ -16,6 +16,9 @@ from experiments.study.__main__ import main
 from experiments.study.arms import ARMS, carried_ranks, plan_by_ranks
 from experiments.study.options import Options
 
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
+
 SHORT = {  # options of a shortened run, and the number of its runs
     "truncation": ("--datasets fashion_mnist --seeds 0 1 --widths 64 --epochs 2", 2),
     "memorisation": (

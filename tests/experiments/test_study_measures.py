@@ -14,6 +14,9 @@ from experiments import training
 from experiments.study import clean, runs, tasks
 from experiments.study.statistics import paired_difference
 
+# The experiments are tested by their smallest runs; `test_mnist.py` is among the fast tests.
+pytestmark = pytest.mark.slow
+
 TASK = tasks.Task("fashion_mnist", 50, 20, 0.4)
 
 

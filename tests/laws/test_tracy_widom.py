@@ -45,6 +45,7 @@ def test_cdf_is_the_fredholm_determinant(beta, transform):
     "transform", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"]
 )
 @pytest.mark.parametrize("beta", [1, 2])
+@pytest.mark.slow
 def test_ppf_inverts_the_fredholm_determinant(beta, transform):
     x, probabilities = reference(beta)
     # Where float32 can tell the probabilities apart.

@@ -117,6 +117,7 @@ def test_kernels_without_a_cut_that_holds_keep_their_updates(kernel):
     assert state.removed["kernel"] == 0
 
 
+@pytest.mark.slow
 def test_each_matrix_of_a_stack_and_of_a_convolution_is_shrunk_alone():
     stack = jnp.stack([planted(0, num_spikes=2), planted(1, num_spikes=4)])
     conv = {"kernel": planted().reshape(2, 4, 8, 96), "bias": jnp.zeros(96)}

@@ -81,6 +81,7 @@ class Wide(nn.Module):
         )
 
 
+@pytest.mark.slow
 def test_each_product_has_gradients_of_its_outputs():
     module, ids = Wide(), np.random.default_rng(0).integers(0, 20, (5, 7))
     variables = module.init(KEY, ids)

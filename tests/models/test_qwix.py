@@ -159,6 +159,7 @@ def test_int8_of_a_thin_model(thin):
     assert 0 < jnp.linalg.norm(wanted - thin(SEQUENCE)) < 0.03 * jnp.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_qwix_goes_over_each_factor(thin):
     provider = qwix.LoraProvider(rank=2, alpha=4.0, module_path="linear/.*_factor")
     model = qwix.apply_lora_to_model(thin, provider, SEQUENCE, rngs=nnx.Rngs(1))

@@ -165,6 +165,7 @@ def test_it_works_in_wrappers_under_scan(wrap):
     assert rmtjax.History().add(state)["step"] in (1, 3)
 
 
+@pytest.mark.slow
 def test_it_stands_beside_other_transforms():
     params = {"kernel": planted()}
     optimizer = optax.chain(rmtjax.monitor(1), optax.sgd(0.0), rmtjax.prune_spectrum(1))

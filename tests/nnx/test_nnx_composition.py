@@ -46,6 +46,7 @@ def arrays(model, *kinds):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, *kinds))]
 
 
+@pytest.mark.slow
 def test_gradients_of_factors_are_those_of_kernels(thin):
     # The gradient of a kernel G gives those of its factors, G R^T and L^T G.
     grads = nnx.jit(nnx.grad(loss))(thin)

@@ -51,6 +51,7 @@ def noise_fits(shape, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES)
+@pytest.mark.slow
 def test_noise_has_a_spike_as_often_as_the_level_says(shape, dtype, level):
     rate = np.mean(noise_fits(shape, dtype)[level].num_spikes > 0)
     # The law is that of infinite matrices: at these sizes the true rates are 0.09, 0.46 and

@@ -46,6 +46,7 @@ def size(params):
 
 
 @pytest.mark.parametrize("multiple", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
 def test_fifty_random_models_land_within_one_step_of_the_target(multiple):
     for seed in range(25):
         params, draw = random_tree(seed), np.random.default_rng(seed)

@@ -88,6 +88,7 @@ def test_shrinkage_is_that_of_the_equalized_values(params):
     np.testing.assert_allclose(lower, expected, rtol=0, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_a_refusal_says_whether_it_would_fit(params):
     columns = {**params, "columns": params["kernel"].T}
     del columns["stack"]

@@ -220,6 +220,7 @@ def test_masked_and_partition_merge_their_share():
         assert {name.partition("/")[2] for name in rmtjax.metrics(state)} == {"a/kernel"}
 
 
+@pytest.mark.slow
 def test_multi_steps_and_skipped_steps_are_not_steps():
     many = optax.MultiSteps(optax.chain(optax.sgd(0.1), agree(2, start=2)), 2)
     history = run(many, 4)
@@ -253,6 +254,7 @@ def test_inject_hyperparams_changes_nothing_and_can_be_changed():
         assert_close(run(optimizer, 4)[4][0], expected)
 
 
+@pytest.mark.slow
 def test_scan_is_the_loop_and_nothing_is_compiled_again():
     optimizer, traces = optax.chain(optax.adam(1e-2), agree(4, start=4)), []
 
@@ -277,6 +279,7 @@ def test_scan_is_the_loop_and_nothing_is_compiled_again():
     assert len(traces) == traced + 1
 
 
+@pytest.mark.slow
 def test_vmap_over_an_ensemble():
     optimizer = agree(2, start=2)
     members = [jax.tree.map(lambda leaf: factor * leaf, make_params()) for factor in (1.0, 2.0)]  # noqa: B023

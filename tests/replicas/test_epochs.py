@@ -146,6 +146,7 @@ class Net(nnx.Module):
         return self.head(self.dropout(nnx.relu(self.hidden(x))))
 
 
+@pytest.mark.slow
 def test_replicas_of_nnx_learn_and_drop_other_units():
     model = Net(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adamw(5e-3), wrt=nnx.Param)

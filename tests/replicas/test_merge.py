@@ -97,6 +97,7 @@ def test_equal_replicas_agree_on_all_of_their_change(transform, seed, count):
 @MODES
 @given(seed=st.integers(0, 1000))
 @settings(max_examples=10)
+@pytest.mark.slow
 def test_orthogonal_turns_and_the_order_of_replicas_change_nothing(transform, seed):
     rng = np.random.default_rng(seed)
     changes = noisy(4, (40, 30), seed=seed)

@@ -36,6 +36,7 @@ def report(params):
     return rmtjax.analyze(params, randomized=4, aspect=1.0, **options)
 
 
+@pytest.mark.slow
 def test_shuffled_kernels_have_the_spikes_of_their_entries(report):
     entry, plain, stack = (report.metrics[path] for path in ("entry", "noise", "stack"))
     assert entry["shuffled_spikes"] == entry["shuffled_rate"] == 1

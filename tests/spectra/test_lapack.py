@@ -126,6 +126,7 @@ def assert_exact(view, values):
     np.testing.assert_allclose(values.spectrum.eigenvalues, expected, rtol=1e-5, atol=atol)
 
 
+@pytest.mark.slow
 def test_many_at_once_are_as_one_alone(rng, threads):
     views = many(rng)
     together = spectra(views)

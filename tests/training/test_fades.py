@@ -86,6 +86,7 @@ def test_what_is_beyond_the_rank_fades_and_the_state_does_not_claim_a_rank(fade,
     assert plan_of(params, state)["kernel"].rank == 40
 
 
+@pytest.mark.slow
 def test_a_stack_fades_by_one_rank():
     stack = jnp.stack([planted(0), planted(1, num_spikes=6)])
     axes = {"kernel": rmtjax.KernelAxes((1,), (2,), (0,))}

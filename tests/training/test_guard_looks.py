@@ -189,6 +189,7 @@ def test_a_loss_in_float64_keeps_the_dtypes_of_the_state():
         assert types(state) == types(first)
 
 
+@pytest.mark.slow
 def test_a_step_outside_jit_is_the_same():
     optimizer = prune_spectrum(1, max_rise=0.3, max_removed=1.0)
     zeros, state = jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS)

@@ -120,6 +120,7 @@ def test_works_under_jit_and_scan():
     assert found["rank/b/kernel"].tolist() == [5, 5, 5]
 
 
+@pytest.mark.slow
 def test_each_matrix_of_a_stack_has_its_own_fit():
     stack = {"layers": {"kernel": jnp.stack([PARAMS[name]["kernel"] for name in "ab"])}}
     axes = lambda path, leaf: rmtjax.KernelAxes((1,), (2,), batch=(0,))

@@ -166,6 +166,7 @@ def test_flax_train_state():
     assert np.linalg.matrix_rank(state.params["a"]["kernel"], tol=1e-4) == 3
 
 
+@pytest.mark.slow
 def test_scan_over_steps_is_the_loop():
     optimizer = prune_spectrum(2, keep=optax.linear_schedule(0.5, 0.0, 4))
     gradients = [make_gradients(seed) for seed in range(4)]

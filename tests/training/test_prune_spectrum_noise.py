@@ -78,6 +78,7 @@ def test_a_refit_follows_the_scale_and_the_first_fit_does_not():
     np.testing.assert_allclose(variances["refit"], expected, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_a_refit_carries_what_it_cannot_fit():
     """With nothing kept below the threshold no rank is left in the window of the fit."""
     states = {
@@ -121,6 +122,7 @@ def test_a_settled_kernel_is_judged_by_the_noise_of_its_own_time():
     np.testing.assert_allclose(states[2].fits["kernel"].variance, 0.01, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_every_kernel_settles_in_its_own_time():
     optimizer = prune_spectrum(1, settled=0.0, max_removed=1.0, rule=ranks.bema(level=0.001))
     early, late = [3, 3, 3, 3], [1, 2, 4, 4]

@@ -74,6 +74,7 @@ def test_where_more_is_needed_all_directions_are_found(options):
 @pytest.mark.parametrize(
     "num_spikes", [*(pytest.param(n, marks=pytest.mark.slow) for n in (BLOCK - 1, 150)), BLOCK]
 )
+@pytest.mark.slow
 def test_more_signal_than_the_block_has_is_found_all_the_same(num_spikes):
     optimizer, kernel, state = regrown(num_spikes)
     pruned, state = step(optimizer, kernel, state)
