@@ -16,12 +16,12 @@ SHORT = {
     "training": (training.run, 2),
 }
 LONG = {
-    "trees": (trees.run, 25),
+    "trees": (trees.run, 12),
     "large": (trees.run_large, 1),
-    "files": (files.run, 5000),
-    "writers": (writers.run, 40),
+    "files": (files.run, 2500),
+    "writers": (writers.run, 20),
     "names": (names.run, 20),
-    "training": (training.run, 10),
+    "training": (training.run, 5),
 }
 
 
