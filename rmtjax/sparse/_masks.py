@@ -64,7 +64,7 @@ def find_floating(params: PyTree, where: Where | None) -> dict[str, Array]:
         path: jnp.asarray(kernel.leaf)
         for path, kernel in find_kernels(params, where).items()
         # Factors have no entries to remove: a zero in one of them is not a zero of the kernel.
-        if not kernel.is_factored and floating(kernel.dtype)
+        if not kernel.is_factored and floating(kernel.dtype) and 0 not in kernel.shape
     }
 
 

@@ -1,9 +1,15 @@
 """Runs the long form: `python -m tests.campaign --rounds 200 --seed 1 --part trees`."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
+
+# Two devices, over which some kernels are divided.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
+)
 
 # The folder of the tests, as under pytest.
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -9,7 +9,7 @@ from campaign import files, names, training, trees, writers
 from campaign.tally import Tally
 
 SHORT = {
-    "trees": (trees.run, 4),
+    "trees": (trees.run, 3),
     # The memory is measured by the longer one: its process of its own takes seconds to start.
     "safetensors": (partial(files.run_safetensors, memory=False), 200),
     "indexes": (files.run_indexes, 100),

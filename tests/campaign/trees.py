@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import optax
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 import rmtjax
 from rmtjax import Kept, KernelAxes, ranks
@@ -69,8 +70,20 @@ class Leaf:
     fill: str
     seed: int
     device: bool
+    divided: bool = False
 
     def array(self):
+        array = self.numbers()
+        if not isinstance(array, jax.Array) or not self.divided or not array.ndim:
+            return array
+        # In halves over two devices, where there are two: see `__main__.py`.
+        count = min(jax.device_count(), 2)
+        if array.shape[0] % count or not array.size:
+            return array
+        mesh = jax.make_mesh((count,), ("half",), devices=jax.devices()[:count])
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec("half")))
+
+    def numbers(self):
         rng = np.random.default_rng(self.seed)
         array = rng.normal(size=self.shape)
         if self.fill == "constant":
@@ -105,6 +118,7 @@ LEAVES = st.builds(
     weighted(DTYPES),
     weighted(FILLS),
     st.integers(0, 10**6),
+    st.booleans(),
     st.booleans(),
 )
 
@@ -229,11 +243,15 @@ def restored(tree, plan):
             assert rmtjax.checkpoint.load_plan(path).keys() == plan.keys()
 
 
-EVERY = partial(jax.tree.map, lambda _: True)
+TO_RANK_2 = partial(rmtjax.projections.project_rank, rule=ranks.fixed(2))
 TRANSFORMS = {
     "prune_spectrum": lambda: rmtjax.prune_spectrum(1, rule=ranks.fixed(2), min_size=2),
     "prune_entries": lambda: rmtjax.prune_entries(0.5),
     "agree": lambda: rmtjax.agree(2),
+    "monitor": lambda: rmtjax.monitor(1, min_size=2, columns=["spikes", "stable_rank"]),
+    "shrink_tail": lambda: rmtjax.lowrank.shrink_tail(1, strength=0.1, rule=ranks.fixed(2)),
+    "drop_and_grow": lambda: rmtjax.drop_and_grow(optax.identity(), 1, density=0.5),
+    "admm": lambda: rmtjax.admm(TO_RANK_2, every=1),
     "masked": lambda: optax.masked(
         rmtjax.prune_entries(0.2), partial(jax.tree.map, lambda _: True)
     ),
@@ -258,6 +276,12 @@ def run_tree(tally, spec, rule, small):
                 form(report)
             rmtjax.Report.to_markdown(report)
             rmtjax.Report.to_page(report)
+    with tally.trial("analyze", told):
+        metrics = rmtjax.analyze(tree, rule=rule, min_size=2 if small else 50)
+        assert [row.path for row in metrics] == list(plan or metrics.plan)
+    with tally.trial("budget", told):
+        cut = rmtjax.plan(tree, budget=0.5, min_size=2 if small else 50)
+        check_cuts(tree, cut)
     with tally.trial("file", told):
         restored(tree, plan)
     with tally.trial("penalty", told):

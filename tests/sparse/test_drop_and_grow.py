@@ -302,3 +302,12 @@ def test_moments_inside_follow_factors_and_masks_stay():
     # Factors have no entries to mask. They train on.
     updates, _ = optimizer.update(thin, moved, thin)
     assert jax.tree.all(jax.tree.map(lambda leaf: jnp.all(leaf != 0), updates))
+
+
+def test_a_kernel_without_entries_has_no_mask():
+    params = {"a": {"kernel": jnp.ones((60, 50))}, "none": {"kernel": jnp.zeros((0, 50))}}
+    optimizer = rmtjax.drop_and_grow(optax.sgd(0.1), every=1, density=0.5)
+    state = optimizer.init(params)
+    assert state.sparse.masks.keys() == {"a/kernel"}
+    updates, _ = optimizer.update(params, state, params)
+    assert updates["none"]["kernel"].shape == (0, 50)
