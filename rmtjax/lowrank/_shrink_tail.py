@@ -80,7 +80,7 @@ class _Kernel(NamedTuple):
 def _fresh(view: MatrixView) -> _Kernel:
     """Returns the state of a kernel before the first step."""
     shape = (view.stack,) if view.axes.batch else ()
-    dtype = jnp.promote_types(view.dtype, jnp.float32)
+    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(view.dtype, jnp.float32))
     full, exponent = jnp.full(shape, view.short, jnp.int32), jnp.zeros(shape, jnp.int32)
     return _Kernel(no_fit(shape, dtype), full, jnp.zeros(shape, dtype), exponent)
 

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from rmtjax._axes import MatrixView
+from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan, find_kernels, map_kernels, obstacle, Plan
@@ -265,7 +266,12 @@ def find_projected(
 
 def project_kernel(kernel: MatrixView, projection: Projection) -> Float[Array, "..."]:
     """Returns a kernel of which each matrix is projected."""
-    return kernel.from_matrices(each(projection, lift(kernel.matrices())))
+
+    def find(leaf):
+        view = MatrixView(kernel.path, leaf, kernel.axes)
+        return view.from_matrices(each(projection, lift(view.matrices())))
+
+    return by_compiler(find, kernel.leaf, out=typed_sharding(kernel.leaf))
 
 
 def project(

@@ -314,3 +314,9 @@ print("alike")
 def test_divided_over_a_mesh(kind, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", TESTS, prepend=os.pathsep)
     assert run_on_devices(4, ON_A_MESH, kind) == "alike"
+
+
+def test_a_kernel_of_numpy_in_float64_starts_without_a_warning():
+    state = shrink_tail(1, strength=0.1).init({"kernel": np.ones((60, 90))})
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state)}
+    assert dtypes <= {jnp.dtype("float32"), jnp.dtype("int32"), jnp.dtype("bool")}

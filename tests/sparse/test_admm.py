@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.virtual_devices import EXPLICIT, run_on_devices
 
 import rmtjax
 from rmtjax import admm, projections
@@ -182,3 +183,31 @@ def test_wrong_arguments_are_named(arguments, error, message):
 def test_params_are_needed():
     with pytest.raises(ValueError, match="`params` must be given"):
         admm(TERNARY).update(START, admm(TERNARY).init(START))
+
+
+ON_A_MESH = """
+import functools, sys
+import jax, jax.numpy as jnp, numpy as np, rmtjax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+mesh = jax.make_mesh((2,), ("half",), axis_types=(AxisType[sys.argv[1]],))
+kernel = 1 + jax.random.normal(jax.random.key(0), (60, 90))
+u, s, vt = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+place = NamedSharding(mesh, PartitionSpec("half"))
+params = {"kernel": jax.device_put(kernel, place)}
+rank_2 = functools.partial(rmtjax.projections.project_rank, rule=rmtjax.ranks.fixed(2))
+optimizer = rmtjax.admm(rank_2, every=1)
+zeros = jax.tree.map(jnp.zeros_like, params)
+for update in (optimizer.update, jax.jit(optimizer.update)):
+    updates, state = update(zeros, optimizer.init(params), params)
+    for found in (state.targets["kernel"], rmtjax.projections.project(params, rank_2)["kernel"]):
+        np.testing.assert_allclose(found, (u[:, :2] * s[:2]) @ vt[:2], atol=1e-4)
+    assert updates["kernel"].sharding.is_equivalent_to(place, 2)
+print("alike")
+"""
+
+
+@pytest.mark.slow  # starts a process
+@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=EXPLICIT)])
+def test_divided_over_a_mesh(kind):
+    assert run_on_devices(2, ON_A_MESH, kind) == "alike"
