@@ -56,6 +56,15 @@ class PlanOptions:
     budget: Budget | float | None = None  # a size to reach, in the place of the rule's ranks
 
     def __post_init__(self):
+        object.__setattr__(self, "budget", to_budget(self.budget))
+        self._check_cut()
+        self._check_trees()
+        self._check_moments()
+        self._check_budget()
+        self._check_counts()
+
+    def _check_cut(self) -> None:
+        """Raises an error for what decides on ranks and values."""
         check_rule(self.rule, plans=True)
         check_share("keep", self.keep, "the directions that are not signal and stay all the same")
         if self.shrink is not None and not callable(self.shrink):
@@ -66,6 +75,9 @@ class PlanOptions:
             raise ValueError(
                 f"`keep` must be 0 with `shrink`, got {self.keep}: what it keeps, `shrink` removes."
             )
+
+    def _check_trees(self) -> None:
+        """Raises an error for what belongs to leaves, or to paths."""
         where: Any = self.where if is_patterns(self.where) else ()
         for pattern in [where] if isinstance(where, str | re.Pattern) else where:
             try:
@@ -80,6 +92,9 @@ class PlanOptions:
             check_type("fits", self.fits, Mapping, of_state)
             for path, fit in self.fits.items():
                 check_type(f"fits[{path!r}]", fit, BulkFit, "Those of a plan are `plan.fits`.")
+
+    def _check_moments(self) -> None:
+        """Raises an error for other moments, or for options that do not go with them."""
         if self.moments is not None:
             of = "Collect them with `rmtjax.linen.moments` or `rmtjax.nnx.moments`."
             check_type("moments", self.moments, Moments, of)
@@ -88,7 +103,9 @@ class PlanOptions:
                     "`shrink` must be None with `moments`: it changes singular values of the "
                     f"weights, and cuts by output have none. Got {self.shrink!r}."
                 )
-        object.__setattr__(self, "budget", to_budget(self.budget))
+
+    def _check_budget(self) -> None:
+        """Raises ValueError for options that do not go with a budget, or that it needs."""
         if self.budget is not None and (self.shrink is not None or self.keep > 0):
             name = "keep" if self.keep > 0 else "shrink"
             raise ValueError(f"`{name}` must be left out with `budget`, which decides what stays.")
@@ -97,17 +114,20 @@ class PlanOptions:
                 "`budget` must be left out with a rule that equalizes: it compares squares of "
                 f"kernels as they are. Got {self.rule!r}."
             )
+        if self.budget_is_time and self.batch is None:
+            raise ValueError(
+                "`batch` must be given with a budget of milliseconds, got None: the rows that "
+                "each kernel multiplies in one call."
+            )
+
+    def _check_counts(self) -> None:
+        """Raises an error for numbers that are no counts."""
         for name in ("min_rank", "multiple", "min_size", "exact_below"):
             check_count(name, getattr(self, name))
         for path, rows in self.batch.items() if isinstance(self.batch, Mapping) else ():
             check_count(f"batch[{path!r}]", rows)
         if not (self.batch is None or isinstance(self.batch, Mapping)):
             check_count("batch", self.batch)
-        if self.budget_is_time and self.batch is None:
-            raise ValueError(
-                "`batch` must be given with a budget of milliseconds, got None: the rows that "
-                "each kernel multiplies in one call."
-            )
 
     @property
     def budget_is_time(self) -> bool:

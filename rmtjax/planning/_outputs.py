@@ -1,4 +1,4 @@
-"""What moments of the inputs say of kernels: losses of outputs, and repaired factors.
+"""Applies moments of the inputs to kernels: losses of outputs, and repaired factors.
 
 `refit` finds factors after a cut by least squares on the outputs of the dense kernel.
 """
