@@ -1,0 +1,124 @@
+"""Random trees of leaves: how each leaf is made, and where it lies."""
+
+import collections
+from dataclasses import dataclass
+from functools import partial
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+SIZES = (0, 1, 2, 3, 50, 60, 90)
+DTYPES = {
+    "float32": 6,
+    "float16": 1,
+    "bfloat16": 1,
+    "float64": 1,
+    ">f4": 1,
+    "longdouble": 1,
+    "int32": 1,
+    "bool": 1,
+    "complex64": 1,
+    "float8_e4m3fn": 1,
+    "int4": 1,
+}
+FILLS = {
+    "noise": 4,
+    "signal": 6,
+    "constant": 1,
+    "zeros": 1,
+    "nan": 1,
+    "inf": 1,
+    "dead rows": 2,
+    "dead columns": 1,
+    "duplicates": 1,
+    "huge": 1,
+    "tiny": 1,
+}
+NAMES = (
+    *("kernel", "kernel", "kernel", "embedding", "weight", "w", "bias", "scale", "lora_A.weight"),
+    *("a/b", "a.b", "=1+1", "<b>", "\x1b[31m", "", "é", "\u202e", "0", "gate_up_proj", "x" * 200),
+)
+Pair = collections.namedtuple("Pair", ["kernel", "bias"])
+
+
+def weighted(choices):
+    return st.sampled_from([name for name, weight in choices.items() for _ in range(weight)])
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """How to make a leaf: random numbers come from its seed."""
+
+    shape: tuple
+    dtype: str
+    fill: str
+    seed: int
+    device: bool
+    divided: bool = False
+
+    def array(self):
+        array = self.numbers()
+        if not isinstance(array, jax.Array) or not self.divided or not array.ndim:
+            return array
+        # In halves over two devices, where there are two: see `__main__.py`.
+        count = min(jax.device_count(), 2)
+        if array.shape[0] % count or not array.size:
+            return array
+        mesh = jax.make_mesh((count,), ("half",), devices=jax.devices()[:count])
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec("half")))
+
+    def numbers(self):
+        rng = np.random.default_rng(self.seed)
+        array = rng.normal(size=self.shape)
+        if self.fill == "constant":
+            array[...] = 1.5
+        elif self.fill == "zeros":
+            array[...] = 0
+        elif self.fill == "signal":
+            array = array + 1.0
+        elif self.fill in ("nan", "inf") and array.size:
+            array.flat[array.size // 2] = float(self.fill)
+        elif self.fill == "dead rows" and array.ndim:
+            array[: array.shape[0] // 3] = 0
+        elif self.fill == "dead columns" and array.ndim:
+            array[..., ::3] = 0
+        elif self.fill == "duplicates" and array.ndim:
+            array[: array.shape[0] // 2] = array[array.shape[0] // 2 :][: array.shape[0] // 2]
+        dtype = np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+        wide = (dtype.kind == "f" and dtype.itemsize >= 4) or self.dtype == "bfloat16"
+        if wide:
+            array *= {"huge": 1e25, "tiny": 1e-25}.get(self.fill, 1)
+        with np.errstate(all="ignore"):
+            array = array.astype(dtype)
+        known = self.device and dtype.isnative and self.dtype not in ("longdouble", "float64")
+        return jnp.asarray(array) if known else array
+
+
+LEAVES = st.builds(
+    Leaf,
+    st.lists(st.sampled_from(SIZES), min_size=2, max_size=2).map(tuple)
+    | st.lists(st.sampled_from(SIZES[:5]), max_size=4).map(tuple)
+    | st.just((60, 90)),
+    weighted(DTYPES),
+    weighted(FILLS),
+    st.integers(0, 10**6),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+def nodes(children):
+    named = st.dictionaries(st.sampled_from(NAMES), children, max_size=4)
+    lists = st.lists(children, max_size=3)
+    pairs = st.builds(Pair, children, children)
+    return named | named | lists | lists.map(tuple) | pairs | named.map(flax.core.freeze)
+
+
+TREES = nodes(st.recursive(LEAVES, nodes, max_leaves=5))
+is_leaf = lambda node: isinstance(node, Leaf)
+make = partial(jax.tree.map, lambda leaf: leaf.array(), is_leaf=is_leaf)
