@@ -38,7 +38,9 @@ def sample(name, train, test=10, side=28):
 
 @pytest.mark.slow
 def test_the_command_trains_shows_and_does_nothing_twice(tmp_path, capsys, monkeypatch):
-    shorter = replace(TASKS["regression MLP"], load=partial(problems.teacher, train=1000), epochs=24)
+    shorter = replace(
+        TASKS["regression MLP"], load=partial(problems.teacher, train=1000), epochs=24
+    )
     monkeypatch.setattr(problems, "TASKS", (shorter,))
     file = tmp_path / "tasks.json"
     options = ["--tasks", "regression MLP", "--optimizers", "AdamW", "--seeds", "0"]
