@@ -29,6 +29,7 @@ from rmtjax.training._prune_state import (
     by_field,
     FIELDS,
     forget_lost,
+    is_placeholder,
     KernelState,
     PruneState,
     unpruned,
@@ -36,7 +37,6 @@ from rmtjax.training._prune_state import (
 from rmtjax.training._pruning_step import (
     call_if,
     is_due,
-    is_placeholder,
     moving_kernels,
     prune_if,
     StepNumbers,

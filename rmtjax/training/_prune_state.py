@@ -125,6 +125,13 @@ def root_mean_square(array: Float[Array, "..."]) -> Float[Array, ""]:
     return scale * jnp.sqrt(jnp.mean(jnp.square(array / scale)))
 
 
+def is_placeholder(params: PyTree) -> bool:
+    """Returns True for the tree with which `optax.tree.map_params` asks for a state."""
+    # It stands for any tree. optax maps a state by the structure that `init` returns for it, so
+    # that a dictionary without kernels would not fit. The type is private; `optax.masked` uses it.
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
     """Returns the root mean square of what an update lands on, as it is rounded there."""
     bits = jnp.finfo(kernel.dtype)
