@@ -31,8 +31,11 @@ class Tally:
     faults: list = field(default_factory=list)
 
     @contextlib.contextmanager
-    def trial(self, kind, told, expected=()):
-        """Counts a trial. Errors of the package and those expected are fine, others are faults."""
+    def trial(self, kind, told, expected=(), must=False):
+        """Counts a trial. Errors of the package and those expected are fine, others are faults.
+
+        If it `must` succeed, any error is a fault.
+        """
         self.tried[kind] += 1
         try:
             with warnings.catch_warnings():
@@ -43,7 +46,7 @@ class Tally:
         except expected:
             self.refused[kind] += 1
         except Exception as error:
-            if is_ours(error):
+            if is_ours(error) and not must:
                 self.refused[kind] += 1
                 return
             self.note(kind, error, told)
