@@ -16,13 +16,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from campaign import files, names, training, trees, writers
 from campaign.tally import Tally
-from campaign.verbs import matrices
+from campaign.verbs import matrices, modules
 
 # How many trials of a part make a round: a round takes about a second.
 PARTS = {
     "trees": (trees.run, 1),
     "large": (trees.run_large, 0.1),
+    "verbs": (trees.run_verbs, 1),
     "matrices": (matrices.run, 1),
+    "modules": (modules.run, 1),
     "training": (training.run, 0.5),
     "files": (files.run, 500),
     "writers": (writers.run, 2.5),

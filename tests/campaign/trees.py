@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 import rmtjax
 from campaign.leaves import Leaf, make, TREES
 from campaign.oracle import check_cuts, check_row, leaves_of
+from campaign.verbs import checkpoints, data, masks, parts, reports
 from campaign.verbs.transforms import train, TRANSFORMS
 from rmtjax import KernelAxes, ranks
 
 RULES = (ranks.bema(), ranks.gavish_donoho(), ranks.energy(0.9), ranks.fixed(3))
 EACH_RULE = st.sampled_from(RULES)
+VERBS = reports.VERBS | masks.VERBS | parts.VERBS | data.VERBS | checkpoints.VERBS
 
 
 def restored(tree, plan):
@@ -69,24 +71,45 @@ def run_tree(tally, spec, rule, small):
             train(tree, transform)
 
 
-def run(tally, rounds, seed):
-    """Tries so many trees."""
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
+def each_tree(rounds, seed):
+    """Calls a function with so many trees, rules, and whether small kernels are fitted."""
+    settings = hypothesis.settings(
         max_examples=rounds,
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(TREES, EACH_RULE, st.booleans())
+    given = hypothesis.given(TREES, EACH_RULE, st.booleans())
+    return lambda trial: hypothesis.seed(seed)(settings(given(trial)))()
+
+
+def forget(tally):
+    """Clears programs now and then: each holds memory mappings, of which Linux allows few."""
+    if sum(tally.tried.values()) % 400 < 12:
+        jax.clear_caches()
+
+
+def run(tally, rounds, seed):
+    """Tries so many trees."""
+
+    @each_tree(rounds, seed)
     def trial(spec, rule, small):
         run_tree(tally, spec, rule, small)
-        if sum(tally.tried.values()) % 400 < 12:
-            jax.clear_caches()  # each program holds memory mappings, of which Linux allows few
+        forget(tally)
 
-    trial()
+
+def run_verbs(tally, rounds, seed, names=VERBS):
+    """Tries so many trees under the verbs of the files of `verbs`."""
+
+    @each_tree(rounds, seed)
+    def trial(spec, rule, small):
+        del small
+        tree, told = make(spec), str(spec)[:500]
+        for name in names:
+            with tally.trial(name, told):
+                VERBS[name](tree, rule)
+        forget(tally)
 
 
 # Kernels as large as those of real networks are few: a decomposition takes a second.

@@ -12,12 +12,16 @@ from rmtjax import ranks
 from rmtjax._axes import native
 
 
+def on_device(tree):
+    """Arrays of JAX: a program takes these alone."""
+    return jax.tree.map(lambda leaf: jnp.asarray(native(leaf)), tree)
+
+
 def train(tree, make_transform):
     """One eager and one compiled step: updates have the structure, shapes and dtypes given."""
     transform = make_transform()
     transform.init(tree)
-    # A program takes arrays of JAX alone.
-    tree = jax.tree.map(lambda leaf: jnp.asarray(native(leaf)), tree)
+    tree = on_device(tree)
     state = transform.init(tree)
     zero = jax.tree.map(lambda leaf: jnp.zeros(np.shape(leaf), jnp.asarray(leaf).dtype), tree)
     for update in (transform.update, jax.jit(transform.update)):
