@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from helpers.slow import slow_except
 
-from campaign import files, names, training, trees, writers
+from campaign import files, listed, names, training, trees, writers
 from campaign.tally import Tally
 
 SHORT = {
@@ -54,3 +54,13 @@ def test_the_tally_tells_errors_of_the_package_from_others():
         assert 1 == 2
     assert (tally.refused["ours"], len(tally.faults)) == (1, 2)
     assert "foreign: ValueError" in tally.faults[0]
+
+
+def test_every_public_verb_is_tried_or_has_a_reason_why_not():
+    paths, words = listed.tried()
+    verbs = listed.public_verbs().keys()
+    assert verbs - paths - listed.NOT_TRIED.keys() == set()
+    assert listed.NOT_TRIED.keys() <= verbs - paths
+    assert {
+        name for name in listed.public_methods() if name.partition(".")[2] not in words
+    } == set()

@@ -105,6 +105,8 @@ def check_budgets(tree, rule):
     assert [*back] == [*moments]
     for one, other in zip(*map(jax.tree.leaves, (back, moments)), strict=True):
         np.testing.assert_array_equal(one, other)
+    half = [*moments][::2]
+    assert [*moments.of(half)] == half
     rmtjax.trade_off(tree, moments=moments + back, min_size=2).plan(0.8)
 
 
@@ -162,7 +164,23 @@ def check_state(tree, rule):
             assert 0 <= int(rank) <= plan[path].spectrum.eigenvalues.shape[-1], path
 
 
+def check_penalty(tree, rule):
+    """The sum of magnitudes and of squares over the kernels."""
+    del rule
+    found = float(rmtjax.penalty(tree, l1=0.5, l2=0.25))
+    kernels = rmtjax.planning.find_kernels(tree).values()
+    floating = [kernel for kernel in kernels if jnp.issubdtype(kernel.dtype, jnp.floating)]
+    values = [np.asarray(kernel.leaf, np.float64) for kernel in floating]
+    with np.errstate(all="ignore"):
+        wanted = sum(0.5 * np.abs(a).sum() + 0.25 * (a**2).sum() for a in values)
+    if np.isfinite(wanted) and wanted < 1e37:
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-30)
+    else:
+        assert not found < 1e37
+
+
 VERBS = {
+    "penalty by parts": check_penalty,
     "moments, output_changes, refit": check_outputs,
     "budget by moments": check_budgets,
     "replicate, merge_replicas": check_replicas,

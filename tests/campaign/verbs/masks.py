@@ -10,10 +10,8 @@ import optax
 import rmtjax
 from campaign.oracle import eps_of, leaves_of, lowered, matrices_of
 from campaign.verbs.transforms import on_device
-from rmtjax import ranks
+from rmtjax import patterns, projections, ranks, sparsity
 from rmtjax.sparse._masks import find_floating
-
-sparsity, patterns, projections = rmtjax.sparsity, rmtjax.patterns, rmtjax.projections
 
 
 def entries_of(tree):
@@ -89,6 +87,20 @@ def check_pattern(tree, rule):
             np.testing.assert_allclose(found, best, rtol=1e-6, err_msg=path)
 
 
+def check_permuted(tree, rule):
+    """An order of the inputs of a kernel is one of its rows, and no other leaf moves."""
+    del rule
+    leaves = leaves_of(tree)
+    for path, row in rmtjax.plan(tree, min_size=1).items():
+        if row.spectrum is None or len(row.shape) != 2:
+            continue
+        order = np.random.default_rng(0).permutation(row.shape[0])
+        moved = leaves_of(patterns.permute(tree, order, {path: 0}))
+        assert all(moved[name] is leaf for name, leaf in leaves.items() if name != path)
+        wanted = np.asarray(leaves[path]).astype(np.float64)[order]
+        np.testing.assert_array_equal(np.asarray(moved[path]).astype(np.float64), wanted)
+
+
 def sides_of(array, axes):
     return matrices_of(array, axes).shape
 
@@ -160,6 +172,7 @@ VERBS = {
     "random_mask": check_random,
     "threshold_mask": check_threshold,
     "nm_mask": check_pattern,
+    "permute": check_permuted,
     "project": check_projected,
     **{f"prune_entries {name}": partial(check_pruned, name=name) for name in ENTRIES},
 }

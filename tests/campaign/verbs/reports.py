@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 import rmtjax
-from campaign.oracle import leaves_of, matrices_of
+from campaign.oracle import eps_of, leaves_of, matrices_of
 from campaign.verbs import figures
 
 OPTIONS = {"min_size": 2, "randomized": 2, "aspect": 0.5}
@@ -107,6 +107,28 @@ def check_equalized(tree, rule):
             assert np.abs(matrices).max() <= 10 * largest, path
 
 
+def check_shrunk(tree, rule):
+    """Values that are kept and made smaller: no larger than before, in the same directions."""
+    leaves = leaves_of(tree)
+    shrinkage = rmtjax.shrinkage
+    for shrink in (shrinkage.frobenius, shrinkage.nuclear, shrinkage.operator):
+        plan = rmtjax.plan(tree, rule=rule, shrink=shrink, min_size=2, multiple=1)
+        cut, thin = rmtjax.truncate(tree, plan.in_place()), rmtjax.factorize(tree, plan)
+        merged = leaves_of(rmtjax.merge(thin))
+        for path, leaf in leaves_of(cut).items():
+            row = plan.changes.get(path)
+            if row is None:
+                assert leaf is leaves[path], path
+                continue
+            old, new, other = (
+                matrices_of(one, row.axes) for one in (leaves[path], leaf, merged[path])
+            )
+            room = (1e-3 + 8 * eps_of(leaf)) * np.linalg.norm(old)
+            assert np.linalg.norm(new - other) <= room, path
+            s, t = (np.linalg.svd(matrices, compute_uv=False) for matrices in (old, new))
+            assert (t <= s + room).all(), path
+
+
 def check_sizes(tree, rule):
     """The points of a trade-off are plans, and each is as large as it says."""
     del rule
@@ -125,5 +147,6 @@ VERBS = {
     "analyze, replan, compare_reports": check_report,
     "most_signal, mask": check_chosen,
     "equalize": check_equalized,
+    "shrink, in_place": check_shrunk,
     "trade_off": check_sizes,
 }
