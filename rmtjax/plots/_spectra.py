@@ -59,7 +59,7 @@ def _bar_edges(drawn: _Drawn, bins: int | None, log: bool) -> np.ndarray:
         raise ValueError(f"`bins` must be at least 1, or None for the default, got {bins}.")
     values = drawn.values[drawn.present]
     if not values.size:
-        return np.linspace(0, 1, 2)
+        return np.array([0.1 if log else 0.0, 1.0])
     low, top = float(values.min()), float(values.max())
     fine = int(np.clip(2 * drawn.values.size ** (1 / 3), 5, 100))
     if log:
