@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.slow import slow_except
 
 import rmtjax
 from rmtjax import ranks
@@ -183,6 +184,34 @@ def test_other_byte_orders_and_long_doubles_are_read_as_numbers(dtype):
     np.testing.assert_allclose(cut["kernel"], expected, atol=5e-3 if dtype == ">f2" else 1e-5)
     assert rmtjax.merge_replicas(tree, [tree, tree]).params["a"]["kernel"].shape == (60, 50)
     assert [*rmtjax.prune_spectrum(1).init(tree).ranks] == ["a/kernel"]
+
+
+OF_ONE_MATRIX = {
+    "pooled_spectrum": rmtjax.pooled_spectrum,
+    "equalize": lambda kernel: rmtjax.equalize(kernel)[1:3],
+    "find_traps": lambda kernel: rmtjax.find_traps(kernel, jax.random.key(0), draws=1).spikes[0][0],
+    "tail_sum": lambda kernel: rmtjax.lowrank.tail_sum(kernel, 2),
+    "prox_tail": lambda kernel: rmtjax.lowrank.prox_tail(kernel, 2, 0.5),
+    "project_rank": lambda kernel: rmtjax.projections.project_rank(kernel, ranks.fixed(2)),
+    "project_bits": lambda kernel: rmtjax.projections.project_bits(kernel, 3),
+    "operator_norm": rmtjax.certificate.operator_norm,
+    "data_path": lambda kernel: rmtjax.certificate.data_path(kernel, kernel / 2, KERNEL[:, :10].T),
+}
+
+
+FAST = ("equalize", "prox_tail", "project_bits", "operator_norm")
+
+
+@pytest.mark.parametrize("name", slow_except(FAST, OF_ONE_MATRIX))
+def test_one_matrix_in_another_byte_order_or_on_an_explicit_mesh_gives_the_same(name):
+    small, verb = KERNEL[:, :10], OF_ONE_MATRIX[name]
+    wanted = verb(small)
+    jax.tree.map(np.testing.assert_array_equal, verb(small.astype(">f4")), wanted)
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=kinds, devices=jax.devices()[:1])
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5)
+    jax.tree.map(close, verb(jax.device_put(small, divided)), wanted)
 
 
 class Scaled(nn.Module):

@@ -39,8 +39,7 @@ __all__ = [
 Projection = Callable[[Array], Array]
 Bits = int | tuple[int, ...]
 
-# Scales to start from, over the one with which the largest entry is on the grid. The alternation
-# only goes downhill. From the first start alone it leaves most entries at zero on coarse grids.
+# Scales to start from, over that of the largest entry, which alone leaves coarse grids near zero.
 STARTS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18)
 
 
@@ -95,8 +94,7 @@ def quantize_bits(
 
     It minimises $\|W - \alpha\, q\|_F^2$ over the scale $\alpha$ and codes $q$ of the grid, in
     turns: $q$ is the nearest code to $W / \alpha$, and $\alpha = \langle W, q\rangle / \langle q,
-    q\rangle$. Each turn lowers the error. The best of six starts is kept, as the problem has local
-    minima; the best scale of all is not guaranteed.
+    q\rangle$. Each turn lowers the error. The best of six starts is kept, a local minimum.
 
     Args:
       kernel: Array of any floating dtype and shape.
@@ -122,7 +120,9 @@ def quantize_bits(
     kernel, levels = lift(jnp.asarray(native(kernel))), _levels(bits)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
-    return _quantize(kernel, tuple(levels.tolist()), _reduced(kernel.ndim, scale_axis), steps)
+    fixed = tuple(levels.tolist()), _reduced(kernel.ndim, scale_axis), steps
+    out = Quantized._make([typed_sharding(kernel), None])
+    return by_compiler(lambda kernel: _quantize(kernel, *fixed), kernel, out=out)
 
 
 # Compiled also for users who call it outside `jit`: some sixty passes over the entries.

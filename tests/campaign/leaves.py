@@ -158,5 +158,19 @@ def nodes(children):
 
 
 TREES = nodes(st.recursive(LEAVES, nodes, max_leaves=5))
+# Kernels of few shapes: verbs with large programs compile once for many trees.
+FEW = st.builds(
+    Leaf,
+    weighted(
+        {(60, 90): 6, (90, 60): 3, (60, 60): 2, (4, 52): 1, (52, 3): 1, (1, 60): 1}
+        | dict.fromkeys([(0, 50), (3, 60, 52), (60,), (), (2, 2, 4, 52), (50, 2, 3)], 1)
+    ),
+    weighted(DTYPES),
+    weighted(FILLS),
+    st.integers(0, 99),
+    st.booleans(),
+    weighted(SPLITS),
+)
+FEW_TREES = nodes(st.recursive(FEW, nodes, max_leaves=4))
 is_leaf = lambda node: isinstance(node, Leaf)
 make = partial(jax.tree.map, lambda leaf: leaf.array(), is_leaf=is_leaf)

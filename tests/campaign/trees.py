@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import rmtjax
-from campaign.leaves import Leaf, make, TREES
+from campaign.leaves import FEW_TREES, Leaf, make, TREES
 from campaign.oracle import check_cuts, check_row, leaves_of
 from campaign.verbs import checkpoints, data, masks, parts, reports
 from campaign.verbs.transforms import train, TRANSFORMS
@@ -71,7 +71,7 @@ def run_tree(tally, spec, rule, small):
             train(tree, transform)
 
 
-def each_tree(rounds, seed):
+def each_tree(rounds, seed, trees=TREES):
     """Calls a function with so many trees, rules, and whether small kernels are fitted."""
     settings = hypothesis.settings(
         max_examples=rounds,
@@ -80,7 +80,7 @@ def each_tree(rounds, seed):
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    given = hypothesis.given(TREES, EACH_RULE, st.booleans())
+    given = hypothesis.given(trees, EACH_RULE, st.booleans())
     return lambda trial: hypothesis.seed(seed)(settings(given(trial)))()
 
 
@@ -102,7 +102,7 @@ def run(tally, rounds, seed):
 def run_verbs(tally, rounds, seed, names=VERBS):
     """Tries so many trees under the verbs of the files of `verbs`."""
 
-    @each_tree(rounds, seed)
+    @each_tree(rounds, seed, FEW_TREES)
     def trial(spec, rule, small):
         del small
         tree, told = make(spec), str(spec)[:500]

@@ -94,6 +94,12 @@ def test_zeros_of_a_truncated_spectrum_are_counted_and_not_drawn(truncated, ax):
     assert line(ax, "noise").shape == (2, 60 - int(truncated[1].num_spikes))
 
 
+def test_a_spectrum_of_zeros_is_drawn_with_logarithmic_axes(ax):
+    spectrum = rmtjax.spectrum(np.zeros((60, 90), np.float32))
+    plots.esd(spectrum, rmtjax.fit_bema(spectrum), ax=ax, log=True)
+    assert "60 zeros not drawn" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 def test_singular_values_are_cut_at_a_rank(ax):
     spectrum, fit = made_up(200, 6)
     plots.singular_values(spectrum, fit, ax=ax)

@@ -25,6 +25,17 @@ def planted():
     }
 
 
+@pytest.mark.parametrize("power", [-90, 90])
+def test_spikes_do_not_depend_on_the_scale(power):
+    kernel = planted()["row"]
+    traps, scaled = (
+        rmtjax.find_traps(kernel * 2.0**exponent, KEY, draws=1) for exponent in (0, power)
+    )
+    moved = [spike._replace(eigenvalue=spike.eigenvalue * 4.0**power) for spike in traps.spikes]
+    assert list(scaled.spikes) == moved
+    assert [entry[:2] for entry in scaled.largest] == [entry[:2] for entry in traps.largest]
+
+
 @pytest.mark.parametrize("kind", planted())
 def test_sources_are_told_apart(kind):
     traps = rmtjax.find_traps(planted()[kind], KEY, draws=3)

@@ -107,8 +107,7 @@ def sides_of(array, axes):
 
 ENTRIES = {
     "budget": {"sparsity": 0.5, "budget": None},
-    "restore": {"sparsity": 0.5, "restore": 0.1, "magnitude_until": 0.2},
-    "select": {"sparsity": 0.5, "restore": 0.1, "select": 1},
+    "restore": {"sparsity": 0.5, "restore": 0.1, "select": 1, "magnitude_until": 0.2},
     "pattern": {"pattern": (2, 4)},
     "mask": {"sparsity": 0.5, "mask": None},
 }
@@ -130,7 +129,7 @@ def check_pruned(tree, rule, name):
     landed = leaves_of(optax.apply_updates(tree, updates))
     size = sum(mask.size for mask in state.masks.values())
     gone = sum(int(np.sum(~np.asarray(mask))) for mask in state.masks.values())
-    if name != "select":
+    if name != "restore":
         assert gone == np.round(np.float32(0.5) * size), (gone, size)
     for path, mask in state.masks.items():
         values = np.asarray(landed[path], np.float64)

@@ -102,8 +102,8 @@ def check_equalized(tree, rule):
                 continue
             matrices = matrices_of(leaf, row.axes)
             largest = np.abs(matrices_of(leaves[path], row.axes)).max()
-            rank = np.linalg.matrix_rank(matrices, tol=0.02 * np.linalg.norm(matrices, 2))
-            assert np.max(rank) <= row.rank, path
+            s = np.linalg.svd(matrices, compute_uv=False)
+            assert (s[:, row.rank :] <= 0.02 * s[:, :1]).all(), path  # rounded in 8 bits
             assert np.abs(matrices).max() <= 10 * largest, path
 
 

@@ -29,6 +29,8 @@ def train(tree, make_transform):
         assert jax.tree.structure(updates) == jax.tree.structure(tree)
         for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(zero), strict=True):
             assert (new.shape, new.dtype) == (old.shape, old.dtype)
+    for name, number in rmtjax.metrics(state).items():
+        assert np.isfinite(np.asarray(number, np.float64)).all(), name
     return state
 
 
