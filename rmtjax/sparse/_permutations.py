@@ -165,4 +165,6 @@ def permute(params: PyTree, order: Int[ArrayLike, " n"], axes: Mapping[str, int]
                 f"`axes` must name leaves with an axis of length {order.size}, got axis {axis} of "
                 f"{path!r}, {f'of shape {shape}' if shape else 'which is not in the tree'}."
             )
-    return map_kernels(lambda path, leaf: jnp.take(leaf, order, axes[path]), params, axes)
+    # NumPy's arrays may have a byte order, or a precision, that JAX has not.
+    take = lambda leaf: (np if isinstance(leaf, np.ndarray) else jnp).take
+    return map_kernels(lambda path, leaf: take(leaf)(leaf, order, axes[path]), params, axes)

@@ -36,7 +36,7 @@ from rmtjax.sparse._masks import (
     pick_masks,
 )
 from rmtjax.sparse._permutations import Permutation, permute, permute_inputs
-from rmtjax.spectra import einsum, lift
+from rmtjax.spectra import einsum, lift, to_unit
 
 __all__ = ["Permutation", "nm_mask", "permute", "permute_inputs"]
 
@@ -98,7 +98,7 @@ def _costs_of_patterns(removed_of, patterns: np.ndarray, shape: tuple[int, ...])
 def _by_covariance(pattern: Pattern, matrix, moments, prior, strength):
     """Returns the mask of lowest cost of a matrix, over all patterns of each group."""
     n, m = pattern
-    groups = lift(matrix).reshape(-1, m, matrix.shape[-1])
+    groups = to_unit(lift(matrix))[0].reshape(-1, m, matrix.shape[-1])
     blocks = moments.reshape(len(groups), m, len(groups), m)
     blocks = jnp.einsum("gigj->gij", blocks)
     known = prior.reshape(groups.shape)
@@ -121,7 +121,8 @@ def _by_covariance(pattern: Pattern, matrix, moments, prior, strength):
 def _by_power(pattern: Pattern, matrix, power, prior, strength):
     """Returns the mask of lowest cost of a matrix if inputs are not correlated: the largest."""
     n, m = pattern
-    score = lift(matrix) ** 2 * power[:, None]
+    # Squares of very large and very small entries leave the range of float32.
+    score = to_unit(lift(matrix))[0] ** 2 * power[:, None]
     unit = score.reshape(-1, m, matrix.shape[-1]).mean(axis=(1, 2))
     unit = strength * jnp.repeat(unit, m)[:, None]
     # Each entry adds its cost if it goes, and less the unit if the earlier mask has it.

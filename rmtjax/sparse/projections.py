@@ -314,7 +314,7 @@ def project(
     """
     found = find_projected(params, projection, where, axes)
     projected = {
-        path: project_kernel(view, function).astype(view.dtype)
+        path: project_kernel(view, function).astype(jax.dtypes.canonicalize_dtype(view.dtype))
         for path, (view, function) in found.items()
     }
     return map_kernels(lambda path, _: projected[path], params, projected)

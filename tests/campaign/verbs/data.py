@@ -95,10 +95,10 @@ def check_budgets(tree, rule):
     del rule
     moments = moments_of(data_of(tree, rmtjax.plan(tree, min_size=1)))
     for options in ({}, {"centred": True}, {"shrinkage": "ledoit_wolf"}):
-        plan = rmtjax.plan(tree, moments=moments.with_options(**options), budget=0.7, min_size=2)
+        plan = rmtjax.plan(tree, moments=moments.with_options(**options), budget=0.9, min_size=2)
         sizes = [row.cost for row in plan.values()]
         total = sum(cost.parameters for cost in sizes)
-        assert sum(cost.parameters_after for cost in sizes) <= 0.7 * total + 1
+        assert sum(cost.parameters_after for cost in sizes) <= 0.9 * total + 1
     with tempfile.TemporaryDirectory() as folder:
         rmtjax.checkpoint.save_moments(Path(folder, "m.safetensors"), moments)
         back = rmtjax.checkpoint.load_moments(Path(folder, "m.safetensors"))
@@ -107,7 +107,7 @@ def check_budgets(tree, rule):
         np.testing.assert_array_equal(one, other)
     half = [*moments][::2]
     assert [*moments.of(half)] == half
-    rmtjax.trade_off(tree, moments=moments + back, min_size=2).plan(0.8)
+    rmtjax.trade_off(tree, moments=moments + back, min_size=2).plan(0.9)
 
 
 def check_replicas(tree, rule):
