@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PyTree
 
+from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.planning import leaves_by_path, map_kernels
 from rmtjax.sparse._masks import check_pattern, Pattern
 
@@ -165,6 +166,11 @@ def permute(params: PyTree, order: Int[ArrayLike, " n"], axes: Mapping[str, int]
                 f"`axes` must name leaves with an axis of length {order.size}, got axis {axis} of "
                 f"{path!r}, {f'of shape {shape}' if shape else 'which is not in the tree'}."
             )
-    # NumPy's arrays may have a byte order, or a precision, that JAX has not.
-    take = lambda leaf: (np if isinstance(leaf, np.ndarray) else jnp).take
-    return map_kernels(lambda path, leaf: take(leaf)(leaf, order, axes[path]), params, axes)
+
+    def take(path, leaf):
+        if isinstance(leaf, np.ndarray):  # its byte order and its precision may not be JAX's
+            return np.take(leaf, order, axes[path])
+        reordered = lambda leaf: jnp.take(leaf, order, axes[path])
+        return by_compiler(reordered, leaf, out=typed_sharding(leaf))
+
+    return map_kernels(take, params, axes)

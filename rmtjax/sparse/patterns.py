@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._axes import KernelAxes, matrix_shape, MatrixView
+from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, Where
 from rmtjax.planning import find_kernels
 from rmtjax.sparse._masks import (
@@ -76,10 +77,14 @@ def largest_of_groups(
     Of equal keys the first go. The count may be traced.
     """
     stack, rows, columns = matrix_shape(keys.shape, axes)
-    groups = keys.transpose(axes.order).reshape(stack, rows // size, size, columns)
-    # The place of each key in the order of its group.
-    places = jnp.argsort(jnp.argsort(groups, axis=2, stable=True), axis=2, stable=True)
-    return _from_stack(places >= size - count, keys.shape, axes)
+
+    def find(keys, count):
+        groups = keys.transpose(axes.order).reshape(stack, rows // size, size, columns)
+        # The place of each key in the order of its group.
+        places = jnp.argsort(jnp.argsort(groups, axis=2, stable=True), axis=2, stable=True)
+        return _from_stack(places >= size - count, keys.shape, axes)
+
+    return by_compiler(find, keys, count, out=typed_sharding(keys))
 
 
 def _costs_of_patterns(removed_of, patterns: np.ndarray, shape: tuple[int, ...]):

@@ -2,7 +2,7 @@
 
 import collections
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import flax.core
 import jax
@@ -98,12 +98,15 @@ class Leaf:
     device: bool
     split: str = "no"
 
-    def array(self):
+    def array(self, explicit=None):
+        """The array; divided over a mesh with explicit axes or without, which its seed decides."""
         array = self.numbers()
         if not isinstance(array, jax.Array) or self.split == "no" or not array.ndim:
             return array
         spec = spec_of(self.split, array.ndim)
-        sharding = NamedSharding(mesh_of(self.seed % 2 == 1), PartitionSpec(*spec))
+        sharding = NamedSharding(
+            mesh_of(self.seed % 2 == 1 if explicit is None else explicit), PartitionSpec(*spec)
+        )
         try:
             sharding.shard_shape(array.shape)
         except ValueError:  # an axis that the devices do not divide
@@ -173,4 +176,10 @@ FEW = st.builds(
 )
 FEW_TREES = nodes(st.recursive(FEW, nodes, max_leaves=4))
 is_leaf = lambda node: isinstance(node, Leaf)
-make = partial(jax.tree.map, lambda leaf: leaf.array(), is_leaf=is_leaf)
+
+
+def make(spec):
+    """The tree of arrays; those that are divided have one mesh, which their seeds decide."""
+    leaves = jax.tree.leaves(spec, is_leaf=is_leaf)
+    explicit = sum(leaf.seed for leaf in leaves) % 2 == 1
+    return jax.tree.map(lambda leaf: leaf.array(explicit), spec, is_leaf=is_leaf)

@@ -10,6 +10,7 @@ import rmtjax
 from campaign.leaves import DTYPES, FILLS, Leaf, SPLITS, weighted
 from campaign.oracle import eps_of, lowered
 from campaign.verbs import bounds, figures, numbers
+from campaign.verbs.transforms import slopes_of
 
 SHAPES = {
     (60, 90): 6,
@@ -98,7 +99,7 @@ def check_tails(leaf, exact):
         moved = rmtjax.lowrank.prox_tail(leaf, rank, 0.5)
         numbers.check_tails(total, moved, exact, rank, eps_of(leaf))
     if isinstance(leaf, jax.Array) and np.isfinite(exact).all():
-        slope = jax.grad(rmtjax.lowrank.tail_sum)(leaf, 0)
+        slope = slopes_of(lambda leaf: rmtjax.lowrank.tail_sum(leaf, 0), leaf)
         # It is W over its values: their sum is the product with W.
         total = np.linalg.svd(exact, compute_uv=False).sum()
         found = np.sum(np.asarray(slope, np.float64) * exact)

@@ -6,7 +6,7 @@ import optax
 
 import rmtjax
 from campaign.oracle import eps_of, leaves_of, lowered, matrices_of
-from campaign.verbs.transforms import on_device
+from campaign.verbs.transforms import on_device, slopes_of
 from rmtjax import lowrank, ranks
 from rmtjax._axes import is_factors
 
@@ -74,7 +74,7 @@ def check_penalties(held, ratios):
     tree = [kernel for kernel in parts if np.dtype(kernel.s.dtype).kind == "f"]
     if tree:
         for penalty in (lowrank.hoyer, lowrank.hoyer_square, lowrank.orthogonality):
-            slopes = jax.grad(penalty)(tree)
+            slopes = slopes_of(penalty, tree)
             assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(slopes))
 
 

@@ -1,5 +1,6 @@
 """Transforms of optax on random trees: updates have the structure, shapes and dtypes given."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -15,6 +16,14 @@ from rmtjax._axes import native
 def on_device(tree):
     """Arrays of JAX: a program takes these alone."""
     return jax.tree.map(lambda leaf: jnp.asarray(native(leaf)), tree)
+
+
+def slopes_of(function, tree):
+    """The derivatives of a function of a tree, which JAX has on a mesh only if it is set."""
+    sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        return jax.jit(jax.grad(function))(tree)
 
 
 def train(tree, make_transform):
