@@ -135,11 +135,10 @@ def check_sizes(tree, rule):
     curve = rmtjax.trade_off(tree, min_size=2, multiple=1)
     assert (np.diff(curve.sizes) < 0).all()
     assert (np.diff(curve.removed) >= -1e-6).all()
-    size = lambda plan: sum(row.cost.parameters_after for row in plan.values() if row.spectrum)
     middle = len(curve.sizes) // 2
     plan = curve.plan(float(curve.shares[middle]))
-    other = sum(row.cost.parameters for row in plan.values() if not row.spectrum)
-    assert size(plan) + other <= curve.sizes[middle] + 1
+    kernels = [row for path, row in plan.items() if path in curve.findings.kernels]
+    assert sum(row.cost.parameters_after for row in kernels) <= curve.sizes[middle] + 1
     figures.check_plan(plan, curve)
 
 
