@@ -12,6 +12,7 @@ from helpers.slow import slow_except
 
 import rmtjax
 from rmtjax import ranks
+from rmtjax._axes import native
 
 KERNEL = (np.random.default_rng(0).normal(size=(60, 50)) + 0.5).astype(np.float32)
 PARAMS = {"a": {"kernel": jnp.asarray(KERNEL), "bias": jnp.zeros(50)}}
@@ -186,6 +187,21 @@ def test_other_byte_orders_and_long_doubles_are_read_as_numbers(dtype):
     assert [*rmtjax.prune_spectrum(1).init(tree).ranks] == ["a/kernel"]
 
 
+ORDER = np.arange(60)[::-1]
+
+
+def pruned(params):
+    """The updates that leave two of each four entries."""
+    transform = rmtjax.prune_entries(pattern=(2, 4))
+    tree = jax.tree.map(lambda leaf: jnp.asarray(native(leaf)), params)
+    return transform.update(tree, transform.init(tree), tree)[0]["kernel"]
+
+
+def truncated(kernel, rule):
+    plan = rmtjax.plan({"kernel": kernel}, rule=rule, min_size=2)
+    return rmtjax.truncate({"kernel": kernel}, plan)["kernel"]
+
+
 OF_ONE_MATRIX = {
     "pooled_spectrum": rmtjax.pooled_spectrum,
     "equalize": lambda kernel: rmtjax.equalize(kernel)[1:3],
@@ -195,6 +211,13 @@ OF_ONE_MATRIX = {
     "project_rank": lambda kernel: rmtjax.projections.project_rank(kernel, ranks.fixed(2)),
     "project_bits": lambda kernel: rmtjax.projections.project_bits(kernel, 3),
     "operator_norm": rmtjax.certificate.operator_norm,
+    "permute": lambda kernel: rmtjax.patterns.permute({"a": kernel}, ORDER, {"a": 0})["a"],
+    "pattern": lambda kernel: pruned({"kernel": kernel}),
+    "orthogonality": lambda kernel: rmtjax.lowrank.orthogonality(
+        rmtjax.lowrank.to_spectral({"kernel": kernel})
+    ),
+    "equalized": lambda kernel: truncated(kernel, ranks.bema(equalize=True)),
+    "replicate": lambda kernel: rmtjax.replicate({"kernel": kernel}, 2)["kernel"],
     "data_path": lambda kernel: rmtjax.certificate.data_path(kernel, kernel / 2, KERNEL[:, :10].T),
 }
 
