@@ -92,7 +92,7 @@ def permute_inputs(
       The order, and the sum of the scores that stay, before and after.
 
     Raises:
-      ValueError: An argument is not as described.
+      ValueError, TypeError: An argument is not as described.
 
     Examples:
       >>> import numpy as np, rmtjax
@@ -102,6 +102,8 @@ def permute_inputs(
       (19.0, 30.0)
     """
     check_pattern(pattern)
+    if np.iscomplexobj(matrix):
+        raise TypeError("`matrix` must be real, got complex numbers: give their magnitudes.")
     (n, m), scores = pattern, np.abs(np.asarray(matrix, np.float64))
     if scores.ndim != 2 or scores.size == 0 or len(scores) % m:
         raise ValueError(

@@ -81,9 +81,7 @@ def _reduced(ndim: int, scale_axis: Any) -> tuple[int, ...]:
     if scale_axis is None:
         return tuple(range(ndim))
     if not isinstance(scale_axis, int) or not -ndim <= scale_axis < ndim:
-        raise ValueError(
-            f"`scale_axis` must be None or an axis of the {ndim} axes, got {scale_axis!r}."
-        )
+        raise ValueError(f"`scale_axis` must be None or one of {ndim} axes, got {scale_axis!r}.")
     return tuple(axis for axis in range(ndim) if axis != scale_axis % ndim)
 
 
@@ -108,7 +106,7 @@ def quantize_bits(
       Codes as int8, and scales in float32 at least: 0 for zeros, NaN for what is not finite.
 
     Raises:
-      ValueError: An argument is not as described.
+      ValueError, TypeError: An argument is not as described.
 
     Examples:
       >>> import jax.numpy as jnp, rmtjax
@@ -117,12 +115,14 @@ def quantize_bits(
       >>> codes.tolist(), scale.tolist()
       ([[1, 0], [-1, 1]], [[1.0, 2.0]])
     """
-    kernel, levels = lift(jnp.asarray(native(kernel))), _levels(bits)
+    kernel, levels = jnp.asarray(native(kernel)), _levels(bits)
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise TypeError(f"`kernel` must be floating, got dtype {kernel.dtype}: cast it first.")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
     fixed = tuple(levels.tolist()), _reduced(kernel.ndim, scale_axis), steps
     out = Quantized._make([typed_sharding(kernel), None])
-    return by_compiler(lambda kernel: _quantize(kernel, *fixed), kernel, out=out)
+    return by_compiler(lambda kernel: _quantize(lift(kernel), *fixed), kernel, out=out)
 
 
 # Compiled also for users who call it outside `jit`: some sixty passes over the entries.

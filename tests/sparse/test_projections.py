@@ -40,6 +40,14 @@ def test_a_projection_does_not_depend_on_the_scale(project, scale):
     np.testing.assert_allclose(found, project(matrix), atol=1e-5)
 
 
+def test_what_is_not_real_is_refused():
+    for numbers in (np.ones((4, 4), int), np.ones((4, 4), complex)):
+        with pytest.raises(TypeError, match="floating"):
+            quantize(numbers, 2)
+    with pytest.raises(TypeError, match="real"):
+        inspect.unwrap(rmtjax.patterns.permute_inputs)(np.ones((4, 4), complex), (2, 4))
+
+
 def test_a_grid_does_not_hide_what_is_not_finite():
     # The largest of many entries, by XLA on CPU, may pass over NaN.
     for place in ((0, 0), (30, 0), (59, 89)):
