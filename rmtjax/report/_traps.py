@@ -170,7 +170,9 @@ def _spikes(found: _Directions, threshold: Any, exponent: int) -> tuple[Spike, .
 
 
 def _largest(matrix: np.ndarray, count: int = 5) -> tuple[Entry, ...]:
-    """Returns the entries that are furthest from the mean."""
+    """Returns the entries that are furthest from the mean; none without a finite mean."""
+    if not np.isfinite(matrix).all():
+        return ()
     distances = (matrix - matrix.mean(dtype=np.float64)) / (matrix.std(dtype=np.float64) or 1)
     order = np.argsort(-np.abs(distances), axis=None)[:count]
     places = zip(*np.unravel_index(order, matrix.shape), strict=True)
@@ -199,7 +201,7 @@ def find_traps(
       level: Probability that noise alone gives a spike, from 1e-6 to 1 - 1e-6.
 
     Returns:
-      `Traps`. A matrix that is not finite has no spikes.
+      `Traps`. A matrix that is not finite has no spikes, and none of its entries is told.
 
     Raises:
       ValueError, TypeError: `matrix` is no real matrix, or an option is out of range.

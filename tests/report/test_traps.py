@@ -77,7 +77,7 @@ def test_a_mean_is_no_trap_and_keys_are_seeds():
     assert rmtjax.find_traps(loud, KEY, draws=3).shuffled != other.shuffled
 
 
-@pytest.mark.parametrize("value", [0.0, np.nan])
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_what_has_no_noise_has_no_spikes(value):
     traps = rmtjax.find_traps(jnp.full(SHAPE, value), KEY, draws=3)
     assert traps.spikes == ()

@@ -133,7 +133,7 @@ def test_a_convolution_has_a_scale_for_each_output():
         ({"bits": 9}, "`bits` must be"),
         ({"bits": (2, 1)}, r"`bits` must be .* got \(2, 1\)"),
         ({"bits": (0.5, 1.0)}, "`bits` must be"),
-        ({"bits": 2, "scale_axis": 2}, "`scale_axis` must be None or an axis of the 2 axes, got 2"),
+        ({"bits": 2, "scale_axis": 2}, "`scale_axis` must be None or one of 2 axes, got 2"),
         ({"bits": 2, "steps": 0}, "`steps` must be an integer of at least 1, got 0"),
     ],
     ids=str,

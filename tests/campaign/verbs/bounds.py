@@ -24,7 +24,7 @@ def half_of(leaf, exact):
     """A kernel with fewer entries, of the same type, and its values."""
     changed = np.asarray(leaf).copy()
     changed[np.abs(exact) < np.median(np.abs(exact))] = 0
-    return changed, changed.astype(np.float64)
+    return changed, changed.astype(exact.dtype)
 
 
 def check_path(leaf, exact):

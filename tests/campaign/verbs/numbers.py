@@ -150,6 +150,7 @@ def check_traps(traps, exact):
     if not np.isfinite(exact).all():
         assert not traps.spikes
         assert not any(traps.shuffled)
+        assert not traps.largest
         return
     values = eigenvalues_of(exact)
     found = [spike.eigenvalue for spike in traps.spikes]
