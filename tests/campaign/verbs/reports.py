@@ -6,6 +6,7 @@ import numpy as np
 import rmtjax
 from campaign.oracle import eps_of, leaves_of, matrices_of
 from campaign.verbs import figures
+from rmtjax import shrinkage
 
 OPTIONS = {"min_size": 2, "randomized": 2, "aspect": 0.5}
 
@@ -110,7 +111,6 @@ def check_equalized(tree, rule):
 def check_shrunk(tree, rule):
     """Values that are kept and made smaller: no larger than before, in the same directions."""
     leaves = leaves_of(tree)
-    shrinkage = rmtjax.shrinkage
     for shrink in (shrinkage.frobenius, shrinkage.nuclear, shrinkage.operator):
         plan = rmtjax.plan(tree, rule=rule, shrink=shrink, min_size=2, multiple=1)
         cut, thin = rmtjax.truncate(tree, plan.in_place()), rmtjax.factorize(tree, plan)
