@@ -15,12 +15,12 @@ from rmtjax.training._penalty import penalty as penalty
 from rmtjax.training._prune_spectrum import prune_spectrum as prune_spectrum
 from rmtjax.training._prune_state import (
     by_field as by_field,
+    is_placeholder as is_placeholder,
     PruneState as PruneState,
     root_mean_square as root_mean_square,
 )
 from rmtjax.training._pruning_step import (
     is_due as is_due,
-    is_placeholder as is_placeholder,
     map_alike as map_alike,
     moving_kernels as moving_kernels,
 )

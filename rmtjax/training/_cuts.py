@@ -18,8 +18,14 @@ from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.planning import Hold
 from rmtjax.spectra import compose, decompose, times_power
-from rmtjax.training._prune_state import KernelState, landing_norm, Tall
-from rmtjax.training._pruning_step import group_alike, removed_share, ungroup
+from rmtjax.training._prune_state import (
+    all_taken,
+    KernelState,
+    landing_norm,
+    removed_share,
+    Tall,
+)
+from rmtjax.training._pruning_step import group_alike, ungroup
 
 Move = tuple[Array, KernelState]  # the update of a kernel, and its state
 Moves = tuple[Array, Move, Move]  # a kernel, and its move without a cut and with it
@@ -166,6 +172,7 @@ def _state_at(
     """Returns the state of a kernel that is cut to a rank."""
     is_lower = rank < s.shape[1]
     removed = jnp.where(is_lower, removed_share(s, s, rank), 0)
+    taken = all_taken(old.taken, removed - removed_share(s, s, old.rank))
     places = jnp.minimum(jnp.stack([rank, rank + 1]), s.shape[1]) - 1
     # After a cut, far from the directions that stay and from those that training will add. Without
     # one, between those that must stay and the others, which are still there.
@@ -182,6 +189,7 @@ def _state_at(
         floor=jnp.where(is_lower, floor, -1).reshape(new.floor.shape),
         norm=norm,
         reason=jnp.where(is_lower, Hold.NONE, Hold.LOSS),
+        taken=jnp.where(is_lower, taken, old.taken),
     )
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
 
@@ -219,6 +227,7 @@ def without_cut(before: Move, after: Move, floor: Array, hold: Array) -> Move:
         floor=floor,
         removed=none,
         norm=jnp.zeros_like(new.norm),
+        taken=old.taken,
         reason=jnp.asarray(hold, new.reason.dtype),
     )
     return move, state._replace(refused=new.refused + new.removed)
@@ -229,8 +238,8 @@ def told(wait: Bool[Array, ""], before: Move, after: Move) -> Move:
     (move, old), new = before, after[1]
     none = jnp.zeros_like(new.removed)
     hold = jnp.where(new.reason == Hold.NONE, Hold.WAITING, new.reason).astype(new.reason.dtype)
-    left = new._replace(rank=old.rank, removed=none, norm=jnp.zeros_like(new.norm), reason=hold)
-    left = move, left
+    left = new._replace(rank=old.rank, removed=none, norm=jnp.zeros_like(new.norm))
+    left = move, left._replace(reason=hold, taken=old.taken)
     return jax.tree.map(partial(pick, wait), left, after)
 
 

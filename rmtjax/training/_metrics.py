@@ -63,6 +63,7 @@ def _numbers_of_pruning(state: PruneState) -> Numbers:
         "distance": {path: fit.distance for path, fit in state.fits.items()},
         "removed": state.removed,
         "refused": state.refused,
+        "taken": state.taken,
         "cost": state.costs,
         "landed": state.landed,
         "reason": state.reasons,
@@ -153,6 +154,8 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `distance/PATH`: Kolmogorov distance between the bulk and the law of that fit; 1 before;
     - `removed/PATH`: the share of the sum of squares that the last pruning step has removed;
     - `refused/PATH`: the share beyond the rank that it has left, as it fades or had to stay;
+    - `taken/PATH`: the share that all cuts together have taken, but for what training has added
+      beyond the rank since the last one;
     - `cost/PATH`: what its cut was predicted to add to the loss; exactly 0 if that was not
       measured, as without `value_fn`;
     - `landed/PATH`: False if the last cut is not in the parameters, as after a wrapper that mixes

@@ -29,6 +29,7 @@ from rmtjax.training._prune_state import (
     by_field,
     FIELDS,
     forget_lost,
+    is_placeholder,
     KernelState,
     PruneState,
     unpruned,
@@ -36,7 +37,6 @@ from rmtjax.training._prune_state import (
 from rmtjax.training._pruning_step import (
     call_if,
     is_due,
-    is_placeholder,
     moving_kernels,
     prune_if,
     StepNumbers,
@@ -90,7 +90,7 @@ class _Pruning:
         if not callable(self.keep):
             check_share("keep", self.keep, "the directions that are not signal and stay")
         meanings = {
-            "max_removed": "its squares that a kernel may lose in one cut",
+            "max_removed": "its squares that a kernel may lose",
             "max_rise": "what training has gained that a step may undo",
             "fade": "a value beyond the rank that is left after a step",
             "settled": "its signal directions by which a kernel that is ready for a cut may change",
@@ -255,10 +255,11 @@ def prune_spectrum(
       settled: In [0, 1). `settled=0.2` waits with the first pruning of a kernel until its number of
         signal directions changes by at most 20 % between two checks; `start` is the first. Set
         `every` to about one epoch: if checks are more frequent, it seems stable too soon.
-      max_removed: Largest share of its squares that a kernel may lose in one cut, in [0, 1]. A cut
-        that would take more is refused, as `rmtjax.metrics` tells, and tried again later. 1 allows
-        every cut, and so do rules without a noise level, without `fade`. None is 1 with `value_fn`,
-        else 0.25.
+      max_removed: Largest share of its squares that a kernel may lose in one cut, and in all cuts
+        together, in [0, 1]. A cut that would take more is refused, as `rmtjax.metrics` tells, and
+        tried again later. A kernel that was cut before then keeps its rank, and loses only what
+        training has added beyond it, which does not count for the sum. 1 allows every cut, and so
+        do rules without a noise level, without `fade`. None is 1 with `value_fn`, else 0.25.
       max_rise: Share of the gain by which a pruning step may raise `value_fn`, in [0, 1]. None
         does not ask for the loss: the state then needs no copy of `params`.
       where, axes: As in `rmtjax.plan`. The matrices of a stack get one rank, the largest needed.

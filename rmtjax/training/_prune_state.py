@@ -29,6 +29,7 @@ class KernelState(NamedTuple):
     landed: Bool[Array, ""]
     exponent: Int[Array, ""]
     reason: Int[Array, ""]
+    taken: Float[Array, ""]
 
 
 def by_field(kind: Any, states: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -57,6 +58,8 @@ class PruneState(NamedTuple):
         are those of the kernel; 0 unless its squares could leave the range of float32.
       reasons: Path to why the last pruning step left it alone, as `rmtjax.metrics` lists them; 0 if
         it did not.
+      taken: Path to the share of the squares that all cuts together have taken, in [0, 1], but for
+        what training has added beyond the rank since the last one.
       reference: The parameters one period ago, for `value_fn`; None without `max_rise`.
       fall: By how much `value_fn` fell over the period before the last step; the largest number of
         float32 before, or if it was not finite.
@@ -83,6 +86,7 @@ class PruneState(NamedTuple):
     landed: dict[str, Bool[Array, ""]]
     exponents: dict[str, Int[Array, ""]]
     reasons: dict[str, Int[Array, ""]]
+    taken: dict[str, Float[Array, ""]]
     reference: PyTree = None
     fall: PyTree = None
     curvatures: PyTree = None
@@ -111,6 +115,7 @@ def unpruned(view: MatrixView) -> KernelState:
         landed=jnp.ones((), bool),
         exponent=jnp.zeros((), jnp.int32),
         reason=jnp.zeros((), jnp.int32),
+        taken=zeros(),
     )
 
 
@@ -120,12 +125,40 @@ def root_mean_square(array: Float[Array, "..."]) -> Float[Array, ""]:
     return scale * jnp.sqrt(jnp.mean(jnp.square(array / scale)))
 
 
+def is_placeholder(params: PyTree) -> bool:
+    """Returns True for the tree with which `optax.tree.map_params` asks for a state."""
+    # It stands for any tree. optax maps a state by the structure that `init` returns for it, so
+    # that a dictionary without kernels would not fit. The type is private; `optax.masked` uses it.
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def landing_norm(kernel: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, ""]:
     """Returns the root mean square of what an update lands on, as it is rounded there."""
     bits = jnp.finfo(kernel.dtype)
     # A cast alone may be left out by the compiler, which then keeps more bits than land.
     landed = lax.reduce_precision(kernel + update, bits.nexp, bits.nmant)
     return root_mean_square(landed.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+
+
+def removed_share(s, matrices, rank) -> Float[Array, ""]:
+    """Returns the share of the squares of a stack, or of its values, that a rank removes."""
+    # Relative to the largest value no square overflows or underflows.
+    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
+    kept = jnp.where(jnp.arange(s.shape[-1]) < rank, s / scale, 0)
+    total = jnp.sum(jnp.square(matrices / scale))
+    # A kernel of zeros has no share, and must not have a gradient of NaN.
+    return jnp.maximum(1 - jnp.sum(jnp.square(kept)) / jnp.where(total > 0, total, 1), 0)
+
+
+def all_taken(before: Array, share: Array) -> Float[Array, ""]:
+    """Returns the share of the squares that is gone, after one more cut."""
+    return 1 - (1 - before) * (1 - jnp.clip(share, 0, 1))
+
+
+def floor_under(last: Float[Array, " b"], matrices) -> Float[Array, " b"]:
+    """Returns an eigenvalue below the singular values that stay, and above those that may come."""
+    floor = jnp.square(last * 0.75) / max(matrices.shape[1:])
+    return jnp.maximum(floor, jnp.finfo(floor.dtype).tiny)  # 0 would stand for none
 
 
 @partial(jax.jit, static_argnames="axes")
@@ -148,6 +181,8 @@ def forget_lost(after_cut, kernels, states: list[KernelState], *, axes) -> list[
             rank=jnp.where(lost, state.previous, state.rank),
             floor=jnp.where(lost, fresh.floor, state.floor),
             landed=jnp.where(known, ~lost, state.landed),
+            # Of later cuts it is not known what they took alone.
+            taken=forget(state.taken, fresh.taken),
         )
 
     if any(typed_sharding(kernel) for kernel in kernels):

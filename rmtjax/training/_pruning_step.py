@@ -17,7 +17,14 @@ from rmtjax._types import from_state, Spectrum, to_state
 from rmtjax.noise import fit_live, kept_rank, ranks
 from rmtjax.planning import Hold, leaves_by_path
 from rmtjax.spectra import from_singular_values, lift, times_power, to_unit, truncate_by
-from rmtjax.training._prune_state import KernelState, landing_norm, Tall
+from rmtjax.training._prune_state import (
+    all_taken,
+    floor_under,
+    KernelState,
+    landing_norm,
+    removed_share,
+    Tall,
+)
 from rmtjax.training._stands_out import stands_out
 
 # How a rule is mapped over a stack: its matrices have one aspect ratio.
@@ -25,6 +32,9 @@ _EACH = Spectrum(eigenvalues=0, ratio=None)  # pyright: ignore[reportArgumentTyp
 # Rules that count what is above a threshold. The leading singular values are enough for them; a
 # subclass may ask for more.
 _COUNTING_RULES = (ranks.bema, ranks.gavish_donoho)
+# Share of the squares beyond the rank below which a kernel has faded: training has moved what it
+# needed.
+WEAK = 0.01
 
 
 def is_due(
@@ -40,13 +50,6 @@ def call_if(condition, function: Callable[[], PyTree], otherwise: PyTree) -> PyT
         return lax.cond(condition, function, lambda: otherwise)
     # Outside `jit`, `lax.cond` would compile each new function, needed or not.
     return function() if condition else otherwise
-
-
-def is_placeholder(params: PyTree) -> bool:
-    """Returns True for the tree with which `optax.tree.map_params` asks for a state."""
-    # It stands for any tree. optax maps a state by the structure that `init` returns for it, so
-    # that a dictionary without kernels would not fit. The type is private; `optax.masked` uses it.
-    return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def moving_kernels(updates: PyTree, params: PyTree, find, known: Mapping[str, Any]):
@@ -131,29 +134,29 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
         stands = lax.cond(first, test, lambda: jnp.array(True))
         reason = _unless(stands, Hold.NOTHING, reason)
     goes = (reason == Hold.NONE) & (rank < size)
-    share = jnp.where(goes, removed_share(s, matrices, rank), 0)
+    beyond = share = jnp.where(goes, removed_share(s, matrices, rank), 0)
+    floor, taken = jnp.zeros_like(s[:, 0]), state.taken
+    if numbers.fade is None:
+        # What training has added beyond the rank since the last cut does not count.
+        added = removed_share(s, matrices, state.rank)
+        taken = all_taken(taken, beyond - added)
+        # A kernel that has lost what it may keeps its rank.
+        stays = options.rule.needs_noise & goes & was_cut & (taken > numbers.max_removed)
+        floor = jnp.where(stays, floor_under(s[:, state.rank - 1], matrices), floor)
+        old, new = (state.rank, added, state.taken), (rank, share, taken)
+        rank, share, taken = (jnp.where(stays, *pair) for pair in zip(old, new, strict=True))
     if options.rule.needs_noise or numbers.fade is not None:
         reason = _unless(share <= numbers.max_removed, Hold.SQUARES, reason)
     ready = reason == Hold.NONE
     # The noise is that of the first cut. Until then nothing is remembered.
     carry = (ready & (rank < size)) | was_cut
     fit = jax.tree.map(lambda new, old: jnp.where(carry, new, old), fit, state.fit)
-    return rank, (fit, signal, rank, reason, asked, share)
+    return rank, (fit, signal, rank, reason, asked, (share, beyond, floor, taken))
 
 
 def _unless(fine: Array, hold: Hold, reason: Any = Hold.NONE) -> Int[Array, ""]:
     """Returns the reason to leave a kernel alone: the first that holds."""
     return jnp.where((reason == Hold.NONE) & ~fine, hold, reason).astype(jnp.int32)
-
-
-def removed_share(s, matrices, rank) -> Float[Array, ""]:
-    """Returns the share of the squares of a stack, or of its values, that a rank removes."""
-    # Relative to the largest value no square overflows or underflows.
-    scale = jnp.maximum(jnp.max(s), jnp.finfo(s.dtype).tiny)
-    kept = jnp.where(jnp.arange(s.shape[-1]) < rank, s / scale, 0)
-    total = jnp.sum(jnp.square(matrices / scale))
-    # A kernel of zeros has no share, and must not have a gradient of NaN.
-    return jnp.maximum(1 - jnp.sum(jnp.square(kept)) / jnp.where(total > 0, total, 1), 0)
 
 
 def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, options):
@@ -176,28 +179,32 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     # Squares of very large and very small entries leave the range of float32.
     matrices = times_power(lift(matrices), -exponent)
     judge = partial(_judge, matrices=matrices, state=state, numbers=numbers, options=options)
-    lower, _, (fit, signal, rank, reason, asked, share) = truncate_by(
+    lower, _, (fit, signal, rank, reason, asked, shares) = truncate_by(
         matrices, judge, floor, search
     )
     ready = reason == Hold.NONE
     changed = ready & (rank < size)
-    share = share.astype(state.removed.dtype)
+    share, beyond, floor, taken = (a.astype(state.removed.dtype) for a in shares)
     removed = jnp.where(changed, share, 0)
+    # A kernel that is held back must not be cut by a plan either: no level lies below -1.
+    floor = jnp.where(ready, floor, jnp.where(asked, -1, state.floor))
     if numbers.fade is not None:
         lower, rank = lower + numbers.fade * (matrices - lower), size
         removed = removed * (1 - jnp.square(jnp.asarray(numbers.fade, removed.dtype)))
+        fades = ready & (beyond - removed >= WEAK)
+        floor, reason = jnp.where(fades, -1, floor), jnp.where(fades, Hold.FADING, reason)
     new = state._replace(
         fit=fit,
         # A kernel that is left alone still has the rank of an earlier pruning.
         rank=jnp.where(ready, rank, state.rank),
         signal=signal,
         removed=removed,
-        refused=share - removed,
-        # A kernel that is held back must not be cut by a plan either: no level lies below -1.
-        floor=jnp.where(ready, 0, jnp.where(asked, -1, state.floor)),
+        refused=beyond - removed,
+        floor=floor,
         cost=jnp.zeros_like(state.cost),
         previous=state.rank,
         reason=reason,
+        taken=jnp.where(changed, taken, state.taken),
     )
     return times_power(lower, exponent), changed, new
 

@@ -30,7 +30,7 @@ print(analyzed, peak())
 
 
 TALL = (2**15, 256), (3 * 2**15, 256), 4
-SQUARE = (1024, 1024), (3072, 3072), 1
+SQUARE = (1024, 1024), (2560, 2560), 1
 
 
 @pytest.mark.slow  # ten processes, which compress up to 128 MiB each

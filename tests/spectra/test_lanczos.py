@@ -93,14 +93,20 @@ def test_a_law_that_does_not_fit_is_seen(values):
     np.testing.assert_allclose(row.spectrum.eigenvalues.mean(), mean, rtol=1e-5)
 
 
+@functools.cache
+def many_spikes():
+    """More directions than an estimate has exactly, and their values."""
+    matrix = planted((LARGE, LARGE), np.geomspace(1.2, 30, 400))
+    return matrix, exact(matrix)[0]
+
+
 @pytest.mark.slow  # decomposes a matrix of 2,752 columns
 @pytest.mark.parametrize("rule", [ranks.fixed(400), ranks.energy(0.99), ranks.bema()])
 def test_what_an_estimate_does_not_decide_is_computed(rule):
-    """More directions than it has exactly."""
-    matrix = planted((LARGE, LARGE), np.geomspace(1.2, 30, 400))
+    matrix, eigenvalues = many_spikes()
     (row,) = rmtjax.plan({"kernel": matrix}, rule=rule, exact_below=LARGE).values()
     assert "estimated" not in row.reason
-    np.testing.assert_allclose(row.spectrum.eigenvalues, exact(matrix)[0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(row.spectrum.eigenvalues, eigenvalues, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

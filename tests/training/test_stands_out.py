@@ -167,6 +167,44 @@ def test_a_kernel_that_was_cut_is_guarded_too():
     np.testing.assert_array_equal(states[1].fits["kernel"], states[0].fits["kernel"])
 
 
+@pytest.mark.parametrize("way", [lambda update: update, jax.jit], ids=["eager", "jit"])
+def test_cuts_by_degrees_take_no_more_in_all_than_one_may(way):
+    """A schedule of `keep` ends where the next rank would be too low; a plan stops there too."""
+    kernel = spiked(0, strength=7.0)
+    squares = np.linalg.svd(np.asarray(kernel, float), compute_uv=False) ** 2
+    optimizer = prune_spectrum(keep=lambda step: 1 - 0.1 * (step + 1), max_removed=0.25)
+    update, params = way(optimizer.update), {"kernel": kernel}
+    state, zeros = optimizer.init(params), {"kernel": jnp.zeros(SHAPE)}
+    for _ in range(8):
+        updates, state = update(zeros, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    found = rmtjax.metrics(state)
+    rank = int(found["rank/kernel"])
+    ranks_asked = [1 + int((1 - 0.1 * (step + 1)) * 59 + 1e-4) for step in range(8)]
+    shares = [1 - squares[:one].sum() / squares.sum() for one in ranks_asked]
+    wanted = min(one for one, share in zip(ranks_asked, shares, strict=True) if share <= 0.25)
+    assert rank == wanted > ranks_asked[-1]
+    taken = 1 - squares[:rank].sum() / squares.sum()
+    np.testing.assert_allclose(found["taken/kernel"], taken, rtol=1e-4)
+    np.testing.assert_allclose(1 - jnp.sum(params["kernel"] ** 2) / squares.sum(), taken, rtol=1e-4)
+    assert float(found["refused/kernel"]) > 0
+    plan = rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1)
+    assert plan["kernel"].rank == rank
+
+
+def test_what_training_adds_after_a_cut_may_go_each_time():
+    """It is not counted: a kernel keeps its rank however often it is cut."""
+    kernel = spiked(0, strength=7.0)
+    states = land_on(
+        prune_spectrum(max_removed=0.6), [kernel] + [0.6 * kernel + 0.2 * noise(1)] * 4
+    )
+    assert [int(state.ranks["kernel"]) for state in states] == [1] * 5
+    assert sum(float(state.removed["kernel"]) for state in states) > 1
+    np.testing.assert_allclose(
+        [float(state.taken["kernel"]) for state in states], states[0].removed["kernel"], rtol=1e-5
+    )
+
+
 def test_a_wrong_share_is_refused():
     with pytest.raises(ValueError, match=r"`max_removed` must be in \[0, 1\], got 1.5"):
         prune_spectrum(max_removed=1.5)
