@@ -24,14 +24,19 @@ def mesh_of(array: Any) -> Any:
     return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
 
 
+def _is_explicit(mesh: Any) -> bool:
+    """Returns True for a mesh with an axis of type Explicit, which came with jax 0.7."""
+    kinds = getattr(mesh, "axis_types", None) if hasattr(jax.sharding, "auto_axes") else None
+    return any(kind == jax.sharding.AxisType.Explicit for kind in kinds or ())
+
+
 def typed_sharding(array: Any) -> NamedSharding | None:
     """Returns the sharding in the type of an array, which it has on a mesh with explicit axes."""
     # Explicit axes came with jax 0.7. Before it no array has a sharding in its type.
     if not hasattr(jax.sharding, "auto_axes") or not isinstance(array, jax.Array):
         return None
     sharding = jax.typeof(array).sharding
-    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
-    return sharding if explicit else None
+    return sharding if _is_explicit(sharding.mesh) else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,6 +98,8 @@ def _in_force(mesh: Any) -> Any:
 def constrain(array: jax.Array, mesh: Any, spec: Iterable[Any]) -> jax.Array:
     """Constrains the sharding of an array within a compiled program, and within `by_compiler`."""
     sharding = NamedSharding(_in_force(mesh), PartitionSpec(*spec))
+    if _is_explicit(sharding.mesh):  # outside of `by_compiler`, such as of arrays on one device
+        return jax.sharding.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rmtjax._axes import KernelAxes
@@ -95,6 +96,22 @@ class BulkFit(NamedTuple):
     num_spikes: Int[Array, "*batch"]
 
     __repr__ = brief_fields
+
+
+def in_range(spectrum: Spectrum, fit: BulkFit) -> tuple[Spectrum, BulkFit, int]:
+    """Returns the spectrum of one matrix and its fit over $4^e$, and e: usually 0.
+
+    Plans have those of very large and very small kernels as NumPy's float64. Programs would take
+    them in float32, whose range they leave.
+    """
+    eigenvalues: Any = spectrum.eigenvalues
+    top = eigenvalues[0] if isinstance(eigenvalues, np.ndarray) else 1.0
+    if not 0 < top < np.inf or 1e-31 < top < 1e35:
+        return spectrum, fit, 0
+    exponent = int(np.frexp(np.float64(top))[1]) // 2
+    over: Any = lambda array: np.ldexp(np.float64(array), -2 * exponent).astype(np.float32)
+    scales = {name: over(getattr(fit, name)) for name in ("variance", "edge", "threshold")}
+    return spectrum._replace(eigenvalues=over(eigenvalues)), fit._replace(**scales), exponent
 
 
 def no_fit(shape: tuple[int, ...], dtype: Any) -> BulkFit:

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.slow import slow_except
 
 import rmtjax
 from rmtjax import ranks
+from rmtjax._axes import native
 
 KERNEL = (np.random.default_rng(0).normal(size=(60, 50)) + 0.5).astype(np.float32)
 PARAMS = {"a": {"kernel": jnp.asarray(KERNEL), "bias": jnp.zeros(50)}}
@@ -183,6 +185,56 @@ def test_other_byte_orders_and_long_doubles_are_read_as_numbers(dtype):
     np.testing.assert_allclose(cut["kernel"], expected, atol=5e-3 if dtype == ">f2" else 1e-5)
     assert rmtjax.merge_replicas(tree, [tree, tree]).params["a"]["kernel"].shape == (60, 50)
     assert [*rmtjax.prune_spectrum(1).init(tree).ranks] == ["a/kernel"]
+
+
+ORDER = np.arange(60)[::-1]
+
+
+def pruned(params):
+    """The updates that leave two of each four entries."""
+    transform = rmtjax.prune_entries(pattern=(2, 4))
+    tree = jax.tree.map(lambda leaf: jnp.asarray(native(leaf)), params)
+    return transform.update(tree, transform.init(tree), tree)[0]["kernel"]
+
+
+def truncated(kernel, rule):
+    plan = rmtjax.plan({"kernel": kernel}, rule=rule, min_size=2)
+    return rmtjax.truncate({"kernel": kernel}, plan)["kernel"]
+
+
+OF_ONE_MATRIX = {
+    "pooled_spectrum": rmtjax.pooled_spectrum,
+    "equalize": lambda kernel: rmtjax.equalize(kernel)[1:3],
+    "find_traps": lambda kernel: rmtjax.find_traps(kernel, jax.random.key(0), draws=1).spikes[0][0],
+    "tail_sum": lambda kernel: rmtjax.lowrank.tail_sum(kernel, 2),
+    "prox_tail": lambda kernel: rmtjax.lowrank.prox_tail(kernel, 2, 0.5),
+    "project_rank": lambda kernel: rmtjax.projections.project_rank(kernel, ranks.fixed(2)),
+    "project_bits": lambda kernel: rmtjax.projections.project_bits(kernel, 3),
+    "operator_norm": rmtjax.certificate.operator_norm,
+    "permute": lambda kernel: rmtjax.patterns.permute({"a": kernel}, ORDER, {"a": 0})["a"],
+    "pattern": lambda kernel: pruned({"kernel": kernel}),
+    "orthogonality": lambda kernel: rmtjax.lowrank.orthogonality(
+        rmtjax.lowrank.to_spectral({"kernel": kernel})
+    ),
+    "equalized": lambda kernel: truncated(kernel, ranks.bema(equalize=True)),
+    "replicate": lambda kernel: rmtjax.replicate({"kernel": kernel}, 2)["kernel"],
+    "data_path": lambda kernel: rmtjax.certificate.data_path(kernel, kernel / 2, KERNEL[:, :10].T),
+}
+
+
+FAST = ("equalize", "prox_tail", "project_bits", "operator_norm")
+
+
+@pytest.mark.parametrize("name", slow_except(FAST, OF_ONE_MATRIX))
+def test_one_matrix_is_read_in_any_byte_order_on_any_mesh(name):
+    small, verb = KERNEL[:, :10], OF_ONE_MATRIX[name]
+    wanted = verb(small)
+    jax.tree.map(np.testing.assert_array_equal, verb(small.astype(">f4")), wanted)
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=kinds, devices=jax.devices()[:1])
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5)
+    jax.tree.map(close, verb(jax.device_put(small, divided)), wanted)
 
 
 class Scaled(nn.Module):

@@ -10,10 +10,20 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from rmtjax._axes import native
 from rmtjax._modes import in_usual_modes
 from rmtjax._sharding import by_compiler, mesh_of
 from rmtjax.certificate._chain import check_activation, check_inputs, Pairs, read_chain
-from rmtjax.certificate._rounding import affine, eps, Layer, lost_squares, mean, norm, operator_norm
+from rmtjax.certificate._rounding import (
+    affine,
+    eps,
+    largest,
+    Layer,
+    lost_squares,
+    mean,
+    norm,
+    operator_norm,
+)
 
 Activation = Callable[[Array], Array]
 
@@ -106,16 +116,16 @@ def _increase(out: _Outputs, labels: Array, apart: Array) -> Array:
     gain += out.shift_rounding + _pick(out.shift_rounding, labels)
     gain = jnp.where(classes == labels[:, None], 0, gain)
     # The largest gain, at least 0, is a bound too.
-    largest = jnp.max(gain, axis=1)
+    most = largest(gain)
     # The probabilities are correct to a factor between exp(-doubt) and exp(doubt).
-    doubt = 2 * jnp.max(out.rounding, axis=1) + (classes.size + 8) * unit
+    doubt = 2 * largest(out.rounding) + (classes.size + 8) * unit
     # Beyond these limits an exponential would overflow, or be meaningless.
-    usable = (largest < 40) & (doubt < 1)
+    usable = (most < 40) & (doubt < 1)
     factor = jnp.expm1(jnp.where(usable[:, None], gain, 0))
     slack = jnp.sign(factor) * jnp.expm1(jnp.where(usable, doubt, 0))[:, None]
     exact = jnp.log1p(jnp.sum(jax.nn.softmax(out.values) * (1 + slack) * factor, axis=1))
     exact += 8 * unit * (jnp.abs(exact) + unit)
-    return jnp.where(usable, jnp.minimum(exact, largest), largest)
+    return jnp.where(usable, jnp.minimum(exact, most), most)
 
 
 def _bound(hidden: _Hidden, old: Layer, new: Layer, labels: Array | None) -> tuple[Array, ...]:
@@ -135,7 +145,7 @@ def _bound(hidden: _Hidden, old: Layer, new: Layer, labels: Array | None) -> tup
     unchanged = _leads(out.values, rounding, best)
     unchanged &= _leads(out.values - out.shift, doubt, best, moved * distances[best])
     if labels is None:
-        return change, unchanged, mean(2 * jnp.max(change, axis=1))
+        return change, unchanged, mean(2 * largest(change))
     known = (labels >= 0) & (labels < change.shape[1])
     safe = jnp.where(known, labels, 0)
     increase = _increase(out, safe, moved * distances[safe])
@@ -211,7 +221,7 @@ def certify(
       a Lipschitz constant times $2 \|a R\|_\infty$. This function uses the Euclidean norm, for
       which a product of operator norms is such a constant.
     """
-    values = jnp.asarray(inputs)
+    values = jnp.asarray(native(inputs))
     labels = None if labels is None else jnp.asarray(labels)
     check_inputs(values, labels)
     pairs = read_chain(before, after, layers, values.shape[1])

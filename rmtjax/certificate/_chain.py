@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from rmtjax._axes import is_factors
+from rmtjax._axes import is_factors, native
 from rmtjax.certificate._rounding import Layer
 from rmtjax.planning import leaves_by_path
-from rmtjax.spectra import check_matrix
+from rmtjax.spectra import as_matrix
 
 # Each layer before and after the change.
 Pairs = list[tuple[Layer, Layer]]
@@ -25,10 +25,9 @@ def _read_layers(name: str, params: PyTree, layers: Sequence[str]) -> list[Layer
             raise ValueError(f"`layers` must be dense layers of `{name}`, {known}, got {layer!r}.")
         if is_factors(leaves[path]):
             raise TypeError(f"`{name}` has factors at {path!r}. Give `rmtjax.merge({name})`.")
-        kernel = jnp.asarray(leaves[path])
-        check_matrix(f"{name}[{path!r}]", kernel)
+        kernel = as_matrix(f"{name}[{path!r}]", leaves[path])
         bias = leaves.get(f"{layer}/bias", jnp.zeros(kernel.shape[1:], kernel.dtype))
-        chain.append(Layer(kernel, jnp.asarray(bias)))
+        chain.append(Layer(kernel, jnp.asarray(native(bias))))
     return chain
 
 
@@ -77,7 +76,8 @@ def check_activation(activation: Callable[[Array], Array]) -> None:
 
     # A new function is compiled anew: the activation may depend on a variable that changed.
     def probe(grid):
-        slope = jnp.max(jnp.abs(jax.vmap(jax.grad(single))(grid)))
+        slopes = jnp.abs(jax.vmap(jax.grad(single))(grid))
+        slope = jnp.max(jnp.where(jnp.isnan(slopes), jnp.inf, slopes))
         return slope, jnp.allclose(activation(grid), jax.vmap(single)(grid), equal_nan=True)
 
     with jax.ensure_compile_time_eval():

@@ -7,8 +7,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from rmtjax.certificate._rounding import affine, eps, Layer, lost_squares, mean
-from rmtjax.spectra import check_matrix, lift
+from rmtjax.certificate._rounding import affine, eps, largest, Layer, lost_squares, mean
+from rmtjax.spectra import as_matrix, lift
 
 
 class PathCertificate(NamedTuple):
@@ -99,10 +99,8 @@ def data_path(
     References:
       Berlyand, Bourdais, Owhadi and Shmalo (2026), https://arxiv.org/abs/2606.02608.
     """
-    old, new = lift(jnp.asarray(kernel)), lift(jnp.asarray(changed))
-    samples = lift(jnp.asarray(inputs))
-    check_matrix("data_path", old)
-    if new.shape != old.shape or samples.ndim != 2 or samples.shape[1] != len(old):
+    old, new, samples = (lift(as_matrix("data_path", one)) for one in (kernel, changed, inputs))
+    if new.shape != old.shape or samples.shape[1] != len(old):
         raise ValueError(
             f"`changed` must have the shape of `kernel`, {old.shape}, and `inputs` the shape "
             f"(samples, {len(old)}); got {new.shape} and {samples.shape}."
@@ -114,6 +112,10 @@ def data_path(
     moved, rounding = affine(samples, layer)
     constants = jnp.asarray(lipschitz, moved.dtype)
     # One product is rounded.
-    shift = constants * jnp.max(jnp.abs(moved) + rounding, axis=1) * (1 + 2 * eps(moved))
-    penalty = l1 * _lost_magnitudes(old, new) + l2 * lost_squares(old, new)
+    shift = constants * largest(jnp.abs(moved) + rounding) * (1 + 2 * eps(moved))
+    # Squares may overflow where magnitudes do not.
+    terms = (l1, _lost_magnitudes), (l2, lost_squares)
+    penalty = sum(
+        (value * lost(old, new) for value, lost in terms if value), jnp.zeros((), old.dtype)
+    )
     return PathCertificate(shift, 2 * mean(shift), penalty - 4 * eps(old) * jnp.abs(penalty))

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from rmtjax._modes import in_usual_modes
-from rmtjax.spectra import check_matrix, lift, matmul, spectrum
+from rmtjax.spectra import as_matrix, lift, matmul, spectrum
 
 
 class Layer(NamedTuple):
@@ -23,13 +23,18 @@ def eps(array: Array) -> float:
     return float(jnp.finfo(array.dtype).eps)
 
 
+def largest(array: Array) -> Array:
+    """Returns the largest number of each row; NaN if one is, which `jnp.max` may pass over."""
+    return jnp.where(jnp.isnan(array).any(axis=1), jnp.nan, jnp.max(array, axis=1))
+
+
 def norm(array: Array, axis: int | None = None) -> Array:
     """Returns the Euclidean norm along an axis, rounded up."""
-    largest = jnp.max(jnp.abs(array), axis=axis, keepdims=True)
+    peak = jnp.max(jnp.abs(array), axis=axis, keepdims=True)
     # Without the scaling, the squares of small entries would underflow to 0.
-    scaled = array / jnp.where(largest > 0, largest, 1)
+    scaled = array / jnp.where(peak > 0, peak, 1)
     size = array.size if axis is None else array.shape[axis]
-    norm = jnp.squeeze(largest, axis) * jnp.sqrt(jnp.sum(scaled**2, axis))
+    norm = jnp.squeeze(peak, axis) * jnp.sqrt(jnp.sum(scaled**2, axis))
     return norm * (1 + (size + 8) * eps(array))
 
 
@@ -51,12 +56,10 @@ def operator_norm(matrix: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
       >>> print(f"{rmtjax.certificate.operator_norm(jnp.diag(jnp.array([2.0, -3.0]))):.4f}")
       3.0000
     """
-    matrix = jnp.asarray(matrix)
-    check_matrix("operator_norm", matrix)
-    matrix = lift(matrix)
-    largest, longer = jnp.max(jnp.abs(matrix)), max(matrix.shape)
-    eigenvalues, _ = spectrum(matrix / jnp.where(largest > 0, largest, 1))
-    return largest * jnp.sqrt(longer * eigenvalues[0]) * (1 + 2 * longer * eps(matrix))
+    matrix = lift(as_matrix("operator_norm", matrix))
+    peak, longer = jnp.max(jnp.abs(matrix)), max(matrix.shape)
+    eigenvalues, _ = spectrum(matrix / jnp.where(peak > 0, peak, 1))
+    return peak * jnp.sqrt(longer * eigenvalues[0]) * (1 + 2 * longer * eps(matrix))
 
 
 def affine(inputs: Array, layer: Layer) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from rmtjax._axes import factored_axes, is_factors, KernelAxes, MatrixView
+from rmtjax._axes import factored_axes, is_factors, KernelAxes, MatrixView, native
 from rmtjax._types import Spectrum
 from rmtjax.noise import ranks
 
@@ -17,7 +17,7 @@ def kernel_view(name: str, kernel: Any, axes: KernelAxes | None) -> MatrixView:
     """Returns a kernel as matrices; raises an error for one that `axes` do not make a matrix."""
     if is_factors(kernel):
         return MatrixView("kernel", kernel, factored_axes(kernel))
-    kernel = jnp.asarray(kernel)
+    kernel = jnp.asarray(native(kernel))
     if axes is None and kernel.ndim != 2:
         raise ValueError(
             f"`{name}` needs `axes` for a kernel of shape {kernel.shape}: give a "

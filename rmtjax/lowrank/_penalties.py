@@ -5,11 +5,13 @@ scalar in float32 at least. Derivatives have closed forms, which are finite ever
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.lowrank._spectral import SpectralFactors
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import lift, matmul
@@ -30,17 +32,23 @@ def _excess(vectors: Float[Array, "b n r"]) -> Float[Array, "b r r"]:
     return matmul(vectors.mT, vectors) - jnp.eye(vectors.shape[-1], dtype=vectors.dtype)[None]
 
 
-@jax.custom_jvp
-def _deviation(vectors: Float[Array, "b n r"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.square(_excess(vectors)))
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _deviation(part: Float[Array, "..."], unfold: Callable) -> Float[Array, ""]:
+    """Returns the deviation of a part whose vectors (b, n, r) `unfold` returns."""
+    excess = by_compiler(lambda part: _excess(unfold(part)), part)
+    return jnp.sum(jnp.square(excess))
 
 
 @_deviation.defjvp
-def _deviation_jvp(primals, tangents):
-    # The derivative 4 U (U^T U - I) is one product. Automatic derivatives take two.
-    (vectors,), (moved,) = primals, tangents
-    excess = _excess(vectors)
-    return jnp.sum(jnp.square(excess)), 4 * jnp.sum(matmul(vectors, excess) * moved)
+def _deviation_jvp(unfold, primals, tangents):
+    def slope(part):
+        # The derivative 4 U (U^T U - I) is one product. Automatic derivatives take two.
+        vectors, fold = jax.vjp(unfold, part)
+        return fold(4 * matmul(vectors, _excess(vectors)))[0]
+
+    (part,), (moved,) = primals, tangents
+    found = by_compiler(slope, part, out=typed_sharding(part))
+    return _deviation(part, unfold), jnp.sum(lift(found) * lift(moved))
 
 
 def orthogonality(params: PyTree) -> Float[Array, ""]:
@@ -70,9 +78,9 @@ def orthogonality(params: PyTree) -> Float[Array, ""]:
     for kernel in spectral_leaves("orthogonality", params).values():
         *batch, rank = kernel.s.shape
         stack = batch[0] if batch else 1
-        u = lift(kernel.u).reshape(stack, -1, rank)
-        v = lift(kernel.v).reshape(stack, rank, -1).mT
-        total += (_deviation(u) + _deviation(v)) / rank**2
+        left = lambda u, shape=(stack, -1, rank): lift(u).reshape(shape)
+        right = lambda v, shape=(stack, rank, -1): lift(v).reshape(shape).mT
+        total += (_deviation(kernel.u, left) + _deviation(kernel.v, right)) / rank**2
     return total
 
 

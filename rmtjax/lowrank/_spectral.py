@@ -3,15 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree
 
 from rmtjax._axes import as_pair, FactoredKernel, Factors, is_factors, KernelAxes, MatrixView
-from rmtjax._sharding import place_factors
+from rmtjax._sharding import by_compiler, place_factors
 from rmtjax._types import Axes, Where
 from rmtjax.lowrank._judge import in_order
 from rmtjax.planning import check_count, find_kernels, map_kernels, obstacle
@@ -135,11 +137,30 @@ def _spatial_axes(view: MatrixView) -> KernelAxes | None:
     return KernelAxes((inputs[0], inputs[2]), (inputs[1], outputs[0]), batch)
 
 
+def _orthonormal(u: Array, v: Array, sides: tuple[int, int]) -> tuple[Array, Array]:
+    """Returns singular vectors made orthonormal, each against those of larger values."""
+
+    def turn(vectors):
+        q, r = jnp.linalg.qr(vectors)
+        signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
+        return q * signs[:, None]
+
+    stack, rank = sides
+    left = turn(lift(u).reshape(stack, -1, rank))
+    right = turn(lift(v).reshape(stack, rank, -1).mT).mT
+    return left.reshape(u.shape), right.reshape(v.shape)
+
+
 def _hold(view: MatrixView, directions) -> SpectralFactors:
     """Returns singular directions in the dtype of a kernel, placed as it is."""
     spatial = view.axes.order != tuple(range(len(view.shape)))
     dtype = jax.dtypes.canonicalize_dtype(view.dtype)
-    u, s, v = (jnp.asarray(part).astype(dtype) for part in directions)
+    u, s, v = map(jnp.asarray, directions)
+    # Vectors of values near zero are not orthogonal: a Gram matrix does not distinguish them.
+    if isinstance(s, jax.core.Tracer) or bool(jnp.any(s[..., -1] <= 1e-3 * s[..., 0])):
+        sides = math.prod(s.shape[:-1]), s.shape[-1]
+        u, v = by_compiler(partial(_orthonormal, sides=sides), u, v)
+    u, s, v = (part.astype(dtype) for part in (u, s, v))
     if not view.is_factored:
         u, v = place_factors(u, v, view.leaf, view.axes)
     return SpectralFactors(u, s, v, spatial)

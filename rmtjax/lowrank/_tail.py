@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from rmtjax._axes import KernelAxes
+from rmtjax._axes import KernelAxes, MatrixView, native
 from rmtjax._modes import in_usual_modes
+from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.lowrank._judge import kernel_view
 from rmtjax.spectra import decompose, lift, matmul, svd
 
@@ -79,7 +80,7 @@ def tail_sum(
       Lu, Xu, Du, Ishida, Zhang and Sugiyama (2021), https://arxiv.org/abs/2103.00719; Xu, Liu, Tao
       and Xu (2014), https://arxiv.org/abs/1410.6990, for the bound with this sum.
     """
-    kernel = jnp.asarray(kernel)
+    kernel = jnp.asarray(native(kernel))
     _check_rank(rank)
     return _tail_sum(lift(kernel_view("tail_sum", kernel, axes).matrices()), jnp.asarray(rank))
 
@@ -127,14 +128,20 @@ def prox_tail(
       Oh, Tai, Bazin, Kim and Kweon, IEEE Trans. Pattern Anal. Mach. Intell. 38 (2016) 744-758: this
       step is exact, although the sum is not convex.
     """
-    kernel = jnp.asarray(kernel)
+    kernel = jnp.asarray(native(kernel))
     _check_rank(rank)
     check_strength(strength)
-    view = kernel_view("prox_tail", kernel, axes)
-    matrices = lift(view.matrices())
-    u, s, _ = decompose(matrices)
-    u = jnp.where(jnp.isfinite(s[:, :1, None]), u, jnp.nan)
-    return view.from_matrices(shrink_beyond(matrices, u, s, rank, strength)).astype(kernel.dtype)
+    axes = kernel_view("prox_tail", kernel, axes).axes
+
+    def find(kernel, rank, strength):
+        view = MatrixView("", kernel, axes)
+        matrices = lift(view.matrices())
+        u, s, _ = decompose(matrices)
+        u = jnp.where(jnp.isfinite(s[:, :1, None]), u, jnp.nan)
+        return view.from_matrices(shrink_beyond(matrices, u, s, rank, strength))
+
+    found = by_compiler(find, kernel, rank, strength, out=typed_sharding(kernel))
+    return found.astype(kernel.dtype)
 
 
 def check_strength(strength: Any) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from rmtjax._axes import MatrixView, native
 from rmtjax._modes import in_usual_modes
-from rmtjax._sharding import fetch
+from rmtjax._sharding import by_compiler, fetch
 from rmtjax._text import brief_fields
 from rmtjax.laws import tracy_widom
 
@@ -227,14 +227,14 @@ def equalize(matrix: Float[ArrayLike, "m n"], *, sides: Sides = "both") -> Equal
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"`matrix` must be real and floating, got dtype {array.dtype}: cast it.")
-    return _compiled(array, sides=sides)
+    return by_compiler(partial(_compiled, sides=sides), array)
 
 
 def equalize_stack(view: MatrixView, sides: Sides = "both") -> Equalized:
     """Returns what `equalize` finds of each matrix of a dense kernel, with a leading axis."""
     leaf = view.leaf if isinstance(view.leaf, jax.core.Tracer) else fetch(view.leaf)
     stack = MatrixView(view.path, jnp.asarray(leaf), view.axes).matrices()
-    return _equalize_each(stack, sides=sides)
+    return by_compiler(partial(_equalize_each, sides=sides), stack)
 
 
 def equalized_view(view: MatrixView, sides: Sides = "both") -> MatrixView:

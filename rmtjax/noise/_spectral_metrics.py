@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rmtjax._sharding import beside_accelerator
-from rmtjax._types import BulkFit, check_type, Count, Scalar, Spectrum
+from rmtjax._types import BulkFit, check_type, Count, in_range, no_fit, Scalar, Spectrum
 from rmtjax.laws import bulk_law, marchenko_pastur, noise_above
 from rmtjax.noise._bema import check_one, fit_bema
 from rmtjax.noise._power_law import (
@@ -201,6 +201,17 @@ _of_one = jax.jit(_metrics)
 _of_many = jax.jit(jax.vmap(_metrics, (0, 0, 0, 0, None)))
 
 
+def _on_scale(metrics: SpectralMetrics, exponent: int) -> SpectralMetrics:
+    """Returns the metrics of a matrix that was divided by a power of two, on its own scale."""
+    if not exponent:
+        return metrics
+    moved = {"spectral_norm": exponent, "frobenius_norm": exponent, "alpha_start": 2 * exponent}
+    known: Any = {n: np.ldexp(np.float64(getattr(metrics, n)), p) for n, p in moved.items()}
+    shift = 2 * exponent * np.log10(2) * np.float64(metrics.alpha)
+    known |= {n: getattr(metrics, n) + shift for n in ("alpha_weighted", "log_alpha_norm")}
+    return metrics._replace(**known)
+
+
 def _check_share(share: float) -> None:
     if not 0 < share <= 1:
         raise ValueError(f"`share` must be in (0, 1], got {share}: the share of Hill's tail.")
@@ -251,12 +262,13 @@ def metrics_of(
     """
     check_one(spectrum)
     _check_share(share)
-    if fit is None:
-        fit = fit_bema(spectrum)
-    check_type("fit", fit, BulkFit, "Compute it by `rmtjax.fit_bema(spectrum)`.")
+    given = no_fit((), np.float32) if fit is None else fit
+    check_type("fit", given, BulkFit, "Compute it by `rmtjax.fit_bema(spectrum)`.")
+    spectrum, given, exponent = in_range(spectrum, given)
+    fit = fit_bema(spectrum) if fit is None else given
     size = jnp.asarray(spectrum.eigenvalues.shape[0], jnp.int32)
     rank = fit.num_spikes if rank is None else jnp.asarray(rank, jnp.int32)
-    return _of_one(spectrum, size, fit, rank, share)
+    return _on_scale(_of_one(spectrum, size, fit, rank, share), exponent)
 
 
 def metrics_of_each(
@@ -266,6 +278,8 @@ def metrics_of_each(
 
     Zeros fill each spectrum up to a power of two, so that few programs are compiled.
     """
+    scaled = [in_range(*pair) for pair in zip(spectra, fits, strict=True)]
+    spectra, fits = [one[0] for one in scaled], [one[1] for one in scaled]
     groups: dict[tuple, list[int]] = {}
     for i, spectrum in enumerate(spectra):
         size = spectrum.eigenvalues.shape[0]
@@ -276,7 +290,7 @@ def metrics_of_each(
         stacked = _of_group(padded, [(spectra[i], fits[i], ranks[i]) for i in members])
         for place, i in enumerate(members):
             found[i] = jax.tree.map(lambda array, place=place: array[place], stacked)
-    return [found[i] for i in range(len(spectra))]
+    return [_on_scale(found[i], exponent) for i, (*_, exponent) in enumerate(scaled)]
 
 
 def _of_group(padded: int, members: Sequence[tuple[Any, ...]]) -> SpectralMetrics:

@@ -113,7 +113,9 @@ def _cut_equalized(view: MatrixView, row: Truncated | Factorized) -> Any:
     columns = jnp.expand_dims(
         found.columns.reshape(*right.shape[:inner], *right.shape[inner + 1 :]), inner
     )
-    return _new_leaf(Factors(left * rows, columns * right), view, row)
+    # They were found beside the kernel, which may be divided over devices.
+    placed = place_factors(left * rows, columns * right, view.leaf, view.axes)
+    return _new_leaf(Factors(*placed), view, row)
 
 
 def changed_leaves(

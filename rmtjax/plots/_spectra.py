@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from rmtjax._types import BulkFit, check_type, Spectrum
+from rmtjax._types import BulkFit, check_type, in_range, Spectrum
 from rmtjax.laws import law_curve, law_left, marchenko_pastur, roots, rounding
 from rmtjax.plots._style import BLUE, dot_size, finish, new_axes, PALE, VERMILION
 
@@ -47,10 +47,11 @@ def _to_draw(spectrum: Spectrum, fit: BulkFit) -> _Drawn:
     return _Drawn(values, present, int((~present).sum()), edge, threshold, spikes)
 
 
-def _law_of(spectrum: Spectrum, fit: BulkFit) -> tuple:
-    """Returns the arguments of `laws.law_curve`: the law of the noise without the spikes."""
+def _law_of(spectrum: Spectrum, fit: BulkFit) -> tuple[tuple, float]:
+    """Returns the arguments of `laws.law_curve` for the noise without the spikes, and its scale."""
+    spectrum, fit, exponent = in_range(spectrum, fit)
     ratio, spikes, edge = map(jnp.asarray, (spectrum.ratio, fit.num_spikes, fit.edge))
-    return ratio, spectrum.eigenvalues.shape[-1], spikes, edge
+    return (ratio, spectrum.eigenvalues.shape[-1], spikes, edge), 2.0**exponent
 
 
 def _bar_edges(drawn: _Drawn, bins: int | None, log: bool) -> np.ndarray:
@@ -59,7 +60,7 @@ def _bar_edges(drawn: _Drawn, bins: int | None, log: bool) -> np.ndarray:
         raise ValueError(f"`bins` must be at least 1, or None for the default, got {bins}.")
     values = drawn.values[drawn.present]
     if not values.size:
-        return np.linspace(0, 1, 2)
+        return np.array([0.1 if log else 0.0, 1.0])
     low, top = float(values.min()), float(values.max())
     fine = int(np.clip(2 * drawn.values.size ** (1 / 3), 5, 100))
     if log:
@@ -134,11 +135,13 @@ def esd(
         ax.set(xscale="log", yscale="log")
     _bars(ax, drawn, _bar_edges(drawn, bins, log))
     if fit.variance > 0:
-        law = law_curve(*_law_of(spectrum, fit), points=400)
-        ax.plot(*law, color="black", label="Marchenko-Pastur")
+        arguments, scale = _law_of(spectrum, fit)
+        grid, density = map(np.asarray, law_curve(*arguments, points=400))
+        density = density.astype(np.float64) / scale
+        ax.plot(grid * np.float64(scale), density, color="black", label="Marchenko-Pastur")
         # The law is that of the bulk before the truncation, and higher than what is left.
         if drawn.zeros:
-            ax.set_ylim(top=max(ax.get_ylim()[1], 1.05 * float(np.max(law[1]))))
+            ax.set_ylim(top=max(ax.get_ylim()[1], 1.05 * float(density.max())))
     if drawn.edge > 0:
         # Often the two are one pixel apart: the edge has the upper half, the threshold the lower.
         ax.axvline(drawn.edge, ymin=0.5, color=BLUE, linestyle=":", label="edge")
@@ -229,9 +232,10 @@ def quantiles(
     bulk = slice(int(fit.num_spikes), None)
     values, present = drawn.values[bulk][::-1], drawn.present[bulk][::-1]
     if fit.variance > 0:
-        ratio, variance, _ = law_left(*_law_of(spectrum, fit))
+        arguments, scale = _law_of(spectrum, fit)
+        ratio, variance, _ = law_left(*arguments)
         positions = (np.arange(values.size) + 0.5) / values.size
-        law = np.sqrt(marchenko_pastur.ppf(positions, ratio, variance))
+        law = scale * np.sqrt(np.float64(marchenko_pastur.ppf(positions, ratio, variance)))
         dot = dot_size(values.size)
         ax.plot(law[present], values[present], "o", color=BLUE, markersize=dot, label="noise")
         ends = law[[0, -1]]

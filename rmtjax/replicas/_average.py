@@ -141,7 +141,9 @@ def average_params(
             if not _is_floating(new):
                 return new
             wide = new.astype(old.dtype)
-            return jnp.where(age > 0, old + (wide - old) / jnp.maximum(age, 1), wide)
+            # An infinity, as of a mask, less itself would be NaN.
+            moved = jnp.where(wide == old, 0, wide - old)
+            return jnp.where(age > 0, old + moved / jnp.maximum(age, 1), wide)
 
         age = jax.tree.map(older, state.age, landed)
         average = jax.tree.map(mean, state.average, landed, age)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from rmtjax._axes import native
 from rmtjax._modes import in_usual_modes
 from rmtjax.planning import check_count, is_abstract
 
@@ -54,7 +55,7 @@ def replicate(tree: PyTree, k: int) -> PyTree:
         return jax.eval_shape(lambda tree: replicate(tree, k), tree)
 
     def copy(leaf):
-        leaf = jnp.asarray(leaf)
+        leaf = jnp.asarray(native(leaf))
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jnp.broadcast_to(leaf[None], (k, *leaf.shape))
         keys = jax.vmap(lambda key: jax.random.split(key, k))(leaf.reshape(-1))

@@ -76,6 +76,12 @@ def to_number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _share(lost: Any, whole: Any) -> float | None:
+    """Returns a sum over another, None if not finite; a kernel of zeros loses nothing."""
+    lost, whole = lost.sum(), whole.sum()
+    return to_number(lost / whole if whole else np.float64(lost))
+
+
 def _removed(layer: LayerPlan) -> tuple[float | None, float | None]:
     """Returns the shares of squared entries and of squared outputs that a plan removes."""
     cut = layer.action != "keep"
@@ -83,11 +89,10 @@ def _removed(layer: LayerPlan) -> tuple[float | None, float | None]:
         # In float64: for a large kernel float32 would lose digits in the sum.
         spectrum: Any = layer.spectrum
         eigenvalues = np.asarray(spectrum.eigenvalues, np.float64)
-        lost = eigenvalues[..., layer.rank :].sum() / eigenvalues.sum() if cut else 0.0
-        return to_number(lost), None
+        return _share(eigenvalues[..., layer.rank :], eigenvalues) if cut else 0.0, None
     losses = layer.loss.squares, layer.loss.outputs
-    shares = (lost[..., layer.rank].sum() / lost[..., 0].sum() for lost in losses)
-    squares, outputs = (to_number(share) if cut else 0.0 for share in shares)
+    shares = (_share(lost[..., layer.rank], lost[..., 0]) for lost in losses)
+    squares, outputs = (share if cut else 0.0 for share in shares)
     return squares, outputs
 
 

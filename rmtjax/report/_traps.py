@@ -12,10 +12,11 @@ from jax.scipy.special import betainc
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from rmtjax._sharding import by_compiler
 from rmtjax._types import Scalar, Spectrum
 from rmtjax.laws import check_level, noise_threshold
 from rmtjax.noise import fit_bema
-from rmtjax.spectra import check_matrix, from_singular_values, lift, svd
+from rmtjax.spectra import as_matrix, from_singular_values, lift, svd, to_unit
 
 _KINDS: dict[tuple[bool, bool], Literal["low rank", "row", "column", "entry"]] = {
     (False, False): "low rank",
@@ -135,7 +136,7 @@ def _directions(matrix: Float[Array, "m n"], level: float) -> _Directions:
 
 
 @partial(jax.jit, static_argnames="level")
-def _of_kernel(matrix: Float[Array, "m n"], *, level: float) -> tuple[_Directions, Scalar]:
+def _of_kernel(matrix: Float[Array, "m n"], level: float) -> tuple[_Directions, Scalar]:
     """Returns the directions of a kernel, and the threshold of the noise that is fitted."""
     found = _directions(matrix, level)
     return found, fit_bema(found.spectrum, level=level).threshold
@@ -143,7 +144,7 @@ def _of_kernel(matrix: Float[Array, "m n"], *, level: float) -> tuple[_Direction
 
 @partial(jax.jit, static_argnames="level")
 def _of_shuffled(
-    matrix: Float[Array, "m n"], key: Array, *, level: float
+    matrix: Float[Array, "m n"], key: Array, level: float
 ) -> tuple[_Directions, Scalar]:
     """Returns the directions of the shuffled entries, and the threshold for independent entries."""
     # A mean that is not 0 would be a spike of every order. Of the rest the variance is known.
@@ -154,11 +155,11 @@ def _of_shuffled(
     return found, jnp.mean(centred**2) * noise_threshold(ratio, size, level)
 
 
-def _spikes(found: _Directions, threshold: Any) -> tuple[Spike, ...]:
-    """Returns the directions above the threshold."""
+def _spikes(found: _Directions, threshold: Any, exponent: int) -> tuple[Spike, ...]:
+    """Returns the directions above the threshold, of a matrix over a power of two."""
     (eigenvalues, _), left, right = found
     spike = lambda i: Spike(
-        eigenvalue=float(eigenvalues[i]),
+        eigenvalue=float(np.ldexp(np.float64(eigenvalues[i]), 2 * exponent)),
         kind=_KINDS[bool(left.localized[i]), bool(right.localized[i])],
         left_participation=float(left.participation[i]),
         right_participation=float(right.participation[i]),
@@ -169,7 +170,9 @@ def _spikes(found: _Directions, threshold: Any) -> tuple[Spike, ...]:
 
 
 def _largest(matrix: np.ndarray, count: int = 5) -> tuple[Entry, ...]:
-    """Returns the entries that are furthest from the mean."""
+    """Returns the entries that are furthest from the mean; none without a finite mean."""
+    if not np.isfinite(matrix).all():
+        return ()
     distances = (matrix - matrix.mean(dtype=np.float64)) / (matrix.std(dtype=np.float64) or 1)
     order = np.argsort(-np.abs(distances), axis=None)[:count]
     places = zip(*np.unravel_index(order, matrix.shape), strict=True)
@@ -198,7 +201,7 @@ def find_traps(
       level: Probability that noise alone gives a spike, from 1e-6 to 1 - 1e-6.
 
     Returns:
-      `Traps`. A matrix that is not finite has no spikes.
+      `Traps`. A matrix that is not finite has no spikes, and none of its entries is told.
 
     Raises:
       ValueError, TypeError: `matrix` is no real matrix, or an option is out of range.
@@ -218,18 +221,20 @@ def find_traps(
       https://arxiv.org/abs/2506.04434, for traps. Benaych-Georges and Nadakuditi, J. Multivar.
       Anal. 111 (2012) 120-135, for the reach of an entry.
     """
-    kernel = jnp.asarray(matrix)
-    check_matrix("find_traps", kernel)
-    kernel = lift(kernel)
+    kernel = lift(as_matrix("find_traps", matrix))
     check_level(level)
     if operator.index(draws) < 1:
         raise ValueError(f"`draws` must be at least 1, got {draws}.")
-    of_key: Callable[[Array], tuple[Spike, ...]] = lambda key: _spikes(
-        *jax.device_get(_of_shuffled(kernel, key, level=level))
-    )
+    # Squares of very large and very small entries leave the range of float32.
+    unit, exponent = to_unit(kernel)
+
+    def find(function: Callable, *arguments: Array) -> tuple[Spike, ...]:
+        found = by_compiler(partial(function, level=level), unit, *arguments)
+        return _spikes(*jax.device_get(found), int(exponent))
+
     return Traps(
-        spikes=_spikes(*jax.device_get(_of_kernel(kernel, level=level))),
-        shuffled=tuple(map(of_key, jax.random.split(key, draws))),
+        spikes=find(_of_kernel),
+        shuffled=tuple(find(_of_shuffled, one) for one in jax.random.split(key, draws)),
         largest=_largest(np.asarray(kernel, np.float64)),
         reach=float(kernel.size) ** 0.25,
     )

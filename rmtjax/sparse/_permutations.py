@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PyTree
 
+from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.planning import leaves_by_path, map_kernels
 from rmtjax.sparse._masks import check_pattern, Pattern
 
@@ -91,7 +92,7 @@ def permute_inputs(
       The order, and the sum of the scores that stay, before and after.
 
     Raises:
-      ValueError: An argument is not as described.
+      ValueError, TypeError: An argument is not as described.
 
     Examples:
       >>> import numpy as np, rmtjax
@@ -101,6 +102,8 @@ def permute_inputs(
       (19.0, 30.0)
     """
     check_pattern(pattern)
+    if np.iscomplexobj(matrix):
+        raise TypeError("`matrix` must be real, got complex numbers: give their magnitudes.")
     (n, m), scores = pattern, np.abs(np.asarray(matrix, np.float64))
     if scores.ndim != 2 or scores.size == 0 or len(scores) % m:
         raise ValueError(
@@ -165,4 +168,11 @@ def permute(params: PyTree, order: Int[ArrayLike, " n"], axes: Mapping[str, int]
                 f"`axes` must name leaves with an axis of length {order.size}, got axis {axis} of "
                 f"{path!r}, {f'of shape {shape}' if shape else 'which is not in the tree'}."
             )
-    return map_kernels(lambda path, leaf: jnp.take(leaf, order, axes[path]), params, axes)
+
+    def take(path, leaf):
+        if isinstance(leaf, np.ndarray):  # its byte order and its precision may not be JAX's
+            return np.take(leaf, order, axes[path])
+        reordered = lambda leaf: jnp.take(leaf, order, axes[path])
+        return by_compiler(reordered, leaf, out=typed_sharding(leaf))
+
+    return map_kernels(take, params, axes)

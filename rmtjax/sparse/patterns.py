@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from rmtjax._axes import KernelAxes, matrix_shape, MatrixView
+from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, Where
 from rmtjax.planning import find_kernels
 from rmtjax.sparse._masks import (
@@ -36,7 +37,7 @@ from rmtjax.sparse._masks import (
     pick_masks,
 )
 from rmtjax.sparse._permutations import Permutation, permute, permute_inputs
-from rmtjax.spectra import einsum, lift
+from rmtjax.spectra import einsum, lift, to_unit
 
 __all__ = ["Permutation", "nm_mask", "permute", "permute_inputs"]
 
@@ -76,10 +77,14 @@ def largest_of_groups(
     Of equal keys the first go. The count may be traced.
     """
     stack, rows, columns = matrix_shape(keys.shape, axes)
-    groups = keys.transpose(axes.order).reshape(stack, rows // size, size, columns)
-    # The place of each key in the order of its group.
-    places = jnp.argsort(jnp.argsort(groups, axis=2, stable=True), axis=2, stable=True)
-    return _from_stack(places >= size - count, keys.shape, axes)
+
+    def find(keys, count):
+        groups = keys.transpose(axes.order).reshape(stack, rows // size, size, columns)
+        # The place of each key in the order of its group.
+        places = jnp.argsort(jnp.argsort(groups, axis=2, stable=True), axis=2, stable=True)
+        return _from_stack(places >= size - count, keys.shape, axes)
+
+    return by_compiler(find, keys, count, out=typed_sharding(keys))
 
 
 def _costs_of_patterns(removed_of, patterns: np.ndarray, shape: tuple[int, ...]):
@@ -98,7 +103,7 @@ def _costs_of_patterns(removed_of, patterns: np.ndarray, shape: tuple[int, ...])
 def _by_covariance(pattern: Pattern, matrix, moments, prior, strength):
     """Returns the mask of lowest cost of a matrix, over all patterns of each group."""
     n, m = pattern
-    groups = lift(matrix).reshape(-1, m, matrix.shape[-1])
+    groups = to_unit(lift(matrix))[0].reshape(-1, m, matrix.shape[-1])
     blocks = moments.reshape(len(groups), m, len(groups), m)
     blocks = jnp.einsum("gigj->gij", blocks)
     known = prior.reshape(groups.shape)
@@ -121,7 +126,8 @@ def _by_covariance(pattern: Pattern, matrix, moments, prior, strength):
 def _by_power(pattern: Pattern, matrix, power, prior, strength):
     """Returns the mask of lowest cost of a matrix if inputs are not correlated: the largest."""
     n, m = pattern
-    score = lift(matrix) ** 2 * power[:, None]
+    # Squares of very large and very small entries leave the range of float32.
+    score = to_unit(lift(matrix))[0] ** 2 * power[:, None]
     unit = score.reshape(-1, m, matrix.shape[-1]).mean(axis=(1, 2))
     unit = strength * jnp.repeat(unit, m)[:, None]
     # Each entry adds its cost if it goes, and less the unit if the earlier mask has it.

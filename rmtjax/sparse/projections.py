@@ -19,12 +19,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from rmtjax._axes import MatrixView
+from rmtjax import spectra
+from rmtjax._axes import MatrixView, native
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import check_plan, find_kernels, map_kernels, obstacle, Plan
-from rmtjax.spectra import check_matrix, compose, decompose, each, from_singular_values, lift
+from rmtjax.spectra import as_matrix, compose, decompose, each, from_singular_values, lift
 
 __all__ = [
     "Quantized",
@@ -38,8 +39,7 @@ __all__ = [
 Projection = Callable[[Array], Array]
 Bits = int | tuple[int, ...]
 
-# Scales to start from, over the one with which the largest entry is on the grid. The alternation
-# only goes downhill. From the first start alone it leaves most entries at zero on coarse grids.
+# Scales to start from, over that of the largest entry, which alone leaves coarse grids near zero.
 STARTS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18)
 
 
@@ -81,9 +81,7 @@ def _reduced(ndim: int, scale_axis: Any) -> tuple[int, ...]:
     if scale_axis is None:
         return tuple(range(ndim))
     if not isinstance(scale_axis, int) or not -ndim <= scale_axis < ndim:
-        raise ValueError(
-            f"`scale_axis` must be None or an axis of the {ndim} axes, got {scale_axis!r}."
-        )
+        raise ValueError(f"`scale_axis` must be None or one of {ndim} axes, got {scale_axis!r}.")
     return tuple(axis for axis in range(ndim) if axis != scale_axis % ndim)
 
 
@@ -94,8 +92,7 @@ def quantize_bits(
 
     It minimises $\|W - \alpha\, q\|_F^2$ over the scale $\alpha$ and codes $q$ of the grid, in
     turns: $q$ is the nearest code to $W / \alpha$, and $\alpha = \langle W, q\rangle / \langle q,
-    q\rangle$. Each turn lowers the error. The best of six starts is kept, as the problem has local
-    minima; the best scale of all is not guaranteed.
+    q\rangle$. Each turn lowers the error. The best of six starts is kept, a local minimum.
 
     Args:
       kernel: Array of any floating dtype and shape.
@@ -106,10 +103,10 @@ def quantize_bits(
       steps: Turns from each start, at least 1.
 
     Returns:
-      Codes as int8, and scales in float32 at least. A kernel of zeros has the scale 0.
+      Codes as int8, and scales in float32 at least: 0 for zeros, NaN for what is not finite.
 
     Raises:
-      ValueError: An argument is not as described.
+      ValueError, TypeError: An argument is not as described.
 
     Examples:
       >>> import jax.numpy as jnp, rmtjax
@@ -118,17 +115,23 @@ def quantize_bits(
       >>> codes.tolist(), scale.tolist()
       ([[1, 0], [-1, 1]], [[1.0, 2.0]])
     """
-    kernel, levels = lift(jnp.asarray(kernel)), _levels(bits)
+    kernel, levels = jnp.asarray(native(kernel)), _levels(bits)
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise TypeError(f"`kernel` must be floating, got dtype {kernel.dtype}: cast it first.")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"`steps` must be an integer of at least 1, got {steps!r}.")
-    return _quantize(kernel, tuple(levels.tolist()), _reduced(kernel.ndim, scale_axis), steps)
+    fixed = tuple(levels.tolist()), _reduced(kernel.ndim, scale_axis), steps
+    out = Quantized._make([typed_sharding(kernel), None])
+    return by_compiler(lambda kernel: _quantize(lift(kernel), *fixed), kernel, out=out)
 
 
 # Compiled also for users who call it outside `jit`: some sixty passes over the entries.
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize(kernel, levels: tuple[int, ...], axes: tuple[int, ...], steps: int) -> Quantized:
     total = partial(jnp.sum, axis=axes, keepdims=True)
-    magnitudes, grid = jnp.abs(kernel), np.asarray(levels)
+    # Over powers of two, exactly: products of very large and very small entries leave float32.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(kernel), axis=axes, keepdims=True))
+    magnitudes, grid = jnp.abs(spectra.times_power(kernel, -exponent)), np.asarray(levels)
     middles = jnp.asarray((grid[1:] + grid[:-1]) / 2, kernel.dtype)
 
     def assign(scale):
@@ -151,7 +154,10 @@ def _quantize(kernel, levels: tuple[int, ...], axes: tuple[int, ...], steps: int
     largest = jnp.max(magnitudes, axis=axes, keepdims=True) / grid[-1]
     shares = jnp.asarray(STARTS, kernel.dtype)
     (scale, _), _ = lax.scan(start, (largest, jnp.zeros_like(largest)), shares)
+    # A grid must not hide entries that are not finite. The largest of some may not be NaN.
+    finite = jnp.isfinite(kernel).all(axis=axes, keepdims=True)
     codes = jnp.where(kernel < 0, -1, 1) * assign(scale)
+    scale = jnp.where(finite, spectra.times_power(scale, exponent), jnp.nan)
     return Quantized(codes.astype(jnp.int8), scale)
 
 
@@ -174,7 +180,7 @@ def project_bits(
       >>> rmtjax.projections.project_bits(kernel, 2, scale_axis=1).tolist()
       [[1.0, 0.0], [-1.0, 2.0]]
     """
-    kernel = jnp.asarray(kernel)
+    kernel = jnp.asarray(native(kernel))
     codes, scale = quantize_bits(kernel, bits, scale_axis, steps=steps)
     return (codes.astype(scale.dtype) * scale).astype(kernel.dtype)
 
@@ -205,15 +211,18 @@ def project_rank(
       >>> int(jnp.linalg.matrix_rank(rmtjax.projections.project_rank(matrix)))
       1
     """
-    matrix = jnp.asarray(matrix)
-    check_matrix("project_rank", matrix)
+    matrix = as_matrix("project_rank", matrix)
     check_rule(rule)
-    u, s, vt = (array[0] for array in decompose(matrix[None]))
-    spectrum = from_singular_values(s, matrix)
-    fit = rule.fit(spectrum)
-    rank = rule(spectrum, fit)
-    found = rule.accepts(spectrum, fit) & (rank > 0) & (rank < len(s))
-    return jnp.where(found, compose(u, s, vt, rank), lift(matrix)).astype(matrix.dtype)
+
+    def find(matrix):
+        unit, exponent = spectra.to_unit(lift(matrix))
+        u, s, vt = (array[0] for array in decompose(unit[None]))
+        spectrum = from_singular_values(s, unit)
+        rank = rule(spectrum, fit := rule.fit(spectrum))
+        found = rule.accepts(spectrum, fit) & (rank > 0) & (rank < len(s))
+        return spectra.times_power(jnp.where(found, compose(u, s, vt, rank), unit), exponent)
+
+    return by_compiler(find, matrix, out=typed_sharding(matrix)).astype(matrix.dtype)
 
 
 def from_plan(plan: Plan) -> dict[str, Projection]:
@@ -305,7 +314,7 @@ def project(
     """
     found = find_projected(params, projection, where, axes)
     projected = {
-        path: project_kernel(view, function).astype(view.dtype)
+        path: project_kernel(view, function).astype(jax.dtypes.canonicalize_dtype(view.dtype))
         for path, (view, function) in found.items()
     }
     return map_kernels(lambda path, _: projected[path], params, projected)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from rmtjax._axes import matrix_shape, MatrixView
 from rmtjax._modes import in_usual_modes
-from rmtjax._types import Spectrum, Where
+from rmtjax._types import BulkFit, in_range, Spectrum, Where
 from rmtjax.noise import check_rule, ranks
 from rmtjax.planning import (
     check_chosen,
@@ -92,7 +92,9 @@ def entry_threshold(
         raise ValueError(f"`delta` must be in (0, 1), got {delta}: the probability of noise above.")
     if not shape or min(shape) < 1:
         raise ValueError(f"`shape` must be that of a matrix with entries, got {shape}.")
-    return jnp.sqrt(2 * math.log(2 * math.prod(shape) / delta) * jnp.asarray(variance))
+    # Of a very large kernel, the root is in the range of float32, and the variance is not.
+    root = jnp.sqrt(variance) if isinstance(variance, jax.Array) else np.sqrt(variance)
+    return math.sqrt(2 * math.log(2 * math.prod(shape) / delta)) * jnp.asarray(root)
 
 
 def _above(path: str, kernel, row: LayerPlan, delta: float, rule) -> Bool[Array, "..."]:
@@ -102,11 +104,13 @@ def _above(path: str, kernel, row: LayerPlan, delta: float, rule) -> Bool[Array,
             f"`plan` must have the spectrum of {path!r}, got one without, as from a file. Make it "
             "from this tree with `rmtjax.plan`."
         )
-    eigenvalues, ratio = map(jnp.asarray, row.spectrum)
-    fits = jax.tree.map(jnp.ravel, row.fit)
-    accepts = lambda eigenvalues, fit: rule.accepts(Spectrum(eigenvalues, ratio), fit)
-    accepted = jax.vmap(accepts)(eigenvalues.reshape(-1, eigenvalues.shape[-1]), fits)
-    threshold = entry_threshold(fits.variance, matrix_shape(row.shape, row.axes)[1:], delta)
+    eigenvalues, ratio = map(np.asarray, row.spectrum)
+    fits = [BulkFit(*one) for one in zip(*map(np.ravel, row.fit or ()), strict=True)]
+    stack = [Spectrum(one, ratio) for one in eigenvalues.reshape(-1, eigenvalues.shape[-1])]
+    pairs = [in_range(*pair)[:2] for pair in zip(stack, fits, strict=True)]
+    accepted = jax.vmap(rule.accepts)(*jax.tree.map(lambda *leaves: np.stack(leaves), *pairs))
+    variances, sides = np.ravel(row.fit.variance), matrix_shape(row.shape, row.axes)[1:]
+    threshold = entry_threshold(variances, sides, delta)
     threshold = _spread(jnp.where(accepted, threshold, jnp.nan), row)
     # Not `>`: entries under a threshold of NaN, and entries that are NaN, are kept.
     return ~(jnp.abs(lift(kernel)) <= threshold)

@@ -32,6 +32,7 @@ from rmtjax.spectra._select import (
     without_last as without_last,
 )
 from rmtjax.spectra._spectrum import (
+    as_matrix as as_matrix,
     blocks_of as blocks_of,
     check_matrix as check_matrix,
     each as each,

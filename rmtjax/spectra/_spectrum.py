@@ -63,8 +63,8 @@ def as_matrix(name: str, matrix: Any) -> Array:
     """Returns an argument as a matrix; raises an error for anything else."""
     if isinstance(matrix, jax.ShapeDtypeStruct):
         raise TypeError(
-            f"`{name}` needs a matrix with values, got {matrix}. For shapes alone, call "
-            f"`jax.eval_shape(rmtjax.{name}, ...)`."
+            f"`{name}` needs a matrix with values, got {matrix}. For shapes alone, call it by "
+            "`jax.eval_shape`."
         )
     matrix = jnp.asarray(native(matrix))
     check_matrix(name, matrix)
@@ -148,7 +148,9 @@ def spectrum(matrix: Float[ArrayLike, "m n"]) -> Spectrum:
         under `jit` and `vmap`.
 
     Returns:
-      `Spectrum(eigenvalues, ratio)`; NaN for a matrix that is not finite.
+      `Spectrum(eigenvalues, ratio)`; NaN for a matrix that is not finite. In float32, squares of
+      entries above 1e18 are infinite, and below 1e-19 they are 0. Divide such a matrix by its
+      largest entry first, as `rmtjax.plan` does.
 
     Raises:
       ValueError, TypeError: `matrix` does not have two axes, entries, or a real floating dtype.
@@ -250,7 +252,11 @@ def pooled_spectrum(matrix: Float[ArrayLike, "m n"], *, ratio: float = 1.0) -> S
     matrix = as_matrix("pooled_spectrum", matrix)
     if not 0 < ratio <= 1:
         raise ValueError(f"`ratio` must be in (0, 1], a short side over a long one, got {ratio}.")
-    rows, columns = matrix.shape
-    blocks = jnp.stack([matrix[block] for block in blocks_of(rows, columns, ratio)])
-    eigenvalues, ratios = by_compiler(partial(each, _spectrum), blocks)
+    return by_compiler(partial(_pooled, places=blocks_of(*matrix.shape, ratio)), matrix)
+
+
+def _pooled(matrix: Float[Array, "m n"], places: list[tuple[slice, slice]]) -> Spectrum:
+    """Returns the spectra of blocks as one."""
+    blocks = jnp.stack([matrix[place] for place in places])
+    eigenvalues, ratios = each(_spectrum, blocks)
     return Spectrum(jnp.sort(eigenvalues.ravel())[::-1], ratios[0])

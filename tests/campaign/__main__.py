@@ -6,9 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-# Two devices, over which some kernels are divided.
+# Four devices, over which some kernels are divided.
 os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=2 {os.environ.get('XLA_FLAGS', '')}"
+    f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
 )
 
 # The folder of the tests, as under pytest.
@@ -16,11 +16,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from campaign import files, names, training, trees, writers
 from campaign.tally import Tally
+from campaign.verbs import matrices, modules
 
 # How many trials of a part make a round: a round takes about a second.
 PARTS = {
     "trees": (trees.run, 1),
     "large": (trees.run_large, 0.1),
+    "verbs": (trees.run_verbs, 1),
+    "matrices": (matrices.run, 1),
+    "modules": (modules.run, 1),
     "training": (training.run, 0.5),
     "files": (files.run, 500),
     "writers": (writers.run, 2.5),

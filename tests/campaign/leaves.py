@@ -2,7 +2,7 @@
 
 import collections
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import flax.core
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 SIZES = (0, 1, 2, 3, 50, 60, 90)
 DTYPES = {
@@ -43,7 +43,44 @@ NAMES = (
     *("kernel", "kernel", "kernel", "embedding", "weight", "w", "bias", "scale", "lora_A.weight"),
     *("a/b", "a.b", "=1+1", "<b>", "\x1b[31m", "", "é", "\u202e", "0", "gate_up_proj", "x" * 200),
 )
+# How a kernel is divided over a mesh of 2 x 2 devices: the names of the mesh's axes for the first
+# axis of the kernel, and for its last one. JAX divides no axis unevenly.
+SPLITS = {
+    "no": 12,
+    "replicated": 1,
+    "first": 2,
+    "last": 2,
+    "both": 2,
+    "first by four": 1,
+    "last by four": 1,
+    "second": 1,
+}
 Pair = collections.namedtuple("Pair", ["kernel", "bias"])
+
+
+@cache
+def mesh_of(explicit):
+    """A mesh of 2 x 2 devices, where there are so many: see `__main__.py`."""
+    side = 2 if jax.device_count() >= 4 else 1
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    devices = jax.devices()[: side**2]
+    return jax.make_mesh((side, side), ("a", "b"), axis_types=(kind, kind), devices=devices)
+
+
+def spec_of(split, ndim):
+    """The names of the mesh's axes for each axis of an array."""
+    spec = [None] * ndim
+    if split == "second":  # as columns of a matrix, or rows of a stack
+        spec[min(1, ndim - 1)] = "a"
+    if split.startswith("last"):
+        spec[-1] = ("a", "b") if "four" in split else "b"
+    if split in ("first", "both"):
+        spec[0] = "a"
+    if split == "both" and ndim > 1:
+        spec[-1] = "b"
+    if split == "first by four":
+        spec[0] = ("a", "b")
+    return spec
 
 
 def weighted(choices):
@@ -59,18 +96,22 @@ class Leaf:
     fill: str
     seed: int
     device: bool
-    divided: bool = False
+    split: str = "no"
 
-    def array(self):
+    def array(self, explicit=None):
+        """The array; divided over a mesh with explicit axes or without, which its seed decides."""
         array = self.numbers()
-        if not isinstance(array, jax.Array) or not self.divided or not array.ndim:
+        if not isinstance(array, jax.Array) or self.split == "no" or not array.ndim:
             return array
-        # In halves over two devices, where there are two: see `__main__.py`.
-        count = min(jax.device_count(), 2)
-        if array.shape[0] % count or not array.size:
+        spec = spec_of(self.split, array.ndim)
+        sharding = NamedSharding(
+            mesh_of(self.seed % 2 == 1 if explicit is None else explicit), PartitionSpec(*spec)
+        )
+        try:
+            sharding.shard_shape(array.shape)
+        except ValueError:  # an axis that the devices do not divide
             return array
-        mesh = jax.make_mesh((count,), ("half",), devices=jax.devices()[:count])
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec("half")))
+        return jax.device_put(array, sharding)
 
     def numbers(self):
         rng = np.random.default_rng(self.seed)
@@ -108,7 +149,7 @@ LEAVES = st.builds(
     weighted(FILLS),
     st.integers(0, 10**6),
     st.booleans(),
-    st.booleans(),
+    weighted(SPLITS),
 )
 
 
@@ -120,5 +161,25 @@ def nodes(children):
 
 
 TREES = nodes(st.recursive(LEAVES, nodes, max_leaves=5))
+# Kernels of few shapes: verbs with large programs compile once for many trees.
+FEW = st.builds(
+    Leaf,
+    weighted(
+        {(60, 90): 6, (90, 60): 3, (60, 60): 2, (4, 52): 1, (52, 3): 1, (1, 60): 1}
+        | dict.fromkeys([(0, 50), (3, 60, 52), (60,), (), (2, 2, 4, 52), (50, 2, 3)], 1)
+    ),
+    weighted(DTYPES),
+    weighted(FILLS),
+    st.integers(0, 99),
+    st.booleans(),
+    weighted(SPLITS),
+)
+FEW_TREES = nodes(st.recursive(FEW, nodes, max_leaves=4))
 is_leaf = lambda node: isinstance(node, Leaf)
-make = partial(jax.tree.map, lambda leaf: leaf.array(), is_leaf=is_leaf)
+
+
+def make(spec):
+    """The tree of arrays; those that are divided have one mesh, which their seeds decide."""
+    leaves = jax.tree.leaves(spec, is_leaf=is_leaf)
+    explicit = sum(leaf.seed for leaf in leaves) % 2 == 1
+    return jax.tree.map(lambda leaf: leaf.array(explicit), spec, is_leaf=is_leaf)

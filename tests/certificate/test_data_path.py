@@ -24,6 +24,26 @@ def changed_by(how):
     return rmtjax.truncate_matrix(KERNEL, 9)
 
 
+@pytest.mark.parametrize("place", [(0, 0), (30, 0), (59, 89)])
+def test_a_bound_does_not_pass_over_nan(place):
+    # As the largest of many numbers does, by XLA on CPU.
+    kernel, inputs = draw(60, 90).at[place].set(jnp.nan), draw(7, 60)
+    found = data_path(kernel, kernel / 2, inputs)
+    assert jnp.isnan(found.shift).all()
+    assert jnp.isnan(found.loss)
+    trees = [{"a": {"kernel": one}} for one in (kernel, kernel / 2)]
+    for labels in (None, jnp.arange(7)):
+        options = {"layers": ["a"], "labels": labels}
+        assert jnp.isnan(rmtjax.certificate.certify(*trees, inputs, **options).loss)
+
+
+def test_magnitudes_are_counted_where_squares_overflow():
+    kernel = KERNEL * 1e25
+    found = data_path(kernel, kernel / 2, INPUTS, l1=0.1)
+    wanted = 0.05 * np.abs(np.asarray(kernel, np.float64)).sum()
+    np.testing.assert_allclose(found.penalty, wanted, rtol=1e-4)
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("how", ["mask", "truncation"])
 def test_the_bounds_are_their_formulas_rounded_up(wrap, how):

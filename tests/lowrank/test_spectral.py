@@ -37,6 +37,19 @@ def product(kernel):
     return np.einsum("bmr,br,brn->bmn", left, stack, right).reshape(kernel.shape)
 
 
+@pytest.mark.parametrize("fill", ["zeros", "constant", "dead rows", "twice"])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_vectors_of_values_near_zero_are_orthonormal_too(shape, fill):
+    kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    half = shape[0] // 2
+    if fill in ("zeros", "constant"):
+        kernel[:] = fill == "constant"
+    kernel[:half] = kernel[half:] if fill == "twice" else kernel[:half] * (fill != "dead rows")
+    held = to_spectral({"kernel": jnp.asarray(kernel)})
+    assert float(rmtjax.lowrank.orthogonality(held)) < 1e-9
+    np.testing.assert_allclose(held["kernel"].multiply(), kernel, rtol=0, atol=1e-5)
+
+
 CASES = {
     "matrix": ((20, 16), None, {}),
     "wide": ((16, 20), None, {}),

@@ -11,7 +11,8 @@ import rmtjax
 from rmtjax import Factors, KernelAxes, ranks
 from rmtjax.moments import Moments, sums_of_rows
 
-RULE = {"rule": Count(8), "min_size": 1, "multiple": 1}
+SMALL = {"min_size": 1, "multiple": 1}
+RULE = {"rule": Count(8), **SMALL}
 
 
 def inputs(count, size, seed=0):
@@ -78,6 +79,14 @@ def test_the_plan_says_what_each_rank_loses(size, shrinkage):
         np.testing.assert_allclose(row.loss.squares[rank], lost, rtol=1e-3)
     np.testing.assert_allclose(row.loss.outputs[0], np.sum((x @ w) ** 2) / count, rtol=1e-4)
     assert row.loss.outputs[-1] <= 1e-6 * row.loss.outputs[0]
+
+
+def test_a_kernel_of_zeros_loses_nothing():
+    params = {"kernel": np.zeros((12, 8), np.float32)}
+    plan = rmtjax.plan(params, rule=ranks.fixed(2), moments=moments_of(inputs(30, 12)), **SMALL)
+    (row,) = rmtjax.Report(plan).rows
+    assert row.removed in (0, None)
+    assert row.removed_outputs in (0, None)
 
 
 def test_white_inputs_cut_by_the_weights():

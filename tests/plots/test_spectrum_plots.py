@@ -26,6 +26,17 @@ def truncated():
     return rmtjax.spectrum(rmtjax.truncate_matrix(matrix, 60)), fit
 
 
+@pytest.mark.parametrize("draw", [plots.esd, plots.quantiles], ids=["esd", "quantiles"])
+def test_a_row_of_a_very_large_kernel_is_drawn_on_its_scale(draw):
+    kernel, lines = np.random.default_rng(0).normal(size=(60, 90)).astype(np.float32), []
+    for scale in (1.0, 2.0**80):
+        row = rmtjax.plan({"kernel": kernel * np.float32(scale)})["kernel"]
+        shown = draw(row.spectrum, row.fit, ax=Figure().subplots())
+        law = next(one for one in shown.get_lines() if one.get_color() == "black")
+        lines.append(np.asarray(law.get_xdata(), np.float64) / scale)
+    np.testing.assert_allclose(*lines, rtol=1e-4)
+
+
 def test_the_law_has_the_area_of_the_noise(ax):
     spectrum = rmtjax.spectrum(jax.random.normal(jax.random.key(0), (200, 300)).at[:, 0].add(4.0))
     fit = rmtjax.fit_bema(spectrum)
@@ -92,6 +103,12 @@ def test_zeros_of_a_truncated_spectrum_are_counted_and_not_drawn(truncated, ax):
     plots.quantiles(*truncated, ax=ax)
     assert labels(ax)[-1] == "140 zeros not drawn"
     assert line(ax, "noise").shape == (2, 60 - int(truncated[1].num_spikes))
+
+
+def test_a_spectrum_of_zeros_is_drawn_with_logarithmic_axes(ax):
+    spectrum = rmtjax.spectrum(np.zeros((60, 90), np.float32))
+    plots.esd(spectrum, rmtjax.fit_bema(spectrum), ax=ax, log=True)
+    assert "60 zeros not drawn" in [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def test_singular_values_are_cut_at_a_rank(ax):

@@ -78,6 +78,15 @@ def test_the_mean_is_in_float32_and_comes_back_in_the_dtype():
     assert averaged(state, params)["w"].dtype == jnp.bfloat16
 
 
+def test_an_infinity_that_stays_is_its_own_mean():
+    params = {"mask": jnp.array([0.0, -jnp.inf])}
+    transform = average_params(1)
+    state, zero = transform.init(params), {"mask": jnp.zeros(2)}
+    for loss in (1.0, 2.0, 3.0):
+        _, state = transform.update(zero, state, params, value=loss)
+    assert averaged(state, params)["mask"].tolist() == [0.0, -np.inf]
+
+
 def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="`patience` must be an integer of at least 1, got 0"):
         average_params(0)

@@ -32,6 +32,21 @@ def report(params):
     return rmtjax.analyze(params)
 
 
+@pytest.mark.parametrize("power", [-90, 80])
+def test_metrics_are_those_at_any_scale(params, report, power):
+    plain = report.metrics["a/kernel"]
+    scaled = rmtjax.analyze({"a": {"kernel": params["a"]["kernel"] * 2.0**power}})
+    found, row = scaled.metrics["a/kernel"], scaled.plan["a/kernel"]
+    moved = {"spectral_norm": power, "frobenius_norm": power, "alpha_start": 2 * power}
+    for name, value in plain.items():
+        wanted = value * 2.0 ** moved.get(name, 0)
+        if name in ("alpha_weighted", "log_alpha_norm"):
+            wanted = value + 2 * power * np.log10(2) * plain["alpha"]
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-4, err_msg=name)
+    alone = rmtjax.metrics_of(row.spectrum, row.fit)
+    np.testing.assert_allclose(alone.frobenius_norm, found["frobenius_norm"])
+
+
 def test_metrics_are_those_of_the_matrix(params, report):
     expected = rmtjax.metrics_of(rmtjax.spectrum(params["a"]["kernel"]))
     found = report.metrics["a/kernel"]

@@ -25,6 +25,17 @@ def planted():
     }
 
 
+@pytest.mark.parametrize("power", [-90, 90])
+def test_spikes_do_not_depend_on_the_scale(power):
+    kernel = planted()["row"]
+    traps, scaled = (
+        rmtjax.find_traps(kernel * 2.0**exponent, KEY, draws=1) for exponent in (0, power)
+    )
+    moved = [spike._replace(eigenvalue=spike.eigenvalue * 4.0**power) for spike in traps.spikes]
+    assert list(scaled.spikes) == moved
+    assert [entry[:2] for entry in scaled.largest] == [entry[:2] for entry in traps.largest]
+
+
 @pytest.mark.parametrize("kind", planted())
 def test_sources_are_told_apart(kind):
     traps = rmtjax.find_traps(planted()[kind], KEY, draws=3)
@@ -66,7 +77,7 @@ def test_a_mean_is_no_trap_and_keys_are_seeds():
     assert rmtjax.find_traps(loud, KEY, draws=3).shuffled != other.shuffled
 
 
-@pytest.mark.parametrize("value", [0.0, np.nan])
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_what_has_no_noise_has_no_spikes(value):
     traps = rmtjax.find_traps(jnp.full(SHAPE, value), KEY, draws=3)
     assert traps.spikes == ()

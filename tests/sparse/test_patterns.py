@@ -19,6 +19,25 @@ def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_a_pattern_does_not_depend_on_the_scale(scale):
+    kernel = draw(16, 6).astype(np.float32)
+    wanted = patterns.nm_mask({"kernel": kernel}, (2, 4))["kernel"]
+    scaled = {"kernel": kernel * np.float32(scale)}
+    for inputs in (None, {"kernel": np.eye(16, dtype=np.float32)}):
+        np.testing.assert_array_equal(
+            patterns.nm_mask(scaled, (2, 4), inputs=inputs)["kernel"], wanted
+        )
+
+
+@pytest.mark.parametrize("dtype", [">f4", "f8", "i4"])
+def test_a_reordered_leaf_of_numpy_keeps_its_dtype(dtype):
+    kernel, order = (10 * draw(8, 3)).astype(dtype), np.arange(8)[::-1]
+    moved = patterns.permute({"kernel": kernel}, order, {"kernel": 0})["kernel"]
+    assert moved.dtype == kernel.dtype
+    np.testing.assert_array_equal(moved, kernel[::-1])
+
+
 def best_of_all(matrix, pattern, moments, prior=None, strength=0.0):
     """The mask of lowest cost: each group and output alone, over all patterns, in float64."""
     n, m = pattern

@@ -25,6 +25,38 @@ def draw(*shape, seed=0, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+@pytest.mark.parametrize(
+    "project",
+    [
+        lambda matrix: projections.project_bits(matrix, 3, 1),
+        lambda matrix: projections.project_rank(matrix, rmtjax.ranks.fixed(2)),
+    ],
+    ids=["bits", "rank"],
+)
+def test_a_projection_does_not_depend_on_the_scale(project, scale):
+    matrix = draw(12, 8)
+    found = np.asarray(project(matrix * np.float32(scale)), np.float64) / scale
+    np.testing.assert_allclose(found, project(matrix), atol=1e-5)
+
+
+def test_what_is_not_real_is_refused():
+    for numbers in (np.ones((4, 4), int), np.ones((4, 4), complex)):
+        with pytest.raises(TypeError, match="floating"):
+            quantize(numbers, 2)
+    with pytest.raises(TypeError, match="real"):
+        inspect.unwrap(rmtjax.patterns.permute_inputs)(np.ones((4, 4), complex), (2, 4))
+
+
+def test_a_grid_does_not_hide_what_is_not_finite():
+    # The largest of many entries, by XLA on CPU, may pass over NaN.
+    for place in ((0, 0), (30, 0), (59, 89)):
+        kernel = draw(60, 90).at[place].set(jnp.nan)
+        assert jnp.isnan(projections.project_bits(kernel, 3)).all()
+        rows = jnp.isnan(projections.project_bits(kernel, 3, 0)).all(axis=1)
+        assert rows.tolist() == [row == place[0] for row in range(60)]
+
+
 def best_error(values, levels):
     """The least squared error of one scale: all scales at which a code changes are tried."""
     values, levels = np.abs(np.asarray(values, np.float64).ravel()), np.asarray(levels)
@@ -101,7 +133,7 @@ def test_a_convolution_has_a_scale_for_each_output():
         ({"bits": 9}, "`bits` must be"),
         ({"bits": (2, 1)}, r"`bits` must be .* got \(2, 1\)"),
         ({"bits": (0.5, 1.0)}, "`bits` must be"),
-        ({"bits": 2, "scale_axis": 2}, "`scale_axis` must be None or an axis of the 2 axes, got 2"),
+        ({"bits": 2, "scale_axis": 2}, "`scale_axis` must be None or one of 2 axes, got 2"),
         ({"bits": 2, "steps": 0}, "`steps` must be an integer of at least 1, got 0"),
     ],
     ids=str,

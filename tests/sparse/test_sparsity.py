@@ -21,6 +21,14 @@ def noise(shape, scale=1.0, seed=0):
     return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_a_threshold_does_not_depend_on_the_scale(scale):
+    kernel = np.asarray(noise((60, 90)).at[:4, :5].add(20.0))
+    for params in ({"kernel": kernel}, {"kernel": kernel * np.float32(scale)}):
+        mask = threshold_mask(params, rmtjax.plan(params))["kernel"]
+        assert int(mask.sum()) == 20
+
+
 def lawless():
     """Singular values that fall off geometrically: no Marchenko-Pastur law fits them."""
     rng = np.random.default_rng(9)
