@@ -257,7 +257,7 @@ def table(config: Config, runs: dict) -> Table:
 
 
 def differences(config: Config, runs: dict) -> Table:
-    """What the projections change over all pairs of runs: means with their standard errors."""
+    """Changes by the projections over all pairs of runs: means with their standard errors."""
     names = "10 steps", "100 steps", "end", "test"
     rows = Table("optimizer", "moments", "runs", *names, box=None, pad_edge=False)
     for optimizer in config.optimizers:

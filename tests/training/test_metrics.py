@@ -49,7 +49,7 @@ def assert_same(found, expected):
 
 def test_numbers_are_those_of_a_fit_of_the_kernel():
     found = rmtjax.metrics(after_a_step(PRUNE))
-    assert len(found) == 18
+    assert len(found) == 20
     for path, count in (("a/kernel", 2), ("b/kernel", 5)):
         assert found[f"rank/{path}"] == found[f"signal/{path}"] == count
         fit = rmtjax.fit_bema(rmtjax.spectrum(PARAMS[path[0]]["kernel"]))
@@ -137,6 +137,7 @@ def test_each_matrix_of_a_stack_has_its_own_fit():
     values = np.linalg.svd(np.asarray(stack["layers"]["kernel"]), compute_uv=False) ** 2
     lost = values[:, 5:].sum() / values.sum()
     np.testing.assert_allclose(found.pop("removed/layers/kernel"), lost, rtol=1e-4)
+    np.testing.assert_allclose(found.pop("taken/layers/kernel"), lost, rtol=1e-4)
     alone = rmtjax.metrics(after_a_step(PRUNE))
     for index, path in enumerate(("a/kernel", "b/kernel")):
         for kind in ("threshold", "distance"):
