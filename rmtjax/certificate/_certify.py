@@ -157,7 +157,9 @@ def _certify(
 ) -> Certificate:
     """Returns the certificate of layers that have been checked."""
     # In one dtype: a difference of two dtypes is rounded more than the bounds allow for.
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((values, pairs)))
+    # Not by promotion, which floats of 8 bits do not have.
+    dtypes = {a.dtype for a in jax.tree.leaves((values, pairs))}
+    dtype = jnp.result_type(jnp.float32, *(one for one in dtypes if one == jnp.float64))
     values, pairs = jax.tree.map(lambda a: a.astype(dtype), (values, pairs))
     zero = jnp.zeros(len(values), dtype)
     hidden = _Hidden(values, zero, zero, exact=True)

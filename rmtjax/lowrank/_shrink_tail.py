@@ -106,11 +106,14 @@ def _shrink_stack(matrices: Float[Array, "b m n"], state: _Kernel, strength, **h
     exponent = jnp.where(known, state.exponent, fresh)
     matrices = times_power(matrices, -exponent[:, None, None])
     strength = times_power(jnp.asarray(strength, matrices.dtype), -exponent)[:, None]
-    u, s, _ = decompose(matrices)
+    directions = decompose(matrices)
+    s = directions[1]
     rank, ready, fit = _find_cut(s, matrices, state.fit, **how)
     ready &= rank < s.shape[-1]
     rank = jnp.where(ready, rank, s.shape[-1])
-    lower = times_power(shrink_beyond(matrices, u, s, rank, strength), exponent[:, None, None])
+    lower = times_power(
+        shrink_beyond(matrices, directions, rank, strength), exponent[:, None, None]
+    )
     # Relative to the largest value no square overflows or underflows, and their sum is at least 1.
     largest = jnp.maximum(s[:, :1], jnp.finfo(s.dtype).tiny)
     before, after = (s / largest) ** 2, (jnp.maximum(s - strength, 0) / largest) ** 2

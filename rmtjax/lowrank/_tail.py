@@ -85,10 +85,14 @@ def tail_sum(
     return _tail_sum(lift(kernel_view("tail_sum", kernel, axes).matrices()), jnp.asarray(rank))
 
 
-def shrink_beyond(matrices, u, s, rank, strength) -> Float[Array, "b m n"]:
+def shrink_beyond(matrices, directions, rank, strength) -> Float[Array, "b m n"]:
     """Returns matrices whose values beyond a rank are smaller by `strength`, and at least 0."""
-    # W - U_t diag(1 - s' / s) U_t^T W needs the vectors of one side only. Those of the other side
-    # are inexact where a Gram matrix does not distinguish values.
+    # W - U_t diag(1 - s' / s) U_t^T W needs the vectors of one side only: the shorter. Those of the
+    # other side are inexact where a Gram matrix does not distinguish values.
+    u, s, vt = directions
+    if matrices.shape[1] > matrices.shape[2]:
+        turned = shrink_beyond(matrices.mT, (vt.mT, s, u.mT), rank, strength)
+        return turned.mT
     kept = jnp.maximum(s - strength, 0) / jnp.where(s > 0, s, 1)
     lost = jnp.where(beyond(s, rank) & (s > 0), 1 - kept, 0)
     return matrices - matmul(u * lost[:, None], matmul(u.mT, matrices))
@@ -136,9 +140,10 @@ def prox_tail(
     def find(kernel, rank, strength):
         view = MatrixView("", kernel, axes)
         matrices = lift(view.matrices())
-        u, s, _ = decompose(matrices)
-        u = jnp.where(jnp.isfinite(s[:, :1, None]), u, jnp.nan)
-        return view.from_matrices(shrink_beyond(matrices, u, s, rank, strength))
+        directions = decompose(matrices)
+        found = shrink_beyond(matrices, directions, rank, strength)
+        finite = jnp.isfinite(directions[1][:, :1, None])
+        return view.from_matrices(jnp.where(finite, found, jnp.nan))
 
     found = by_compiler(find, kernel, rank, strength, out=typed_sharding(kernel))
     return found.astype(kernel.dtype)

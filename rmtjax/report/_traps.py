@@ -230,7 +230,8 @@ def find_traps(
 
     def find(function: Callable, *arguments: Array) -> tuple[Spike, ...]:
         found = by_compiler(partial(function, level=level), unit, *arguments)
-        return _spikes(*jax.device_get(found), int(exponent))
+        directions, threshold = jax.device_get(found)
+        return _spikes(directions, threshold, int(exponent))
 
     return Traps(
         spikes=find(_of_kernel),

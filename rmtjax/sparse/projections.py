@@ -130,7 +130,7 @@ def quantize_bits(
 def _quantize(kernel, levels: tuple[int, ...], axes: tuple[int, ...], steps: int) -> Quantized:
     total = partial(jnp.sum, axis=axes, keepdims=True)
     # Over powers of two, exactly: products of very large and very small entries leave float32.
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(kernel), axis=axes, keepdims=True))
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(kernel), axes, keepdims=True, initial=0))
     magnitudes, grid = jnp.abs(spectra.times_power(kernel, -exponent)), np.asarray(levels)
     middles = jnp.asarray((grid[1:] + grid[:-1]) / 2, kernel.dtype)
 
@@ -151,7 +151,7 @@ def _quantize(kernel, levels: tuple[int, ...], axes: tuple[int, ...], steps: int
         better = gain > best[1]
         return jax.tree.map(partial(jnp.where, better), (scale, gain), best), None
 
-    largest = jnp.max(magnitudes, axis=axes, keepdims=True) / grid[-1]
+    largest = jnp.max(magnitudes, axes, keepdims=True, initial=0) / grid[-1]
     shares = jnp.asarray(STARTS, kernel.dtype)
     (scale, _), _ = lax.scan(start, (largest, jnp.zeros_like(largest)), shares)
     # A grid must not hide entries that are not finite. The largest of some may not be NaN.

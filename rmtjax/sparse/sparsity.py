@@ -16,6 +16,7 @@ References:
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,13 +100,14 @@ def entry_threshold(
 
 def _above(path: str, kernel, row: LayerPlan, delta: float, rule) -> Bool[Array, "..."]:
     """Returns a mask of the entries above the threshold; of all if the rule refuses the fit."""
-    if row.axes is None or row.spectrum is None:
+    if row.axes is None or row.spectrum is None or row.fit is None:
         raise ValueError(
             f"`plan` must have the spectrum of {path!r}, got one without, as from a file. Make it "
             "from this tree with `rmtjax.plan`."
         )
-    eigenvalues, ratio = map(np.asarray, row.spectrum)
-    fits = [BulkFit(*one) for one in zip(*map(np.ravel, row.fit or ()), strict=True)]
+    eigenvalues: Any = np.asarray(row.spectrum.eigenvalues)
+    ratio: Any = np.asarray(row.spectrum.ratio)
+    fits = [BulkFit(*one) for one in zip(*map(np.ravel, row.fit), strict=True)]
     stack = [Spectrum(one, ratio) for one in eigenvalues.reshape(-1, eigenvalues.shape[-1])]
     pairs = [in_range(*pair)[:2] for pair in zip(stack, fits, strict=True)]
     accepted = jax.vmap(rule.accepts)(*jax.tree.map(lambda *leaves: np.stack(leaves), *pairs))

@@ -100,7 +100,9 @@ def shrink_values(
     first, second = (jnp.asarray(side, s.dtype) for side in sides)
     longer = jnp.maximum(first, second)
     # The variance may be in float64, since squares can leave the range of float32.
-    deviation = np.sqrt(variance) if isinstance(variance, np.ndarray) else jnp.sqrt(variance)
+    deviation = (
+        np.sqrt(variance) if isinstance(variance, np.ndarray | np.floating) else jnp.sqrt(variance)
+    )
     scale = (jnp.sqrt(longer) * jnp.asarray(deviation, s.dtype))[..., None]
     return scale * shrink(s / scale, (jnp.minimum(first, second) / longer)[..., None])
 

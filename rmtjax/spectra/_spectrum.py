@@ -252,7 +252,8 @@ def pooled_spectrum(matrix: Float[ArrayLike, "m n"], *, ratio: float = 1.0) -> S
     matrix = as_matrix("pooled_spectrum", matrix)
     if not 0 < ratio <= 1:
         raise ValueError(f"`ratio` must be in (0, 1], a short side over a long one, got {ratio}.")
-    return by_compiler(partial(_pooled, places=blocks_of(*matrix.shape, ratio)), matrix)
+    rows, columns = matrix.shape
+    return by_compiler(partial(_pooled, places=blocks_of(rows, columns, ratio)), matrix)
 
 
 def _pooled(matrix: Float[Array, "m n"], places: list[tuple[slice, slice]]) -> Spectrum:

@@ -37,6 +37,13 @@ def test_a_bound_does_not_pass_over_nan(place):
         assert jnp.isnan(rmtjax.certificate.certify(*trees, inputs, **options).loss)
 
 
+def test_kernels_of_eight_bits_are_certified():
+    trees = [{"a": {"kernel": (KERNEL * scale).astype("float8_e4m3fn")}} for scale in (1, 0.5)]
+    old, new = (np.asarray(tree["a"]["kernel"], np.float64) for tree in trees)
+    found = rmtjax.certificate.certify(*trees, INPUTS, layers=["a"])
+    assert (np.abs(np.asarray(INPUTS, np.float64) @ (old - new)) <= found.change).all()
+
+
 def test_magnitudes_are_counted_where_squares_overflow():
     kernel = KERNEL * 1e25
     found = data_path(kernel, kernel / 2, INPUTS, l1=0.1)

@@ -174,3 +174,15 @@ def test_a_wrong_strength_is_named(strength):
         ValueError, match=f"^`strength` must be at least 0 and finite, got {strength}"
     ):
         prox_tail(draw(9, 6), 2, strength)
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
+def test_the_step_is_right_for_a_matrix_that_lacks_rank(shape):
+    # Rows and columns that are there twice: a Gram matrix does not tell the values near zero.
+    kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    half = kernel if shape[0] == 90 else kernel.T
+    half[:45] = half[45:]
+    u, s, vt = np.linalg.svd(kernel.astype(np.float64), full_matrices=False)
+    wanted = (u * np.where(np.arange(60) < 2, s, np.maximum(s - 0.5, 0))) @ vt
+    found = np.asarray(prox_tail(jnp.asarray(kernel), 2, 0.5), np.float64)
+    assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(kernel)

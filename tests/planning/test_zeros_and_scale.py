@@ -168,3 +168,14 @@ def test_powers_of_two_and_zeros_change_nothing_else(power, rows, columns):
         row.fit.variance, float(row_of(WIDE).fit.variance) * 4.0**power, rtol=1e-4
     )
     assert row.fit.num_spikes == 1
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_a_kernel_is_shrunk_at_any_scale(scale):
+    kernel = np.random.default_rng(0).normal(size=(60, 90)).astype(np.float32) + 1
+    cut = []
+    for factor in (1.0, scale):
+        params = {"kernel": kernel * np.float32(factor)}
+        plan = rmtjax.plan(params, shrink=rmtjax.shrinkage.frobenius, multiple=1)
+        cut.append(np.asarray(rmtjax.truncate(params, plan)["kernel"], np.float64) / factor)
+    np.testing.assert_allclose(cut[1], cut[0], atol=1e-4)

@@ -40,6 +40,11 @@ def test_a_projection_does_not_depend_on_the_scale(project, scale):
     np.testing.assert_allclose(found, project(matrix), atol=1e-5)
 
 
+def test_a_kernel_without_entries_has_codes_without_entries():
+    for axis in (None, 0, 1):
+        assert projections.project_bits(np.zeros((0, 3), np.float32), 3, axis).shape == (0, 3)
+
+
 def test_what_is_not_real_is_refused():
     for numbers in (np.ones((4, 4), int), np.ones((4, 4), complex)):
         with pytest.raises(TypeError, match="floating"):

@@ -23,7 +23,7 @@ def check_norm(leaf, exact):
 def half_of(leaf, exact):
     """A kernel with fewer entries, of the same type, and its values."""
     changed = np.asarray(leaf).copy()
-    changed[np.abs(exact) < np.median(np.abs(exact))] = 0
+    changed[np.abs(exact) < (np.median(np.abs(exact)) if exact.size else 0)] = 0
     return changed, changed.astype(exact.dtype)
 
 
@@ -52,10 +52,10 @@ def check_path(leaf, exact):
 
 def check_chain(leaf, exact):
     """Two layers, the first of them cut: no logit moves further than the bound."""
-    rank = max(1, min(exact.shape) // 2)
-    finite = np.isfinite(exact).all()
-    changed = lowered(exact, rank).astype(np.float32) if finite else np.asarray(leaf)
-    last, inputs = LAST[: exact.shape[1]], INPUTS[:, : exact.shape[0]]
+    rank, finite = max(1, min(exact.shape) // 2), np.isfinite(exact).all()
+    able = finite and exact.ndim == 2 and exact.size
+    changed = lowered(exact, rank).astype(np.float32) if able else np.asarray(leaf)
+    last, inputs = LAST[: exact.shape[-1]], INPUTS[:, : exact.shape[0]]
     trees = [{"a": {"kernel": kernel}, "b": {"kernel": last}} for kernel in (leaf, changed)]
     labels = np.arange(7) % 5
     found = rmtjax.certificate.certify(*trees, inputs, layers=["a", "b"], labels=labels)

@@ -108,7 +108,7 @@ def check_tails(leaf, exact):
 
 def check_train(leaf, exact):
     modes_of = rmtjax.lowrank.balanced_modes
-    rows, columns = (modes_of(side, 2) for side in exact.shape)
+    rows, columns = (modes_of(max(side, 1), 2) for side in (*exact.shape, 1)[:2])
     for modes in (rmtjax.lowrank.operator_modes, rmtjax.lowrank.state_modes):
         fit = rmtjax.lowrank.tensor_train(leaf, modes(rows, columns), tolerance=0.3)
         size = rmtjax.lowrank.train_size(modes(rows, columns), max(fit.train.bonds))

@@ -212,7 +212,7 @@ def check_grid(grid, rounded, exact, bits, eps):
     levels = {1: [1], 3: [0, 1, 2, 3], (0, 1, 2, 4): [0, 1, 2, 4]}[bits]
     assert np.isin(np.abs(codes), levels).all()
     product = codes * scale
-    peak = np.abs(exact).max()
+    peak = np.abs(exact).max(initial=0)
     np.testing.assert_allclose(
         np.asarray(rounded, np.float64), product, rtol=1e-5 + eps, atol=1e-5 * peak
     )
