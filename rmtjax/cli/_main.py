@@ -78,8 +78,8 @@ def _progress(quiet: bool) -> Iterator[Progress]:
 
 def _show(report: Report, args: argparse.Namespace, table: bool) -> None:
     """Writes the reports, and prints the table."""
-    page = lambda: report.to_page(f"rmtjax {args.command} {printable(args.file)}")
     columns = parse_columns(args.columns)
+    page = lambda: report.to_page(f"rmtjax {args.command} {printable(args.file)}", *columns)
     data = {"json": lambda: report.to_json(*columns) + "\n", "csv": lambda: report.to_csv(*columns)}
     make = {**data, "html": page}
     for form, path in args.reports:

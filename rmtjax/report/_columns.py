@@ -33,6 +33,11 @@ GROUPS = {
 }
 _KINDS = {int | None: "Int64", float | None: "float64"}
 _COUNTS = {"numerical_rank", "alpha_tail", "hill_tail"}
+# Least and usual widths on a page where a number does not have that of its name.
+_WIDTHS = {"path": ("9em", "3fr"), "action": ("7em",), "reason": ("10em", "4fr")}
+_WIDTHS |= {"shape": ("6.5em",), "spikes": ("5.5em",), "rank": ("4.5em",)}
+_WIDTHS |= dict.fromkeys(("milliseconds", "removed_outputs"), ("9em",))
+_WIDTHS |= {"parameters": ("8em",), "multiply_adds": ("9.5em",)}
 
 
 def expand_columns(columns: Sequence[str]) -> tuple[str, ...]:
@@ -50,6 +55,13 @@ def expand_columns(columns: Sequence[str]) -> tuple[str, ...]:
             f"{unknown[0]!r}."
         )
     return tuple(dict.fromkeys(names))
+
+
+def width_of(name: str) -> tuple[str, str]:
+    """Returns the least and the usual width of a column on a page, as CSS has them."""
+    longest = max(map(len, name.split("_")))
+    widths = _WIDTHS.get(name, (f"{max(6.8, 0.55 * longest + 3):.4g}em",))
+    return widths[0], widths[-1]
 
 
 def dtypes(columns: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -20,15 +20,18 @@ from rmtjax._text import printable
 from rmtjax._types import BulkFit
 from rmtjax.laws import law_curve, roots, rounding
 from rmtjax.planning import Cost, LayerPlan, NO_OTHERS, Others, Plan
-from rmtjax.report._row import Row, to_cell
+from rmtjax.report._columns import GROUPS, width_of
+from rmtjax.report._row import Row, to_cell, to_text
 from rmtjax.report._words import summarize
 
 BINS, POINTS, MOST_SPIKES = 80, 60, 500
 _VERDICTS = {"factorize": "factorized", "truncate": "truncated", "keep": "kept"}
-# The style sheet counts the columns in this order on narrow screens.
 _TEXTS = ("path", "action", "reason", "shape")
 _COSTS = ("parameters", "multiply_adds", "milliseconds")
 _NUMBERS = ("spikes", "rank", "distance", "removed", *_COSTS, "removed_outputs")
+USUAL = _TEXTS + _NUMBERS
+_UNKNOWN = ("milliseconds", "removed_outputs")  # unless they were measured
+_LONG = ("reason", *_COSTS, "removed_outputs")  # of a line each on narrow screens
 _HEADS = {
     "path": "kernel",
     "action": "verdict",
@@ -36,6 +39,7 @@ _HEADS = {
     "removed_outputs": "removed of outputs",
 }
 _ARROW = " \u2192\u00a0"  # a line may break before it, not after
+Metrics = Mapping[str, Mapping[str, Any]]
 
 
 class _Drawn(NamedTuple):
@@ -146,20 +150,75 @@ def to_script(data: Any) -> str:
     return re.sub("[<>&]", lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
-def _line(row: Row, columns: Sequence[str]) -> str:
+def _head(name: str) -> str:
+    """Returns the head of a column; a long name may break where it has an underscore."""
+    # The script sorts a column of numbers by the field in its key, and others by their text.
+    key = "" if name in _TEXTS else f' data-key="{name}"'
+    text = _HEADS.get(name, name.replace("_", "_<wbr>"))
+    return f'<th scope="col"{key}>{text}</th>'
+
+
+def _line(row: Row, columns: Sequence[str], metrics: Metrics) -> str:
     """Returns a row of the table."""
     verdict = _VERDICTS[row.action]
-    texts = {name: to_cell(row, name, _ARROW) for name in columns}
+    known = lambda name: metrics.get(row.path, {}).get(name)
+    texts = {
+        name: to_cell(row, name, _ARROW) if name in Row._fields else to_text(known(name))
+        for name in columns
+    }
     texts["path"] = texts["path"] or "(no name)"
     texts["reason"] = texts["reason"].removeprefix(f"{verdict}: ")
     path, _, *rest = (html.escape(text) for text in texts.values())
     path = re.sub("[/.]", r"\g<0><wbr>", path)  # where a long name may break
     badge = f'<td><b class="{row.action}">{verdict}</b></td>'
-    # On a narrow screen, where there is no head, the style sheet writes the name before a number.
-    label = lambda name: "" if name == "reason" else f' data-name="{_HEADS.get(name, name)}"'
-    named = zip(columns[2:], rest, strict=True)
-    cells = badge + "".join(f"<td{label(name)}>{cell}</td>" for name, cell in named)
+    cells = badge + "".join(map(_cell, columns[2:], rest))
     return f'<tr><th scope="row">{path}</th>{cells}</tr>'
+
+
+def _cell(name: str, text: str) -> str:
+    """Returns a cell after that of the verdict."""
+    # On a narrow screen, where there is no head, the style sheet writes the name before a number.
+    label = "" if name == "reason" else f' data-name="{_HEADS.get(name, name)}"'
+    kind = ' class="long"' if name in _LONG else ""
+    return f"<td{kind}{label}>{text}</td>"
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    """Returns columns without those whose number stands behind an arrow, as a cost after a plan."""
+    return [name for name in names if not name.endswith("_after")]
+
+
+def _choices(columns: Sequence[str], asked: Sequence[str]) -> dict[str, list[str]]:
+    """Returns what a reader can choose among: names of groups, and the columns of each."""
+    usual = [name for name in columns if name in USUAL]
+    if not asked:
+        return {"default": list(columns)}
+    present = {*columns, *_UNKNOWN}
+    wanted = {"as asked": asked, "default": usual}
+    wanted |= {name: group for name, group in GROUPS.items() if present.issuperset(_shown(group))}
+    choices: dict[str, list[str]] = {}
+    for title, names in wanted.items():
+        chosen = [name for name in columns if name in (*_TEXTS[:2], *names)]
+        if chosen not in choices.values():
+            choices[title] = chosen
+    return choices
+
+
+def _layout(columns: Sequence[str], choices: Mapping[str, Sequence[str]]) -> str:
+    """Returns the style of each choice: the widths of its columns; the others are not shown."""
+    rules = []
+    for title, chosen in choices.items():
+        table = f'table[data-columns="{title}"]'
+        widths = [width_of(name) for name in chosen]
+        grid = " ".join(
+            least if least == usual else f"minmax({least},{usual})" for least, usual in widths
+        )
+        least = sum(float(least.removesuffix("em")) for least, _ in widths)
+        rules.append(f"{table} {{ --grid: {grid}; --least: {least:.4g}em; }}")
+        hidden = [i for i, name in enumerate(columns, 1) if name not in chosen]
+        cells = ", ".join(f"{table} tr > :nth-child({i})" for i in hidden)
+        rules += [f"{cells} {{ display: none; }}"] if hidden else []
+    return "\n".join(rules)
 
 
 def _totals(actions: Counter[str], totals: Cost, others: Others) -> str:
@@ -188,6 +247,24 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
+def _columns(rows: Sequence[Row], totals: Cost, asked: Sequence[str]) -> tuple[str, ...]:
+    """Returns the columns of the page: those that it always has, and those that were asked for."""
+    unknown = {"milliseconds"} if totals.milliseconds is None else set()
+    if all(row.removed_outputs is None for row in rows):
+        unknown.add("removed_outputs")
+    usual = (name for name in USUAL if name not in unknown)
+    others = (name for name in _shown(asked) if name not in unknown)
+    return tuple(dict.fromkeys((*usual, *others)))
+
+
+def _number(row: Row, name: str, metrics: Metrics) -> float | int | None:
+    """Returns the number by which a column is sorted."""
+    if name in Row._fields:
+        return getattr(row, name)
+    value = metrics.get(row.path, {}).get(name)
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 @in_usual_modes
 def render(
     title: str,
@@ -197,19 +274,23 @@ def render(
     others: Others = NO_OTHERS,
     *,
     applied: bool = False,
+    asked: Sequence[str] = (),
+    metrics: Metrics | None = None,
 ) -> str:
-    """Returns the page of a report; `plan` has the spectra of the rows, in the same order."""
-    unknown = {"milliseconds"} if totals.milliseconds is None else set()
-    if all(row.removed_outputs is None for row in rows):
-        unknown.add("removed_outputs")
-    columns = _TEXTS + tuple(name for name in _NUMBERS if name not in unknown)
-    numbers = {name: [getattr(row, name) for row in rows] for name in _NUMBERS}
+    """Returns the page of a report; `plan` has the spectra of the rows, in the same order.
+
+    The page opens with the columns `asked`, whose numbers `metrics` has, or else a narrow table.
+    """
+    known: Metrics = metrics or {}
+    columns = _columns(rows, totals, asked)
+    choices = _choices(columns, asked)
+    numbers = {
+        name: [_number(row, name, known) for row in rows] for name in columns if name not in _TEXTS
+    }
     actions = Counter(sorted(row.action for row in rows))
     option = lambda action: f'<option value="{action}">{_VERDICTS[action]}</option>'
-    # The script sorts a column of numbers by the field in its key, and others by their text.
-    key = lambda name: "" if name in _TEXTS else f' data-key="{name}"'
-    head = lambda name: f'<th scope="col"{key(name)}>{_HEADS.get(name, name)}</th>'
-    style, script = _asset("css"), _asset("js")
+    choice = lambda name: f'<option value="{name}">{name}</option>'
+    style, script = f"{_asset('css')}{_layout(columns, choices)}\n", _asset("js")
     fields = {
         "title": html.escape(printable(title)),
         "style": style,
@@ -221,8 +302,11 @@ def render(
         ),
         "totals": _totals(actions, totals, others),
         "options": "".join(map(option, actions)),
-        "head": "".join(map(head, columns)),
-        "rows": "\n".join(_line(row, columns) for row in rows),
+        "one_choice": " hidden" if len(choices) == 1 else "",
+        "choices": "".join(map(choice, choices)),
+        "first": next(iter(choices)),
+        "head": "".join(map(_head, columns)),
+        "rows": "\n".join(_line(row, columns, known) for row in rows),
         "data": to_script({"numbers": numbers, "spectra": _spectra(plan)}),
     }
     # In one pass, because a kernel may have a name such as "{{rows}}".

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 from rmtjax._text import align, html_table, no_such_path, printable, SCREEN
-from rmtjax.noise import ranks
+from rmtjax.noise import ranks, SpectralMetrics
 from rmtjax.planning import (
     add_costs,
     Cost,
@@ -24,7 +24,7 @@ from rmtjax.planning import (
     PlanOptions,
 )
 from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics
-from rmtjax.report._page import render
+from rmtjax.report._page import render, USUAL
 from rmtjax.report._row import make_row, Row, to_cell, to_text
 from rmtjax.report._words import summarize
 
@@ -263,12 +263,20 @@ class Report:
         rows = [tuple(self._value(row, name) for name in columns) for row in self.rows]
         return pandas.DataFrame.from_records(rows, columns=columns).astype(dtypes(columns))
 
-    def to_page(self, title: str = "rmtjax") -> str:
+    def to_page(self, title: str = "rmtjax", *columns: str) -> str:
         """Returns an HTML page with totals, a table of kernels, and their spectra.
 
         The page needs no network. Mouse or keyboard sort and filter the table and open kernels.
         Without JavaScript the table is still there. Spectra are drawn from histograms: a page of
         3,000 kernels has a few megabytes.
+
+        With `columns` the page opens with them, and its list "Columns" has the groups among them
+        and the default. By default there are a few, and what `analyze` was asked for by
+        `randomized` or `aspect`.
         """
+        extras = {n for found in self.extras.values() for n, v in found.items() if v is not None}
+        asked = expand_columns(columns) or (tuple(sorted(extras)) and (*USUAL, *sorted(extras)))
+        spectral = set(asked) & set(SpectralMetrics._fields)
+        metrics = self.metrics if spectral else self.extras
         numbers = self.rows, self.totals, self.plan, self.others
-        return render(title, *numbers, applied=self.applied)
+        return render(title, *numbers, applied=self.applied, asked=asked, metrics=metrics)

@@ -2,9 +2,9 @@
 // Without this the page is a table; here it learns to be sorted, filtered and opened.
 // Texts of kernels are moved and set as text, never as markup.
 (() => {
-  const [dataNode, nameBox, verdictBox, found] = ["data", "name", "verdict", "found"].map((id) =>
-    document.getElementById(id),
-  );
+  const [dataNode, nameBox, verdictBox, columnsBox, found] = [
+    "data", "name", "verdict", "columns", "found",
+  ].map((id) => document.getElementById(id));
   const data = JSON.parse(dataNode.textContent);
   const body = document.querySelector("tbody");
   const heads = [...document.querySelectorAll("thead th")];
@@ -199,6 +199,12 @@
   });
   nameBox.addEventListener("input", arrange);
   verdictBox.addEventListener("change", arrange);
+  columnsBox.addEventListener("change", () => {
+    document.querySelector("table").dataset.columns = columnsBox.value;
+    // No order by a column that one does not see.
+    for (const head of heads) if (!head.offsetParent) head.removeAttribute("aria-sort");
+    arrange();
+  });
   document.querySelector(".controls").hidden = false;
   arrange();
 })();

@@ -90,8 +90,8 @@ class Page:
 def show(driver, tmp_path):
     """Writes a report and opens it. At the end of the test the console must be empty."""
 
-    def write_and_open(report, title="a title"):
-        (tmp_path / "page.html").write_text(report.to_page(title))
+    def write_and_open(report, title="a title", *columns):
+        (tmp_path / "page.html").write_text(report.to_page(title, *columns))
         return Page(driver, tmp_path / "page.html")
 
     yield write_and_open

@@ -47,6 +47,27 @@ def test_columns_are_sorted_up_and_down_and_back(show):
     assert page.column(9)[-1].startswith("48,000")
 
 
+def test_columns_are_chosen_by_group(show):
+    page = show(few(*THREE), "a title", "summary", "tails")
+    heads = lambda: [
+        head.text.split("\n")[0] for head in page.all("thead th") if head.is_displayed()
+    ]
+    columns = Select(page.one("#columns"))
+    titles = [option.text for option in columns.options]
+    assert titles == ["as asked", "default", "summary", "tails", "cost"]
+    assert heads()[:2] == ["kernel", "verdict"]
+    assert {"stable_rank", "alpha", "hill_error"} < set(heads())
+    columns.select_by_visible_text("summary")
+    summary = ["kernel", "verdict", "reason", "shape", "spikes", "distance", "stable_rank", "alpha"]
+    assert heads() == summary
+    (head,) = [head for head in page.all("thead th") if head.text.startswith("stable_rank")]
+    head.find_element("tag name", "button").click()
+    assert head.get_attribute("aria-sort") == "ascending"
+    columns.select_by_visible_text("default")
+    assert "stable_rank" not in heads()
+    assert page.all("[aria-sort]") == []  # no order by a column that is not shown
+
+
 def test_kernels_are_filtered_by_name_and_verdict(show):
     page = show(measured())
     page.search("DENSE")

@@ -102,6 +102,24 @@ def test_numbers_are_those_of_the_rows(report):
         assert column == [getattr(row, name) for row in report.rows]
 
 
+def test_columns_that_are_asked_for_are_in_the_page(report):
+    narrow, page = report.to_page(), report.to_page("rmtjax", "summary", "tails")
+    assert "stable_rank" not in data_of(narrow)["numbers"]
+    numbers = data_of(page)["numbers"]
+    for name in ("stable_rank", "alpha", "hill_error"):
+        expected = [report.metrics[row.path][name] for row in report.rows]
+        assert numbers[name] == pytest.approx(expected, rel=1e-5)
+    assert f"{report.metrics['Dense_3/kernel']['stable_rank']:.4g}" in page
+    with pytest.raises(ValueError, match="`columns` must be fields"):
+        report.to_page("rmtjax", "nothing")
+
+
+def test_what_analyze_was_asked_for_is_in_the_page():
+    report = rmtjax.analyze({"kernel": matrix(3)}, randomized=2)
+    numbers = data_of(report.to_page())["numbers"]
+    assert {"shuffled_spikes", "spikes"} < set(numbers)
+
+
 def test_a_page_without_kernels():
     page = rmtjax.analyze({}).to_page()
     assert data_of(page)["spectra"] == []
