@@ -53,7 +53,7 @@ def check_path(leaf, exact):
 def check_chain(leaf, exact):
     """Two layers, the first of them cut: no logit moves further than the bound."""
     rank, finite = max(1, min(exact.shape) // 2), np.isfinite(exact).all()
-    able = finite and exact.ndim == 2 and exact.size
+    able = finite and exact.ndim == 2 and exact.size and exact.dtype.kind == "f"
     changed = lowered(exact, rank).astype(np.float32) if able else np.asarray(leaf)
     last, inputs = LAST[: exact.shape[-1]], INPUTS[:, : exact.shape[0]]
     trees = [{"a": {"kernel": kernel}, "b": {"kernel": last}} for kernel in (leaf, changed)]
