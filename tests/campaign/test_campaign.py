@@ -18,16 +18,16 @@ SHORT = {
     "training": (training.run, 2),
 }
 LONG = {
-    "trees": (trees.run, 10),
+    "trees": (trees.run, 6),
     # Each verb of a matrix compiles for a second, and those of a tree for more: see the command.
     "verbs": (trees.run_verbs, 2),
     "matrices": (matrices.run, 1),
     "modules": (modules.run, 1),
     "large": (trees.run_large, 1),
-    "files": (files.run, 2500),
+    "files": (files.run, 1200),
     "writers": (writers.run, 20),
     "names": (names.run, 20),
-    "training": (training.run, 5),
+    "training": (training.run, 3),
 }
 
 
