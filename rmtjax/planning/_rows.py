@@ -179,7 +179,6 @@ class Hold(enum.IntEnum):
     LEARNING = 5
     LOSS = 6
     WAITING = 7
-    FADING = 8
 
     @property
     def words(self) -> str:
@@ -193,7 +192,6 @@ class Hold(enum.IntEnum):
             Hold.LEARNING: "the network still learnt fast; train longer",
             Hold.LOSS: "the loss would have risen; train longer, or raise `max_rise`",
             Hold.WAITING: "it was cut before and waits for its next turn",
-            Hold.FADING: "it has not faded yet; train longer, or `start` earlier",
         }[self]
 
 

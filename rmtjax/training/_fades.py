@@ -24,12 +24,15 @@ from rmtjax.planning import Hold
 from rmtjax.spectra import compose, decompose, lift, matmul
 from rmtjax.training._cuts import bisect, is_cut, land, Move, Moves, pick, Stacks
 from rmtjax.training._prune_state import landing_norm
-from rmtjax.training._pruning_step import ungroup, WEAK
+from rmtjax.training._pruning_step import ungroup
 
 _STEPS = 6  # of the bisection. One more pass asks for the loss before the update.
 _FORGETS = 0.9  # of the moments, at each look
 # Of the mean of the eigenvalues. One batch has no gradient in most directions of a wide kernel.
 _DAMPING = 0.1
+# Share of the squares beyond the rank below which the rest is removed at once: training has moved
+# what it needed. What a period adds is then removed at each step.
+_WEAK = 0.01
 
 
 class Curvature(NamedTuple):
@@ -114,13 +117,12 @@ def ends_of(stacks: Stacks, curvatures: list[Curvature], ranks: list[Array]) -> 
 def _chosen(arrays: Moves, end: Array, goes: Array, cost: Array, *, fade: Any, hold: Any) -> Move:
     """Returns the update of a kernel that fades, or its update as it was; and its state.
 
-    The floor lets a plan cut it once it has faded. The rank stays full: a tail may still be there.
+    The floor lets a plan cut it or not. The rank stays full: the tail may still be there.
     """
     kernel, (same, old), (faded, new) = arrays
     whole, new = land(arrays), new._replace(cost=cost.astype(new.cost.dtype))
     beyond = new.removed + new.refused
-    # What a period adds to a kernel that has faded is removed at each step.
-    left = jnp.where(beyond < WEAK, 0, fade)
+    left = jnp.where(beyond < _WEAK, 0, fade)
     start, stop = (part.astype(jnp.float32) for part in (whole, end))
     lower = (start + (1 - left) * (stop - start)).astype(whole.dtype)
     move = jnp.where(goes, (lower - kernel).astype(same.dtype), same)
@@ -131,7 +133,7 @@ def _chosen(arrays: Moves, end: Array, goes: Array, cost: Array, *, fade: Any, h
         refused=beyond - removed,
         floor=jnp.where(goes, new.floor, -1),
         norm=jnp.where(goes, landing_norm(kernel, move), 0),
-        reason=jnp.where(goes, new.reason, hold),
+        reason=jnp.where(goes, Hold.NONE, hold),
     )
     state = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, new)
     return jax.tree.map(partial(pick, is_cut(new)), (move, state), (faded, new))

@@ -163,8 +163,7 @@ def metrics(opt_state: PyTree) -> dict[str, Num[Array, ""]]:
     - `reason/PATH`: why the last pruning step left it alone. 1: its fit was refused. 2: nothing
       stood out of the noise. 3: its number of signal directions had not settled. 4: the cut would
       take more than `max_removed`. 5: the network still learns fast. 6: the loss would rise. 7: it
-      was cut before and waits for its next turn. 8: it has not faded yet. 0: none of these, or no
-      step has come.
+      was cut before and waits for its next turn. 0: none of these, or no step has come.
 
     Each matrix of a stack has a threshold and a distance; its index ends the name.
 

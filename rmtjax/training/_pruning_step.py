@@ -32,9 +32,6 @@ _EACH = Spectrum(eigenvalues=0, ratio=None)  # pyright: ignore[reportArgumentTyp
 # Rules that count what is above a threshold. The leading singular values are enough for them; a
 # subclass may ask for more.
 _COUNTING_RULES = (ranks.bema, ranks.gavish_donoho)
-# Share of the squares beyond the rank below which a kernel has faded: training has moved what it
-# needed.
-WEAK = 0.01
 
 
 def is_due(
@@ -186,13 +183,9 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
     changed = ready & (rank < size)
     share, beyond, floor, taken = (a.astype(state.removed.dtype) for a in shares)
     removed = jnp.where(changed, share, 0)
-    # A kernel that is held back must not be cut by a plan either: no level lies below -1.
-    floor = jnp.where(ready, floor, jnp.where(asked, -1, state.floor))
     if numbers.fade is not None:
         lower, rank = lower + numbers.fade * (matrices - lower), size
         removed = removed * (1 - jnp.square(jnp.asarray(numbers.fade, removed.dtype)))
-        fades = ready & (beyond - removed >= WEAK)
-        floor, reason = jnp.where(fades, -1, floor), jnp.where(fades, Hold.FADING, reason)
     new = state._replace(
         fit=fit,
         # A kernel that is left alone still has the rank of an earlier pruning.
@@ -200,7 +193,8 @@ def _prune_stack(matrices: Float[Array, "b m n"], state: KernelState, numbers, o
         signal=signal,
         removed=removed,
         refused=beyond - removed,
-        floor=floor,
+        # A kernel that is held back must not be cut by a plan either: no level lies below -1.
+        floor=jnp.where(ready, floor, jnp.where(asked, -1, state.floor)),
         cost=jnp.zeros_like(state.cost),
         previous=state.rank,
         reason=reason,
