@@ -189,9 +189,7 @@ def _add_common(command: argparse.ArgumentParser, multiple: int, file: str = "FI
     add("--exact-below", type=int, default=4096, help="short sides from it on are estimated (4096)")
     add("--multiple", type=int, default=multiple, help="ranks are rounded up to it (%(default)s)")
     add("--device", help="cpu, gpu or tpu; by default what JAX chooses")
-    columns = (
-        "of table, page, CSV and JSON: names or groups, with commas: summary,law,ranks,tails,cost"
-    )
+    columns = "of all forms: names or groups, with commas: summary,law,ranks,tails,cost"
     add("--columns", metavar="NAMES", help=columns)
     files = {"dest": "reports", "action": "append", "default": [], "metavar": "FILE"}
     for form in ("json", "csv", "html"):

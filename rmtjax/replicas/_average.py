@@ -141,6 +141,8 @@ def average_params(
             if not _is_floating(new):
                 return new
             wide = new.astype(old.dtype)
+            if new.size == 0:  # on a mesh with explicit axes JAX fills no such array
+                return wide
             # An infinity, as of a mask, less itself would be NaN.
             moved = jnp.where(wide == old, 0, wide - old)
             return jnp.where(age > 0, old + moved / jnp.maximum(age, 1), wide)

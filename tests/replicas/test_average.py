@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.virtual_devices import EXPLICIT, run_on_devices
 from hypothesis import given, settings, strategies as st
 
 from rmtjax import average_params, averaged
@@ -98,3 +99,21 @@ def test_wrong_use_is_named():
         averaged((state, state), params)
     with pytest.raises(ValueError, match="`params` must be the tree that is averaged, with 1"):
         averaged(state, {"w": jnp.ones(3)})
+
+
+@EXPLICIT
+@pytest.mark.slow
+def test_an_empty_array_on_a_mesh_with_explicit_axes_is_its_own_mean():
+    code = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import rmtjax
+mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+empty = jax.device_put(jnp.zeros((0, 50)), NamedSharding(mesh, P(None, "a")))
+params, transform = {"w": empty}, rmtjax.average_params(1)
+state = transform.init(params)
+for loss in (1.0, 2.0, 3.0):
+    _, state = transform.update(params, state, params, value=loss)
+print(rmtjax.averaged(state, params)["w"].shape)
+"""
+    assert run_on_devices(4, code) == "(0, 50)"
