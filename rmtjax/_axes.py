@@ -215,11 +215,11 @@ def split_stacks(joined: PyTree, sizes: Sequence[int]) -> list[Any]:
 
 
 def native(leaf: Any) -> Any:
-    """Returns a NumPy array of numbers in the byte order and the precisions of JAX."""
-    if not _is_numpy(leaf) or leaf.dtype.kind not in "fiuc":
+    """Returns a NumPy array or number in the byte order and the precisions of JAX."""
+    if not isinstance(leaf, np.ndarray | np.generic) or leaf.dtype.kind not in "fiuc":
         return leaf
-    wide = leaf.dtype.kind == "f" and leaf.dtype.itemsize > 8
-    return leaf.astype(np.float64 if wide else leaf.dtype.newbyteorder("="), copy=False)
+    known = {"g": "f8", "G": "c16"}.get(leaf.dtype.char, leaf.dtype.newbyteorder("="))
+    return leaf.astype(known, copy=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,11 @@ TREES = {
 }
 
 
+def test_a_long_double_is_one_that_jax_has():
+    for leaf in (np.longdouble(2), np.full(3, 2, np.longdouble)):
+        assert replicate({"x": leaf}, 2)["x"].tolist() == [np.float64(leaf).tolist()] * 2
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "compiled"])
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("k", [2, 5])
