@@ -118,8 +118,8 @@ def check_replicas(tree, rule):
     copies, moved = rmtjax.replicate(tree, 2), jax.tree.map(half, on_device(tree))
     for one, old in zip(jax.tree.leaves(copies), jax.tree.leaves(on_device(tree)), strict=True):
         assert one.shape == (2, *old.shape)
-        # JAX takes no part of an empty array on a mesh with explicit axes.
-        assert np.asarray(one)[1].tobytes() == np.asarray(old).tobytes()
+        if old.size:  # JAX takes no part of an empty array on a mesh with explicit axes
+            assert np.asarray(one[1]).tobytes() == np.asarray(old).tobytes()
     replicas = rmtjax.replicate(moved, 3)
     merged = rmtjax.merge_replicas(tree, replicas)
     wanted, found = leaves_of(moved), leaves_of(merged.params)
