@@ -22,7 +22,7 @@ LONG = {
     # Each verb of a matrix compiles for a second, and those of a tree for more: see the command.
     "verbs": (trees.run_verbs, 2),
     "matrices": (matrices.run, 1),
-    "modules": (modules.run, 1),
+    "modules": (modules.run, 4),
     "large": (trees.run_large, 1),
     "files": (files.run, 1200),
     "writers": (writers.run, 20),

@@ -85,7 +85,8 @@ def check_change(report, old, new):
         if row.spectrum is None:
             continue
         wide = np.float64 if np.dtype(new[path].dtype) == np.float64 else np.float32
-        change = new[path].astype(wide) - old[path].astype(wide)
+        with np.errstate(invalid="ignore"):  # infinities that stay are no change, see below
+            change = new[path].astype(wide) - old[path].astype(wide)
         matrices = matrices_of(np.where(new[path] == old[path], 0, change), row.axes)
         if not np.isfinite(matrices).all():
             continue
