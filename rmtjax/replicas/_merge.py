@@ -44,6 +44,8 @@ class Merged(NamedTuple):
 
 def _average(leaf: Any, replicas: Any) -> Any:
     """Returns the mean of a leaf that is not a kernel; the first replica of what has no mean."""
+    if replicas.size == 0:  # on a mesh with explicit axes JAX takes no part of such an array
+        return jnp.asarray(leaf, replicas.dtype)
     dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         return replicas[0]

@@ -103,7 +103,7 @@ def test_wrong_use_is_named():
 
 @EXPLICIT
 @pytest.mark.slow
-def test_an_empty_array_on_a_mesh_with_explicit_axes_is_its_own_mean():
+def test_an_empty_array_on_a_mesh_with_explicit_axes_is_averaged_and_merged():
     code = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -114,6 +114,8 @@ params, transform = {"w": empty}, rmtjax.average_params(1)
 state = transform.init(params)
 for loss in (1.0, 2.0, 3.0):
     _, state = transform.update(params, state, params, value=loss)
-print(rmtjax.averaged(state, params)["w"].shape)
+empty = {"count": empty.astype(jnp.int32)}
+merged = rmtjax.merge_replicas(empty, rmtjax.replicate(empty, 2)).params
+print(rmtjax.averaged(state, params)["w"].shape, merged["count"].shape)
 """
-    assert run_on_devices(4, code) == "(0, 50)"
+    assert run_on_devices(4, code) == "(0, 50) (0, 50)"
