@@ -104,9 +104,10 @@ class Leaf:
         if not isinstance(array, jax.Array) or self.split == "no" or not array.ndim:
             return array
         spec = spec_of(self.split, array.ndim)
-        sharding = NamedSharding(
-            mesh_of(self.seed % 2 == 1 if explicit is None else explicit), PartitionSpec(*spec)
-        )
+        explicit = self.seed % 2 == 1 if explicit is None else explicit
+        # JAX itself neither compiles a function of an empty array on explicit axes nor takes a part.
+        mesh = mesh_of(explicit and array.size > 0)
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
         try:
             sharding.shard_shape(array.shape)
         except ValueError:  # an axis that the devices do not divide
