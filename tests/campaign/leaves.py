@@ -105,7 +105,7 @@ class Leaf:
             return array
         spec = spec_of(self.split, array.ndim)
         explicit = self.seed % 2 == 1 if explicit is None else explicit
-        # JAX itself neither compiles a function of an empty array on explicit axes nor takes a part.
+        # JAX neither compiles a function of an empty array on explicit axes nor takes a part.
         mesh = mesh_of(explicit and array.size > 0)
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         try:
