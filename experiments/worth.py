@@ -199,11 +199,17 @@ def numbers_of(records: Records) -> tuple[np.ndarray, np.ndarray]:
 
 def taus(predictors: np.ndarray, targets: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Returns Kendall's tau-b of each predictor with each target over weighted pairs."""
-    order = lambda numbers: np.nan_to_num(np.sign(numbers[:, None] - numbers[None]))
+    some = pairs.ravel() > 0
+    weights = pairs.ravel()[some]
+
+    def order(numbers):
+        signs = np.nan_to_num(np.sign(numbers[:, None] - numbers[None]))
+        return signs.reshape(-1, numbers.shape[1])[some]
+
     x, y = order(predictors), order(targets)
-    both = np.einsum("ijp,ijt,ij->pt", x, y, pairs)
-    ties = lambda signs: np.einsum("ijp,ij->p", np.abs(signs), pairs)
-    return both / np.maximum(np.sqrt(np.outer(ties(x), ties(y))), 1e-30)
+    apart = lambda signs: weights @ np.abs(signs)
+    both = (x * weights[:, None]).T @ y
+    return both / np.maximum(np.sqrt(np.outer(apart(x), apart(y))), 1e-30)
 
 
 def masks(records: Records) -> list[np.ndarray]:

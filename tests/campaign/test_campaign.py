@@ -10,7 +10,7 @@ from campaign.tally import Tally
 from campaign.verbs import matrices, modules
 
 SHORT = {
-    "trees": (trees.run, 3),
+    "trees": (trees.run, 2),
     "verbs": (trees.run_verbs, 1),
     # The memory is measured by the longer one: its process of its own takes seconds to start.
     "safetensors": (partial(files.run_safetensors, memory=False), 200),
