@@ -29,8 +29,8 @@ class ExtraMetrics(NamedTuple):
     Attributes:
       shuffled_spikes: Mean number of eigenvalues above the threshold in a random order of the
         entries less their mean. The variance is known, so the threshold is that of the law.
-      shuffled_rate: Share of the orders with such a spike. For independent entries it is the
-        `level` of the rule, or 0.01 if the rule has none.
+      shuffled_rate: Share of the orders with such a spike. For normal entries it is the `level`
+        of the rule, or 0.01 if the rule has none, or a little less.
       shuffled_top: Mean of the largest eigenvalue over the threshold.
       pooled_alpha: As `alpha`, of the pooled spectrum of the blocks.
       pooled_alpha_error: Its standard error. Blocks of one kernel are taken as independent.

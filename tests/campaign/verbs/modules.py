@@ -1,14 +1,16 @@
 """Dense layers of linen and nnx with strange kernels: outputs against NumPy in float64."""
 
+from functools import partial
+
 import flax.linen as nn
-import hypothesis
 import jax
 import numpy as np
 from flax import nnx
 
 import rmtjax
 from campaign.oracle import eps_of, lowered
-from campaign.verbs.matrices import is_matrix, MATRICES
+from campaign.verbs import matrices
+from campaign.verbs.matrices import is_matrix
 
 INPUTS = np.random.default_rng(0).normal(size=(200, 100)).astype(np.float32)
 RULE = rmtjax.ranks.fixed(2)
@@ -91,19 +93,4 @@ def run_module(tally, spec):
             check(leaf, exact)
 
 
-def run(tally, rounds, seed):
-    """Tries so many kernels."""
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=rounds,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(MATRICES)
-    def trial(spec):
-        run_module(tally, spec)
-
-    trial()
+run = partial(matrices.run, run_one=run_module)
