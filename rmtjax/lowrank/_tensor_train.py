@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from rmtjax._axes import FactoredKernel, Factors, KernelAxes, MatrixView
@@ -168,7 +169,7 @@ def _check(rule, tolerance, min_size) -> None:
 
 
 def tensor_train(
-    kernel: Float[Array, "..."] | Factors | FactoredKernel,
+    kernel: Float[ArrayLike, "..."] | Factors | FactoredKernel,
     modes: Sequence[tuple[int, int]],
     *,
     rule: ranks.RankRule | None = None,
