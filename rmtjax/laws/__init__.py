@@ -18,5 +18,6 @@ from rmtjax.laws._finite_size import (
     noise_threshold as noise_threshold,
     roots as roots,
     rounding as rounding,
+    shuffled_threshold as shuffled_threshold,
     threshold_at as threshold_at,
 )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from rmtjax._axes import KernelAxes, to_matrices
 from rmtjax._types import BulkFit, Spectrum
-from rmtjax.laws import noise_threshold
+from rmtjax.laws import shuffled_threshold
 from rmtjax.noise import fit_live, ranks, some_metrics, SpectralMetrics
 from rmtjax.spectra import each, lift, spectrum, times_power, to_unit
 
@@ -59,7 +59,7 @@ def _shuffled(matrix: Float[Array, "m n"], key: Array, options: LookOptions) -> 
     centred = matrix - jnp.mean(matrix)
     level: Any = getattr(options.rule, "level", 0.01)
     ratio = jnp.asarray(min(matrix.shape) / max(matrix.shape), matrix.dtype)
-    threshold = jnp.mean(centred**2) * noise_threshold(ratio, min(matrix.shape), level)
+    threshold = jnp.mean(centred**2) * shuffled_threshold(ratio, min(matrix.shape), level)
 
     def one(key):
         order = jax.random.permutation(key, centred.ravel()).reshape(matrix.shape)

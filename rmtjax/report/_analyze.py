@@ -57,7 +57,7 @@ def analyze(
       >>> params = {"kernel": noise.at[3, 4].set(90.0)}
       >>> print(rmtjax.analyze(params, randomized=5).table("traps"))
       path    spikes  shuffled_spikes  shuffled_rate  shuffled_top
-      kernel  1       1                1              6.554
+      kernel  1       1                1              6.565
     """
     sizes: dict[str, Any] = {"multiple": 1, "min_size": min_size, "exact_below": exact_below}
     known: dict[str, Any] = {"where": where, "axes": axes, "fits": fits, "moments": moments}

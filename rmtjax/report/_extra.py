@@ -12,7 +12,7 @@ import numpy as np
 from rmtjax._axes import KernelAxes, MatrixView
 from rmtjax._sharding import fetch
 from rmtjax._types import BulkFit, no_fit, Spectrum
-from rmtjax.laws import noise_threshold
+from rmtjax.laws import shuffled_threshold
 from rmtjax.noise import metrics_of_each
 from rmtjax.planning import check_count, Findings, PlanOptions
 from rmtjax.spectra import blocks_of, spectra
@@ -30,7 +30,7 @@ class ExtraMetrics(NamedTuple):
       shuffled_spikes: Mean number of eigenvalues above the threshold in a random order of the
         entries less their mean. The variance is known, so the threshold is that of the law.
       shuffled_rate: Share of the orders with such a spike. For normal entries it is the `level`
-        of the rule, or 0.01 if the rule has none, or a little less.
+        of the rule, or 0.01 if the rule has none.
       shuffled_top: Mean of the largest eigenvalue over the threshold.
       pooled_alpha: As `alpha`, of the pooled spectrum of the blocks.
       pooled_alpha_error: Its standard error. Blocks of one kernel are taken as independent.
@@ -110,7 +110,7 @@ def _shuffled(matrix: np.ndarray, rng: np.random.Generator, draws: int, level: f
     variance = np.mean(np.square(centred, dtype=np.float64))
     stack = np.stack([rng.permutation(centred.ravel()).reshape(matrix.shape) for _ in range(draws)])
     eigenvalues, ratio = _eigenvalues(stack)
-    unit = float(noise_threshold(jnp.float32(ratio), min(matrix.shape), level))
+    unit = float(shuffled_threshold(jnp.float32(ratio), min(matrix.shape), level))
     counts = np.sum(eigenvalues > variance * unit, axis=1)
     tops = eigenvalues[:, 0] / (variance * unit or np.nan)
     return np.array([counts.mean(), np.mean(counts > 0), tops.mean()])

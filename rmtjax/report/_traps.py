@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from rmtjax._sharding import by_compiler
 from rmtjax._types import Scalar, Spectrum
-from rmtjax.laws import check_level, noise_threshold
+from rmtjax.laws import check_level, shuffled_threshold
 from rmtjax.noise import fit_bema
 from rmtjax.spectra import as_matrix, from_singular_values, lift, svd, to_unit
 
@@ -89,7 +89,7 @@ class Traps(NamedTuple):
     Examples:
       >>> import jax, rmtjax
       >>> noise = jax.random.normal(jax.random.key(0), (60, 80))
-      >>> traps = rmtjax.find_traps(noise, jax.random.key(1))
+      >>> traps = rmtjax.find_traps(noise, jax.random.key(3))
       >>> len(traps.spikes), [len(spikes) for spikes in traps.shuffled]
       (0, [0, 0, 0, 0, 0])
     """
@@ -152,7 +152,7 @@ def _of_shuffled(
     shuffled = jax.random.permutation(key, centred.ravel()).reshape(matrix.shape)
     found = _directions(shuffled, level)
     size, ratio = min(matrix.shape), found.spectrum.ratio
-    return found, jnp.mean(centred**2) * noise_threshold(ratio, size, level)
+    return found, jnp.mean(centred**2) * shuffled_threshold(ratio, size, level)
 
 
 def _spikes(found: _Directions, threshold: Any, exponent: int) -> tuple[Spike, ...]:

@@ -3,6 +3,8 @@
 import math
 
 import jax
+import numpy as np
+from scipy import special
 
 from rmtjax import marchenko_pastur as mp
 
@@ -21,3 +23,16 @@ def textbook_support(ratio):
 def inside(ratio):
     lower, upper = textbook_support(ratio)
     return [lower + fraction * (upper - lower) for fraction in FRACTIONS]
+
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(60)
+
+
+def fredholm(x, beta):
+    """The Tracy-Widom law at x as a determinant on Gauss-Legendre nodes, in float64."""
+    # The kernel Ai(s + t + x) is below 1e-18 from s = 16 - x on.
+    half = (16 - x) / 2
+    points, weights = half * (NODES + 1), np.sqrt(half * WEIGHTS)
+    airy, *_ = special.airy(points[:, None] + points[None, :] + x)
+    kernel = weights[:, None] * airy * weights[None, :]
+    return np.linalg.det(np.eye(60) - (kernel if beta == 1 else kernel @ kernel))

@@ -6,22 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import interpolate, special
+from scipy import interpolate
 
 from rmtjax import tracy_widom
+from tests.helpers.law_cases import fredholm
 
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(60)
 # Mean and variance, Bornemann, Markov Process. Relat. Fields 16 (2010) 803-866, table 6.
 MOMENTS = {1: (-1.2065335745820, 1.607781034581), 2: (-1.7710868074, 0.8131947928)}
-
-
-def fredholm(x, beta):
-    # The kernel Ai(s + t + x) is below 1e-18 from s = 16 - x on.
-    half = (16 - x) / 2
-    points, weights = half * (NODES + 1), np.sqrt(half * WEIGHTS)
-    airy, *_ = special.airy(points[:, None] + points[None, :] + x)
-    kernel = weights[:, None] * airy * weights[None, :]
-    return np.linalg.det(np.eye(60) - (kernel if beta == 1 else kernel @ kernel))
 
 
 @functools.cache

@@ -56,8 +56,8 @@ def test_noise_has_a_spike_at_the_level_of_the_rule():
         kernel = {"kernel": noise(4, 60, 90)}
         rule = ranks.bema(level=level)
         rate = rmtjax.analyze(kernel, rule=rule, randomized=500).metrics["kernel"]["shuffled_rate"]
-        # Three standard errors of 500 draws, and 0.02 that the threshold is off at this size.
-        assert abs(rate - level) < 3 * (level * (1 - level) / 500) ** 0.5 + 0.02
+        # Three standard errors of 500 draws; `test_traps.py` has more of them.
+        assert abs(rate - level) < 3 * (level * (1 - level) / 500) ** 0.5
 
 
 @pytest.mark.parametrize("shape", [(60, 150), (150, 60), (60, 60), (60, 75)])
