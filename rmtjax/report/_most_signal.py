@@ -30,8 +30,8 @@ def most_signal(report: Report, top: float = 0.25, *, by_kind: bool = True) -> t
     r"""Returns the paths of the kernels with the highest ratio of signal to noise.
 
     The ratio is the energy above the threshold over the energy below, $\sum_{\lambda > T} \lambda /
-    \sum_{\lambda \le T} \lambda$, the column `snr`. A kernel without a spike is never chosen. Spikes
-    count here at the level of the rule over the number of kernels, so that a model of pure noise
+    \sum_{\lambda \le T} \lambda$, the column `snr`. A kernel without a spike is never chosen. Here
+    spikes count at the level of the rule over the number of kernels, so that a model of pure noise
     has a kernel in the list about as rarely as `level` says, however many kernels it has.
 
     Args:
