@@ -51,7 +51,8 @@ def collect_moments(args: argparse.Namespace, progress: Progress) -> Callable[[]
     where = _chosen(model.params, args)
     key = jax.random.key(0) if args.gradients else None
     batches = load_batches(args.data, args.batch_size)
-    moments = model.moments(batches, where=where, key=key, progress=progress)
+    axes = model.axes(batches, where)
+    moments = model.moments(batches, where=where, axes=axes, key=key, progress=progress)
     checkpoint.save_moments(args.out, moments)
     without = [path for path in leaves_by_path(model.params, where) if path not in moments]
     return lambda: _tell_moments(moments, without, args.out)
@@ -69,7 +70,8 @@ def _tell_moments(moments: Moments, without: list[str], out: str) -> None:
     print(f" -> {printable(out)}, {size:,.1f} MB")
     if without:
         names = ", ".join(map(printable, without[:3])) + (", ..." if without[3:] else "")
-        print(f"without moments, and cut by their weights: {len(without)} ({names})")
+        print(f"without moments, and cut by their weights: {len(without)} ({names}):")
+        print("their inputs meet them in no known product, or one also meets their transpose")
 
 
 def _compare_outputs(args: argparse.Namespace, progress: Progress) -> list[Drift]:
