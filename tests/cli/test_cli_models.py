@@ -111,7 +111,14 @@ def test_moments_compress_and_compare_from_end_to_end(folder, capsys, name):
     change = np.linalg.norm(other - one) / np.linalg.norm(one)
     np.testing.assert_allclose(dense[kernel]["relative"], change, rtol=1e-5)
     assert cli.main(argv) == 0
-    assert "changed: 2 of 4 tensors" in capsys.readouterr().out
+    head, *shown, blank, changed, equal = capsys.readouterr().out.splitlines()
+    paths = [line.split()[0] for line in shown]
+    assert paths[0] == "outputs"
+    assert sorted(paths[1:]) == sorted(path for path in dense if path.endswith("kernel"))
+    relative = [float(line.split()[2]) for line in shown[1:]]
+    assert relative == sorted(relative, reverse=True)
+    assert (head.split()[0], blank, changed) == ("path", "", "changed: 2 of 4 tensors")
+    assert equal == "2 tensors are equal"
 
 
 @pytest.mark.slow
@@ -200,6 +207,27 @@ def test_wrong_usage_of_both_commands_is_told_before_the_work(folder, capsys):
     assert cli.main([*pair, "--json", "a.safetensors"]) == 1
     assert "--json must not be the input" in capsys.readouterr().err
     assert names_of("a.safetensors") == {"kernel"}
+
+
+def test_equal_tensors_are_counted_and_have_no_nan(folder, capsys):
+    same = {"zero": np.zeros((3, 4), np.float32), "one": np.ones(3, np.float32)}
+    for name, kernel in {"a": np.ones((4, 4)), "b": 2 * np.ones((4, 4))}.items():
+        checkpoint.save(f"{name}.safetensors", {**same, "kernel": kernel.astype(np.float32)})
+    assert cli.main(["compare", "a.safetensors", "b.safetensors"]) == 0
+    row, *rest = capsys.readouterr().out.splitlines()[1:]
+    assert row.split() == ["kernel", "4x4", "1", "1", "1"]
+    assert rest == ["", "changed: 1 of 3 tensors", "2 tensors are equal"]
+    assert cli.main(["compare", "a.safetensors", "b.safetensors", "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[1:4]] == ["kernel", "one", "zero"]
+    assert "nan" not in shown
+    assert cli.main(["compare", "a.safetensors", "a.safetensors"]) == 0
+    assert capsys.readouterr().out == "changed: 0 of 3 tensors\n3 tensors are equal\n"
+    assert cli.main(["compare", "a.safetensors", "b.safetensors", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["path"]: row["cosine"] for row in rows} == dict.fromkeys(
+        ("kernel", "one", "zero"), 1
+    )
 
 
 def test_a_checkpoint_of_another_model_is_named(folder, capsys):
