@@ -154,7 +154,8 @@ def stored_axes(
     in_order = stored.order == tuple(range(len(named.order)))
     if in_order and not named.batch and named in (stored, met):
         return stored
-    if met.inputs != named.inputs:
+    # A kernel may have been stacked since, as the gates of a recurrent cell.
+    if len(met.order) == len(named.order) and met.inputs != named.inputs:
         raise ValueError(
             f"`moments` met {path!r} along its axes {met.inputs}, and the file is read with inputs "
             f"along {named.inputs}: give the `axes` that the moments were collected with."
@@ -202,7 +203,9 @@ def study_kernel(path: str, leaf: Any, options: PlanOptions, stored: KernelAxes 
     if stored is None:
         return study({path: leaf}, options)
     axes, view = _after(stored), MatrixView(path, leaf, stored)
-    found = study({path: _turn(leaf, stored)}, replace(options, axes=lambda path, leaf: axes))
+    moments = replace(options.moments, axes=((path, axes),)) if options.moments else None
+    turned = replace(options, axes=lambda path, leaf: axes, moments=moments)
+    found = study({path: _turn(leaf, stored)}, turned)
     # From here on it is as in the file. Rows and columns change places.
     rows = {p: replace(row, shape=view.shape, axes=stored) for p, row in found.rows.items()}
     measured = {p: one._replace(live=one.live[:, ::-1]) for p, one in found.measured.items()}
@@ -214,9 +217,10 @@ def change_kernel(
 ) -> Any:
     """Returns the new leaf of a kernel of a file, in the order of axes of the file."""
     stored = stored_axes(moments, path, leaf, lambda path, leaf: row.axes)
-    if stored is None:
+    if stored is None or moments is None:
         views = {path: MatrixView(path, leaf, row.axes)}
         return dict(changed_leaves(views, {path: row}, moments))[path]
     axes = _after(stored)
     views = {path: MatrixView(path, _turn(leaf, stored), axes)}
-    return _turn(dict(changed_leaves(views, {path: row}, moments))[path], axes)
+    turned = replace(moments, axes=((path, axes),))
+    return _turn(dict(changed_leaves(views, {path: row}, turned))[path], axes)
