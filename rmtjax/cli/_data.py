@@ -72,7 +72,7 @@ def _tell_moments(moments: Moments, without: list[str], out: str) -> None:
     if without:
         names = ", ".join(map(printable, without[:3])) + (", ..." if without[3:] else "")
         print(f"without moments, and cut by their weights: {len(without)} ({names}):")
-        print("their inputs meet them in no known product, or one also meets their transpose")
+        print("no product with their inputs was found, or one with their transpose too")
 
 
 def _compare_outputs(args: argparse.Namespace, progress: Progress) -> list[Drift]:

@@ -129,7 +129,7 @@ def test_kernels_of_torch_have_their_moments_and_are_cut_by_them(folder, capsys)
     assert cli.main(argv) == 0
     shown = capsys.readouterr().out
     assert "4 matrices for 4 kernels" in shown
-    assert "by their weights: 1 (pooler.weight):\ntheir inputs meet them in no known" in shown
+    assert "by their weights: 1 (pooler.weight):\nno product with their inputs was found" in shown
     moments = checkpoint.load_moments("m.safetensors")
     sides = {path: axes.inputs for path, axes in moments.axes}
     expected = {"words.weight": (1,), "layer.0.weight": (1,), "h.0.c_fc.weight": (0,)}
