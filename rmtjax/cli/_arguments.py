@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 from rmtjax._names import matcher
 from rmtjax._version import __version__
@@ -65,7 +66,7 @@ class UsageError(Exception):
 class _Command(argparse.ArgumentParser):
     """The parser of one command, which names the nearest of its options for an unknown one."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parses the words of the command; ends the program at a word that it does not know."""
         # Of two faults an unknown option is told first: it may be the required one, misspelled.
         for word in args or ():

@@ -15,7 +15,7 @@ import numpy as np
 
 from rmtjax import checkpoint, linen, nnx
 from rmtjax._names import multiplied_axes
-from rmtjax._types import Axes, Where
+from rmtjax._types import Axes
 from rmtjax.cli._arguments import UsageError
 from rmtjax.models import NoProductsError
 from rmtjax.moments import Moments
@@ -58,7 +58,7 @@ class Model:
         with _saying(f"the model of --model {self.source} fails on --data"):
             return linen.kernel_axes(self.module, dense, *batch)
 
-    def axes(self, batches: Batches, where: Where) -> Axes | None:
+    def axes(self, batches: Batches, where: Callable[[str, Any], bool]) -> Axes | None:
         """Returns the axes of the kernels; None, for the default, without names of Torch.
 
         Torch stores (outputs, inputs). One batch shows if the model multiplies by them like that.
@@ -75,7 +75,7 @@ class Model:
         except NoProductsError:
             met = ()
         guess = lambda path, leaf: table[path] if path in table else guess_axes(path, leaf, tree)
-        others = table if callable(table) else guess
+        others: Any = table if callable(table) else guess
         return lambda path, leaf: turned[path] if path in met else others(path, leaf)
 
     def outputs_of(self, path: str) -> Callable[..., Any]:
