@@ -121,8 +121,8 @@ def open_results(file: Path) -> Results:
 def run_all(config: Config, console: Console) -> None:
     """Makes the runs that are missing, and writes the file after each."""
     results, environment = open_results(config.file), measure.environment()
-    for seed in range(config.seeds):
-        for tau, most in CASES:
+    for tau, most in CASES:
+        for seed in range(config.seeds):
             run = Run(tau, most, seed, config.steps)
             if results.find(run):
                 continue
