@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,12 +18,21 @@ def _kind(path: str) -> str:
     return re.sub(r"\d+", "*", path)
 
 
+def _with_signal(report: Report) -> set[str]:
+    """Returns the kernels with a spike at the level that all of them share (Bonferroni)."""
+    rule: Any = None if report.options is None else report.options.rule
+    if isinstance(getattr(rule, "level", None), float):
+        report = report.replan(replace(rule, level=rule.level / max(len(report), 1)))
+    return {row.path for row in report if row.spikes}
+
+
 def most_signal(report: Report, top: float = 0.25, *, by_kind: bool = True) -> tuple[str, ...]:
     r"""Returns the paths of the kernels with the highest ratio of signal to noise.
 
     The ratio is the energy above the threshold over the energy below, $\sum_{\lambda > T} \lambda /
-    \sum_{\lambda \le T} \lambda$, the column `snr`. A kernel without a spike is never chosen, so
-    that noise has no place in the list.
+    \sum_{\lambda \le T} \lambda$, the column `snr`. A kernel without a spike is never chosen. Here
+    spikes count at the level of the rule over the number of kernels, so that a model of pure noise
+    has a kernel in the list about as rarely as `level` says, however many kernels it has.
 
     Args:
       report: From `rmtjax.analyze` or `rmtjax.checkpoint.analyze_file`, with a rule that fits the
@@ -52,9 +62,9 @@ def most_signal(report: Report, top: float = 0.25, *, by_kind: bool = True) -> t
     kinds: dict[str, list[str]] = {}
     for path in rows:
         kinds.setdefault(_kind(path) if by_kind else "", []).append(path)
-    chosen = set()
+    chosen, known = set(), _with_signal(report)
     for paths in kinds.values():
-        signal = [path for path in paths if rows[path].spikes and ratios[path]]
+        signal = [path for path in paths if path in known and ratios[path]]
         best = sorted(signal, key=lambda path: -ratios[path])
         # In binary, 0.07 * 100 is just above 7.
         chosen |= {*best[: max(1, math.ceil(top * len(paths) - 1e-9))]}

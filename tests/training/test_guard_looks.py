@@ -1,6 +1,8 @@
 """`prune_spectrum` with `value_fn`: when kernels are cut, and in which programs and wrappers."""
 
 import functools
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -267,6 +269,34 @@ def test_an_optimizer_of_nnx_passes_the_loss_on():
         ranks[max_rise] = int(rmtjax.metrics(optimizer.opt_state)["rank/kernel"])
         assert float(loss(model)) <= max(max_rise, 1e-6) * float(jnp.mean(target**2)) * 1.001
     assert ranks[0.0] == SIZE > ranks[0.1] > ranks[1.0] == RANK
+
+
+@pytest.mark.slow
+def test_the_guard_of_nnx_leaves_statistics_and_keys_alone():
+    x = jax.random.normal(jax.random.key(0), (256, 64))
+    copy: Any = {"copy": True} if "copy" in inspect.signature(nnx.merge).parameters else {}
+    after = []
+    for guarded in (False, True):
+        rngs = nnx.Rngs(0)
+        norm, dropout = nnx.BatchNorm(96, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        model = nnx.Sequential(nnx.Linear(64, 96, rngs=rngs), norm, dropout)
+        model.layers[0].kernel[...] = planted(0)
+        prune = prune_spectrum(1, max_rise=0.5 if guarded else None)
+        optimizer = nnx.Optimizer(model, optax.chain(optax.sgd(0.0), prune), wrt=nnx.Param)
+        loss = lambda model: jnp.mean(model(x) ** 2)
+
+        @nnx.jit
+        def train_step(model, optimizer, guarded=guarded, loss=loss):
+            grads = nnx.grad(loss)(model)
+            graph, _, rest = nnx.split(model, nnx.Param, ...)
+            value_fn = lambda params: loss(nnx.merge(graph, params, rest, **copy))
+            optimizer.update(model, grads, **({"value_fn": value_fn} if guarded else {}))
+
+        train_step(model, optimizer)
+        after.append(nnx.state(model, nnx.filterlib.Not(nnx.Param)))
+    one, other = (jax.tree.map(str, nnx.to_pure_dict(state)) for state in after)
+    assert one == other
+    assert not np.allclose(model.layers[1].mean[...], 0)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, "0.1"])
