@@ -29,9 +29,9 @@ from experiments.study.results import read, Results
 
 FILE = Path(__file__).parents[1] / "results" / "neighbours" / "lenet.json"
 COMMAND = "python -m experiments.neighbours.lenet"
-KERNELS = "Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"
+KERNELS: tuple[str, ...] = "Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"
 WIDE, NARROW = (10, 25, 32), (4, 4, 4)  # the most ranks; of convolutions half, as the authors have
-CASES = (0.2, WIDE), (0.21, WIDE), (0.0, NARROW)  # tau, and the most ranks
+CASES = (0.2, WIDE), (0.22, WIDE), (0.0, NARROW)  # tau, and the most ranks
 HYPER = {"rate": 1e-3, "flow": 0.02, "decay": 0.0, "dropout": 0.0}
 # Accuracy and count of the paper's table by tau, as mean and standard deviation of five runs.
 PAPER = {0.2: "98.1 ± 0.34 %, 13,091"}
@@ -121,8 +121,8 @@ def open_results(file: Path) -> Results:
 def run_all(config: Config, console: Console) -> None:
     """Makes the runs that are missing, and writes the file after each."""
     results, environment = open_results(config.file), measure.environment()
-    for tau, most in CASES:
-        for seed in range(config.seeds):
+    for seed in range(config.seeds):
+        for tau, most in CASES:
             run = Run(tau, most, seed, config.steps)
             if results.find(run):
                 continue
