@@ -185,7 +185,7 @@ def _rows(records: Any, digits: Any) -> list[Claim]:
         Claim(
             "dynamical low rank", "2205.13571", "LeNet5, MNIST: 98.1 %, 13,091 of 430,500 weights",
             f"the same LeNet5 has {lenet_weights():,}. "
-            + "; ".join(f"tau {tau:g}: {lenet.told(digits, tau)}" for tau in (0.2, 0.22))
+            + "; ".join(f"{lenet.name_of(*c)}: {lenet.told(digits, c[0])}" for c in lenet.CASES)
             + ". " + at("a", 0.1, "dynamical low rank"), f"{lenet.COMMAND} --show-only",
         ),
     ]  # fmt: skip

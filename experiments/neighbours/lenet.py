@@ -138,6 +138,11 @@ def of_case(records: list[dict[str, Any]], tau: float) -> list[dict[str, Any]]:
     return [record for record in records if record["settings"]["tau"] == tau]
 
 
+def name_of(tau: float, most: tuple[int, ...]) -> str:
+    """Returns a case in words: its tolerance, or its ranks if it has none."""
+    return f"tau {tau:g}" if tau else f"ranks {', '.join(map(str, most))}"
+
+
 def told(records: list[dict[str, Any]], tau: float) -> str:
     """Returns accuracy and counts of a tolerance in words; "not run" without."""
     found = of_case(records, tau)
