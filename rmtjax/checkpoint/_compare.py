@@ -27,7 +27,7 @@ class Drift(NamedTuple):
       shape: The shape; None for outputs of batches of several shapes.
       relative: $\|b - a\|_F / \|a\|_F$; infinite for an array that was all zero.
       cosine: $\langle a, b \rangle / (\|a\|_F \|b\|_F)$ of all entries; of outputs, the mean over
-        the vectors along the last axis. NaN where one of them is zero.
+        the vectors along the last axis. 1 where both are zero, and NaN where one of them is.
       largest: $\max |b - a|$.
 
     Examples:
@@ -102,7 +102,9 @@ class Sums:
     def cosine(self) -> float:
         """The cosine of the angle between both."""
         norms = np.sqrt(self.before) * np.sqrt(self.after)
-        return float(self.inner / norms) if norms else float(np.nan)
+        if not norms:
+            return float(np.nan) if self.moved else 1.0
+        return float(self.inner / norms)
 
 
 def _blocks(before: np.ndarray, after: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -31,7 +31,10 @@ from rmtjax.checkpoint._tensors import (
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as in the library of the format's authors
 # Files that people take for checkpoints, by their first bytes.
-_AGAIN = "which can run code and is not read. Save it with `safetensors.torch.save_file`"
+_AGAIN = (
+    "which can run code and is not read. Save it with `safetensors.torch.save_file`, or a tree of "
+    "JAX with `rmtjax.checkpoint.save`"
+)
 _FOREIGN = {
     b"PK": f"an archive, as `torch.save` and `np.savez` write it. Torch's is a pickle, {_AGAIN}",
     b"\x80": f"a pickle, {_AGAIN}",

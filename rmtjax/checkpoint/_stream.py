@@ -9,12 +9,17 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from rmtjax._axes import FactoredKernel, MatrixView
+from rmtjax._axes import FactoredKernel
 from rmtjax._modes import in_usual_modes
 from rmtjax._progress import Progress, showing, Step
 from rmtjax._types import Axes, BulkFit, Where
 from rmtjax.checkpoint._manifest import Manifest, read_manifest, to_json
-from rmtjax.checkpoint._moments import check_moments
+from rmtjax.checkpoint._moments import (
+    change_kernel,
+    check_moments,
+    stored_axes,
+    study_kernel,
+)
 from rmtjax.checkpoint._open import check_target, open_tensors, SUFFIX
 from rmtjax.checkpoint._safetensors import check_codes, check_regular, write_tensors
 from rmtjax.checkpoint._tensor_names import (
@@ -30,7 +35,6 @@ from rmtjax.moments import Moments
 from rmtjax.noise import ranks, Shrink
 from rmtjax.planning import (
     Budget,
-    changed_leaves,
     count_others,
     decide_all,
     Factorized,
@@ -41,7 +45,6 @@ from rmtjax.planning import (
     Plan,
     PlanOptions,
     rows_by_path,
-    study,
     without_values,
 )
 from rmtjax.report import Extra, Report
@@ -80,7 +83,8 @@ def _plan_kernels(
         known = {path: fits[path]} if path in fits else None
         moments = options.moments and options.moments.of([path])
         alone = dataclasses.replace(options, fits=known, moments=moments, batch=None)
-        one = study({path: with_dtype(leaf, dtype)}, alone)
+        stored = stored_axes(moments, path, leaf, axes)
+        one = study_kernel(path, with_dtype(leaf, dtype), alone, stored)
         found, extras = merge_findings(found, one), extras | extra.of(one, options)
     found = found._replace(others=others)
     return decide_all(found, options), without_values(found), options, extras
@@ -121,8 +125,8 @@ def _write_outputs(
         progress(place, len(plan) + len(leaves), path)
         arrays = jax.tree.leaves(leaf)  # those that stay are still in the file
         if path in changes:
-            view = MatrixView(path, with_dtype(leaf, dtype), changes[path].axes)
-            arrays = jax.tree.leaves(dict(changed_leaves({path: view}, changes, moments)))
+            new = change_kernel(path, with_dtype(leaf, dtype), changes[path], moments)
+            arrays = jax.tree.leaves(new)
         held = named_parts(path, leaf) if isinstance(leaf, FactoredKernel) else halves(path)
         for name in [path] if path in entries else held:
             if entries[name].is_packed:  # bytes, which are copied
@@ -178,7 +182,7 @@ def analyze_file(
       multiple: Ranks are rounded up to a multiple of it; `compress_file` uses 8.
       rule, min_size, exact_below, batch, budget: As in `rmtjax.plan`.
       moments: As in `rmtjax.plan`, by the paths of the file. They are not centred, since the bias
-        stays as it is.
+        stays as it is. They know which axes of a kernel of Torch are its inputs.
       randomized, aspect, seed: As in `rmtjax.analyze`.
       dtype: float32 or float64, for the computation. By default the dtype of the kernel, but at
         least float32, and float32 if 64 bits are switched off in jax.

@@ -1,15 +1,13 @@
 """Parses and checks the arguments of the command line."""
 
 import argparse
+import difflib
 import math
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from rmtjax._names import matcher
 from rmtjax._version import __version__
-from rmtjax.checkpoint import replacing
 from rmtjax.noise import ranks
 from rmtjax.report import expand_columns
 
@@ -18,13 +16,15 @@ examples:
   rmtjax analyze model.safetensors --html report.html
   rmtjax analyze model.safetensors --columns summary,hill --csv report.csv
   rmtjax analyze checkpoint/ --rule gavish_donoho --include '*encoder*'
-  rmtjax compress model.safetensors --out thin.safetensors
-  rmtjax compress model.safetensors --out low.safetensors --mode truncate --exclude '*embed*'
+  rmtjax compress model.safetensors --out small.safetensors --budget 0.75
   rmtjax moments --model model.py:build --data tokens.npy --out m.safetensors
   rmtjax compress model.safetensors --out small.safetensors --budget 0.75 --moments m.safetensors
+  rmtjax compress model.safetensors --out low.safetensors --mode truncate --exclude '*embed*'
   rmtjax compare model.safetensors small.safetensors --model model.py:build --data tokens.npy
   rmtjax select model.safetensors --top 25% --form axolotl
   rmtjax diff base.safetensors tuned.safetensors --lora adapter
+
+Without --budget, `compress` cuts to the spikes, which ruins most pretrained models.
 
 exit codes:
   0    done
@@ -62,6 +62,32 @@ class UsageError(Exception):
     """A fault of the arguments that `argparse` does not find."""
 
 
+class _Command(argparse.ArgumentParser):
+    """The parser of one command, which names the nearest of its options for an unknown one."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses the words of the command; ends the program at a word that it does not know."""
+        # Of two faults an unknown option is told first: it may be the required one, misspelled.
+        for word in args or ():
+            name = word.partition("=")[0]
+            if name == "--":
+                break
+            if name.startswith("--") and not any(o.startswith(name) for o in self._options()):
+                self.error(self._unknown(name))
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+    def _options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self._options(), n=1)
+        hint = f": did you mean {near[0]}?" if near else ": `--help` lists them."
+        return f"{self.prog} has no option {name}{hint}"
+
+
 def parse_rule(
     text: str, level: float | None, trim: float | None, equalize: bool | str | None = None
 ) -> ranks.RankRule:
@@ -92,7 +118,11 @@ def parse_share(text: str) -> float:
     except ValueError:
         share = math.nan
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share such as 25% or 0.25, got {text!r}")
+        # A number of percent without the sign is the likeliest fault.
+        meant = f": {share:g} % is {share / 100:g}" if 1 < share <= 100 else ""
+        raise argparse.ArgumentTypeError(
+            f"must be a share such as 25% or 0.25, got {text!r}{meant}"
+        )
     return share
 
 
@@ -117,57 +147,6 @@ def parse_pattern(pattern: str) -> Callable[[str], bool]:
         return matcher(pattern)
     except re.error as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}.") from error
-
-
-def is_stdout(path: str) -> bool:
-    """Returns True if a path is stdout: "-", or a name such as /dev/stdout."""
-    # The inode shows it for any name, also that of a file which stdout is redirected to.
-    try:
-        return path == "-" or os.path.samestat(os.stat(path), os.fstat(1))
-    except OSError:
-        return False
-
-
-def is_special(path: str) -> bool:
-    """Returns True for a pipe or a device, which is written into and not replaced."""
-    return os.path.exists(path) and not os.path.isfile(path)
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a text to stdout, into a pipe or a device, or as a file, which is replaced."""
-    if is_stdout(path):
-        print(text, end="", flush=True)
-        return
-    with open(path, "wb") if is_special(path) else replacing(Path(path)) as file:
-        file.write(text.encode())
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raises an error, before the work, for an output that cannot or must not be written."""
-    out, files = getattr(args, "out", None), [path for _, path in args.reports]
-    if args.command == "diff" and out and args.multiple != 1:
-        raise UsageError("--multiple is not for --lora: the ranks of an adapter are exact.")
-    if getattr(args, "fan_in_fan_out", False) and not out:
-        raise UsageError("--fan-in-fan-out tells how to write an adapter: give --lora as well.")
-    if args.command == "select" and any(map(is_stdout, files)):
-        raise UsageError("stdout is for the list of `select`: give the report the path of a file.")
-    if out and os.path.lexists(out) and not args.force:
-        raise FileExistsError(f"{out!r} is there already: give --force to replace it.")
-    taken = set()
-    for path in filter(None, (out, *files)):
-        # Links are followed, because two names may lead to one file.
-        target = "-" if is_stdout(path) else os.path.realpath(path)
-        if target in taken:
-            raise UsageError(f"{path!r} is named twice: give it another name.")
-        taken.add(target)
-        folder = os.path.dirname(os.path.realpath(path))
-        if path != "-" and not is_special(path) and not os.path.isdir(folder):
-            raise NotADirectoryError(f"{path!r} cannot be written: {folder!r} is not a folder.")
-        if args.command == "diff" and path == out:
-            if os.path.exists(path) and not os.path.isdir(path):
-                raise NotADirectoryError(f"{path!r} is a file: give the path of a folder.")
-        elif os.path.isdir(path):
-            raise IsADirectoryError(f"{path!r} is a folder: give the path of a file.")
 
 
 def _add_common(command: argparse.ArgumentParser, multiple: int, file: str = "FILE") -> None:
@@ -274,6 +253,7 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     named = lambda path: ("json", path)
     words = "writes the rows; '-' is stdout and no table"
     add("--json", dest="reports", action="append", metavar="FILE", type=named, help=words)
+    add("--all", action="store_true", help="the table also has the tensors that are equal")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -283,10 +263,12 @@ def make_parser() -> argparse.ArgumentParser:
     text = "Finds the noise in the kernels of a checkpoint, and removes it."
     parser = argparse.ArgumentParser(prog="rmtjax", description=text, **layout)
     parser.add_argument("--version", action="version", version=f"rmtjax {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Command
+    )
     for name, text, multiple in (
         ("analyze", "a row for each kernel: its noise, its spikes, its rank", 1),
-        ("compress", "writes a checkpoint whose kernels are cut to their spikes", 8),
+        ("compress", "writes a smaller checkpoint: of a size with --budget, or cut to spikes", 8),
         (
             "select",
             "names the kernels with most signal, to train these alone",

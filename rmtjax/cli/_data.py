@@ -16,8 +16,9 @@ from rmtjax import checkpoint
 from rmtjax._progress import Progress, showing
 from rmtjax._text import align, brief, printable
 from rmtjax.checkpoint import Drift, Sums
-from rmtjax.cli._arguments import is_stdout, parse_pattern, UsageError, write_text
+from rmtjax.cli._arguments import parse_pattern, UsageError
 from rmtjax.cli._models import load_batches, load_model
+from rmtjax.cli._outputs import is_stdout, write_text
 from rmtjax.moments import Moments
 from rmtjax.planning import check_matches, is_kernel, leaves_by_path, path_name
 
@@ -51,7 +52,8 @@ def collect_moments(args: argparse.Namespace, progress: Progress) -> Callable[[]
     where = _chosen(model.params, args)
     key = jax.random.key(0) if args.gradients else None
     batches = load_batches(args.data, args.batch_size)
-    moments = model.moments(batches, where=where, key=key, progress=progress)
+    axes = model.axes(batches, where)
+    moments = model.moments(batches, where=where, axes=axes, key=key, progress=progress)
     checkpoint.save_moments(args.out, moments)
     without = [path for path in leaves_by_path(model.params, where) if path not in moments]
     return lambda: _tell_moments(moments, without, args.out)
@@ -69,7 +71,8 @@ def _tell_moments(moments: Moments, without: list[str], out: str) -> None:
     print(f" -> {printable(out)}, {size:,.1f} MB")
     if without:
         names = ", ".join(map(printable, without[:3])) + (", ..." if without[3:] else "")
-        print(f"without moments, and cut by their weights: {len(without)} ({names})")
+        print(f"without moments, and cut by their weights: {len(without)} ({names}):")
+        print("no product with their inputs was found, or one with their transpose too")
 
 
 def _compare_outputs(args: argparse.Namespace, progress: Progress) -> list[Drift]:
@@ -93,11 +96,15 @@ def _compare_outputs(args: argparse.Namespace, progress: Progress) -> list[Drift
 
 
 def _cosines(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Returns the cosine of the angle between each pair of vectors along the last axis."""
+    """Returns the cosine of the angle between each pair of vectors along the last axis.
+
+    It is 1 for two zeros, and NaN where one of both is zero.
+    """
     wide = (np.atleast_1d(array).astype(np.float64) for array in (before, after))
     one, other = (array.reshape(-1, array.shape[-1]) for array in wide)
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return np.sum(one * other, axis=1) / np.where(norms > 0, norms, np.nan)
+    cosines = np.sum(one * other, axis=1) / np.where(norms > 0, norms, np.nan)
+    return np.where(one.any(axis=1) | other.any(axis=1), cosines, 1.0)
 
 
 def compare(args: argparse.Namespace, progress: Progress) -> Callable[[], None]:
@@ -116,7 +123,7 @@ def compare(args: argparse.Namespace, progress: Progress) -> Callable[[], None]:
     data = {"rows": [plain(row) for row in rows], "unmatched": list(found.unmatched)}
     for _, path in args.reports:
         write_text(path, json.dumps(data, indent=2) + "\n")
-    return lambda: _tell_drifts(rows, found.unmatched)
+    return lambda: _tell_drifts(rows, found.unmatched, everything=args.all)
 
 
 def _plain(value: Any) -> Any:
@@ -126,14 +133,26 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _tell_drifts(rows: list[Drift], unmatched: tuple[str, ...]) -> None:
+def _tell_drifts(rows: list[Drift], unmatched: tuple[str, ...], *, everything: bool) -> None:
+    """Prints outputs, then the tensors that have changed, the largest change first."""
+    tensors = [row for row in rows if row.shape is not None]
+    changed = [row for row in tensors if row.largest != 0]
+    # A change that is not a number is the largest.
+    size = lambda row: np.inf if np.isnan(row.relative) else row.relative
+    shown = [row for row in rows if row.shape is None] + sorted(changed, key=size, reverse=True)
+    if everything:
+        shown += [row for row in tensors if row.largest == 0]
     cells = []
-    for path, shape, *numbers in rows:
-        shown = "" if shape is None else "x".join(map(str, shape))
-        cells.append([printable(path), shown, *map(brief, numbers)])
-    _print(["path", "shape", "relative", "cosine", "largest"], cells)
-    changed = sum(row.relative != 0 for row in rows if row.shape is not None)
-    print(f"\nchanged: {changed} of {sum(row.shape is not None for row in rows)} tensors")
+    for path, shape, *numbers in shown:
+        sides = "" if shape is None else "x".join(map(str, shape))
+        cells.append([printable(path), sides, *map(brief, numbers)])
+    if cells:
+        _print(["path", "shape", "relative", "cosine", "largest"], cells)
+        print()
+    print(f"changed: {len(changed)} of {len(tensors)} tensors")
+    equal = len(tensors) - len(changed)
+    if equal:
+        print(f"{equal} tensor{'s are' if equal > 1 else ' is'} equal")
     if unmatched:
         names = ", ".join(map(printable, unmatched[:3])) + (", ..." if unmatched[3:] else "")
         print(f"in one file only, in other shapes, or not read: {len(unmatched)} ({names})")

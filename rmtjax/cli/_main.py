@@ -20,16 +20,14 @@ from rmtjax._progress import Progress
 from rmtjax._text import printable
 from rmtjax._types import Where
 from rmtjax.cli._arguments import (
-    check_outputs,
-    is_stdout,
     make_parser,
     parse_columns,
     parse_pattern,
     parse_rule,
     UsageError,
-    write_text,
 )
 from rmtjax.cli._data import collect_moments, compare
+from rmtjax.cli._outputs import check_outputs, is_stdout, write_text
 from rmtjax.noise import shrinkage
 from rmtjax.planning import check_matches, PlanOptions
 from rmtjax.report import compare_reports, Extra, most_signal, Report

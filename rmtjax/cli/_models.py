@@ -14,9 +14,12 @@ import jax
 import numpy as np
 
 from rmtjax import checkpoint, linen, nnx
+from rmtjax._names import multiplied_axes
+from rmtjax._types import Axes, Where
 from rmtjax.cli._arguments import UsageError
+from rmtjax.models import NoProductsError
 from rmtjax.moments import Moments
-from rmtjax.planning import leaves_by_path
+from rmtjax.planning import guess_axes, leaves_by_path, merge, Neighbours
 
 Batches = list[tuple[np.ndarray, ...]]
 
@@ -46,6 +49,34 @@ class Model:
             if self.variables is None:
                 return nnx.moments(self.module, batches, **options)
             return linen.moments(self.module, self.variables, batches, **options)
+
+    def _layer_axes(self, batch: tuple[np.ndarray, ...]) -> Any:
+        """Returns the axes of the kernels of layers that are known."""
+        if self.variables is None:
+            return nnx.kernel_axes(self.module)
+        dense = {**self.variables, "params": jax.eval_shape(merge, self.params)}
+        with _saying(f"the model of --model {self.source} fails on --data"):
+            return linen.kernel_axes(self.module, dense, *batch)
+
+    def axes(self, batches: Batches, where: Where) -> Axes | None:
+        """Returns the axes of the kernels; None, for the default, without names of Torch.
+
+        Torch stores (outputs, inputs). One batch shows if the model multiplies by them like that.
+        """
+        leaves = leaves_by_path(self.params, where)
+        tree = Neighbours(leaves_by_path(self.params))
+        known = {path: multiplied_axes(path, leaf, tree) for path, leaf in leaves.items()}
+        if not any(known.values()):
+            return None
+        table = self._layer_axes(batches[0])
+        turned = {p: axes for p, axes in known.items() if axes is not None and p not in table}
+        try:
+            met = self.moments(batches[:1], where=lambda path, leaf: path in turned, axes=turned)
+        except NoProductsError:
+            met = ()
+        guess = lambda path, leaf: table[path] if path in table else guess_axes(path, leaf, tree)
+        others = table if callable(table) else guess
+        return lambda path, leaf: turned[path] if path in met else others(path, leaf)
 
     def outputs_of(self, path: str) -> Callable[..., Any]:
         """Returns a function that runs the model with the parameters of a checkpoint."""

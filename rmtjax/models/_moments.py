@@ -78,12 +78,16 @@ def _check_finite(state: Mapping[str, tuple[Any, Any]], place: int) -> None:
             )
 
 
+class NoProductsError(ValueError):
+    """No kernel that was chosen is used in a known product."""
+
+
 def _check_traced(traced: list[Names], views: Mapping[str, MatrixView]) -> None:
     if not traced:
         raise ValueError("`batches` must have at least one batch, got none.")
     if not traced[0]:
         some = ", ".join(map(repr, list(views)[:3])) or "none are chosen"
-        raise ValueError(
+        raise NoProductsError(
             f"`batches` meets none of the kernels ({some}) in a product. Choose kernels of layers "
             "that the model calls with `where`, and give their `axes`."
         )
@@ -198,7 +202,8 @@ def collect(
     _check_traced(traced, views)
     rows, (groups, gradients) = _read(rows, waiting), fetch(totals)
     groups = {name: replace(moment, rows=rows[name]) for name, moment in groups.items()}
-    return Moments(groups, _to_moments(gradients, rows, traced[0]), traced[0])
+    met = tuple((path, views[path].axes) for path, _ in traced[0])
+    return Moments(groups, _to_moments(gradients, rows, traced[0]), traced[0], axes=met)
 
 
 def _read(rows: dict[str, Any], waiting: tuple[int, Any] | None) -> dict[str, Any]:

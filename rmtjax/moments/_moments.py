@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from rmtjax._axes import KernelAxes
 from rmtjax.moments._moment import Moment
 from rmtjax.moments._second import Second, second_moment, shrink
 
@@ -29,7 +30,7 @@ def _check_shrinkage(value: Any) -> None:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["groups", "gradients"],
-    meta_fields=["names", "centred", "shrinkage"],
+    meta_fields=["names", "centred", "shrinkage", "axes"],
 )
 @dataclass(frozen=True, eq=False)
 class Moments(Mapping[str, Moment]):
@@ -46,6 +47,8 @@ class Moments(Mapping[str, Moment]):
       centred: Whether a cut takes the mean of the inputs off, and corrects the bias by it.
       shrinkage: Intensity of the shrinkage towards a multiple of the identity, in [0, 1];
         "ledoit_wolf" estimates it from the number and the spread of the rows.
+      axes: Pairs of the path of a kernel and the axes along which it met the rows; empty if they
+        are not known.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
@@ -61,6 +64,7 @@ class Moments(Mapping[str, Moment]):
     names: tuple[tuple[str, str], ...]
     centred: bool = False
     shrinkage: Shrinkage = "ledoit_wolf"
+    axes: tuple[tuple[str, KernelAxes], ...] = ()
 
     def __post_init__(self):
         _check_shrinkage(self.shrinkage)
@@ -78,8 +82,9 @@ class Moments(Mapping[str, Moment]):
         """Returns the moments of the rows of both, with the options of the first."""
         if not isinstance(other, Moments):
             return NotImplemented
-        if self.names != other.names:
-            strays = min(set(self.names) ^ set(other.names))
+        known = set(self.axes) ^ set(other.axes) if self.axes and other.axes else set()
+        if self.names != other.names or known:
+            strays = min(set(self.names) ^ set(other.names) or known)
             raise ValueError(
                 f"`+` needs moments of one model: {strays[0]!r} has other inputs, or none, in one "
                 "of them. Collect both with the same model, `where` and `axes`."
@@ -98,7 +103,9 @@ class Moments(Mapping[str, Moment]):
         names = tuple((path, group) for path, group in self.names if path in paths)
         groups = {group: self.groups[group] for _, group in names}
         gradients = {path: one for path, one in self.gradients.items() if path in paths}
-        return dataclasses.replace(self, groups=groups, gradients=gradients, names=names)
+        axes = tuple((path, axes) for path, axes in self.axes if path in paths)
+        changes: Any = {"groups": groups, "gradients": gradients, "names": names, "axes": axes}
+        return dataclasses.replace(self, **changes)
 
     def with_options(
         self, *, centred: bool | None = None, shrinkage: Shrinkage | None = None

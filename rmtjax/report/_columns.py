@@ -35,7 +35,7 @@ _KINDS = {int | None: "Int64", float | None: "float64"}
 _COUNTS = {"numerical_rank", "alpha_tail", "hill_tail"}
 # Least and usual widths on a page where a number does not have that of its name.
 _WIDTHS = {"path": ("9em", "3fr"), "action": ("7em",), "reason": ("10em", "4fr")}
-_WIDTHS |= {"shape": ("6.5em",), "spikes": ("5.5em",), "rank": ("4.5em",)}
+_WIDTHS |= {"shape": ("8.5em",), "spikes": ("5.5em",), "rank": ("4.5em",)}
 _WIDTHS |= dict.fromkeys(("milliseconds", "removed_outputs"), ("9em",))
 _WIDTHS |= {"parameters": ("8em",), "multiply_adds": ("9.5em",)}
 

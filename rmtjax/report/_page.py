@@ -179,7 +179,9 @@ def _cell(name: str, text: str) -> str:
     """Returns a cell after that of the verdict."""
     # On a narrow screen, where there is no head, the style sheet writes the name before a number.
     label = "" if name == "reason" else f' data-name="{_HEADS.get(name, name)}"'
-    kind = ' class="long"' if name in _LONG else ""
+    kind = ' class="long"' if name in _LONG else ' class="shape"' if name == "shape" else ""
+    if name == "shape":
+        text = text.replace("x", "x<wbr>")  # never within a number
     return f"<td{kind}{label}>{text}</td>"
 
 

@@ -53,7 +53,16 @@ def _next(rows: Sequence[Row], totals: Cost, applied: bool) -> str:
     cut = max(rows, key=lambda row: (row.action != "keep") * share(row))
     kind, digits = ("mean square of outputs", 2) if by_output else ("squares", 0)
     lost = f" The largest share of {kind} removed is {share(cut):.{digits}%}, in {cut.path}."
+    lost += _alone(rows)
     return f"{begin}{', '.join(verdicts)}{size}.{lost} Measure the outputs before you keep a cut."
+
+
+def _alone(rows: Sequence[Row]) -> str:
+    """Returns a sentence on the only kernel that a budget cuts, such as a table of embeddings."""
+    cut = [row for row in rows if row.action != "keep"]
+    if len(cut) > 1 or len(rows) < 3 or "under the budget" not in cut[0].reason:
+        return ""
+    return f" The whole cut is in this one kernel of {len(rows)}: leave it out to cut the others."
 
 
 def summarize(rows: Sequence[Row], totals: Cost, others: Others, applied: bool) -> list[str]:

@@ -44,6 +44,23 @@ def test_wrong_usage_is_told_before_the_work(tmp_path, monkeypatch, model, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("compress", ["--bugdet", "0.75"], "no option --bugdet: did you mean --budget?"),
+        ("compress", ["--out=o.safetensors", "--bugdet=1"], "did you mean --budget?"),
+        ("analyze", ["--colunms", "hill"], "did you mean --columns?"),
+        ("select", ["--zzzz"], "rmtjax select has no option --zzzz: `--help` lists them"),
+        ("analyze", ["second"], "unrecognized arguments: second"),
+        ("compress", ["--budget", "75", "--out", "o.safetensors"], "got '75': 75 % is 0.75"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest_of_its_command(capsys, command, words, message):
+    shown = usage_error(capsys, command, "f.safetensors", *words)
+    assert f"usage: rmtjax {command} " in shown
+    assert message in shown
+
+
 @pytest.mark.parametrize("argv", [[], ["shrink"], ["analyze"], ["compress", "model.safetensors"]])
 def test_missing_arguments_are_wrong_usage(capsys, argv):
     assert "usage: rmtjax" in usage_error(capsys, *argv)

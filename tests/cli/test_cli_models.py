@@ -23,6 +23,20 @@ def thin():
     rngs = nnx.Rngs(0)
     return nnx.Sequential(nnx.Linear(80, 96, rngs=rngs), nnx.relu, nnx.Linear(96, 60, rngs=rngs))
 
+class Torch(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        draw = lambda name, *shape: self.param(name, nn.initializers.normal(0.1), shape)
+        x = x @ draw("words.weight", 80, 80).T
+        x = nn.relu(jnp.einsum("...i,oi->...o", x, draw("layer.0.weight", 96, 80)))
+        # As `Conv1D` of GPT-2 stores its weight; and one that is not used.
+        draw("pooler.weight", 80, 80)
+        return nn.Dense(60)(x @ draw("h.0.c_fc.weight", 96, 80))
+
+def torch():
+    module = Torch()
+    return module, module.init(jax.random.key(0), jnp.ones((1, 80)))
+
 def broken():
     raise KeyError("lost")
 
@@ -97,7 +111,40 @@ def test_moments_compress_and_compare_from_end_to_end(folder, capsys, name):
     change = np.linalg.norm(other - one) / np.linalg.norm(one)
     np.testing.assert_allclose(dense[kernel]["relative"], change, rtol=1e-5)
     assert cli.main(argv) == 0
-    assert "changed: 2 of 4 tensors" in capsys.readouterr().out
+    head, *shown, blank, changed, equal = capsys.readouterr().out.splitlines()
+    paths = [line.split()[0] for line in shown]
+    assert paths[0] == "outputs"
+    assert sorted(paths[1:]) == sorted(path for path in dense if path.endswith("kernel"))
+    relative = [float(line.split()[2]) for line in shown[1:]]
+    assert relative == sorted(relative, reverse=True)
+    assert (head.split()[0], blank, changed) == ("path", "", "changed: 2 of 4 tensors")
+    assert equal == "2 tensors are equal"
+
+
+@pytest.mark.slow
+def test_kernels_of_torch_have_their_moments_and_are_cut_by_them(folder, capsys):
+    module, variables = built("torch")
+    checkpoint.save("model.safetensors", variables["params"])
+    argv = ["moments", "--model", "build.py:torch", "--data", "x.npy", "--out", "m.safetensors"]
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "4 matrices for 4 kernels" in shown
+    assert "by their weights: 1 (pooler.weight):\nno product with their inputs was found" in shown
+    moments = checkpoint.load_moments("m.safetensors")
+    sides = {path: axes.inputs for path, axes in moments.axes}
+    expected = {"words.weight": (1,), "layer.0.weight": (1,), "h.0.c_fc.weight": (0,)}
+    assert sides == {"Dense_0/kernel": (0,), **expected}
+    second = np.asarray(moments["words.weight"].second)[0]
+    np.testing.assert_allclose(second, rows_of(0).T @ rows_of(0), rtol=1e-4, atol=1e-3)
+    change = {}
+    for name, more in {"weights": [], "outputs": ["--moments", "m.safetensors"]}.items():
+        argv = ["compress", "model.safetensors", "--out", f"{name}.safetensors"]
+        assert cli.main([*argv, "--budget", "0.5", "--exclude", "pooler.weight", *more]) == 0
+        thin = rmtjax.merge(checkpoint.restore(f"{name}.safetensors"))
+        dense = module.apply(variables, rows_of(0))
+        change[name] = np.linalg.norm(module.apply({"params": thin}, rows_of(0)) - dense)
+    # The data have 70 rows in 80 dimensions: directions without inputs cost nothing.
+    assert change["outputs"] < 0.8 * change["weights"]
 
 
 def _leaf(tree, path):
@@ -160,6 +207,26 @@ def test_wrong_usage_of_both_commands_is_told_before_the_work(folder, capsys):
     assert cli.main([*pair, "--json", "a.safetensors"]) == 1
     assert "--json must not be the input" in capsys.readouterr().err
     assert names_of("a.safetensors") == {"kernel"}
+
+
+def test_equal_tensors_are_counted_and_have_no_nan(folder, capsys):
+    same = {"zero": np.zeros((3, 4), np.float32), "one": np.ones(3, np.float32)}
+    for name, kernel in {"a": np.ones((4, 4)), "b": 2 * np.ones((4, 4))}.items():
+        checkpoint.save(f"{name}.safetensors", {**same, "kernel": kernel.astype(np.float32)})
+    assert cli.main(["compare", "a.safetensors", "b.safetensors"]) == 0
+    row, *rest = capsys.readouterr().out.splitlines()[1:]
+    assert row.split() == ["kernel", "4x4", "1", "1", "1"]
+    assert rest == ["", "changed: 1 of 3 tensors", "2 tensors are equal"]
+    assert cli.main(["compare", "a.safetensors", "b.safetensors", "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[1:4]] == ["kernel", "one", "zero"]
+    assert "nan" not in shown
+    assert cli.main(["compare", "a.safetensors", "a.safetensors"]) == 0
+    assert capsys.readouterr().out == "changed: 0 of 3 tensors\n3 tensors are equal\n"
+    assert cli.main(["compare", "a.safetensors", "b.safetensors", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    # Up to the rounding of float64.
+    assert [row["cosine"] for row in rows] == pytest.approx([1, 1, 1], abs=1e-12)
 
 
 def test_a_checkpoint_of_another_model_is_named(folder, capsys):

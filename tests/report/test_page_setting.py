@@ -7,6 +7,7 @@ import pytest
 from helpers.page_reports import few, many, measured, THREE
 
 import rmtjax
+from rmtjax.planning import Kept
 
 HOSTILE = [
     "</script><script>window.hit = 1</script>",
@@ -164,3 +165,19 @@ def test_a_printed_page_has_all_kernels(show):
         == "visible"
     )
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_a_shape_stands_on_one_line_and_never_breaks_in_a_number(show):
+    shapes = {"usual": (3, 3, 512, 512), "long": (3, 3, 3, 10000, 10000, 10000)}
+    plan = rmtjax.Plan({name: Kept("kept: by hand", shape) for name, shape in shapes.items()})
+    page = show(rmtjax.Report(plan))
+    assert page.column(4) == ["3x3x512x512", "3x3x3x10000x10000x10000"]
+    lines = """[...document.querySelectorAll("td.shape")].map(cell =>
+      [...cell.childNodes].filter(node => node.nodeType === 3).map(node => {
+        const range = document.createRange();
+        range.selectNode(node);
+        return [...range.getClientRects()].map(box => box.top);
+      }))"""
+    usual, long = page.run(lines)
+    assert [len(tops) for tops in usual + long] == [1] * 10
+    assert len({top for tops in usual for top in tops}) == 1

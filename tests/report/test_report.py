@@ -53,6 +53,19 @@ def test_a_row_for_each_kernel_with_its_numbers(params, report):
     assert short.ratio is short.rank is None
 
 
+def test_a_kernel_that_bears_the_whole_cut_of_a_budget_is_told():
+    rng = np.random.default_rng(0)
+    noise = lambda: {"kernel": jnp.asarray(rng.normal(size=(80, 120)), jnp.float32)}
+    low = jnp.asarray(rng.normal(size=(80, 8)) @ rng.normal(size=(8, 120)), jnp.float32)
+    params = {"Dense_0": noise(), "Dense_1": noise(), "embed": {"kernel": low}}
+    words = "The whole cut is in this one kernel of 3: leave it out to cut the others."
+    # Factors of rank 8 cost nothing, and are nearly enough for a budget of 75 %.
+    assert words in rmtjax.Report(rmtjax.plan(params, budget=0.75)).summary
+    assert words not in rmtjax.Report(rmtjax.plan(params, budget=0.5)).summary
+    del params["Dense_1"]
+    assert words not in rmtjax.Report(rmtjax.plan(params, budget=0.75)).summary
+
+
 def test_a_stack_is_one_row_of_its_worst_member():
     stack = jnp.stack([planted(num_spikes=1), planted(num_spikes=3)])
     axes = lambda path, leaf: rmtjax.KernelAxes(inputs=(1,), outputs=(2,), batch=(0,))
