@@ -86,7 +86,7 @@ ALL = (
     Arm("tensorized, per gate", NEIGHBOUR, "2010.04196", tensors.single_gates, tracks="b"),
     Arm(
         "dynamical low rank", NEIGHBOUR, "2205.13571", dynamical.dynamical,
-        (("flow", (0.03, 0.1, 0.3)),),
+        (("flow", (0.01, 0.02, 0.04)),),
     ),
     Arm("spiking, pruned", NEIGHBOUR, "2211.10725", spiking.pruned, tracks="a"),
     Arm("truncated SVD", CONTROL, "classic", low_rank.truncated_svd),

@@ -13,7 +13,16 @@ import numpy as np
 from rich.table import Table
 
 import rmtjax
-from experiments.neighbours import arms, block_term, networks, sizes, sweep, tables, tensors
+from experiments.neighbours import (
+    arms,
+    block_term,
+    lenet,
+    networks,
+    sizes,
+    sweep,
+    tables,
+    tensors,
+)
 from experiments.study.results import read
 from rmtjax import lowrank, ranks
 
@@ -121,7 +130,7 @@ def _compare(records: Any, letter: str, level: float, *names: str) -> str:
     return f"track {letter} at {100 * level:g} %: " + "; ".join(told)
 
 
-def _rows(records: Any) -> list[Claim]:
+def _rows(records: Any, digits: Any) -> list[Claim]:
     at = partial(_compare, records)
     bench = lambda letter: f"{COMMAND} --track {letter} --show-only"
     block, whole = block_term_counts()
@@ -175,8 +184,9 @@ def _rows(records: Any) -> list[Claim]:
         ),
         Claim(
             "dynamical low rank", "2205.13571", "LeNet5, MNIST: 98.1 %, 13,091 of 430,500 weights",
-            f"the same LeNet5 has {lenet_weights():,}; accuracy not run. "
-            + at("a", 0.1, "dynamical low rank"), bench("a"),
+            f"the same LeNet5 has {lenet_weights():,}. "
+            + "; ".join(f"{lenet.name_of(*c)}: {lenet.told(digits, c[0])}" for c in lenet.CASES)
+            + ". " + at("a", 0.1, "dynamical low rank"), f"{lenet.COMMAND} --show-only",
         ),
     ]  # fmt: skip
 
@@ -187,7 +197,8 @@ def claims(folder: Path) -> list[Claim]:
     for letter in "abc":
         found = read(folder / f"track_{letter}.json")
         records += found.runs if found else []
-    return _rows(records)
+    digits = read(folder / lenet.FILE.name)
+    return _rows(records, digits.runs if digits else [])
 
 
 def table(folder: Path) -> Table:
