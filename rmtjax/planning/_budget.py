@@ -56,7 +56,9 @@ class Budget:
         if not valid:
             raise ValueError(f"`{name}` of a `Budget` must be a number above 0, got {value!r}.")
         if name == "share" and not value <= 1:
-            raise ValueError(f"`budget` must be in (0, 1], got {value}: the share that stays.")
+            meant = f", and {value:g} % is {value / 100:g}" if value <= 100 else ""
+            words = f"`budget` must be in (0, 1], got {value}: the share that stays"
+            raise ValueError(f"{words}{meant}.")
 
     def tell(self, size: int) -> str:
         """Returns a size in words."""

@@ -31,11 +31,19 @@ def second_of(moments: Moments, view: MatrixView, leaves: Mapping[str, Any]) -> 
 
     They are centred only if there is a bias to correct. Raises ValueError for other inputs.
     """
-    moment = moments[view.path]
+    moment, met = moments[view.path], dict(moments.axes).get(view.path)
+    alike = met is not None and len(met.order) == len(view.axes.order)
+    # A square kernel fits both ways.
+    if met is not None and alike and met.inputs != view.axes.inputs:
+        raise ValueError(
+            f"`moments` met {view.path!r} along its axes {met.inputs}, and it is read with inputs "
+            f"along {view.axes.inputs}: give the `axes` that the moments were collected with."
+        )
     if moment.size != view.rows:
         raise ValueError(
             f"`moments` is of another model: it has {moment.size} inputs for {view.path!r}, whose "
-            f"kernel of shape {view.shape} has {view.rows}. Collect the moments with this model."
+            f"kernel of shape {view.shape} has {view.rows}. Collect the moments with this model, "
+            "or give `axes`."
         )
     if len(moment.total) not in (1, view.stack):
         raise ValueError(
