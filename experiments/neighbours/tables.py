@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
 from experiments import output
@@ -136,6 +137,9 @@ def draw(records: Records, letters: list[str], path: Path) -> None:
                 marker = MARKERS[i // 10]
                 ax.plot(x, y, style, marker=marker, ms=4, lw=1, color=colour, label=_mark(arm))
             ax.set(xscale="log", xlabel=title)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         row[0].set_ylabel("test %")
         row[0].set_title(f"track {letter}: {tracks.TRACKS[letter].task}", fontsize=9, loc="left")
         row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
