@@ -6,6 +6,7 @@ no axes, so that no stack is read as one matrix.
 """
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -206,3 +207,18 @@ def matcher(pattern: str | re.Pattern[str]) -> Callable[[str], bool]:
         return lambda path: path == pattern or fnmatch.fnmatchcase(path, pattern)
     expression = re.compile(pattern.removeprefix("re:") if isinstance(pattern, str) else pattern)
     return lambda path: expression.search(path) is not None
+
+
+def check_takes_leaf(where: Callable[..., Any]) -> None:
+    """Raises TypeError for a function that cannot be called with a path and a leaf."""
+    try:
+        signature = inspect.signature(where)
+    except ValueError:  # of functions of C
+        return
+    try:
+        signature.bind("path", None)
+    except TypeError as error:
+        raise TypeError(
+            f"`where` must take the path and the leaf, got a function of {signature}: write "
+            "`where=lambda path, leaf: ...`."
+        ) from error

@@ -13,7 +13,15 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, KernelLeaf, MatrixView
-from rmtjax._names import guess_axes, in_factor_layer, is_kernel, is_untold, matcher, Neighbours
+from rmtjax._names import (
+    check_takes_leaf,
+    guess_axes,
+    in_factor_layer,
+    is_kernel,
+    is_untold,
+    matcher,
+    Neighbours,
+)
 from rmtjax._text import SCREEN
 from rmtjax._types import Axes, is_patterns, Pattern, Where
 
@@ -164,6 +172,7 @@ def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bo
     if where is None:
         return None
     if callable(where):
+        check_takes_leaf(where)
         return lambda path, leaf: bool(where(path, leaf))
     if is_patterns(where):
         return _from_patterns(_listed(where))
@@ -257,17 +266,12 @@ def check_chosen(kernels: Mapping[str, Any], params: PyTree) -> None:
 
 
 def warn_if_idle(
-    transform: str,
-    found: Any,
-    params: PyTree,
-    where: Where | None,
-    axes: Any = None,
-    least: int = 1,
+    name: str, found: Any, params: PyTree, where: Where | None, axes: Any = None, least: int = 1
 ) -> None:
     """Warns if a transform has found no kernel to change, with the cause.
 
     Args:
-      transform: Its name.
+      name: Its name.
       found: The kernels that it can change, by path.
       params: The tree.
       where, axes: Its options.
@@ -284,7 +288,7 @@ def warn_if_idle(
     if kernels:
         causes = {path: obstacle(kernel, least) for path, kernel in kernels.items()}
         cause = "; ".join(f"{path!r}: {why}" for path, why in list(causes.items())[:3]) + "."
-    warnings.warn(f"`{transform}` will never change a kernel. {cause}", stacklevel=3)
+    warnings.warn(f"`{name}` will never change a kernel. {cause}", stacklevel=3)
 
 
 def map_kernels(change: Callable[[str, Any], Any], params: PyTree, paths) -> PyTree:

@@ -89,6 +89,11 @@ def test_where_chooses_leaves_by_path_and_shape():
         (["kernel", "b"], ValueError, "'b' matches no tensor, of 1 such as 'kernel'"),
         ({"a": True}, ValueError, "`where` must be a tree of booleans with the structure"),
         ({"kernel": 1.0}, TypeError, "`where` must be a function .* got 1.0 at 'kernel'"),
+        (
+            lambda path: True,
+            TypeError,
+            r"`where` must take the path .* of \(path\): write `where=l",
+        ),
     ],
 )
 def test_a_wrong_choice_is_refused(where, error, words):
