@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from rmtjax.noise import ranks
 from rmtjax.planning import path_name
 from rmtjax.report._report import Report
 
@@ -20,8 +21,8 @@ def _kind(path: str) -> str:
 
 def _with_signal(report: Report) -> set[str]:
     """Returns the kernels with a spike at the level that all of them share (Bonferroni)."""
-    rule: Any = None if report.options is None else report.options.rule
-    if isinstance(getattr(rule, "level", None), float):
+    rule = None if report.options is None else report.options.rule
+    if isinstance(rule, ranks.bema):
         report = report.replan(replace(rule, level=rule.level / max(len(report), 1)))
     return {row.path for row in report if row.spikes}
 

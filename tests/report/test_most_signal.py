@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import rmtjax
-from rmtjax import checkpoint
+from rmtjax import checkpoint, ranks
 from rmtjax.cli import main
 from rmtjax.report import Row
 
@@ -45,6 +45,20 @@ def test_noise_gives_no_kernel():
     # One of them is above its own level, and not above that of the list.
     assert sum(row.spikes for row in report) == 1
     assert rmtjax.most_signal(report, 1.0) == ()
+
+
+class Own:
+    """A rule of a user, with a level that is none of ours."""
+
+    level, needs_noise, accepts = 0.01, True, ranks.bema().accepts
+    fit, __call__ = staticmethod(ranks.bema().fit), lambda self, *args: ranks.bema()(*args)
+
+
+def test_a_rule_of_a_user_keeps_its_own_level(params):
+    chosen = [
+        rmtjax.most_signal(rmtjax.analyze(params, rule=r), 1.0) for r in (Own(), ranks.bema())
+    ]
+    assert chosen[0] == chosen[1] != ()
 
 
 def test_a_mask_trains_what_was_chosen_alone(params):
