@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.draws import normal
 
 import rmtjax
 from rmtjax.certificate import output_changes
@@ -24,8 +25,8 @@ class Net(nn.Module):
 
 IDS = np.random.default_rng(0).integers(0, 50, (20, 9))
 MODULE = Net()
-PARAMS = MODULE.init(jax.random.key(0), IDS)["params"]
-PARAMS = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), PARAMS)
+SHAPES = jax.eval_shape(MODULE.init, jax.random.key(0), IDS)["params"]
+PARAMS = jax.tree.map(lambda a: normal(1, *a.shape) / 4, SHAPES)
 
 
 @pytest.fixture(scope="module")

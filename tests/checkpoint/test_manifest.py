@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -14,12 +15,13 @@ from rmtjax import KernelAxes
 from rmtjax.checkpoint import _manifest
 from rmtjax.checkpoint._tensors import Entry
 
-NOISE = jax.random.normal(jax.random.key(0), (3, 60, 80))
+NOISE = np.random.default_rng(0).standard_normal((3, 60, 80), np.float32)
+FIVE = lambda count: np.float32(5) * (np.arange(80) < count)  # in the first columns
 PARAMS = {
-    "Dense_0": {"kernel": NOISE[0].at[:, :2].add(5.0), "bias": np.zeros(80)},
-    "Stack": {"kernel": NOISE.at[:, :, 0].add(5.0)},
-    "Head": {"kernel": NOISE[0, :, :10]},
-    "Bad": {"kernel": NOISE[0].at[0, 0].set(np.nan)},
+    "Dense_0": {"kernel": jnp.asarray(NOISE[0] + FIVE(2)), "bias": np.zeros(80)},
+    "Stack": {"kernel": jnp.asarray(NOISE + FIVE(1))},
+    "Head": {"kernel": jnp.asarray(NOISE[0, :, :10])},
+    "Bad": {"kernel": jnp.asarray(np.where(np.eye(60, 80) > 0, np.nan, NOISE[0]))},
 }
 AXES = {"Stack/kernel": KernelAxes((1,), (2,), (0,))}
 

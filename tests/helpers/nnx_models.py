@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from helpers.draws import normal
 from helpers.nnx_checks import make_random, rank_plan
 from rmtjax import nnx as rmt_nnx
 
@@ -16,8 +17,7 @@ def rngs():
     return nnx.Rngs(0)
 
 
-def draw(*shape):
-    return jax.random.normal(jax.random.key(1), shape)
+draw = functools.partial(normal, 1)
 
 
 def linear(rows=20, columns=16, **options):
@@ -151,7 +151,7 @@ def models(name, gates):
     return model, plan, rmt_nnx.truncate(model, plan), rmt_nnx.factorize(model, plan)
 
 
-X = jax.random.normal(jax.random.key(1), (6, 20))
+X = draw(6, 20)
 
 
 class Net(nnx.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.draws import normal
 from helpers.nnx_checks import close
 
 import rmtjax
@@ -16,7 +17,7 @@ from rmtjax import nnx as rmt_nnx
 from rmtjax.nnx._variables import read, write
 
 OPTIONS = {"rule": rmtjax.ranks.fixed(3), "multiple": 1, "min_size": 2}
-X = jax.random.normal(jax.random.key(1), (64, 20))
+X = normal(1, 64, 20)
 
 
 class Gated(nnx.Module):

@@ -92,22 +92,22 @@ class Scaled(nnx.Linear):
 
 
 @pytest.mark.parametrize(
-    ("layer", "expected"),
+    ("make", "expected"),
     [
-        (nnx.Conv(4, 8, 3, feature_group_count=2, rngs=rngs()), {"kernel": None}),
-        (nnx.Conv(4, 8, 3, mask=jnp.ones((3, 4, 8)), rngs=rngs()), {"kernel": None}),
-        (nnx.ConvTranspose(4, 8, 3, transpose_kernel=True, rngs=rngs()), {"kernel": None}),
-        (nnx.Einsum("na,bc->nc", (4, 8), rngs=rngs()), {"kernel": None}),
+        (lambda: nnx.Conv(4, 8, 3, feature_group_count=2, rngs=rngs()), {"kernel": None}),
+        (lambda: nnx.Conv(4, 8, 3, mask=jnp.ones((3, 4, 8)), rngs=rngs()), {"kernel": None}),
+        (lambda: nnx.ConvTranspose(4, 8, 3, transpose_kernel=True, rngs=rngs()), {"kernel": None}),
+        (lambda: nnx.Einsum("na,bc->nc", (4, 8), rngs=rngs()), {"kernel": None}),
         (
-            nnx.Einsum("na,hab->nhb", (4, 8, 5), rngs=rngs()),
+            lambda: nnx.Einsum("na,hab->nhb", (4, 8, 5), rngs=rngs()),
             {"kernel": rmtjax.KernelAxes((1,), (0, 2))},
         ),
-        (Scaled(4, 8, rngs=rngs()), {}),
+        (lambda: Scaled(4, 8, rngs=rngs()), {}),
     ],
     ids=["grouped", "masked", "transposed", "einsum that sums", "einsum", "subclass"],
 )
-def test_axes_are_those_of_the_layer(layer, expected):
-    assert rmt_nnx.kernel_axes(layer) == expected
+def test_axes_are_those_of_the_layer(make, expected):
+    assert rmt_nnx.kernel_axes(make()) == expected
 
 
 def test_axes_of_stacks_and_gates():

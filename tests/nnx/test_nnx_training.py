@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.draws import normal
 from helpers.linen_checks import Fixed
 from helpers.nnx_checks import update
 from helpers.slow import slow_except
@@ -13,8 +14,8 @@ from helpers.slow import slow_except
 import rmtjax
 from rmtjax import nnx as rmt_nnx
 
-X = jax.random.normal(jax.random.key(0), (256, 60))
-Y = X[:, :3] @ jax.random.normal(jax.random.key(1), (3, 5))
+X = normal(0, 256, 60)
+Y = normal(0, 256, 60)[:, :3] @ normal(1, 3, 5)
 RULE = Fixed(8)
 
 

@@ -23,13 +23,12 @@ EXAMPLES = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTA
 KINDS = set(re.findall(r"`(\w+)/PATH`", PAGE.partition("rmtjax.agree")[0]))
 
 
-def noise(seed, shape=(60, 90)):
-    return jax.random.normal(jax.random.key(seed), shape)
+noise = lambda seed, shape=(60, 90): np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def spiked(seed, count):
     """Noise with so many directions of signal."""
-    return noise(seed) + 3 * noise(seed + 50, (60, count)) @ noise(seed + 70, (count, 90)) / 3
+    return jnp.asarray(noise(seed) + noise(seed + 50, (60, count)) @ noise(seed + 70, (count, 90)))
 
 
 PARAMS = {"a": {"kernel": spiked(0, 2)}, "b": {"kernel": spiked(1, 5)}, "bias": jnp.zeros(3)}
