@@ -51,7 +51,7 @@ hypothesis.settings.load_profile("rmtjax")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Skips files that name no slow test, if those alone are asked for: to import them takes 5 s."""
+    """Skips files that name no slow test, if those alone are asked for: imports take 5 s."""
     if config.option.markexpr == "slow" and collection_path.suffix == ".py":
         return True if "slow" not in collection_path.read_text().lower() else None
     return None

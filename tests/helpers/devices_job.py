@@ -1,8 +1,8 @@
 """What `test_sharded` runs in processes of their own: a tree on a mesh, beside the same tree on
 one device.
 
-The arguments are the type of the mesh's axes, the number of processes, the number of this one, and
-the port on which they meet. Every line printed is a check that held.
+The arguments are the types of the mesh's axes, one after another, the number of processes, the
+number of this one, and the port on which they meet. Every line printed is a check that held.
 """
 
 import sys
@@ -232,10 +232,8 @@ def check_own_meshes(kind):
     print("meshes")
 
 
-def main():
-    kind, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
-    if processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
+def check_mesh(kind):
+    """All checks, on a mesh with axes of one type."""
     axis_types = (getattr(AxisType, kind),) * 2
     mesh = jax.make_mesh((jax.device_count() // 2, 2), ("data", "model"), axis_types=axis_types)
     place = lambda leaf, spec: put(leaf, mesh, spec)
@@ -250,6 +248,14 @@ def main():
     check_broken(place)
     check_own_meshes(kind)
     check_large(place)
+
+
+def main():
+    kinds, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
+    if processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
+    for kind in kinds.split("+"):
+        check_mesh(kind)
 
 
 if __name__ == "__main__":

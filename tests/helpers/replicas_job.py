@@ -86,16 +86,22 @@ def check_divided(axis_types):
     print("divided")
 
 
-def main():
-    kind, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
-    if processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
+def check_mesh(kind):
+    """All checks, on a mesh with axes of one type."""
     axis_types = (getattr(AxisType, kind),)
     for share in (1, 2):  # replicas of each device
         mesh = jax.make_mesh((jax.device_count(),), ("replica",), axis_types=axis_types)
         trees = make(share * jax.device_count())
         check_broken(*trees, mesh, *check_same(*trees, mesh))
     check_divided(axis_types)
+
+
+def main():
+    kinds, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
+    if processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
+    for kind in kinds.split("+"):
+        check_mesh(kind)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import jax
 import pytest
 
 TESTS = str(Path(__file__).parents[1])
+# Types of axes. One process tests all, and compiles once what runs on one device.
+KINDS = ["Auto", "Explicit"] if hasattr(jax.sharding, "auto_axes") else ["Auto"]
 EXPLICIT = pytest.mark.skipif(not hasattr(jax.sharding, "auto_axes"), reason="came with jax 0.7")
 
 

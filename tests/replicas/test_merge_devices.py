@@ -1,16 +1,15 @@
 """Replicas on several devices, in one process and in two: each device makes its own folds."""
 
 import pytest
-from helpers.virtual_devices import EXPLICIT, run_job, run_on_devices, run_two_jobs
+from helpers.virtual_devices import KINDS, run_job, run_on_devices, run_two_jobs
 
 CHECKS = ["same", "broken", "same", "broken", "divided"]
 JOB = "helpers.replicas_job"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=EXPLICIT)])
-def test_replicas_on_eight_devices_are_merged_as_on_one(kind):
-    assert run_job(JOB, kind, 8, CHECKS) == CHECKS
+def test_replicas_on_eight_devices_are_merged_as_on_one():
+    assert run_job(JOB, "+".join(KINDS), 8, CHECKS) == CHECKS * len(KINDS)
 
 
 @pytest.mark.slow
