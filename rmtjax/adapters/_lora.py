@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from rmtjax.checkpoint import (
     read_manifest,
     replacing,
     save,
-    Tensors,
 )
 from rmtjax.noise import ranks
 from rmtjax.planning import changed_leaves, Factorized, PlanOptions
@@ -29,6 +29,8 @@ from rmtjax.planning import changed_leaves, Factorized, PlanOptions
 _ENDS = re.compile(r"[./](weight|kernel)$")
 # Layers of GPT-2 that store (inputs, outputs), a `Conv1D` each. Its `lm_head` does not.
 _TURNED = re.compile(r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)")
+# Those of them with more outputs than inputs, whose shape tells which come first.
+_WIDER = re.compile(r"(.*\.)?(c_attn|c_fc)")
 
 _FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -46,6 +48,12 @@ def _module(path: str) -> str:
     return _ENDS.sub("", path).replace("/", ".")
 
 
+def _inputs_first(leaves: Mapping[str, Any]) -> bool:
+    """Tells whether layers of GPT-2 are there that have more outputs than inputs, as columns."""
+    wide = [leaf.shape for path, leaf in leaves.items() if _WIDER.fullmatch(_module(path))]
+    return any(len(shape) == 2 and shape[1] > shape[0] for shape in wide)
+
+
 def _pair(path: str, factors: Factors, fan_in_fan_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns A of (rank, inputs) and B of (outputs, rank) of a change B A."""
     left, right = (np.asarray(part) for part in factors)
@@ -56,11 +64,10 @@ def _pair(path: str, factors: Factors, fan_in_fan_out: bool) -> tuple[np.ndarray
 
 
 def _halves(
-    change: Tensors, difference: Difference, fan_in_fan_out: bool
+    leaves: Mapping[str, Any], difference: Difference, fan_in_fan_out: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, int], list[str]]:
     """Returns the tensors of an adapter, the rank of each of its modules, and their paths."""
     tensors, found, written = {}, {}, []
-    leaves = find_leaves(change, read_manifest(change))
     for path, row in difference.report.plan.changes.items():
         # Of other layers PEFT does not load an adapter by these names.
         linear = _ENDS.search(path) and not is_table(path, row.shape)
@@ -110,7 +117,7 @@ def extract_lora(
     where: Where | None = None,
     min_size: int = 50,
     exact_below: int = 4096,
-    fan_in_fan_out: bool = False,
+    fan_in_fan_out: bool | None = None,
     progress: Progress = None,
 ) -> Difference:
     r"""Writes what a fine-tuning has changed as a low-rank adapter (LoRA).
@@ -123,7 +130,8 @@ def extract_lora(
       base, tuned, rule, where, min_size, exact_below, progress: As in `analyze_difference`.
       out: The folder to write; it is made if it is not there.
       fan_in_fan_out: True for GPT-2, whose `c_attn`, `q_attn`, `c_proj` and `c_fc` are stored as
-        (inputs, outputs) although their names end in "weight". Other kernels are not turned.
+        (inputs, outputs) although their names end in "weight". Other kernels are not turned. None
+        goes by shape: `c_attn` and `c_fc` have more outputs than inputs.
 
     Returns:
       A `Difference`. Its `written` names the kernels in the adapter, and their `removed` is the
@@ -156,7 +164,9 @@ def extract_lora(
     options = PlanOptions(rule, where=where, multiple=1, **sizes)
     _check_targets(base, tuned, Path(out))
     with analyzed(base, tuned, options, progress, "extract_lora") as (change, difference):
-        tensors, found, written = _halves(change, difference, fan_in_fan_out)
+        leaves = find_leaves(change, read_manifest(change))
+        turned = _inputs_first(leaves) if fan_in_fan_out is None else fan_in_fan_out
+        tensors, found, written = _halves(leaves, difference, turned)
     if not found:
         raise ValueError(
             f"no kernel of {str(tuned)!r} has a change of low rank by {rule}: look at the reasons "
@@ -166,5 +176,5 @@ def extract_lora(
     folder.mkdir(parents=True, exist_ok=True)
     save(folder / _FILES[0], tensors)
     with replacing(folder / _FILES[1]) as file:
-        file.write(json.dumps(_config(found, fan_in_fan_out), indent=2).encode())
+        file.write(json.dumps(_config(found, turned), indent=2).encode())
     return difference._replace(written=tuple(written))

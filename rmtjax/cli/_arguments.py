@@ -192,8 +192,8 @@ def _add_diff(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--lora", dest="out", metavar="OUT", help="folder to write, an adapter for PEFT")
     add("--force", action="store_true", help="replaces what is in OUT")
-    stored = "for GPT-2: weights of c_attn, q_attn, c_proj and c_fc are (inputs, outputs)"
-    add("--fan-in-fan-out", action="store_true", help=stored)
+    stored = "as in GPT-2, c_attn, q_attn, c_proj and c_fc are (inputs, outputs); else by shape"
+    add("--fan-in-fan-out", action=argparse.BooleanOptionalAction, help=stored)
 
 
 def _add_select(command: argparse.ArgumentParser) -> None:

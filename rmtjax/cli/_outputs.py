@@ -39,7 +39,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     out, files = getattr(args, "out", None), [path for _, path in args.reports]
     if args.command == "diff" and out and args.multiple != 1:
         raise UsageError("--multiple is not for --lora: the ranks of an adapter are exact.")
-    if getattr(args, "fan_in_fan_out", False) and not out:
+    if getattr(args, "fan_in_fan_out", None) is not None and not out:
         raise UsageError("--fan-in-fan-out tells how to write an adapter: give --lora as well.")
     if args.command == "select" and any(map(is_stdout, files)):
         raise UsageError("stdout is for the list of `select`: give the report the path of a file.")

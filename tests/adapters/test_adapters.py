@@ -121,6 +121,24 @@ def test_each_kind_of_layer_has_the_halves_that_it_loads(tmp_path):
         np.testing.assert_allclose(b @ a, expected, atol=2e-6 * np.linalg.norm(change))
 
 
+@pytest.mark.parametrize(("shape", "turned"), [((64, 192), True), ((192, 64), False)])
+def test_layers_of_gpt2_are_turned_by_their_shape(tmp_path, shape, turned):
+    """PEFT 0.21 loads both: a `Conv1D` by `fan_in_fan_out`, and a linear layer of the same name."""
+    draw = lambda *shape: np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    change = {"h.c_attn.weight": draw(shape[0], 2) @ draw(2, shape[1])}
+    change["h.c_proj.weight"] = draw(64, 2) @ draw(2, 64)  # whose shape does not tell
+    saved = save_both(tmp_path, {n: 0 * leaf for n, leaf in change.items()}, change)
+    adapters.extract_lora(*saved, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == turned
+    halves = checkpoint.restore(tmp_path / "lora" / "adapter_model.safetensors")
+    for path, kernel in change.items():
+        name = path.removesuffix("weight")
+        a, b = (np.asarray(halves[f"base_model.model.{name}lora_{half}.weight"]) for half in "AB")
+        expected = kernel.T if turned else kernel
+        np.testing.assert_allclose(b @ a, expected, atol=2e-6 * np.linalg.norm(kernel))
+
+
 def test_two_kernels_of_one_name_are_refused(tmp_path):
     change = low_rank()
     names = "a/b/kernel", "a.b/kernel"
