@@ -168,21 +168,28 @@ def compiled_folds(changes: Float[Array, "k b m n"], *, mesh: Any, names: tuple[
 # XLA calls the same LAPACK as SciPy does, and lets other threads go on meanwhile.
 @jax.jit
 def _eigenvectors(squares):
-    return jnp.linalg.eigh(squares, symmetrize_input=False)[1]
+    # LAPACK reduces the upper triangle in less time than the lower one.
+    return jnp.linalg.eigh(squares, UPLO="U", symmetrize_input=False)[1]
 
 
 def _padded_eigenvectors(squares: np.ndarray, most: int) -> np.ndarray:
-    """Returns eigenvectors, ascending, by a program that serves an eighth of all sizes."""
-    step, size = max(most // 8, 1), len(squares)
-    missing = -(-size // step) * step - size
-    padded = np.diag(np.repeat(squares.dtype.type(-1), size + missing))  # below all eigenvalues
+    """Returns eigenvectors, ascending, by a program that serves a sixteenth of all sizes."""
+    step, size = max(most // 16, 1), len(squares)
+    missing = min(-(-size // step) * step, most) - size
+    if missing == 0:
+        return np.asarray(_eigenvectors(squares))
+    # Below all eigenvalues, also those that are 0 but for rounding.
+    padded = np.diag(np.full(size + missing, -squares.diagonal().max()))
     padded[missing:, missing:] = squares
     return np.asarray(_eigenvectors(padded))[missing:, missing:]
 
 
-def _host_vectors(tall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns right singular vectors v and the columns A v of a finite matrix, ascending."""
-    v = np.array(_eigenvectors(tall.T @ tall))
+def _host_vectors(tall: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns right singular vectors v and the columns A v of a finite matrix, ascending.
+
+    There are at most `most` columns.
+    """
+    v = np.array(_padded_eigenvectors(tall.T @ tall, most))
     y = tall @ v
     lengths = np.linalg.norm(y, axis=0)
     least, end = _ROUNDING * np.finfo(y.dtype).eps * lengths.max(), len(lengths)
@@ -191,7 +198,7 @@ def _host_vectors(tall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if end == 0:
             break
         scaled = y[:, :end] / max(np.max(lengths[:end]), np.finfo(y.dtype).tiny)
-        w = _padded_eigenvectors(scaled.T @ scaled, tall.shape[1])
+        w = _padded_eigenvectors(scaled.T @ scaled, most)
         v[:, :end], y[:, :end] = v[:, :end] @ w, y[:, :end] @ w
         lengths = np.linalg.norm(y[:, :end], axis=0)
     return v, y
@@ -201,10 +208,24 @@ def _host_vectors(tall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _host_fold(total: np.ndarray, change: np.ndarray, count: int) -> Fold:
     """Returns the fold of one replica, in float32."""
     others = (total - change) / np.float32(count - 1)
+    # Rows and columns that have not moved, as of dead units or unused words, have no part in it.
+    live = np.ix_(others.any(axis=1), others.any(axis=0))
+    if live[0].size * live[1].size == others.size:
+        return _fold_of_live(others, change, min(others.shape))
+    kept = np.zeros_like(others)
+    kept[live], rank = _fold_of_live(others[live], change[live], min(others.shape))
+    return kept, rank
+
+
+def _fold_of_live(others: np.ndarray, change: np.ndarray, most: int) -> Fold:
+    """Returns a fold of matrices that have at most so many rows or columns."""
+    if others.size == 0:
+        return np.zeros_like(others), np.float32(0)
     if others.shape[0] < others.shape[1]:
-        others, change = others.T, change.T
+        kept, rank = _fold_of_live(others.T, change.T, most)
+        return kept.T, rank
     largest = np.abs(others).max()
-    v, y = _host_vectors(others / (largest or np.float32(1)))
+    v, y = _host_vectors(others / largest, most)
     s = np.linalg.norm(y, axis=0)
     present = s > _ROUNDING * np.finfo(s.dtype).eps * s.max()
     r = np.einsum("ij,ij->j", y, change @ v) / np.where(present, s, np.inf)
@@ -214,7 +235,7 @@ def _host_fold(total: np.ndarray, change: np.ndarray, count: int) -> Fold:
     share = r / max(r.sum(), np.finfo(r.dtype).tiny)
     share = share[share > 0]
     rank = np.exp(-np.sum(share * np.log(share))) if len(share) else np.float32(0)
-    return kept if total.shape[0] >= total.shape[1] else kept.T, rank
+    return kept, rank
 
 
 @np.errstate(over="ignore", invalid="ignore")
