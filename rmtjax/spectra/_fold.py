@@ -26,10 +26,12 @@ from rmtjax.spectra._lapack import one_blas_thread_each
 from rmtjax.spectra._spectrum import matmul
 
 # The share of the largest length down to which one Gram matrix is trusted: squares are then off by
-# a two-thousandth of themselves. In a program a grade squares a half of all columns, or an eighth
-# of them, if no more are left; on the host what is left.
+# a two-thousandth of themselves.
 _GRADE = 1 / 64
 _MOST_GRADES = 3
+# On the host a grade squares the columns that are left. In a program it squares the first of these
+# eighths of all columns that has them. Changes by training leave most columns to the second grade.
+_BLOCKS = (1, 3, 6, 8)
 # Times the machine's precision and the largest length: shorter columns are rounding, which a grade
 # carries over from the columns above it. They have no direction, and a matrix of lower rank must
 # not get one from its rounding.
@@ -71,7 +73,7 @@ def _next_grade(state):
     """Squares the columns of y from `start` on, in the smallest of some blocks."""
     v, y, start, _, turn = state
     columns = y.shape[1]
-    sizes = sorted({columns, -(-columns // 2), -(-columns // 8)})
+    sizes = sorted({-(-columns * eighths // 8) for eighths in _BLOCKS})
     branches = [partial(_turn, size=size) for size in sizes]
     which = sum((columns - start > size).astype(jnp.int32) for size in sizes[:-1])
     v, y = lax.switch(which, branches, v, y, start) if sizes[1:] else _turn(v, y, start, columns)
