@@ -42,6 +42,16 @@ _LARGE = 2048
 Fold = tuple[Any, Any]  # what is kept, and its effective rank
 
 
+def _eigenvectors(squares: Float[Array, "p p"]) -> Float[Array, "p p"]:
+    """Returns the eigenvectors of a symmetric matrix, by ascending eigenvalues."""
+    # LAPACK reduces the upper triangle in less time than the lower one.
+    return jnp.linalg.eigh(squares, UPLO="U", symmetrize_input=False)[1]
+
+
+# XLA calls the same LAPACK as SciPy does, and lets other threads go on meanwhile.
+_host_eigenvectors = jax.jit(_eigenvectors)
+
+
 def _lengths(columns: Float[Array, "n p"]) -> Float[Array, " p"]:
     return jnp.linalg.norm(columns, axis=0)
 
@@ -63,7 +73,7 @@ def _turn(v, y, start, size: int) -> tuple[Array, Array]:
     # Columns that are settled have eigenvalues below all others, and come first: ascending.
     above = jnp.diag(jnp.where(below, 0, 1).astype(y.dtype))
     squares = matmul(scaled.T, scaled) - above
-    _, w = jnp.linalg.eigh(squares, symmetrize_input=False)
+    w = _eigenvectors(squares)
     w = jnp.where(below[:, None] & below[None], w, above)
     last, rest = _in_order(matmul(v[:, head:], w), matmul(rest, w), start)
     return jnp.hstack([v[:, :head], last]), jnp.hstack([y[:, :head], rest])
@@ -92,7 +102,7 @@ def _graded(y, start) -> tuple[Array, Array]:
 
 def _vectors(tall: Float[Array, "n p"]) -> tuple[Array, Array]:
     """Returns right singular vectors v and the columns A v of a finite matrix, descending."""
-    _, v = jnp.linalg.eigh(matmul(tall.T, tall), symmetrize_input=False)
+    v = _eigenvectors(matmul(tall.T, tall))
     zero = jnp.zeros((), jnp.int32)
     v, y = _in_order(v, matmul(tall, v), zero)
     more = lambda state: state[3] & (state[4] < _MOST_GRADES)
@@ -167,23 +177,16 @@ def compiled_folds(changes: Float[Array, "k b m n"], *, mesh: Any, names: tuple[
     return by_compiler(fold_all, changes)
 
 
-# XLA calls the same LAPACK as SciPy does, and lets other threads go on meanwhile.
-@jax.jit
-def _eigenvectors(squares):
-    # LAPACK reduces the upper triangle in less time than the lower one.
-    return jnp.linalg.eigh(squares, UPLO="U", symmetrize_input=False)[1]
-
-
-def _padded_eigenvectors(squares: np.ndarray, most: int) -> np.ndarray:
-    """Returns eigenvectors, ascending, by a program that serves a sixteenth of all sizes."""
-    step, size = max(most // 16, 1), len(squares)
+def _padded_eigenvectors(squares: np.ndarray, most: int, sizes: int) -> np.ndarray:
+    """Returns eigenvectors, ascending, by one of so many programs up to a size."""
+    step, size = max(most // sizes, 1), len(squares)
     missing = min(-(-size // step) * step, most) - size
     if missing == 0:
-        return np.asarray(_eigenvectors(squares))
+        return np.asarray(_host_eigenvectors(squares))
     # Below all eigenvalues, also those that are 0 but for rounding.
     padded = np.diag(np.full(size + missing, -squares.diagonal().max()))
     padded[missing:, missing:] = squares
-    return np.asarray(_eigenvectors(padded))[missing:, missing:]
+    return np.asarray(_host_eigenvectors(padded))[missing:, missing:]
 
 
 def _host_vectors(tall: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -191,7 +194,7 @@ def _host_vectors(tall: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
     There are at most `most` columns.
     """
-    v = np.array(_padded_eigenvectors(tall.T @ tall, most))
+    v = np.array(_padded_eigenvectors(tall.T @ tall, most, 16))
     y = tall @ v
     lengths = np.linalg.norm(y, axis=0)
     least, end = _ROUNDING * np.finfo(y.dtype).eps * lengths.max(), len(lengths)
@@ -200,7 +203,7 @@ def _host_vectors(tall: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         if end == 0:
             break
         scaled = y[:, :end] / max(np.max(lengths[:end]), np.finfo(y.dtype).tiny)
-        w = _padded_eigenvectors(scaled.T @ scaled, most)
+        w = _padded_eigenvectors(scaled.T @ scaled, most, 8)  # it changes from call to call
         v[:, :end], y[:, :end] = v[:, :end] @ w, y[:, :end] @ w
         lengths = np.linalg.norm(y[:, :end], axis=0)
     return v, y
