@@ -78,7 +78,7 @@ class Runner:
 
 
 def once(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, and the seconds that it takes."""
+    """Calls a function; returns what it returns, and the seconds that it takes."""
     begin = time.perf_counter()
     found = jax.block_until_ready(call())
     return found, time.perf_counter() - begin
