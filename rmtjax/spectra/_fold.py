@@ -26,10 +26,12 @@ from rmtjax.spectra._lapack import one_blas_thread_each
 from rmtjax.spectra._spectrum import matmul
 
 # The share of the largest length down to which one Gram matrix is trusted: squares are then off by
-# a two-thousandth of themselves. In a program a grade squares a half of all columns, or an eighth
-# of them, if no more are left; on the host what is left.
+# a two-thousandth of themselves.
 _GRADE = 1 / 64
 _MOST_GRADES = 3
+# On the host a grade squares the columns that are left. In a program it squares the first of these
+# eighths of all columns that has them. Changes by training leave most columns to the second grade.
+_BLOCKS = (1, 3, 6, 8)
 # Times the machine's precision and the largest length: shorter columns are rounding, which a grade
 # carries over from the columns above it. They have no direction, and a matrix of lower rank must
 # not get one from its rounding.
@@ -38,6 +40,16 @@ _ROUNDING = 2 / _GRADE
 _LARGE = 2048
 
 Fold = tuple[Any, Any]  # what is kept, and its effective rank
+
+
+def _eigenvectors(squares: Float[Array, "p p"]) -> Float[Array, "p p"]:
+    """Returns the eigenvectors of a symmetric matrix, by ascending eigenvalues."""
+    # LAPACK reduces the upper triangle in less time than the lower one.
+    return jnp.linalg.eigh(squares, UPLO="U", symmetrize_input=False)[1]
+
+
+# XLA calls the same LAPACK as SciPy does, and lets other threads go on meanwhile.
+_host_eigenvectors = jax.jit(_eigenvectors)
 
 
 def _lengths(columns: Float[Array, "n p"]) -> Float[Array, " p"]:
@@ -61,7 +73,7 @@ def _turn(v, y, start, size: int) -> tuple[Array, Array]:
     # Columns that are settled have eigenvalues below all others, and come first: ascending.
     above = jnp.diag(jnp.where(below, 0, 1).astype(y.dtype))
     squares = matmul(scaled.T, scaled) - above
-    _, w = jnp.linalg.eigh(squares, symmetrize_input=False)
+    w = _eigenvectors(squares)
     w = jnp.where(below[:, None] & below[None], w, above)
     last, rest = _in_order(matmul(v[:, head:], w), matmul(rest, w), start)
     return jnp.hstack([v[:, :head], last]), jnp.hstack([y[:, :head], rest])
@@ -71,7 +83,7 @@ def _next_grade(state):
     """Squares the columns of y from `start` on, in the smallest of some blocks."""
     v, y, start, _, turn = state
     columns = y.shape[1]
-    sizes = sorted({columns, -(-columns // 2), -(-columns // 8)})
+    sizes = sorted({-(-columns * eighths // 8) for eighths in _BLOCKS})
     branches = [partial(_turn, size=size) for size in sizes]
     which = sum((columns - start > size).astype(jnp.int32) for size in sizes[:-1])
     v, y = lax.switch(which, branches, v, y, start) if sizes[1:] else _turn(v, y, start, columns)
@@ -90,7 +102,7 @@ def _graded(y, start) -> tuple[Array, Array]:
 
 def _vectors(tall: Float[Array, "n p"]) -> tuple[Array, Array]:
     """Returns right singular vectors v and the columns A v of a finite matrix, descending."""
-    _, v = jnp.linalg.eigh(matmul(tall.T, tall), symmetrize_input=False)
+    v = _eigenvectors(matmul(tall.T, tall))
     zero = jnp.zeros((), jnp.int32)
     v, y = _in_order(v, matmul(tall, v), zero)
     more = lambda state: state[3] & (state[4] < _MOST_GRADES)
@@ -165,24 +177,24 @@ def compiled_folds(changes: Float[Array, "k b m n"], *, mesh: Any, names: tuple[
     return by_compiler(fold_all, changes)
 
 
-# XLA calls the same LAPACK as SciPy does, and lets other threads go on meanwhile.
-@jax.jit
-def _eigenvectors(squares):
-    return jnp.linalg.eigh(squares, symmetrize_input=False)[1]
-
-
-def _padded_eigenvectors(squares: np.ndarray, most: int) -> np.ndarray:
-    """Returns eigenvectors, ascending, by a program that serves an eighth of all sizes."""
-    step, size = max(most // 8, 1), len(squares)
-    missing = -(-size // step) * step - size
-    padded = np.diag(np.repeat(squares.dtype.type(-1), size + missing))  # below all eigenvalues
+def _padded_eigenvectors(squares: np.ndarray, most: int, sizes: int) -> np.ndarray:
+    """Returns eigenvectors, ascending, by one of so many programs up to a size."""
+    step, size = max(most // sizes, 1), len(squares)
+    missing = min(-(-size // step) * step, most) - size
+    if missing == 0:
+        return np.asarray(_host_eigenvectors(squares))
+    # Below all eigenvalues, also those that are 0 but for rounding.
+    padded = np.diag(np.full(size + missing, -squares.diagonal().max()))
     padded[missing:, missing:] = squares
-    return np.asarray(_eigenvectors(padded))[missing:, missing:]
+    return np.asarray(_host_eigenvectors(padded))[missing:, missing:]
 
 
-def _host_vectors(tall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns right singular vectors v and the columns A v of a finite matrix, ascending."""
-    v = np.array(_eigenvectors(tall.T @ tall))
+def _host_vectors(tall: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns right singular vectors v and the columns A v of a finite matrix, ascending.
+
+    There are at most `most` columns.
+    """
+    v = np.array(_padded_eigenvectors(tall.T @ tall, most, 16))
     y = tall @ v
     lengths = np.linalg.norm(y, axis=0)
     least, end = _ROUNDING * np.finfo(y.dtype).eps * lengths.max(), len(lengths)
@@ -191,7 +203,7 @@ def _host_vectors(tall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if end == 0:
             break
         scaled = y[:, :end] / max(np.max(lengths[:end]), np.finfo(y.dtype).tiny)
-        w = _padded_eigenvectors(scaled.T @ scaled, tall.shape[1])
+        w = _padded_eigenvectors(scaled.T @ scaled, most, 8)  # it changes from call to call
         v[:, :end], y[:, :end] = v[:, :end] @ w, y[:, :end] @ w
         lengths = np.linalg.norm(y[:, :end], axis=0)
     return v, y
@@ -201,10 +213,24 @@ def _host_vectors(tall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _host_fold(total: np.ndarray, change: np.ndarray, count: int) -> Fold:
     """Returns the fold of one replica, in float32."""
     others = (total - change) / np.float32(count - 1)
+    # Rows and columns that have not moved, as of dead units or unused words, have no part in it.
+    live = np.ix_(others.any(axis=1), others.any(axis=0))
+    if live[0].size * live[1].size == others.size:
+        return _fold_of_live(others, change, min(others.shape))
+    kept = np.zeros_like(others)
+    kept[live], rank = _fold_of_live(others[live], change[live], min(others.shape))
+    return kept, rank
+
+
+def _fold_of_live(others: np.ndarray, change: np.ndarray, most: int) -> Fold:
+    """Returns a fold of matrices that have at most so many rows or columns."""
+    if others.size == 0:
+        return np.zeros_like(others), np.float32(0)
     if others.shape[0] < others.shape[1]:
-        others, change = others.T, change.T
+        kept, rank = _fold_of_live(others.T, change.T, most)
+        return kept.T, rank
     largest = np.abs(others).max()
-    v, y = _host_vectors(others / (largest or np.float32(1)))
+    v, y = _host_vectors(others / largest, most)
     s = np.linalg.norm(y, axis=0)
     present = s > _ROUNDING * np.finfo(s.dtype).eps * s.max()
     r = np.einsum("ij,ij->j", y, change @ v) / np.where(present, s, np.inf)
@@ -214,7 +240,7 @@ def _host_fold(total: np.ndarray, change: np.ndarray, count: int) -> Fold:
     share = r / max(r.sum(), np.finfo(r.dtype).tiny)
     share = share[share > 0]
     rank = np.exp(-np.sum(share * np.log(share))) if len(share) else np.float32(0)
-    return kept if total.shape[0] >= total.shape[1] else kept.T, rank
+    return kept, rank
 
 
 @np.errstate(over="ignore", invalid="ignore")

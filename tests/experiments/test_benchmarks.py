@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     memory,
     merge,
     moments,
+    replicas,
     report,
     sizes,
     timing,
@@ -58,6 +59,15 @@ def test_sums_over_inputs_are_those_of_float64(tmp_path, monkeypatch):
     arguments = ["--widths", "60", "--rows", "500", "--rounds", "1"]
     (row,) = run(moments, arguments, tmp_path, monkeypatch)
     assert row["relative difference"] < 1e-5
+
+
+def test_an_epoch_of_replicas_is_measured_with_both_merges(tmp_path, monkeypatch):
+    arguments = ["--source", "sample", "--dataset", "fashion_mnist", "--widths", "30"]
+    (row,) = run(replicas, [*arguments, "--rounds", "1"], tmp_path, monkeypatch)
+    assert all(0 < float(kept) < 1 for kept in row["kept"].split())
+    ratios = [row["merge / epoch"], row["compiled merge / epoch"]]
+    times = [row["merge, ms"], row["compiled merge, ms"]]
+    np.testing.assert_allclose(np.array(times) / row["epoch, ms"], ratios)
 
 
 def test_a_merge_of_replicas_is_that_of_decompositions(tmp_path, monkeypatch):

@@ -38,8 +38,9 @@ def run(name):
     return names
 
 
-def test_there_are_four():
+def test_there_are_five():
     assert [path.stem for path in NOTEBOOKS] == [
+        "agreement",
         "first_look",
         "pretrained_model",
         "pruning_and_memorisation",
@@ -83,6 +84,18 @@ def test_first_look_without_mnist(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     run("first_look")
     assert "sample, in place of MNIST" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_agreement():
+    names = run("agreement")
+    error, mean = names["error"], names["changes"].mean(axis=0)
+    assert error(names["by_hand"]) < 0.4 * error(mean)
+    # An unbiased estimate: 200 directions, by four standard errors.
+    assert abs(names["off"].mean()) < 4 * names["error_of_mean"]
+    averaged, agreed = (names[arm][-5:].mean(axis=0) for arm in ("averaged", "agreed"))
+    assert agreed[1] < averaged[1] / 2
+    assert agreed[0] > averaged[0]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from helpers.replica_cases import agreed, EPS, noisy, relative
 from hypothesis import given, settings, strategies as st
 
@@ -111,18 +112,45 @@ def test_orthogonal_turns_and_the_order_of_replicas_change_nothing(transform, se
 
 def test_noise_alone_is_estimated_without_bias_and_made_smaller():
     # r of 200 matrices of 30 directions: of unit variance, since singular vectors have norm 1.
-    rng, means, fold = np.random.default_rng(0), [], jax.jit(_fold.fold)
+    rng, values, fold = np.random.default_rng(0), [], jax.jit(_fold.fold)
     for _ in range(200):
         changes = rng.standard_normal((2, 40, 30)).astype(np.float32)
         kept, _ = fold(changes[0], changes[1])
         other, _ = fold(changes[0], -changes[1])
         # The one has the positive r, the other the negative ones.
         u, _, vt = np.linalg.svd(changes[0])
-        r = np.diagonal(u.T @ np.asarray(kept - other) @ vt.T)
-        means.append(r.mean())
+        values.append(np.diagonal(u.T @ np.asarray(kept - other) @ vt.T))
+    means = np.mean(values, axis=1)
     # The mean of 6,000 values of unit variance is within 4 / sqrt(6000) but once in 16,000.
     assert abs(np.mean(means)) < 4 / np.sqrt(6000)
     np.testing.assert_allclose(np.std(means), 1 / np.sqrt(30), rtol=0.25)
+    # Given the directions they are independent and normal.
+    assert scipy.stats.kstest(np.ravel(values), "norm").pvalue > 1e-3
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(2, 16), signal=st.floats(0, 5))
+@settings(max_examples=30)
+def test_the_norm_is_above_that_of_the_mean_by_noise_in_the_directions_at_most(seed, count, signal):
+    changes = noisy(count, (30, 20), signal=signal, seed=seed)
+    found, *_ = merge(changes)
+    norms = np.linalg.norm(changes, axis=(1, 2))
+    # r are 20 coordinates of a replica, in orthonormal directions.
+    assert np.linalg.norm(found) <= norms.mean() * (1 + 100 * EPS)
+    # What they have more than the mean is at most unit noise in 20 directions, in each fold: by
+    # three of its deviations, and the mean over folds varies less.
+    assert np.linalg.norm(found) <= np.linalg.norm(changes.mean(axis=0)) + np.sqrt(20) + 3
+
+
+def test_rows_and_columns_that_did_not_move_in_some_replicas_have_no_part_in_their_folds():
+    changes = noisy(3, (50, 40))
+    changes[0, 30:] = changes[1, 20:] = 0
+    changes[:2, :, :10] = 0
+    found, *_ = merge(changes)
+    assert relative(found, agreed(changes)[0]) < TURNS
+    still = noisy(2, (50, 40)) * np.array([1, 0], np.float32)[:, None, None]
+    found, kept, rank = merge(still)
+    assert not np.any(found)
+    assert (float(kept), float(rank)) == (0, 0)
 
 
 @MODES
