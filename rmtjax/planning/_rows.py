@@ -15,6 +15,9 @@ from rmtjax.noise import Shrink
 from rmtjax.planning._cost import Cost
 from rmtjax.spectra import OutputLosses
 
+# How the reason of a tensor begins that has a row, and is no kernel.
+UNNAMED = "kept: not a kernel by its name"
+
 
 def _brief_row(self: Any) -> str:
     """Returns a row as text, without the arrays that it holds."""

@@ -107,8 +107,11 @@
     const cell = make("td", { role: "cell", "aria-colspan": heads.length });
     if (spectrum) {
       const label = `words-${index}`;
+      // Ends of the bulk as eigenvalues, as in the rows, and as the axis of the picture has them.
+      const both = (value) => `λ ${short(value)}, √λ ${value > 0 ? short(Math.sqrt(value)) : "-"}`;
       const numbers = ["ratio", "variance", "edge", "threshold"].map((name) => {
-        return make("div", {}, make("dt", {}, name), make("dd", {}, short(spectrum[name])));
+        const form = name === "edge" || name === "threshold" ? both : short;
+        return make("div", {}, make("dt", {}, name), make("dd", {}, form(spectrum[name])));
       });
       const words = make("p", { id: label }, tell(spectrum));
       const caption = make("figcaption", {}, words, make("dl", { class: "numbers" }, ...numbers));
@@ -178,7 +181,7 @@
     const rows = document.createDocumentFragment();
     for (const { row, detail } of sort(chosen)) rows.append(row, ...(detail ? [detail] : []));
     body.replaceChildren(rows);
-    found.textContent = `${count(chosen.length)} of ${count(kernels.length)} kernels`;
+    found.textContent = `${count(chosen.length)} of ${count(kernels.length)} rows`;
   };
 
   // First up, then down, then as it was.
@@ -207,4 +210,5 @@
   });
   document.querySelector(".controls").hidden = false;
   arrange();
+  if (data.open !== null) toggle(kernels[data.open]);
 })();

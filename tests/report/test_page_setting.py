@@ -57,6 +57,7 @@ def test_names_are_no_markup(show):
 def test_a_phone_shows_all_of_it(show, make):
     page = show(make())
     page.resize(360)
+    page.close_all()
     for opener in page.all(".opens button"):
         opener.click()
     assert page.run("document.documentElement.scrollWidth") == 360
