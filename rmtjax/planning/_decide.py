@@ -193,7 +193,8 @@ def _rank_by_rule(
     rank = min(-(-rank // options.multiple) * options.multiple, size)  # rounded up
     shrunk = ", shrunk" if options.shrink else ""
     if not options.rule.needs_noise:  # it was told how much to keep, and has not looked for signal
-        return rank, f"rank {rank} of {size}{by}, as asked by the rule{shrunk}"
+        asked = "as asked by the rule" if rank == count else f"where the rule asks for {count}"
+        return rank, f"rank {rank} of {size}{by}, {asked}{shrunk}"
     return rank, f"{count} of {size} are signal, rank {rank}{shrunk}{by}"
 
 

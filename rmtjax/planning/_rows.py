@@ -125,7 +125,7 @@ class Plan(dict[str, LayerPlan]):
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
       >>> plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(16))
       >>> plan["kernel"]
-      Factorized('factorized: 16 of 60 are signal, rank 16', shape=(80, 60), rank=16)
+      Factorized('factorized: rank 16 of 60, as asked by the rule', shape=(80, 60), rank=16)
     """
 
     @property
