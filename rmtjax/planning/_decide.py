@@ -238,7 +238,7 @@ def decide(
         rank = ranks[path] or size
         words = f"rank {rank} of {size} under the budget{by}"
     if view.in_parts:
-        refusal = refusal or f"held as {view.in_parts} ({words.partition(', rank')[0]})"
+        refusal = refusal or f"held as {view.in_parts} ({words.partition(', ')[0]})"
     if refusal:
         return Kept(f"kept: {refusal}{note}", rank=size, **known)
     if rank == size and shrink is None:
