@@ -144,10 +144,10 @@ def _spectra(plan: Plan) -> list[dict[str, Any] | None]:
 
 def _to_open(rows: Sequence[Row], spectra: Sequence[dict[str, Any] | None]) -> int | None:
     """Returns the row that is open at once: the largest cut, or the first with a law; or None."""
-    drawn = [i for i, spectrum in enumerate(spectra) if spectrum]
-    near = [i for i in drawn if i < SEEN] or drawn
     shares, _ = shares_cut(rows)
-    return max(near, key=lambda i: (shares[i], spectra[i]["law"] is not None), default=None)
+    drawn = [(i, one["law"] is not None) for i, one in enumerate(spectra) if one]
+    near = [(i, law) for i, law in drawn if i < SEEN] or drawn
+    return max(near, key=lambda pair: (shares[pair[0]], pair[1]), default=(None,))[0]
 
 
 def to_script(data: Any) -> str:
