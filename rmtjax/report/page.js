@@ -64,10 +64,12 @@
       const along = (i) => lower + (upper - lower) * Math.sin((Math.PI * i) / (2 * last)) ** 2;
       const points = heights.map((height, i) => `${x(along(i))} ${y((peak * height) / 1000)}`);
       path("law", `M${points.join("L")}`);
+      // A narrow picture has no room on the right: both names then move to the left.
+      const over = Math.max(0, Number(x(Math.sqrt(spectrum.threshold))) + 66 - width);
       for (const [name, anchor, shift] of [["edge", "end", -4], ["threshold", "start", 4]]) {
         const value = Math.sqrt(spectrum[name]);
         line(name, value, top);
-        text(name, Number(x(value)) + shift, top - 8, anchor);
+        text(name, Number(x(value)) + shift - over, top - 8, anchor);
       }
     }
     for (const spike of largest) if (spike <= stop) line("spikes", spike, floor - 14);
