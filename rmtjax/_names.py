@@ -83,6 +83,19 @@ def is_table(path: str, shape: tuple[int, ...]) -> bool:
     return parts[-1] in ("embedding", "embeddings") or bool(named)
 
 
+def is_convolution(path: str, shape: tuple[int, ...], axes: KernelAxes | None) -> bool:
+    """Returns True for the kernel of a convolution, by its name or by its window.
+
+    One of an attention has three axes as well, so that three axes alone prove nothing.
+    """
+    parts = _parts(path)
+    if len(shape) - len(axes.batch if axes else ()) < 3:
+        return False
+    if "conv" in ("", *parts)[-2].lower():
+        return True
+    return axes is not None and (_is_torch(parts) or len(axes.inputs) > 2)
+
+
 def is_untold(path: str, leaf: Any) -> bool:
     """Returns True for a leaf that may be a kernel under another name, with two axes or more.
 

@@ -156,7 +156,7 @@ def save(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     rmtjax.checkpoint.save(f"{folder}/thin.safetensors", thin, plan)
       ...     print(rmtjax.checkpoint.load_plan(f"{folder}/thin.safetensors"))
-      Dense_0/kernel  factorized: 16 of 200 are signal, rank 16
+      Dense_0/kernel  factorized: rank 16 of 200, as asked by the rule
     """
     if rule is not None:
         check_rule(rule)

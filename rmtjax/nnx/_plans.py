@@ -84,7 +84,7 @@ def plan(
       >>> import flax.nnx as nnx, rmtjax
       >>> model = nnx.Sequential(nnx.Linear(80, 60, rngs=nnx.Rngs(0)), nnx.relu)
       >>> print(rmtjax.nnx.plan(model, rule=rmtjax.ranks.fixed(16)))
-      layers/0/kernel  factorized: 16 of 60 are signal, rank 16
+      layers/0/kernel  factorized: rank 16 of 60, as asked by the rule
     """
     sizes = min_rank, multiple, min_size, exact_below
     options = PlanOptions(rule, keep, shrink, where, axes, fits, *sizes, batch, moments, budget)

@@ -9,6 +9,7 @@ cut does to the outputs. `truncate` and `factorize` do what a plan says, and
 from rmtjax._names import (
     guess_axes as guess_axes,
     in_factor_layer as in_factor_layer,
+    is_convolution as is_convolution,
     is_kernel as is_kernel,
     is_untold as is_untold,
     NAMES as NAMES,
@@ -72,6 +73,7 @@ from rmtjax.planning._rows import (
     LayerPlan as LayerPlan,
     Plan as Plan,
     Truncated as Truncated,
+    UNNAMED as UNNAMED,
 )
 from rmtjax.planning._truncate import (
     changed_leaves as changed_leaves,

@@ -181,8 +181,10 @@ def give_ranks(
     return dict.fromkeys(found.measured) | allocate(able, sum(fixed.values()), limit)
 
 
-def _signal_rank(view: MatrixView, measured: Measurement, options: PlanOptions) -> tuple[int, str]:
-    """Returns the rank by the signal in the weights, and in words."""
+def _rank_by_rule(
+    view: MatrixView, measured: Measurement, options: PlanOptions, by: str
+) -> tuple[int, str]:
+    """Returns the rank by the rule, and in words: what it counts, or that it asks for a size."""
     # One rank for a stack: that of its richest member.
     populated = int(measured.populated.max())
     count = min(int(measured.signal.max()), populated)
@@ -190,7 +192,10 @@ def _signal_rank(view: MatrixView, measured: Measurement, options: PlanOptions) 
     size = view.full_rank
     rank = min(-(-rank // options.multiple) * options.multiple, size)  # rounded up
     shrunk = ", shrunk" if options.shrink else ""
-    return rank, f"{count} of {size} are signal, rank {rank}{shrunk}"
+    if not options.rule.needs_noise:  # it was told how much to keep, and has not looked for signal
+        asked = "as asked by the rule" if rank == count else f"where the rule asks for {count}"
+        return rank, f"rank {rank} of {size}{by}, {asked}{shrunk}"
+    return rank, f"{count} of {size} are signal, rank {rank}{shrunk}{by}"
 
 
 def _whole(path: str, view: MatrixView, options: PlanOptions) -> str:
@@ -222,18 +227,18 @@ def decide(
     note += _zeros(view, measured)
     note += " (rows and columns equalized)" if measured.equalized else ""
     note += " (no moments: by weights)" if options.moments is not None and not loss else ""
+    by = " by output" if loss else ""
     if ranks is None:
         refusal = _refusal(measured, options.min_size) or (
             shrink and _unshrinkable(measured, shrink, view)
         )
-        rank, words = _signal_rank(view, measured, options)
+        rank, words = _rank_by_rule(view, measured, options, by)
     else:
         refusal = _broken(measured) or (None if ranks[path] else _whole(path, view, options))
         rank = ranks[path] or size
-        words = f"rank {rank} of {size} under the budget"
-    words += " by output" if loss else ""
+        words = f"rank {rank} of {size} under the budget{by}"
     if view.in_parts:
-        refusal = refusal or f"held as {view.in_parts} ({words.partition(', rank')[0]})"
+        refusal = refusal or f"held as {view.in_parts} ({words.partition(', ')[0]})"
     if refusal:
         return Kept(f"kept: {refusal}{note}", rank=size, **known)
     if rank == size and shrink is None:

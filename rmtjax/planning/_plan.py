@@ -21,7 +21,7 @@ from rmtjax.planning._cost import Clock, remember, rows_by_path, time_products, 
 from rmtjax.planning._decide import choices, decide, give_ranks, time_kernels
 from rmtjax.planning._measure import Findings, given_fits, measure_values, study
 from rmtjax.planning._options import PlanOptions
-from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan
+from rmtjax.planning._rows import Factorized, in_place, Kept, LayerPlan, Plan, UNNAMED
 
 
 def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -> LayerPlan:
@@ -34,10 +34,9 @@ def _weigh(row: LayerPlan, kernel: KernelLeaf, rows: int | None, clock: Clock) -
 def _unchosen_row(leaf: KernelLeaf) -> Kept:
     """Returns the row of a leaf that may be a kernel, and is not one by its name."""
     cost, _ = weigh(leaf, None, None, time_products)
-    cause = "not a kernel by its name, unless `where` chooses it"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        cause = f"not floating ({leaf.dtype})"
-    return Kept(f"kept: {cause}", leaf.shape, cost=cost)
+        return Kept(f"kept: not floating ({leaf.dtype})", leaf.shape, cost=cost)
+    return Kept(f"{UNNAMED}, unless `where` chooses it", leaf.shape, cost=cost)
 
 
 @in_usual_modes

@@ -15,6 +15,9 @@ from rmtjax.noise import Shrink
 from rmtjax.planning._cost import Cost
 from rmtjax.spectra import OutputLosses
 
+# How the reason of a tensor begins that has a row, and is no kernel.
+UNNAMED = "kept: not a kernel by its name"
+
 
 def _brief_row(self: Any) -> str:
     """Returns a row as text, without the arrays that it holds."""
@@ -122,7 +125,7 @@ class Plan(dict[str, LayerPlan]):
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (80, 60))}
       >>> plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(16))
       >>> plan["kernel"]
-      Factorized('factorized: 16 of 60 are signal, rank 16', shape=(80, 60), rank=16)
+      Factorized('factorized: rank 16 of 60, as asked by the rule', shape=(80, 60), rank=16)
     """
 
     @property

@@ -1,7 +1,7 @@
 """Chooses the columns of a report: fields of rows, metrics of spectra, and groups of both."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,11 @@ GROUPS = {
     "change": ("path", "spikes", *SpectralChange._fields),
     "all": (*Row._fields, *SpectralMetrics._fields),
 }
+TEXTS = ("path", "action", "reason", "shape")
+COSTS = ("parameters", "multiply_adds", "milliseconds")
+# The columns that a page always has, and those among them that have to be measured.
+USUAL = (*TEXTS, "spikes", "rank", "distance", "removed", *COSTS, "removed_outputs")
+_UNKNOWN = ("milliseconds", "removed_outputs")
 _KINDS = {int | None: "Int64", float | None: "float64"}
 _COUNTS = {"numerical_rank", "alpha_tail", "hill_tail"}
 # Least and usual widths on a page where a number does not have that of its name.
@@ -62,6 +67,44 @@ def width_of(name: str) -> tuple[str, str]:
     longest = max(map(len, name.split("_")))
     widths = _WIDTHS.get(name, (f"{max(6.8, 0.55 * longest + 3):.4g}em",))
     return widths[0], widths[-1]
+
+
+def shown(names: Sequence[str]) -> list[str]:
+    """Returns columns without those whose number stands behind an arrow, as a cost after a plan."""
+    return [name for name in names if not name.endswith("_after")]
+
+
+def choices_of(columns: Sequence[str], asked: Sequence[str]) -> dict[str, list[str]]:
+    """Returns what a reader of a page can choose among: groups by name, with their columns."""
+    usual = [name for name in columns if name in USUAL]
+    if not asked:
+        return {"default": list(columns)}
+    present = {*columns, *_UNKNOWN}
+    wanted = {"as asked": asked, "default": usual}
+    wanted |= {name: group for name, group in GROUPS.items() if present.issuperset(shown(group))}
+    choices: dict[str, list[str]] = {}
+    for title, names in wanted.items():
+        chosen = [name for name in columns if name in (*TEXTS[:2], *names)]
+        if chosen not in choices.values():
+            choices[title] = chosen
+    return choices
+
+
+def layout(columns: Sequence[str], choices: Mapping[str, Sequence[str]]) -> str:
+    """Returns the style of each choice: the widths of its columns; the others are not shown."""
+    rules = []
+    for title, chosen in choices.items():
+        table = f'table[data-columns="{title}"]'
+        widths = [width_of(name) for name in chosen]
+        grid = " ".join(
+            least if least == usual else f"minmax({least},{usual})" for least, usual in widths
+        )
+        least = sum(float(least.removesuffix("em")) for least, _ in widths)
+        rules.append(f"{table} {{ --grid: {grid}; --least: {least:.4g}em; }}")
+        hidden = [i for i, name in enumerate(columns, 1) if name not in chosen]
+        cells = ", ".join(f"{table} tr > :nth-child({i})" for i in hidden)
+        rules += [f"{cells} {{ display: none; }}"] if hidden else []
+    return "\n".join(rules)
 
 
 def dtypes(columns: Sequence[str]) -> dict[str, str]:

@@ -20,18 +20,13 @@ from rmtjax._text import printable
 from rmtjax._types import BulkFit
 from rmtjax.laws import law_curve, roots, rounding
 from rmtjax.planning import Cost, LayerPlan, NO_OTHERS, Others, Plan
-from rmtjax.report._columns import GROUPS, width_of
+from rmtjax.report._columns import choices_of, COSTS, layout, shown, TEXTS, USUAL
 from rmtjax.report._row import Row, to_cell, to_text
-from rmtjax.report._words import summarize
+from rmtjax.report._words import shares_cut, split_named, summarize, verdict, VERDICTS
 
 BINS, POINTS, MOST_SPIKES = 80, 60, 500
-_VERDICTS = {"factorize": "factorized", "truncate": "truncated", "keep": "kept"}
-_TEXTS = ("path", "action", "reason", "shape")
-_COSTS = ("parameters", "multiply_adds", "milliseconds")
-_NUMBERS = ("spikes", "rank", "distance", "removed", *_COSTS, "removed_outputs")
-USUAL = _TEXTS + _NUMBERS
-_UNKNOWN = ("milliseconds", "removed_outputs")  # unless they were measured
-_LONG = ("reason", *_COSTS, "removed_outputs")  # of a line each on narrow screens
+SEEN = 10  # rows of which one is open at once: a figure further down would not be seen
+_LONG = ("reason", *COSTS, "removed_outputs")  # of a line each on narrow screens
 _HEADS = {
     "path": "kernel",
     "action": "verdict",
@@ -114,10 +109,14 @@ def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the numbers from which the script draws a spectrum."""
     # About 3 p^(1/3) bars in the bulk. They stop at twice the threshold: spikes that are far away
     # would flatten the bulk.
-    top, bins = float(drawn.values[0]), np.clip(3 * drawn.values.size ** (1 / 3), 8, BINS / 2)
+    top = float(drawn.values[0])
     cut = float(drawn.fit.threshold) ** 0.5 if drawn.has_noise else top
-    stop = float(np.clip(top, 1.1 * cut, 2 * cut)) or 1.0
-    counts, zeros = count_values(drawn.values, int(np.ceil(bins * stop / (cut or 1.0))), stop)
+    # The threshold is an edge of bars: one on both sides of it would show noise as spikes.
+    bins = int(np.ceil(np.clip(3 * drawn.values.size ** (1 / 3), 8, BINS / 2)))
+    width = (cut or 1.0) / bins
+    number = int(np.ceil(np.clip(top, 1.1 * cut, 2 * cut) / width - 1e-6)) or bins
+    stop = number * width
+    counts, zeros = count_values(drawn.values, number, stop)
     spikes = int(drawn.fit.num_spikes) if law else 0
     numbers = {"ratio": drawn.ratio, **drawn.fit._asdict()}
     names = "ratio", "variance", "edge", "threshold", "distance"
@@ -143,6 +142,14 @@ def _spectra(plan: Plan) -> list[dict[str, Any] | None]:
     return [d and _spectrum(d, next(laws) if d.has_noise else None) for d in drawn]
 
 
+def _to_open(rows: Sequence[Row], spectra: Sequence[dict[str, Any] | None]) -> int | None:
+    """Returns the row that is open at once: the largest cut, or the first with a law; or None."""
+    shares, _ = shares_cut(rows)
+    drawn = [(i, one["law"] is not None) for i, one in enumerate(spectra) if one]
+    near = [(i, law) for i, law in drawn if i < SEEN] or drawn
+    return max(near, key=lambda pair: (shares[pair[0]], pair[1]), default=(None,))[0]
+
+
 def to_script(data: Any) -> str:
     """Returns JSON for a script element."""
     # A name such as "</script>" would end the element.
@@ -153,24 +160,23 @@ def to_script(data: Any) -> str:
 def _head(name: str) -> str:
     """Returns the head of a column; a long name may break where it has an underscore."""
     # The script sorts a column of numbers by the field in its key, and others by their text.
-    key = "" if name in _TEXTS else f' data-key="{name}"'
+    key = "" if name in TEXTS else f' data-key="{name}"'
     text = _HEADS.get(name, name.replace("_", "_<wbr>"))
     return f'<th scope="col"{key}>{text}</th>'
 
 
-def _line(row: Row, columns: Sequence[str], metrics: Metrics) -> str:
+def _line(row: Row, columns: Sequence[str], metrics: Metrics, applied: bool) -> str:
     """Returns a row of the table."""
-    verdict = _VERDICTS[row.action]
     known = lambda name: metrics.get(row.path, {}).get(name)
     texts = {
         name: to_cell(row, name, _ARROW) if name in Row._fields else to_text(known(name))
         for name in columns
     }
     texts["path"] = texts["path"] or "(no name)"
-    texts["reason"] = texts["reason"].removeprefix(f"{verdict}: ")
+    texts["reason"] = texts["reason"].removeprefix(f"{VERDICTS[row.action]}: ")
     path, _, *rest = (html.escape(text) for text in texts.values())
     path = re.sub("[/.]", r"\g<0><wbr>", path)  # where a long name may break
-    badge = f'<td><b class="{row.action}">{verdict}</b></td>'
+    badge = f'<td><b class="{row.action}">{verdict(row.action, applied)}</b></td>'
     cells = badge + "".join(map(_cell, columns[2:], rest))
     return f'<tr><th scope="row">{path}</th>{cells}</tr>'
 
@@ -179,58 +185,27 @@ def _cell(name: str, text: str) -> str:
     """Returns a cell after that of the verdict."""
     # On a narrow screen, where there is no head, the style sheet writes the name before a number.
     label = "" if name == "reason" else f' data-name="{_HEADS.get(name, name)}"'
+    if name in COSTS:  # a line may break before the positions, not within
+        text = re.sub(" of (.+) ", " of\u00a0\\1\u00a0", text)
     kind = ' class="long"' if name in _LONG else ' class="shape"' if name == "shape" else ""
     if name == "shape":
         text = text.replace("x", "x<wbr>")  # never within a number
     return f"<td{kind}{label}>{text}</td>"
 
 
-def _shown(names: Sequence[str]) -> list[str]:
-    """Returns columns without those whose number stands behind an arrow, as a cost after a plan."""
-    return [name for name in names if not name.endswith("_after")]
-
-
-def _choices(columns: Sequence[str], asked: Sequence[str]) -> dict[str, list[str]]:
-    """Returns what a reader can choose among: names of groups, and the columns of each."""
-    usual = [name for name in columns if name in USUAL]
-    if not asked:
-        return {"default": list(columns)}
-    present = {*columns, *_UNKNOWN}
-    wanted = {"as asked": asked, "default": usual}
-    wanted |= {name: group for name, group in GROUPS.items() if present.issuperset(_shown(group))}
-    choices: dict[str, list[str]] = {}
-    for title, names in wanted.items():
-        chosen = [name for name in columns if name in (*_TEXTS[:2], *names)]
-        if chosen not in choices.values():
-            choices[title] = chosen
-    return choices
-
-
-def _layout(columns: Sequence[str], choices: Mapping[str, Sequence[str]]) -> str:
-    """Returns the style of each choice: the widths of its columns; the others are not shown."""
-    rules = []
-    for title, chosen in choices.items():
-        table = f'table[data-columns="{title}"]'
-        widths = [width_of(name) for name in chosen]
-        grid = " ".join(
-            least if least == usual else f"minmax({least},{usual})" for least, usual in widths
-        )
-        least = sum(float(least.removesuffix("em")) for least, _ in widths)
-        rules.append(f"{table} {{ --grid: {grid}; --least: {least:.4g}em; }}")
-        hidden = [i for i, name in enumerate(columns, 1) if name not in chosen]
-        cells = ", ".join(f"{table} tr > :nth-child({i})" for i in hidden)
-        rules += [f"{cells} {{ display: none; }}"] if hidden else []
-    return "\n".join(rules)
-
-
-def _totals(actions: Counter[str], totals: Cost, others: Others) -> str:
+def _totals(rows: Sequence[Row], totals: Cost, others: Others, applied: bool) -> str:
     """Returns the totals that are shown above the table."""
-    words = ", ".join(f"{count:,} {_VERDICTS[name]}" for name, count in actions.items())
+    kernels, unnamed = split_named(rows)
+    actions = Counter(sorted(row.action for row in kernels))
+    words = ", ".join(f"{count:,} {verdict(name, applied)}" for name, count in actions.items())
     entries = {"kernels": f"{actions.total():,} <small>{words}</small>"}
+    if unnamed:
+        numbers = f"{sum(row.parameters or 0 for row in unnamed):,} numbers, kept"
+        entries["tensors under other names"] = f"{len(unnamed):,} <small>{numbers}</small>"
     if others.tensors:
         numbers = f"{others.parameters:,} numbers, not looked at"
         entries["other tensors"] = f"{others.tensors:,} <small>{numbers}</small>"
-    for name in _COSTS:
+    for name in COSTS:
         before, after = getattr(totals, name), getattr(totals, f"{name}_after")
         if before is not None:
             percent = f"{after / before - 1:+.1%}".replace("-", "\u2212") if before else ""
@@ -255,7 +230,7 @@ def _columns(rows: Sequence[Row], totals: Cost, asked: Sequence[str]) -> tuple[s
     if all(row.removed_outputs is None for row in rows):
         unknown.add("removed_outputs")
     usual = (name for name in USUAL if name not in unknown)
-    others = (name for name in _shown(asked) if name not in unknown)
+    others = (name for name in shown(asked) if name not in unknown)
     return tuple(dict.fromkeys((*usual, *others)))
 
 
@@ -285,14 +260,14 @@ def render(
     """
     known: Metrics = metrics or {}
     columns = _columns(rows, totals, asked)
-    choices = _choices(columns, asked)
+    choices = choices_of(columns, asked)
     numbers = {
-        name: [_number(row, name, known) for row in rows] for name in columns if name not in _TEXTS
+        name: [_number(row, name, known) for row in rows] for name in columns if name not in TEXTS
     }
-    actions = Counter(sorted(row.action for row in rows))
-    option = lambda action: f'<option value="{action}">{_VERDICTS[action]}</option>'
+    actions, spectra = sorted({row.action for row in rows}), _spectra(plan)
+    option = lambda action: f'<option value="{action}">{verdict(action, applied)}</option>'
     choice = lambda name: f'<option value="{name}">{name}</option>'
-    style, script = f"{_asset('css')}{_layout(columns, choices)}\n", _asset("js")
+    style, script = f"{_asset('css')}{layout(columns, choices)}\n", _asset("js")
     fields = {
         "title": html.escape(printable(title)),
         "style": style,
@@ -300,16 +275,19 @@ def render(
         "style_digest": _digest(style),
         "script_digest": _digest(script),
         "summary": "".join(
-            f"<p>{html.escape(line)}</p>" for line in summarize(rows, totals, others, applied)
+            re.sub("`(.*?)`", r"<code>\1</code>", f"<p>{html.escape(line)}</p>")
+            for line in summarize(rows, totals, others, applied)
         ),
-        "totals": _totals(actions, totals, others),
+        "totals": _totals(rows, totals, others, applied),
         "options": "".join(map(option, actions)),
         "one_choice": " hidden" if len(choices) == 1 else "",
         "choices": "".join(map(choice, choices)),
         "first": next(iter(choices)),
         "head": "".join(map(_head, columns)),
-        "rows": "\n".join(_line(row, columns, known) for row in rows),
-        "data": to_script({"numbers": numbers, "spectra": _spectra(plan)}),
+        "rows": "\n".join(_line(row, columns, known, applied) for row in rows),
+        "data": to_script(
+            {"numbers": numbers, "spectra": spectra, "open": _to_open(rows, spectra)}
+        ),
     }
     # In one pass, because a kernel may have a name such as "{{rows}}".
     return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], _asset("html"))

@@ -22,9 +22,10 @@ from rmtjax.planning import (
     Others,
     Plan,
     PlanOptions,
+    rows_by_path,
 )
-from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics
-from rmtjax.report._page import render, USUAL
+from rmtjax.report._columns import dtypes, expand_columns, spectral_metrics, USUAL
+from rmtjax.report._page import render
 from rmtjax.report._row import make_row, Row, to_cell, to_text
 from rmtjax.report._words import summarize
 
@@ -82,7 +83,9 @@ class Report:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """A `Row` for each kernel, in the order of the tree."""
-        return tuple(make_row(path, layer) for path, layer in self.plan.items())
+        options, found = self.options, self.findings
+        known = options and found and rows_by_path(options.batch, found.kernels)
+        return tuple(make_row(p, row, (known or {}).get(p)) for p, row in self.plan.items())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,8 +138,21 @@ class Report:
 
     @property
     def totals(self) -> Cost:
-        """The sums of the costs of all kernels; of milliseconds over the kernels timed."""
+        """The sums of the costs of all kernels; of milliseconds over the kernels timed.
+
+        Multiply-adds are for as many positions of a convolution as its row says. Where only these
+        are known, tables and pages show no sum.
+        """
         return add_costs(layer.cost for layer in self.plan.values() if layer.cost)
+
+    @property
+    def _sums(self) -> Cost:
+        """The totals that have a meaning: multiply-adds of convolutions count one position each."""
+        batch = self.options.batch if self.options else None
+        given = batch if isinstance(batch, Mapping) else {}
+        unknown: Any = {"multiply_adds": None, "multiply_adds_after": None}
+        odd = any(row.positions is not None and row.path not in given for row in self.rows)
+        return self.totals._replace(**unknown) if odd else self.totals
 
     def _value(self, row: Row, name: str) -> Any:
         return getattr(row, name) if name in Row._fields else self.metrics[row.path].get(name)
@@ -158,7 +174,7 @@ class Report:
 
     def _lines(self, columns: tuple[str, ...]) -> tuple[list[str], list[list[str]], list[str]]:
         """Returns head, rows and totals of a table; no totals without costs or kernels."""
-        totals = self.totals
+        totals = self._sums
         columns = expand_columns(columns)
         columns = columns or (_COLUMNS if totals.milliseconds is None else _TIMED)
         rows = self.cells(*columns)
@@ -267,6 +283,7 @@ class Report:
         """Returns an HTML page with totals, a table of kernels, and their spectra.
 
         The page needs no network. Mouse or keyboard sort and filter the table and open kernels.
+        Of the first ten rows, that with the largest cut is open, or else the first with a law.
         Without JavaScript the table is still there. Spectra are drawn from histograms: a page of
         3,000 kernels has a few megabytes.
 
@@ -278,5 +295,5 @@ class Report:
         asked = expand_columns(columns) or (tuple(sorted(extras)) and (*USUAL, *sorted(extras)))
         spectral = set(asked) & set(SpectralMetrics._fields)
         metrics = self.metrics if spectral else self.extras
-        numbers = self.rows, self.totals, self.plan, self.others
+        numbers = self.rows, self._sums, self.plan, self.others
         return render(title, *numbers, applied=self.applied, asked=asked, metrics=metrics)

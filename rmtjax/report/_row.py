@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rmtjax._text import brief, printable
-from rmtjax.planning import Cost, LayerPlan
+from rmtjax.planning import Cost, is_convolution, LayerPlan
 
 
 class Row(NamedTuple):
@@ -32,11 +32,14 @@ class Row(NamedTuple):
       removed_outputs: Share of the mean square of the outputs that the plan removes, on the data
         of the moments; None without moments.
       parameters: Numbers in the kernel.
-      multiply_adds: Multiply-adds for the rows of `batch`, or for one row without `batch`.
+      multiply_adds: Multiply-adds for the rows of `batch`, or for one row without `batch`. A row
+        of a convolution is one position of its window, not one image.
       milliseconds: Measured time of one call; None if it was not timed.
       parameters_after: As `parameters`, after the plan.
       multiply_adds_after: As `multiply_adds`, after the plan.
       milliseconds_after: As `milliseconds`, after the plan.
+      positions: Of a convolution, the positions that its multiply-adds count; None for others. How
+        many positions a call has, the weights do not tell.
 
     Examples:
       >>> import jax, rmtjax
@@ -65,6 +68,7 @@ class Row(NamedTuple):
     parameters_after: int | None = None
     multiply_adds_after: int | None = None
     milliseconds_after: float | None = None
+    positions: int | None = None
 
     def __repr__(self) -> str:
         known = {name: value for name, value in self._asdict().items() if value is not None}
@@ -96,11 +100,23 @@ def _removed(layer: LayerPlan) -> tuple[float | None, float | None]:
     return squares, outputs
 
 
-def make_row(path: str, layer: LayerPlan) -> Row:
-    """Returns the row of a kernel from its row of the plan."""
+def _positions(path: str, layer: LayerPlan, rows: int | None) -> int | None:
+    """Returns the positions that the multiply-adds of a convolution count; None for others."""
+    if layer.cost is None or not is_convolution(path, layer.shape, layer.axes):
+        return None
+    if rows is not None or not layer.cost.parameters:
+        return rows or 1
+    # A plan alone does not tell its rows. Kernels in parts have no such quotient.
+    quotient, rest = divmod(layer.cost.multiply_adds, layer.cost.parameters)
+    return 1 if rest else quotient
+
+
+def make_row(path: str, layer: LayerPlan, rows: int | None = None) -> Row:
+    """Returns the row of a kernel from its row of the plan; `rows` are those of its inputs."""
     fit, spectrum = layer.fit, layer.spectrum
     costs = layer.cost._asdict() if layer.cost else {}
     row = Row(path, layer.shape, layer.action, layer.reason, **costs)
+    row = row._replace(positions=_positions(path, layer, rows))
     if fit is None or spectrum is None:
         return row
     distance, (removed, outputs) = to_number(np.max(fit.distance)), _removed(layer)
@@ -129,7 +145,14 @@ def to_text(value: Any) -> str:
 
 
 def to_cell(row: Row | Cost, name: str, arrow: str = " -> ") -> str:
-    """Returns a field as text, with its value after the plan if that is different."""
+    """Returns a field as text, with its value after the plan if that is different.
+
+    Multiply-adds of a convolution also say how many positions they count.
+    """
     value = getattr(row, name)
     after = getattr(row, f"{name}_after", value)
-    return to_text(value) if after == value else f"{to_text(value)}{arrow}{to_text(after)}"
+    text = to_text(value) if after == value else f"{to_text(value)}{arrow}{to_text(after)}"
+    positions = getattr(row, "positions", None)
+    if positions is None or not name.startswith("multiply_adds"):
+        return text
+    return f"{text} of {'one position' if positions == 1 else f'{positions:,} positions'}"

@@ -64,10 +64,12 @@
       const along = (i) => lower + (upper - lower) * Math.sin((Math.PI * i) / (2 * last)) ** 2;
       const points = heights.map((height, i) => `${x(along(i))} ${y((peak * height) / 1000)}`);
       path("law", `M${points.join("L")}`);
+      // A narrow picture has no room on the right: both names then move to the left.
+      const over = Math.max(0, Number(x(Math.sqrt(spectrum.threshold))) + 66 - width);
       for (const [name, anchor, shift] of [["edge", "end", -4], ["threshold", "start", 4]]) {
         const value = Math.sqrt(spectrum[name]);
         line(name, value, top);
-        text(name, Number(x(value)) + shift, top - 8, anchor);
+        text(name, Number(x(value)) + shift - over, top - 8, anchor);
       }
     }
     for (const spike of largest) if (spike <= stop) line("spikes", spike, floor - 14);
@@ -107,8 +109,11 @@
     const cell = make("td", { role: "cell", "aria-colspan": heads.length });
     if (spectrum) {
       const label = `words-${index}`;
+      // Ends of the bulk as eigenvalues, as in the rows, and as the axis of the picture has them.
+      const both = (value) => `λ ${short(value)}, √λ ${value > 0 ? short(Math.sqrt(value)) : "-"}`;
       const numbers = ["ratio", "variance", "edge", "threshold"].map((name) => {
-        return make("div", {}, make("dt", {}, name), make("dd", {}, short(spectrum[name])));
+        const form = name === "edge" || name === "threshold" ? both : short;
+        return make("div", {}, make("dt", {}, name), make("dd", {}, form(spectrum[name])));
       });
       const words = make("p", { id: label }, tell(spectrum));
       const caption = make("figcaption", {}, words, make("dl", { class: "numbers" }, ...numbers));
@@ -178,7 +183,7 @@
     const rows = document.createDocumentFragment();
     for (const { row, detail } of sort(chosen)) rows.append(row, ...(detail ? [detail] : []));
     body.replaceChildren(rows);
-    found.textContent = `${count(chosen.length)} of ${count(kernels.length)} kernels`;
+    found.textContent = `${count(chosen.length)} of ${count(kernels.length)} rows`;
   };
 
   // First up, then down, then as it was.
@@ -207,4 +212,5 @@
   });
   document.querySelector(".controls").hidden = false;
   arrange();
+  if (data.open !== null) toggle(kernels[data.open]);
 })();

@@ -51,7 +51,7 @@ def test_compress_writes_a_file_and_says_what_it_did(tmp_path, model, capsys, mo
     argv = ["compress", model, "--out", out, "--rule", "fixed:16", "--mode", mode]
     assert cli.main([*argv, "--exclude", "re:^b", "--dtype", "float64", "--device", "cpu"]) == 0
     table, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
-    assert f"{mode}d: 16 of 60" in table
+    assert f"{mode}d: rank 16 of 60, as asked by the rule" in table
     assert "b.weight" not in table
     assert f" -> {out}, " in last
     halves = {"a.weight/left", "a.weight/right"}

@@ -80,8 +80,14 @@ class Page:
     def press(self, *keys):
         self.driver.switch_to.active_element.send_keys(*keys)
 
+    def close_all(self):
+        """Closes the pictures that are open, such as the one that a page opens with."""
+        for opener in self.all("[aria-expanded=true]"):
+            opener.click()
+
     def open(self, number=1):
-        """Opens the picture of a kernel, from 1, and returns its words and numbers."""
+        """Opens the picture of a kernel alone, from 1, and returns its words and numbers."""
+        self.close_all()
         self.one(f"tbody .opens:nth-child({number}) button").click()
         return self.one(".detail").text
 

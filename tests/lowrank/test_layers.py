@@ -93,7 +93,7 @@ def test_analyze(name):
     dense = by_path(found.tree(found.truncated))
     for path, leaf in held(found).items():
         row = plan[path]
-        assert row.reason.startswith(f"kept: held as {type(leaf).__name__} (3 of ")
+        assert row.reason.startswith(f"kept: held as {type(leaf).__name__} (rank 3 of ")
         assert row.axes == leaf.axes
         assert row.cost.parameters == sum(part.size for part in jax.tree.leaves(leaf))
         matrix = np.asarray(dense[path], np.float64).reshape(20, 16)

@@ -296,7 +296,7 @@ def test_plan_and_report_see_the_product_and_leave_it():
     held = to_spectral({"kernel": planted()}, rank=10)
     plan = rmtjax.plan(held, rule=ranks.fixed(4))
     assert plan["kernel"].action == "keep"
-    assert plan["kernel"].reason == "kept: held as SpectralFactors (4 of 10 are signal)"
+    assert plan["kernel"].reason == "kept: held as SpectralFactors (rank 8 of 10)"
     s = np.linalg.svd(np.asarray(planted(), np.float64), compute_uv=False)
     close(plan["kernel"].spectrum.eigenvalues[:10], s[:10] ** 2 / 96)
     assert plan["kernel"].cost.parameters == 10 * (64 + 96 + 1)

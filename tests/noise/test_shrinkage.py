@@ -222,7 +222,10 @@ def test_without_a_noise_level_nothing_is_shrunk():
     _, noisy = planted([3, 2], (60, 80), 3)
     noisy = noisy.astype(np.float32)
     fixed = ranks.fixed(2)
-    assert row_of(noisy, rule=fixed).reason == "factorized: 2 of 60 are signal, rank 8, shrunk"
+    assert (
+        row_of(noisy, rule=fixed).reason
+        == "factorized: rank 8 of 60, where the rule asks for 2, shrunk"
+    )
     lower = rmtjax.truncate_matrix(noisy, 20)
     assert row_of(lower, rule=fixed).reason == "kept: no noise level to shrink by"
     thin = rmtjax.factorize_matrix(noisy, 20)
@@ -232,7 +235,8 @@ def test_without_a_noise_level_nothing_is_shrunk():
     assert row_of(noise, rule=fixed).reason == "kept: shrinkage would leave nothing"
     # All directions are kept, and shrunk in their place.
     row = row_of(noisy, rule=fixed, multiple=60)
-    assert row.reason == ("truncated: no saving from factors (2 of 60 are signal, rank 60, shrunk)")
+    words = "rank 60 of 60, where the rule asks for 2, shrunk"
+    assert row.reason == f"truncated: no saving from factors ({words})"
 
 
 def test_options_that_contradict_one_another_are_refused():

@@ -100,7 +100,7 @@ def test_white_inputs_cut_by_the_weights():
     assert by_weights.removed_outputs is None
     assert by_output.removed_outputs == pytest.approx(by_output.removed, rel=1e-4)
     assert by_output.removed == pytest.approx(by_weights.removed, rel=1e-4)
-    assert by_output.reason == "factorized: 8 of 60 are signal, rank 8 by output"
+    assert by_output.reason == "factorized: rank 8 of 60 by output, as asked by the rule"
 
 
 def test_large_outputs_are_kept_where_the_weights_alone_would_drop_them():
@@ -197,7 +197,7 @@ def test_kernels_without_moments_are_cut_by_their_weights():
     params = {"a": {"kernel": kernel((60, 80))}, "b": {"kernel": kernel((60, 80), 2)}}
     moments = moments_of(inputs(200, 60), "a/kernel")
     plan = rmtjax.plan(params, moments=moments, **RULE)
-    assert plan["b/kernel"].reason.endswith("rank 8 (no moments: by weights)")
+    assert plan["b/kernel"].reason.endswith("as asked by the rule (no moments: by weights)")
     lower = rmtjax.truncate(params, plan, moments=moments)
     alone = rmtjax.truncate(params["b"], rmtjax.plan(params["b"], **RULE))
     np.testing.assert_array_equal(lower["b"]["kernel"], alone["kernel"])

@@ -76,18 +76,46 @@ def test_a_bad_kernel_is_kept_with_a_reason_and_costs_the_others_nothing(kernel,
 TURNED = KernelAxes((1,), (0,))
 GENERAL = KernelAxes((0, 1), (2, 3))
 REASONS = {
-    "factorized": ((60, 80), 6, {}, "factorize", 8, "factorized: 6 of 60 are signal, rank 8"),
+    "factorized": (
+        (60, 80),
+        6,
+        {},
+        "factorize",
+        8,
+        "factorized: rank 8 of 60, where the rule asks for 6",
+    ),
     "no saving": (
         (60, 80),
         35,
         {},
         "truncate",
         40,
-        "truncated: no saving from factors (35 of 60 are signal, rank 40)",
+        "truncated: no saving from factors (rank 40 of 60, where the rule asks for 35)",
     ),
-    "as many numbers": ((16, 16), 8, {}, "truncate", 8, "truncated: no saving from factors (8 of"),
-    "full rank": ((60, 80), 57, {}, "keep", 60, "kept: full rank (57 of 60 are signal, rank 60)"),
-    "just long": ((60, 80), 57, {"min_size": 60}, "keep", 60, "kept: full rank (57 of 60 are"),
+    "as many numbers": (
+        (16, 16),
+        8,
+        {},
+        "truncate",
+        8,
+        "truncated: no saving from factors (rank 8 of",
+    ),
+    "full rank": (
+        (60, 80),
+        57,
+        {},
+        "keep",
+        60,
+        "kept: full rank (rank 60 of 60, where the rule asks for 57)",
+    ),
+    "just long": (
+        (60, 80),
+        57,
+        {"min_size": 60},
+        "keep",
+        60,
+        "kept: full rank (rank 60 of 60, where",
+    ),
     "short": ((60, 80), 6, {"min_size": 61}, "keep", None, "kept: short side 60 under 61"),
     "turned": (
         (60, 80),
@@ -95,7 +123,7 @@ REASONS = {
         {"axes": lambda path, leaf: TURNED},
         "truncate",
         8,
-        "truncated: factors have their axes in another order (6 of 60",
+        "truncated: factors have their axes in another order (rank 8 of 60",
     ),
     "stacked last": (
         (60, 80, 3),
@@ -103,7 +131,7 @@ REASONS = {
         {"axes": lambda path, leaf: KernelAxes((0,), (1,), (2,))},
         "truncate",
         8,
-        "truncated: factors have their axes in another order (6 of 60",
+        "truncated: factors have their axes in another order (rank 8 of 60",
     ),
     "stacked": (
         (3, 60, 80),
@@ -111,7 +139,7 @@ REASONS = {
         {"axes": lambda path, leaf: STACK},
         "factorize",
         8,
-        "factorized: 6 of 60 are signal, rank 8",
+        "factorized: rank 8 of 60, where the rule asks for 6",
     ),
 }
 
@@ -184,9 +212,9 @@ def test_a_plan_has_a_row_for_every_kernel_and_nothing_else():
     }
     assert all(row.reason for row in plan.values())
     assert str(plan).splitlines() == [
-        "Conv_0/kernel      factorized: 3 of 60 are signal, rank 8",
+        "Conv_0/kernel      factorized: rank 8 of 60, where the rule asks for 3",
         "Dense_0/kernel     kept: short side 3 under 50",
-        "Embed_0/embedding  factorized: 3 of 64 are signal, rank 8",
+        "Embed_0/embedding  factorized: rank 8 of 64, where the rule asks for 3",
     ]
 
 

@@ -45,7 +45,7 @@ def num_parameters(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-WORDS = "8 of 60 are signal, rank 8"
+WORDS = "rank 8 of 60, as asked by the rule"
 
 
 def test_factors_that_win_are_made():
@@ -137,12 +137,12 @@ def test_factors_are_timed_against_thinner_ones():
     times = {24: 1.0, 8: 0.5}
     clock = lambda product: np.asarray([[times[rank] for rank in product.ranks]] * 5)
     row = make_plan(params, clock, batch=16)["kernel"]
-    assert row.reason == "factorized again: 8 of 24 are signal, rank 8"
+    assert row.reason == "factorized again: rank 8 of 24, as asked by the rule"
     assert row.cost == (24 * 140, 16 * 24 * 140, 1.0, 8 * 140, 16 * 8 * 140, 0.5)
     times[8] = 1.0
     plan = make_plan(params, clock, batch=16)
     assert plan["kernel"].reason == (
-        "truncated: no clear gain in time, 1 ms against 1 (8 of 24 are signal, rank 8)"
+        "truncated: no clear gain in time, 1 ms against 1 (rank 8 of 24, as asked by the rule)"
     )
     assert plan["kernel"].cost == (24 * 140, 16 * 24 * 140, 1.0) * 2
     assert rmtjax.factorize(params, plan)["kernel"].left.shape == (60, 24)

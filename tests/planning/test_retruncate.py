@@ -74,7 +74,7 @@ def check_cut(factors, transform, rounding):
     thin = transform(lambda tree: rmtjax.factorize(tree, plan))(tree)["kernel"]
     same = transform(lambda tree: rmtjax.truncate(tree, plan))(tree)["kernel"]
     size = min(RANK, s.shape[-1])
-    assert plan["kernel"].reason == f"factorized again: 3 of {size} are signal, rank 3"
+    assert plan["kernel"].reason == f"factorized again: rank 3 of {size}, as asked by the rule"
     assert thin.left.shape == (*factors.left.shape[:-1], LOWER)
     assert kernel_shape(thin) == kernel_shape(factors)
     assert jax.tree.map(jnp.shape, same) == jax.tree.map(jnp.shape, factors)
@@ -159,7 +159,7 @@ def test_the_rank_never_rises(batch, count, keep, min_rank, multiple):
 def test_factors_that_would_be_no_smaller_are_left_alone():
     factors = make()
     plan = make_plan(factors, ranks.fixed(4), multiple=8)
-    assert plan["kernel"].reason == "kept: full rank (4 of 6 are signal, rank 6)"
+    assert plan["kernel"].reason == "kept: full rank (rank 6 of 6, where the rule asks for 4)"
     for change in (rmtjax.factorize, rmtjax.truncate):
         assert change({"kernel": factors}, plan)["kernel"] is factors
 
@@ -235,7 +235,7 @@ def test_factors_are_not_made_to_look_like_those_of_a_stack():
     factors = make((LOWER, 8), (LOWER, 9))
     plan = make_plan(factors)
     assert plan["kernel"].reason == (
-        "truncated: factors would look like those of a stack (3 of 6 are signal, rank 3)"
+        "truncated: factors would look like those of a stack (rank 3 of 6, as asked by the rule)"
     )
     lower = rmtjax.factorize({"kernel": factors}, plan)["kernel"]
     assert lower.left.shape == factors.left.shape

@@ -1,9 +1,12 @@
 """The page of a report, in a real browser, without its window: what it tells, and is asked."""
 
+import numpy as np
 import pytest
 from helpers.page_reports import few, many, measured, THREE
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
+
+import rmtjax
 
 
 def test_a_page_tells_totals_and_kernels(show):
@@ -11,19 +14,19 @@ def test_a_page_tells_totals_and_kernels(show):
     assert page.driver.title == page.one("h1").text == "<i>rmtjax</i> &amp; {{data}}"
     totals = [entry.text.split("\n") for entry in page.all(".totals div")]
     assert totals == [
-        ["kernels", "6 2 factorized, 4 kept"],
+        ["kernels", "6 2 would be factorized, 4 kept"],
         ["parameters", "97,000 \u2192 40,300 \u221258.5%"],
         ["multiply-adds", "776,000 \u2192 322,400 \u221258.5%"],
         ["milliseconds", "9 \u2192 5.25 \u221241.7%"],
     ]
     assert page.column(1) == [row.path for row in measured().rows]
-    assert page.column(2)[:2] == ["kept", "factorized"]
+    assert page.column(2)[:2] == ["kept", "would be factorized"]
     assert page.column(3)[:2] == [
         "no signal stands out of the noise",
         "3 of 100 are signal, rank 3",
     ]
     assert page.column(9)[1] == "12,000 \u2192\u00a0660"
-    assert page.one("#found").text == "6 of 6 kernels"
+    assert page.one("#found").text == "6 of 6 rows"
 
 
 def test_columns_are_sorted_up_and_down_and_back(show):
@@ -72,14 +75,14 @@ def test_kernels_are_filtered_by_name_and_verdict(show):
     page = show(measured())
     page.search("DENSE")
     assert page.column(1) == ["Dense_10/kernel", "Dense_2/kernel"]
-    assert page.one("#found").text == "2 of 6 kernels"
+    assert page.one("#found").text == "2 of 6 rows"
     verdict = Select(page.one("#verdict"))
-    assert [option.text for option in verdict.options] == ["all", "factorized", "kept"]
-    verdict.select_by_visible_text("factorized")
+    assert [option.text for option in verdict.options] == ["all", "would be factorized", "kept"]
+    verdict.select_by_visible_text("would be factorized")
     assert page.column(1) == ["Dense_2/kernel"]
     page.search("<nothing>")
     assert page.column(1) == []
-    assert page.one("#found").text == "0 of 6 kernels"
+    assert page.one("#found").text == "0 of 6 rows"
     page.search("")
     assert page.column(1) == ["Dense_2/kernel", "stack/kernel"]
 
@@ -93,6 +96,8 @@ def test_the_keyboard_sorts_filters_and_opens(show):
     assert page.column(1) == ["Dense_2/kernel", "Dense_10/kernel", "nan/kernel"]
     for _ in page.all("thead th"):
         page.press(Keys.TAB)
+    assert page.all(".detail")  # that of the largest cut, which the page opens with
+    page.press(Keys.ENTER)
     opener = page.driver.switch_to.active_element
     assert opener.text == "Dense_2/kernel"
     assert opener.get_attribute("aria-expanded") == "false"
@@ -114,8 +119,11 @@ def test_a_kernel_shows_its_spectrum_in_a_picture_and_in_words(show):
     assert "100 eigenvalues." in text
     assert "3 above the threshold." in text
     (row,) = few("Dense_2").rows
-    for name in ("ratio", "variance", "edge", "threshold"):
+    for name in ("ratio", "variance"):
         assert f"{name}\n{getattr(row, name):.4g}" in text
+    for name in ("edge", "threshold"):  # also on the scale of the axis
+        value = getattr(row, name)
+        assert f"{name}\nλ {value:.4g}, √λ {value**0.5:.4g}" in text
     picture = page.one(".detail svg")
     words = page.one(f"#{picture.get_attribute('aria-labelledby')}")
     assert picture.get_attribute("role") == "img"
@@ -134,6 +142,7 @@ def test_a_kernel_shows_its_spectrum_in_a_picture_and_in_words(show):
 
 def test_what_cannot_be_drawn_says_so(show):
     page = show(few("nan", "short", "stack", "truncated"))
+    page.close_all()
     for opener in page.all(".opens button"):
         opener.click()
     nan, short, stack, truncated = (detail.text for detail in page.all(".detail"))
@@ -155,6 +164,60 @@ def test_details_stay_with_their_kernels(show):
     assert not page.all(".detail")
     page.search("")
     assert len(page.all(".detail")) == 1
+
+
+def test_a_page_opens_with_a_figure(show):
+    opened = lambda page: [row.text for row in page.all("[aria-expanded=true]")]
+    page = show(few(*THREE))
+    assert opened(page) == ["Dense_2/kernel"]  # the only cut, and not the first spectrum
+    assert "3 above the threshold" in page.one(".detail").text
+    assert page.one(".detail svg").is_displayed()
+    assert page.driver.switch_to.active_element.tag_name == "body"
+    assert page.run("scrollY") == 0
+    page.one(".opens:nth-child(2) button").click()
+    assert not page.all(".detail")
+    assert opened(show(few("nan", "truncated", "Dense_10"))) == ["Dense_10/kernel"]
+    assert opened(show(few("nan", "short"))) == []
+
+
+def test_no_bar_of_noise_crosses_the_threshold(show):
+    page = show(few("Dense_10"))
+    (cut,) = (float(line.get_attribute("x1")) for line in page.all(".threshold"))
+    bars = page.run("document.querySelector('.bars').getAttribute('d').slice(1).split('M')")
+    ends = [(float(bar.split(" ")[0]), float(bar.split("H")[1].split("V")[0])) for bar in bars]
+    heights = [
+        float(bar.split("V")[2].removesuffix("Z")) - float(bar.split("V")[1].split("H")[0])
+        for bar in bars
+    ]
+    # Coordinates have one decimal, and the threshold four digits.
+    assert min(abs(right - cut) for _, right in ends) <= 0.3
+    assert all(
+        height == 0 for (left, _), height in zip(ends, heights, strict=True) if left > cut - 1
+    )
+    assert (
+        max(right for (_, right), height in zip(ends, heights, strict=True) if height) < cut + 0.3
+    )
+
+
+def test_multiply_adds_of_a_convolution_are_of_one_position(show):
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 8, 60)).astype(np.float32)
+    params = {"conv1": {"kernel": kernel}, "fc": {"kernel": kernel.reshape(72, 60)}}
+    page = show(rmtjax.analyze(params | {"token": kernel[0, 0]}))
+    assert page.column(10) == ["4,320 of\u00a0one\u00a0position", "4,320", "480"]
+    heads = [head.text for head in page.all(".totals dt")]
+    assert heads == ["kernels", "tensors under other names", "parameters"]
+    assert page.all(".totals dd")[0].text == "2 2 kept"
+    assert page.all(".totals dd")[1].text == "1 480 numbers, kept"
+
+
+def test_the_summary_names_the_next_call_as_code(show):
+    page = show(few("Dense_2"))
+    codes = [code.text for code in page.all(".summary code")]
+    assert codes[:2] == [
+        f"rmtjax.{name}"
+        for name in ("factorize(params, report.plan)", "nnx.factorize(model, report.plan)")
+    ]
+    assert "`" not in page.one(".summary").text
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def test_names_are_no_markup(show):
 def test_a_phone_shows_all_of_it(show, make):
     page = show(make())
     page.resize(360)
+    page.close_all()
     for opener in page.all(".opens button"):
         opener.click()
     assert page.run("document.documentElement.scrollWidth") == 360
@@ -65,6 +66,11 @@ def test_a_phone_shows_all_of_it(show, make):
         "const box = node.getBoundingClientRect(); return [box.left, box.right, box.width] })"
     )
     assert all(0 <= left < right <= 360 and width for left, right, width in boxes)
+    inside = (
+        "[...document.querySelectorAll('svg text')].every(node => node.getBoundingClientRect()"
+        ".right <= node.ownerSVGElement.getBoundingClientRect().right)"
+    )
+    assert page.run(inside)
     label = page.run(
         "getComputedStyle(document.querySelector('td:nth-child(6)'), '::before').content"
     )
