@@ -242,7 +242,7 @@ def _keep_rounding(report: Report, rounding: Rounding) -> Report:
         before = row.cost[:3]
         reason = f"kept: rounding of {kind} explains the change: each entry is within its unit"
         plan[path] = Kept(reason, row.shape, row.axes, cost=type(row.cost)(*before, *before))
-    return dataclasses.replace(report, plan=plan)
+    return dataclasses.replace(report, plan=plan, difference=True)
 
 
 def _analyze_change(

@@ -22,7 +22,7 @@ from rmtjax.laws import law_curve, roots, rounding
 from rmtjax.planning import Cost, LayerPlan, NO_OTHERS, Others, Plan
 from rmtjax.report._columns import choices_of, COSTS, layout, shown, TEXTS, USUAL
 from rmtjax.report._row import Row, to_cell, to_text
-from rmtjax.report._words import shares_cut, split_named, summarize, verdict, VERDICTS
+from rmtjax.report._words import shares_cut, split_named, verdict, VERDICTS
 
 BINS, POINTS, MOST_SPIKES = 80, 60, 500
 SEEN = 10  # rows of which one is open at once: a figure further down would not be seen
@@ -250,13 +250,15 @@ def render(
     plan: Plan,
     others: Others = NO_OTHERS,
     *,
+    summary: str,
     applied: bool = False,
     asked: Sequence[str] = (),
     metrics: Metrics | None = None,
 ) -> str:
     """Returns the page of a report; `plan` has the spectra of the rows, in the same order.
 
-    The page opens with the columns `asked`, whose numbers `metrics` has, or else a narrow table.
+    The page has the `summary` on top. It opens with the columns `asked`, whose numbers `metrics`
+    has, or else a narrow table.
     """
     known: Metrics = metrics or {}
     columns = _columns(rows, totals, asked)
@@ -276,7 +278,7 @@ def render(
         "script_digest": _digest(script),
         "summary": "".join(
             re.sub("`(.*?)`", r"<code>\1</code>", f"<p>{html.escape(line)}</p>")
-            for line in summarize(rows, totals, others, applied)
+            for line in summary.splitlines()
         ),
         "totals": _totals(rows, totals, others, applied),
         "options": "".join(map(option, actions)),

@@ -62,6 +62,7 @@ class Report:
       findings: What was measured of the kernels, without their values; None for a plan alone.
       options: The options of the plan.
       extras: The `ExtraMetrics` of kernels by path and name, if they were asked for.
+      difference: Whether the kernels are what a fine-tuning has changed.
 
     Examples:
       >>> import jax, rmtjax
@@ -77,6 +78,7 @@ class Report:
     findings: Findings | None = None
     options: PlanOptions | None = None
     extras: Extras = field(default_factory=dict)
+    difference: bool = False
 
     # Cached, because every form of the report asks for them. A frozen dataclass allows it: the
     # cache writes into `__dict__`, and not by `setattr`.
@@ -160,7 +162,8 @@ class Report:
     @property
     def summary(self) -> str:
         """A few sentences: what was analyzed, what stands out, and what to do next."""
-        return "\n".join(summarize(self.rows, self.totals, self.others, self.applied))
+        known = {"applied": self.applied, "difference": self.difference}
+        return "\n".join(summarize(self.rows, self.totals, self.others, **known))
 
     def _cell(self, row: Row, name: str) -> str:
         planned = name == "reason" and row.action != "keep" and not self.applied
@@ -296,4 +299,5 @@ class Report:
         spectral = set(asked) & set(SpectralMetrics._fields)
         metrics = self.metrics if spectral else self.extras
         numbers = self.rows, self._sums, self.plan, self.others
-        return render(title, *numbers, applied=self.applied, asked=asked, metrics=metrics)
+        options: Any = {"applied": self.applied, "asked": asked, "metrics": metrics}
+        return render(title, *numbers, summary=self.summary, **options)

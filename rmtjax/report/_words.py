@@ -83,10 +83,12 @@ def _planned(rows: Sequence[Row], totals: Cost, applied: bool) -> str:
     return f"{begin}{', '.join(verdicts)}{size}.{lost}"
 
 
-def _call(rows: Sequence[Row], applied: bool) -> str:
+def _call(rows: Sequence[Row], applied: bool, difference: bool) -> str:
     """Returns the calls that carry a plan out; nothing for a plan that cuts nothing."""
     if all(row.action == "keep" for row in rows):
         return ""
+    if difference:
+        return "To write these directions as an adapter, call `rmtjax.adapters.extract_lora`."
     last = "Measure the outputs before you keep a cut."
     if applied:
         return last
@@ -110,10 +112,12 @@ def _alone(rows: Sequence[Row]) -> str:
     return f" The whole cut is in this one kernel of {len(rows)}: leave it out to cut the others."
 
 
-def summarize(rows: Sequence[Row], totals: Cost, others: Others, applied: bool) -> list[str]:
+def summarize(
+    rows: Sequence[Row], totals: Cost, others: Others, *, applied: bool, difference: bool
+) -> list[str]:
     """Returns what was analyzed, what stands out, what a plan does, and the calls for it."""
     if not rows:
         return ["There are no kernels."]
     kernels, _ = split_named(rows)
     lines = [_analyzed(rows, others), _found(kernels), _planned(kernels, totals, applied)]
-    return [printable(line) for line in (*lines, _call(kernels, applied)) if line]
+    return [printable(line) for line in (*lines, _call(kernels, applied, difference)) if line]

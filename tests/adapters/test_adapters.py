@@ -157,6 +157,7 @@ def test_a_change_without_noise_has_its_numerical_rank(tensors, tmp_path):
     assert row.reason == "factorized: 4 of 60 are signal, rank 4 (no noise above rounding)"
     assert row.removed < 1e-10  # Float32 in squares.
     assert found.written == (name,)
+    assert found.report.summary.endswith("call `rmtjax.adapters.extract_lora`.")
 
 
 @pytest.mark.parametrize(("estimated", "rank"), [(True, 2), (False, 3)])
