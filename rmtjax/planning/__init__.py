@@ -15,7 +15,7 @@ from rmtjax._names import (
     Neighbours as Neighbours,
     register_factor_layers as register_factor_layers,
 )
-from rmtjax.planning._budget import Budget as Budget
+from rmtjax.planning._budget import beyond as beyond, Budget as Budget
 from rmtjax.planning._cost import (
     add_costs as add_costs,
     Cost as Cost,

@@ -22,12 +22,12 @@ from rmtjax._names import (
     matcher,
     Neighbours,
 )
-from rmtjax._text import SCREEN
 from rmtjax._types import Axes, is_patterns, Pattern, Where
 
 # Objects that JAX takes for trees of parameters, with a hint. The rooms that know them register
 # them: this room does not import Flax.
 _CONTAINERS: dict[type, str] = {}
+_FEW = 5  # names of tensors in an error
 
 
 def register_container(kind: type, hint: str) -> None:
@@ -249,8 +249,8 @@ def count_others(params: PyTree, rows: Mapping[str, Any]) -> Others:
 def _names(leaves: Mapping[str, Any]) -> str:
     """Returns how many leaves there are, and the first of their paths, kernels before others."""
     known = sorted(leaves, key=lambda path: not is_kernel(path, leaves[path]))
-    some = ", ".join(map(repr, known[:SCREEN])) or "none"
-    return f"{len(known)} such as {some}{', ...' if len(known) > SCREEN else ''}"
+    some = ", ".join(map(repr, known[:_FEW])) or "none"
+    return f"{len(known)} such as {some}{', ...' if len(known) > _FEW else ''}"
 
 
 def nothing_chosen(leaves: Mapping[str, Any]) -> str:
