@@ -29,6 +29,7 @@ def model(tmp_path):
         (["--rule", "size:1"], "`share` must be in (0, 1), such as 0.5, got 1.0"),
         (["--rule", "energy:1.5"], "`share` must be in"),
         (["--rule", "fixed:16", "--level", "0.1"], "options of the rule bema"),
+        (["--rule", "size:0.5", "--budget", "0.5"], "`rule` must be left out with `budget`"),
         (["--level", "2"], "`level` must be in"),
         (["--keep", "2"], "`keep` must be in"),
         (["--min-size", "0"], "`min_size` must be"),
