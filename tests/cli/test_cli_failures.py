@@ -100,6 +100,10 @@ def test_help_and_version(capsys, argv, shown):
         (["compress", "model.safetensors", "--out", "out"], "give 'out.safetensors'"),
         (["analyze", "model.safetensors", "--include", "*.bias"], "no tensor is chosen"),
         (["analyze", "damaged"], "cannot read 'damaged'"),
+        (
+            ["analyze", "model.safetensors", "--moments", "damaged"],
+            "--moments must be a file of `rmtjax moments`: cannot read 'damaged'",
+        ),
         (["compress", "model.safetensors", "--out", "nowhere/out"], "is not a folder"),
         (["compress", "model.safetensors", "--out", "damaged/out"], "is not a folder"),
     ],

@@ -143,6 +143,9 @@ def test_kernels_of_torch_have_their_moments_and_are_cut_by_them(folder, capsys)
         thin = rmtjax.merge(checkpoint.restore(f"{name}.safetensors"))
         dense = module.apply(variables, rows_of(0))
         change[name] = np.linalg.norm(module.apply({"params": thin}, rows_of(0)) - dense)
+    files = ["model.safetensors", "weights.safetensors"]
+    # Without a warning that its factors are multiplied out.
+    assert cli.main(["compare", *files, "--model", "build.py:torch", "--data", "x.npy"]) == 0
     # The data have 70 rows in 80 dimensions: directions without inputs cost nothing.
     assert change["outputs"] < 0.8 * change["weights"]
 
