@@ -62,7 +62,7 @@ class Budget:
             raise ValueError(f"`{name}` of a `Budget` must be a number above 0, got {value!r}.")
         if name == "share" and not value <= 1:
             words = f"`budget` must be in (0, 1], got {value}: the share that stays"
-            raise ValueError(f"{words}; {beyond(value)}.")
+            raise ValueError(f"{words}; {beyond(float(value))}.")
 
     def tell(self, size: int) -> str:
         """Returns a size in words."""
