@@ -202,17 +202,6 @@ def guess_axes(path: str, leaf: Any, tree: Neighbours = _ALONE) -> KernelAxes | 
     return inputs_first if known else None
 
 
-def multiplied_axes(path: str, leaf: Any, tree: Neighbours) -> KernelAxes | None:
-    """Returns the axes of a weight of Torch as its layer multiplies by it; None for other names.
-
-    It is stored as (outputs, inputs, *window), and tables of embeddings as (inputs, outputs).
-    """
-    axes = guess_axes(path, leaf, tree) if _is_torch(_parts(path)) else None
-    if axes is None or is_table(path, kernel_shape(leaf)):
-        return axes
-    return KernelAxes(axes.outputs, axes.inputs)
-
-
 def matcher(pattern: str | re.Pattern[str]) -> Callable[[str], bool]:
     """Returns a test of paths: a glob of the complete path, or a regular expression after "re:"."""
     if isinstance(pattern, str) and not pattern.startswith("re:"):

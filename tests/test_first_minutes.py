@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import flax.linen as nn
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,12 +84,30 @@ def test_a_plan_under_jit_says_where_to_make_it():
         jax.jit(rmtjax.plan)(PARAMS)
 
 
+def test_moments_under_a_transformation_say_where_to_collect_them():
+    x, model = jnp.ones((2, 60)), nnx.Linear(60, 80, use_bias=False, rngs=nnx.Rngs(0))
+    moments = lambda x: rmtjax.linen.moments(DENSE, {"params": {"kernel": NOISE[0]}}, [x])
+    runs = [jax.jit(moments), jax.vmap(moments)]
+    for run in (*runs, jax.jit(lambda x: rmtjax.nnx.moments(model, [x]))):
+        with pytest.raises(TypeError, match="collect them outside `jit`, `grad` and `vmap`"):
+            run(x)
+
+
+def test_a_module_in_the_place_of_its_parameters_says_what_to_give():
+    for run in (rmtjax.plan, rmtjax.analyze):
+        with pytest.raises(TypeError, match=r'got the model Dense: give .*variables\["params"\]'):
+            run(DENSE)
+
+
 def test_a_pickle_says_how_to_save_it(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(pickle.dumps({"a": 1}))
     words = r"it is a pickle, .* `safetensors.torch.save_file`, .* `rmtjax.checkpoint.save`"
     with pytest.raises(ValueError, match=words):
         checkpoint.analyze_file(path)
+    np.save(tmp_path / "x.npy", NOISE)
+    with pytest.raises(ValueError, match=r"x.npy': it is an array in a .npy file, and has no nam"):
+        checkpoint.load_moments(tmp_path / "x.npy")
     path.write_bytes(b"PK\x03\x04" + bytes(100) + b"\x00" * 8)
     with pytest.raises(ValueError, match=r"`torch.save` .* `safetensors.torch.save_file`"):
         checkpoint.restore(path)

@@ -1,6 +1,7 @@
 """Computes how much the outputs of changed layers change on data, exactly, from moments."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Float, PyTree
 from rmtjax._axes import MatrixView
 from rmtjax._types import Axes, Where
 from rmtjax.moments import Moments
-from rmtjax.planning import find_kernels, leaves_by_path, merge
+from rmtjax.planning import along, find_kernels, leaves_by_path, merge
 
 
 class OutputChange(NamedTuple):
@@ -105,7 +106,8 @@ def output_changes(
                 f"`after` must have {path!r} of shape {view.shape}, as `before` has, got "
                 f"{found_shape}. Take both trees from the same module."
             )
-        moment = moments[path]
+        moment, view = moments[path], along(moments, view)
+        other = replace(other, axes=view.axes)
         if moment.size != view.rows:
             raise ValueError(
                 f"`moments` is of another model: it has {moment.size} inputs for {path!r}, whose "

@@ -38,6 +38,7 @@ _AGAIN = (
 _FOREIGN = {
     b"PK": f"an archive, as `torch.save` and `np.savez` write it. Torch's is a pickle, {_AGAIN}",
     b"\x80": f"a pickle, {_AGAIN}",
+    b"\x93NUMPY": "an array in a .npy file, and has no names of tensors",
     b"\x89HDF": "an HDF5 file, as of Keras: save its arrays as .safetensors",
 }
 _ALIGNED = 64  # bytes; JAX on CPU copies an array that is not aligned to them

@@ -5,11 +5,12 @@ import difflib
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from rmtjax._names import matcher
 from rmtjax._version import __version__
 from rmtjax.noise import ranks
+from rmtjax.planning import beyond
 from rmtjax.report import expand_columns
 
 _EPILOG = """\
@@ -63,7 +64,15 @@ class UsageError(Exception):
     """A fault of the arguments that `argparse` does not find."""
 
 
-class _Command(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line: the usage of a command is longer than its screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints an error and where the usage is, and ends the program with code 2."""
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}. See {self.prog} --help.\n")
+
+
+class _Command(_Parser):
     """The parser of one command, which names the nearest of its options for an unknown one."""
 
     def parse_known_args(self, args=None, namespace=None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -85,7 +94,7 @@ class _Command(argparse.ArgumentParser):
 
     def _unknown(self, name: str) -> str:
         near = difflib.get_close_matches(name, self._options(), n=1)
-        hint = f": did you mean {near[0]}?" if near else ": `--help` lists them."
+        hint = f": did you mean {near[0]}?" if near else ""
         return f"{self.prog} has no option {name}{hint}"
 
 
@@ -119,8 +128,8 @@ def parse_share(text: str) -> float:
     except ValueError:
         share = math.nan
     if not 0 < share <= 1:
-        # A number of percent without the sign is the likeliest fault.
-        meant = f": {share:g} % is {share / 100:g}" if 1 < share <= 100 else ""
+        # "200%" has its sign, so it is only too much.
+        meant = f": {beyond(min(share, 1.5) if text.endswith('%') else share)}" if share > 1 else ""
         raise argparse.ArgumentTypeError(
             f"must be a share such as 25% or 0.25, got {text!r}{meant}"
         )
@@ -262,7 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
     # The raw formatter keeps the lines of the epilog, which `argparse` would join.
     layout = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     text = "Finds the noise in the kernels of a checkpoint, and removes it."
-    parser = argparse.ArgumentParser(prog="rmtjax", description=text, **layout)
+    parser = _Parser(prog="rmtjax", description=text, **layout)
     parser.add_argument("--version", action="version", version=f"rmtjax {__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Command
@@ -288,7 +297,7 @@ def make_parser() -> argparse.ArgumentParser:
         own = {"analyze": _add_analyze, "compress": _add_compress, "select": _add_select}
         if name in own:
             own[name](command)
-        # For faults that come up later: the usage that is printed is that of the command.
+        # For faults that come up later: the help that is named is that of the command.
         command.set_defaults(refuse=command.error)
     for name, text, add in (
         (

@@ -52,8 +52,7 @@ def collect_moments(args: argparse.Namespace, progress: Progress) -> Callable[[]
     where = _chosen(model.params, args)
     key = jax.random.key(0) if args.gradients else None
     batches = load_batches(args.data, args.batch_size)
-    axes = model.axes(batches, where)
-    moments = model.moments(batches, where=where, axes=axes, key=key, progress=progress)
+    moments = model.moments(batches, where=where, key=key, progress=progress)
     checkpoint.save_moments(args.out, moments)
     without = [path for path in leaves_by_path(model.params, where) if path not in moments]
     return lambda: _tell_moments(moments, without, args.out)
@@ -78,8 +77,8 @@ def _tell_moments(moments: Moments, without: list[str], out: str) -> None:
 def _compare_outputs(args: argparse.Namespace, progress: Progress) -> list[Drift]:
     """Returns how far the outputs of a model are from one another with two checkpoints."""
     model = load_model(args.model)
-    calls = [model.outputs_of(path) for path in (args.file, args.after)]
     batches = load_batches(args.data, args.batch_size)
+    calls = [model.outputs_of(path, batches) for path in (args.file, args.after)]
     sums: dict[str, Sums] = {}
     angles: dict[str, list[np.ndarray]] = {}
     with showing(progress, "outputs") as step:

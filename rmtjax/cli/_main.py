@@ -28,6 +28,7 @@ from rmtjax.cli._arguments import (
 )
 from rmtjax.cli._data import collect_moments, compare
 from rmtjax.cli._outputs import check_outputs, is_stdout, write_text
+from rmtjax.moments import Moments
 from rmtjax.noise import shrinkage
 from rmtjax.planning import check_matches, PlanOptions
 from rmtjax.report import compare_reports, Extra, most_signal, Report
@@ -109,6 +110,14 @@ def _size(path: str) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
+def _load_moments(path: str) -> Moments:
+    """Loads moments; an error says which file is wanted."""
+    try:
+        return checkpoint.load_moments(path)
+    except ValueError as error:
+        raise ValueError(f"--moments must be a file of `rmtjax moments`: {error}") from error
+
+
 def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options of the plan. A value that no file could have is wrong usage."""
     names = {field.name for field in dataclasses.fields(PlanOptions)}
@@ -117,7 +126,7 @@ def _plan_options(args: argparse.Namespace) -> dict[str, Any]:
     if options.get("shrink"):
         options["shrink"] = getattr(shrinkage, args.shrink)
     if options.get("moments"):
-        options["moments"] = checkpoint.load_moments(options["moments"])
+        options["moments"] = _load_moments(options["moments"])
     try:
         PlanOptions(**options)
         Extra(**_extra(args))
@@ -275,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         with _ending(), _computing(args.device, args.dtype):
             _work(args)
     except UsageError as error:
-        args.refuse(str(error))  # exits with code 2 after the usage of the command
+        args.refuse(str(error))  # exits with code 2
     except BrokenPipeError:
         # The interpreter flushes stdout when it ends, which would print the error once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

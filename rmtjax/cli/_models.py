@@ -5,7 +5,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,14 +15,20 @@ import jax
 import numpy as np
 
 from rmtjax import checkpoint, linen, nnx
-from rmtjax._names import multiplied_axes
-from rmtjax._types import Axes
 from rmtjax.cli._arguments import UsageError
-from rmtjax.models import NoProductsError
 from rmtjax.moments import Moments
-from rmtjax.planning import guess_axes, leaves_by_path, merge, Neighbours
+from rmtjax.planning import leaves_by_path
 
-Batches = list[tuple[np.ndarray, ...]]
+
+class Batches(list[tuple[np.ndarray, ...]]):
+    """Batches of samples, with what one sample of a file looks like in words."""
+
+    def __init__(self, named: Mapping[str, np.ndarray], size: int):
+        arrays = list(named.values())
+        starts = range(0, len(arrays[0]), size)
+        super().__init__(tuple(array[start : start + size] for array in arrays) for start in starts)
+        samples = (f"{name!r} {a.shape[1:]} {a.dtype}" for name, a in named.items())
+        self.words = f"{len(arrays[0]):,} samples of {', '.join(samples)}"
 
 
 @dataclass(frozen=True)
@@ -45,40 +52,12 @@ class Model:
 
     def moments(self, batches: Batches, **options: Any) -> Moments:
         """Returns the moments of the inputs of the kernels."""
-        with _saying(f"the model of --model {self.source} fails on --data"):
+        with _saying(f"the model of --model {self.source} fails on --data, {batches.words}"):
             if self.variables is None:
                 return nnx.moments(self.module, batches, **options)
             return linen.moments(self.module, self.variables, batches, **options)
 
-    def _layer_axes(self, batch: tuple[np.ndarray, ...]) -> Any:
-        """Returns the axes of the kernels of layers that are known."""
-        if self.variables is None:
-            return nnx.kernel_axes(self.module)
-        dense = {**self.variables, "params": jax.eval_shape(merge, self.params)}
-        with _saying(f"the model of --model {self.source} fails on --data"):
-            return linen.kernel_axes(self.module, dense, *batch)
-
-    def axes(self, batches: Batches, where: Callable[[str, Any], bool]) -> Axes | None:
-        """Returns the axes of the kernels; None, for the default, without names of Torch.
-
-        Torch stores (outputs, inputs). One batch shows if the model multiplies by them like that.
-        """
-        leaves = leaves_by_path(self.params, where)
-        tree = Neighbours(leaves_by_path(self.params))
-        known = {path: multiplied_axes(path, leaf, tree) for path, leaf in leaves.items()}
-        if not any(known.values()):
-            return None
-        table = self._layer_axes(batches[0])
-        turned = {p: axes for p, axes in known.items() if axes is not None and p not in table}
-        try:
-            met = self.moments(batches[:1], where=lambda path, leaf: path in turned, axes=turned)
-        except NoProductsError:
-            met = ()
-        guess = lambda path, leaf: table[path] if path in table else guess_axes(path, leaf, tree)
-        others: Any = table if callable(table) else guess
-        return lambda path, leaf: turned[path] if path in met else others(path, leaf)
-
-    def outputs_of(self, path: str) -> Callable[..., Any]:
+    def outputs_of(self, path: str, batches: Batches) -> Callable[..., Any]:
         """Returns a function that runs the model with the parameters of a checkpoint."""
         params = checkpoint.restore(path)
         stray = min({*leaves_by_path(params)} ^ {*leaves_by_path(self.params)}, default=None)
@@ -95,8 +74,12 @@ class Model:
             run = nnx.replace(self.module, params)
             run.eval()
 
+        words = f"fails with the tensors of {path!r} on --data, {batches.words}"
+
         def call(*batch):
-            with _saying(f"the model of --model {self.source} fails with the tensors of {path!r}"):
+            with _saying(f"the model of --model {self.source} {words}"), warnings.catch_warnings():
+                # Outputs are compared, and those of factors that are multiplied out are right.
+                warnings.filterwarnings("ignore", ".* multiplied out", UserWarning)
                 return run(*batch)
 
         return call
@@ -202,5 +185,4 @@ def load_batches(path: str, size: int) -> Batches:
             f"--data {path!r} has arrays of shapes {shapes or '(none)'}: the first axis must be "
             "that of the samples, as long in all of them and not 0."
         )
-    starts = range(0, len(arrays[0]), size)
-    return [tuple(array[start : start + size] for array in arrays) for start in starts]
+    return Batches(named, size)

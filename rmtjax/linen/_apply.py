@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import flax.errors
@@ -31,15 +32,17 @@ REWRITERS = (nn.WeightNorm, nn.SpectralNorm)
 
 
 def _place(module: nn.Module) -> str:
-    return f"{type(module).__name__} {'/'.join(module.path)!r}"
+    path = "/".join(module.path)
+    return f"{type(module).__name__} {path!r}" if path else f"{type(module).__name__} (the root)"
 
 
-def _warn(module: nn.Module, remedy: str) -> None:
-    warnings.warn(
-        f"{_place(module)} runs with its factors multiplied out, which is correct and saves no "
-        f"time. {remedy}",
-        stacklevel=2,
-    )
+def _warn(told: set[str], module: nn.Module, remedy: str) -> None:
+    """Warns of a module that is not split, once for all its methods and calls."""
+    place = _place(module)
+    if place not in told:
+        told.add(place)
+        words = "runs with its factors multiplied out, which is correct and saves no time."
+        warnings.warn(f"{place} {words} {remedy}", stacklevel=2)
 
 
 def _merge(module: nn.Module, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,15 +58,15 @@ def _merge(module: nn.Module, params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: multiply(leaf) if is_factors(leaf) else leaf for name, leaf in unboxed.items()}
 
 
-def _run_merged(module: nn.Module, method: str, args, kwargs, remedy: str = REMEDY):
+def _run_merged(module: nn.Module, method: str, args, kwargs, told: set[str], remedy: str = REMEDY):
     """Runs a module that is not a known layer, with its factors multiplied out."""
-    _warn(module, remedy)
+    _warn(told, module, remedy)
     run = lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
     merge = lambda variables: {"params": _merge(module, variables["params"])}
     return nn.map_variables(run, "params", merge)(module, *args, **kwargs)
 
 
-def _run_registered(module: nn.Module, method: str, args, kwargs):
+def _run_registered(module: nn.Module, method: str, args, kwargs, told: set[str]):
     """Runs a registered layer, with two thin products for each product with its kernel."""
     scope: Any = module.scope
     # The call is traced in a separate scope. Values of the trace must not remain in the caller's.
@@ -84,7 +87,8 @@ def _run_registered(module: nn.Module, method: str, args, kwargs):
         for name, value in variables.items():
             scope.put_variable(collection, name, value)
     if multiplied_out:
-        _warn(module, "It uses a kernel in other ways than products. Leave it out with `where`.")
+        remedy = "It uses a kernel in other ways than products. Leave it out with `where`."
+        _warn(told, module, remedy)
     return outputs
 
 
@@ -113,7 +117,7 @@ def _check_rewriter(module: nn.Module) -> None:
                 )
 
 
-def _interceptor(next_fun, args, kwargs, context):
+def _intercept(told: set[str], next_fun, args, kwargs, context):
     """Runs a method of a module, by thin layers if the module has `Factors`."""
     module, method = context.module, context.method_name
     _check_rewriter(module)
@@ -133,16 +137,16 @@ def _interceptor(next_fun, args, kwargs, context):
     others = any(isinstance(leaf, FactoredKernel) for leaf in params.values())
     if others or registered(type(module)) is not None:
         try:
-            return _run_registered(module, method, args, kwargs)
+            return _run_registered(module, method, args, kwargs, told)
         # The layer calls a module that belongs to another one, which the separate scope lacks.
         except flax.errors.FlaxError:
-            return _run_merged(module, method, args, kwargs)
+            return _run_merged(module, method, args, kwargs, told)
     if has_variables(module):
         # They belong to one product, and two thin ones would need two of them.
         remedy = "Its product has variables, such as scales of fp8. Leave it out with `where`."
-        return _run_merged(module, method, args, kwargs, remedy)
+        return _run_merged(module, method, args, kwargs, told, remedy)
     outputs = _run_thin(module, method, params, args, kwargs)
-    return _run_merged(module, method, args, kwargs) if outputs is None else outputs
+    return _run_merged(module, method, args, kwargs, told) if outputs is None else outputs
 
 
 def factorized() -> AbstractContextManager[None]:
@@ -156,7 +160,7 @@ def factorized() -> AbstractContextManager[None]:
       >>> outputs.shape
       (2, 60)
     """
-    return nn.intercept_methods(_interceptor)
+    return nn.intercept_methods(partial(_intercept, set()))
 
 
 def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +179,7 @@ def apply(module: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> An
 
     Warns:
       UserWarning: A module runs with its factors multiplied out, because `rmtjax.linen` does not
-        know this layer or because its factors have other axes.
+        know this layer or because its factors have other axes. Once for each module.
 
     Raises:
       ValueError: `variables` is the tree without `{"params": tree}` around it, or a module rewrites

@@ -14,7 +14,9 @@ from rmtjax._axes import kernel_shape, KernelAxes
 from rmtjax.linen._boxes import unbox
 from rmtjax.linen._layers import call_inputs, KNOWN, layer_axes
 from rmtjax.models import check_names, registered
-from rmtjax.planning import guess_axes, leaves_by_path, NAMES, Neighbours
+from rmtjax.planning import guess_axes, leaves_by_path, NAMES, Neighbours, register_container
+
+register_container(nn.Module, 'give its parameters, `variables["params"]`.')
 
 # The axes of a kernel, None if it is not a matrix, and its shape where its layer uses it.
 Used = tuple[KernelAxes | None, tuple[int, ...]]

@@ -76,13 +76,15 @@ def moments(
       **kwargs: As for `module.apply`, equal for all batches. Switch dropout off.
 
     Returns:
-      A mapping from paths to `Moment`. A kernel that is not used in a known product is left out,
-      and one that is also used as its transpose, such as the table of a tied output layer.
+      A mapping from paths to `Moment`. A kernel that is only used as its transpose has the moments
+      of that product, and `axes` of the result say so. One that is used both ways is left out, such
+      as the table of a tied output layer, and one that is not used in a known product.
       Kernels with the same inputs, such as those of query, key and value, share one matrix.
 
     Raises:
       ValueError: There are no batches, no kernel is used in a product, or the inputs of a kernel
         are not finite.
+      TypeError: Under `jit` or `vmap`: it compiles the model itself.
 
     Examples:
       >>> import flax.linen as nn, jax, rmtjax

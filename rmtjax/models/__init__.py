@@ -7,7 +7,7 @@ kernel is multiplied with come out too. This room does not import Flax.
 
 from rmtjax.models._einsum import einsum_axes as einsum_axes, split_einsum as split_einsum
 from rmtjax.models._jaxpr_interpreter import evaluate as evaluate
-from rmtjax.models._moments import collect as collect, NoProductsError as NoProductsError
+from rmtjax.models._moments import collect as collect
 from rmtjax.models._registry import (
     check_names as check_names,
     register_layer as register_layer,

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
@@ -78,16 +78,12 @@ def _check_finite(state: Mapping[str, tuple[Any, Any]], place: int) -> None:
             )
 
 
-class NoProductsError(ValueError):
-    """No kernel that was chosen is used in a known product."""
-
-
 def _check_traced(traced: list[Names], views: Mapping[str, MatrixView]) -> None:
     if not traced:
         raise ValueError("`batches` must have at least one batch, got none.")
     if not traced[0]:
         some = ", ".join(map(repr, list(views)[:3])) or "none are chosen"
-        raise NoProductsError(
+        raise ValueError(
             f"`batches` meets none of the kernels ({some}) in a product. Choose kernels of layers "
             "that the model calls with `where`, and give their `axes`."
         )
@@ -135,6 +131,77 @@ def _to_moments(sums: dict[str, dict], rows: Mapping[str, Any], names: Names) ->
     return found
 
 
+class _Program:
+    """One compiled program for each shape of a batch, which adds its sums to totals.
+
+    Attributes:
+      views: The kernels by path.
+      traced: The kernels with moments and their groups, of each program that was traced.
+      turned: The kernels that rows met on their output axes alone.
+    """
+
+    def __init__(self, function: Callable, views: Mapping[str, MatrixView]):
+        self.function, self.views = function, views
+        self.axes = {path: _input_axes(view) for path, view in views.items()}
+        self.traced: list[Names] = []
+        self.turned: set[str] = set()
+        self.add = jax.jit(self._add, donate_argnums=0)  # the sums are updated in place
+
+    def met(self, totals, key, *arguments) -> "_Program":
+        """Returns the program of kernels along the axes on which rows meet them; traces it."""
+        self.add.trace(totals, key, *arguments)
+        if not self.turned:
+            return self
+        turn = lambda axes: KernelAxes(axes.outputs, axes.inputs, axes.batch)
+        views = {
+            path: replace(view, axes=turn(view.axes)) if path in self.turned else view
+            for path, view in self.views.items()
+        }
+        return _Program(self.function, views)
+
+    def _run(self, taps, arguments):
+        known = [view for one in self.views.values() for view in _traced_as(one)]
+        others = [None] * (len(jax.tree.leaves(arguments)) - len(known))
+        uses, outputs = find_uses(self.function, arguments, [*known, *others], self.axes, taps)
+        sides = {path: {use.side for use in uses if use.path == path} for path in self.views}
+        # The one factor of a thin kernel that is followed has the rank for outputs.
+        dense = lambda path: not self.views[path].is_factored
+        self.turned = {p for p, found in sides.items() if found == {"outputs"} and dense(p)}
+        groups, names = _group(uses, self.axes)
+        self.traced.append(names)
+        return groups, outputs
+
+    def _with_gradients(self, key, arguments):
+        taps = _taps(self.views)
+
+        def project(zeros):
+            tapped = {path: tap._replace(zeros=zeros[path]) for path, tap in taps.items()}
+            groups, outputs = self._run(tapped, arguments)
+            return _along_random(key, outputs), groups
+
+        zeros = {path: tap.zeros for path, tap in taps.items()}
+        return jax.grad(project, has_aux=True)(zeros)[::-1]
+
+    def _add(self, totals, key, *arguments):
+        if key is None:
+            groups, gradients = self._run({}, arguments)[0], {}
+        else:
+            groups, gradients = self._with_gradients(key, arguments)
+        sums = groups, gradients
+        finite = lambda moment: jnp.isfinite(moment.fourth).all()
+        state = {name: (moment.rows, finite(moment)) for name, moment in groups.items()}
+        return sums if totals is None else jax.tree.map(jnp.add, totals, sums), state
+
+
+def _check_known(tree: PyTree) -> None:
+    """Raises TypeError for values that are not known yet."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            "`moments` needs arrays with values, which it sums over batches: collect them outside "
+            "`jit`, `grad` and `vmap`. It compiles the model itself."
+        )
+
+
 def collect(
     function: Callable[[Mapping[str, Any], PyTree, PyTree], Any],
     views: Mapping[str, MatrixView],
@@ -145,6 +212,9 @@ def collect(
 ) -> Moments:
     """Returns the moments of the inputs of kernels, summed over batches.
 
+    Kernels that rows meet on their output axes alone, as weights of Torch in `x @ weight.T`, have
+    the moments of these rows. The axes of the moments say so.
+
     Args:
       function: `function(leaves, rest, batch)` calls the model. Its result is not used.
       views: The kernels by path, whose leaves are given to the function.
@@ -153,57 +223,28 @@ def collect(
       progress, key: As in `rmtjax.linen.moments`.
     """
     # In the order in which JAX flattens a dictionary.
-    views = dict(sorted(views.items()))
-    leaves = {path: view.leaf for path, view in views.items()}
-    known = [view for one in views.values() for view in _traced_as(one)]
-    axes = {path: _input_axes(view) for path, view in views.items()}
-    traced: list[Names] = []  # of each program that is compiled
-
-    def run(taps, arguments):
-        others = [None] * (len(jax.tree.leaves(arguments)) - len(known))
-        uses, outputs = find_uses(function, arguments, [*known, *others], axes, taps)
-        groups, names = _group(uses, axes)
-        traced.append(names)
-        return groups, outputs
-
-    def with_gradients(key, arguments):
-        taps = _taps(views)
-
-        def project(zeros):
-            tapped = {path: tap._replace(zeros=zeros[path]) for path, tap in taps.items()}
-            groups, outputs = run(tapped, arguments)
-            return _along_random(key, outputs), groups
-
-        zeros = {path: tap.zeros for path, tap in taps.items()}
-        return jax.grad(project, has_aux=True)(zeros)[::-1]
-
-    @partial(jax.jit, donate_argnums=0)  # the sums are updated in place
-    def add(totals, key, *arguments):
-        if key is None:
-            groups, gradients = run({}, arguments)[0], {}
-        else:
-            groups, gradients = with_gradients(key, arguments)
-        sums = groups, gradients
-        finite = lambda moment: jnp.isfinite(moment.fourth).all()
-        state = {name: (moment.rows, finite(moment)) for name, moment in groups.items()}
-        return sums if totals is None else jax.tree.map(jnp.add, totals, sums), state
-
+    program = _Program(function, dict(sorted(views.items())))
+    leaves = {path: view.leaf for path, view in program.views.items()}
     totals, count = None, len(batches) if isinstance(batches, Sized) else -1
     rows: dict[str, Any] = {}
     waiting = None
     for place, batch in enumerate(batches):
         progress(place, count, "moments")
         draw = None if key is None else jax.random.fold_in(key, place)
-        totals, state = add(totals, draw, leaves, rest, batch)
-        _check_traced(traced, views)
+        if place == 0:
+            program = program.met(None, draw, leaves, rest, batch)
+        totals, state = program.add(totals, draw, leaves, rest, batch)
+        _check_known(state)
+        _check_traced(program.traced, views)
         # The state of the batch before is read while the device computes.
         rows = _read(rows, waiting)
         waiting = place, state
-    _check_traced(traced, views)
+    _check_traced(program.traced, views)
+    names = program.traced[0]
     rows, (groups, gradients) = _read(rows, waiting), fetch(totals)
     groups = {name: replace(moment, rows=rows[name]) for name, moment in groups.items()}
-    met = tuple((path, views[path].axes) for path, _ in traced[0])
-    return Moments(groups, _to_moments(gradients, rows, traced[0]), traced[0], axes=met)
+    met = tuple((path, program.views[path].axes) for path, _ in names)
+    return Moments(groups, _to_moments(gradients, rows, names), names, axes=met)
 
 
 def _read(rows: dict[str, Any], waiting: tuple[int, Any] | None) -> dict[str, Any]:

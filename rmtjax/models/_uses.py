@@ -173,11 +173,12 @@ def _convolve(table: Table, params, lhs: Value, rhs: Value) -> Use | None:
     view, numbers = rhs.view, params["dimension_numbers"]
     if view is None or params["feature_group_count"] * params["batch_group_count"] > 1:
         return None
-    axes, (out, features, *window) = table[view.path], numbers.rhs_spec
+    axes, (_, features, *window) = table[view.path], numbers.rhs_spec
     inputs = [view.order[axis] for axis in (*window, features)]
-    if _side(axes, view, inputs, ()) != "inputs" or view.order[out] not in axes.outputs:
+    side = _side(axes, view, inputs, ())
+    if side is None:
         return None
-    order = [inputs.index(axis) for axis in axes.inputs]
+    order = [inputs.index(axis) for axis in getattr(axes, side)]
     find = lambda array: _patches(array, rhs.array.shape, order, params)
     sums = _unstack(by_compiler(find, lhs.array), ())
     options = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
@@ -185,7 +186,7 @@ def _convolve(table: Table, params, lhs: Value, rhs: Value) -> Use | None:
     key = "patches", lhs.key, shape, tuple(order), str([params[name] for name in options])
     feature = numbers.out_spec[1]
     arrange = lambda maps: jnp.moveaxis(maps, feature, -1).reshape(-1, maps.shape[feature])
-    return Use(view.path, "inputs", key, view.levels, (), sums, arrange)
+    return Use(view.path, side, key, view.levels, (), sums, arrange if side == "inputs" else None)
 
 
 def _patches(images: Array, shape: Sequence[int], order: Sequence[int], params) -> Moment:

@@ -16,10 +16,13 @@ from rmtjax._names import (
     Neighbours as Neighbours,
     register_factor_layers as register_factor_layers,
 )
-from rmtjax.planning._budget import Budget as Budget
+from rmtjax.planning._budget import beyond as beyond, Budget as Budget
 from rmtjax.planning._cost import (
     add_costs as add_costs,
     Cost as Cost,
+    count_others as count_others,
+    NO_OTHERS as NO_OTHERS,
+    Others as Others,
     rows_by_path as rows_by_path,
     time_products as time_products,
 )
@@ -28,15 +31,12 @@ from rmtjax.planning._kernels import (
     check_concrete as check_concrete,
     check_matches as check_matches,
     check_patterns as check_patterns,
-    count_others as count_others,
     find_kernels as find_kernels,
     is_abstract as is_abstract,
     leaves_by_path as leaves_by_path,
     map_kernels as map_kernels,
-    NO_OTHERS as NO_OTHERS,
     nothing_chosen as nothing_chosen,
     obstacle as obstacle,
-    Others as Others,
     path_name as path_name,
     register_container as register_container,
     to_predicate as to_predicate,
@@ -53,7 +53,7 @@ from rmtjax.planning._options import (
     check_share as check_share,
     PlanOptions as PlanOptions,
 )
-from rmtjax.planning._outputs import refit as refit
+from rmtjax.planning._outputs import along as along, refit as refit
 from rmtjax.planning._plan import (
     decide_all as decide_all,
     judge_again as judge_again,

@@ -21,6 +21,11 @@ from rmtjax.planning._cost import count, hindrance
 NANOSECONDS = 1e6  # in a millisecond: times count in them, so that all sizes are integers
 
 
+def beyond(share: float) -> str:
+    """Returns what to say of a share above 1, which may be a number of percent without its sign."""
+    return f"{share:g} % is {share / 100:g}" if 2 <= share <= 100 else "that is more than the whole"
+
+
 @dataclass(frozen=True)
 class Budget:
     """A size that a plan must reach; exactly one of its fields is given.
@@ -56,9 +61,8 @@ class Budget:
         if not valid:
             raise ValueError(f"`{name}` of a `Budget` must be a number above 0, got {value!r}.")
         if name == "share" and not value <= 1:
-            meant = f", and {value:g} % is {value / 100:g}" if value <= 100 else ""
             words = f"`budget` must be in (0, 1], got {value}: the share that stays"
-            raise ValueError(f"{words}{meant}.")
+            raise ValueError(f"{words}; {beyond(float(value))}.")
 
     def tell(self, size: int) -> str:
         """Returns a size in words."""
@@ -85,7 +89,10 @@ def to_budget(value: Any) -> Budget | None:
     if value is None or isinstance(value, Budget):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-        raise TypeError(f"`budget` must be a share in (0, 1] or a `rmtjax.Budget`, got {value!r}.")
+        raise TypeError(
+            "`budget` must be a share in (0, 1], such as 0.75 for 75 %, or a `rmtjax.Budget`, got "
+            f"{value!r}."
+        )
     return Budget(share=float(value))
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
-from rmtjax._axes import FactoredKernel, KernelLeaf, MatrixView
+from rmtjax._axes import FactoredKernel, kernel_shape, KernelLeaf, MatrixView
 from rmtjax._names import is_table
-from rmtjax.planning._kernels import obstacle
+from rmtjax.planning._kernels import last_leaves, obstacle
 
 MARGIN = 0.05  # a layer that gains less is not worth its loss of rank
 ROUNDS, FEWEST_ROUNDS = 11, 3
@@ -241,3 +241,24 @@ def weigh(
         return Cost(*before, old, *after, new), None
     cause = f"no clear gain in time, {new:.3g} ms against {old:.3g}"
     return Cost(*before, old, *before, old), cause
+
+
+class Others(NamedTuple):
+    """Counts what a plan has no row for, such as biases and scales.
+
+    Attributes:
+      tensors: The number of leaves.
+      parameters: The numbers in them.
+    """
+
+    tensors: int = 0
+    parameters: int = 0
+
+
+NO_OTHERS = Others()
+
+
+def count_others(params: PyTree, rows: Mapping[str, Any]) -> Others:
+    """Counts the leaves of a tree, or of a dictionary by path, that have no row."""
+    leaves = [leaf for path, leaf in last_leaves(params).items() if path not in rows]
+    return Others(len(leaves), sum(math.prod(kernel_shape(leaf)) for leaf in leaves))

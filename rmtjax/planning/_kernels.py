@@ -1,10 +1,9 @@
 """Finds the kernels of a parameter tree, and the axes that make each of them a matrix."""
 
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax._axes import factored_axes, is_factors, kernel_shape, KernelAxes, KernelLeaf, MatrixView
+from rmtjax._axes import factored_axes, is_factors, KernelAxes, KernelLeaf, MatrixView
 from rmtjax._names import (
     check_takes_leaf,
     guess_axes,
@@ -22,12 +21,12 @@ from rmtjax._names import (
     matcher,
     Neighbours,
 )
-from rmtjax._text import SCREEN
 from rmtjax._types import Axes, is_patterns, Pattern, Where
 
 # Objects that JAX takes for trees of parameters, with a hint. The rooms that know them register
 # them: this room does not import Flax.
 _CONTAINERS: dict[type, str] = {}
+_FEW = 5  # names of tensors in an error
 
 
 def register_container(kind: type, hint: str) -> None:
@@ -152,7 +151,7 @@ def _listed(where: Any) -> Sequence[Pattern]:
 
 def check_patterns(where: Where | None, params: PyTree) -> None:
     """Raises ValueError for a pattern that matches no path of a whole tree."""
-    leaves = _last_leaves(params) if is_patterns(where) else {}
+    leaves = last_leaves(params) if is_patterns(where) else {}
     # Thin layers have other paths than those that they replace.
     if not any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):
         for pattern in _listed(where) if leaves else ():
@@ -207,13 +206,13 @@ def find_kernels(
     by_path = axes if isinstance(axes, Mapping) else {}
     default = lambda path, leaf: path in by_path or is_kernel(path, leaf)
     chosen = to_predicate(where, params) or default
-    leaves = _last_leaves(params)
+    leaves = last_leaves(params)
     tree = Neighbours(leaves)
     kernels = leaves_by_path(params, chosen)
     return {path: _view(path, leaf, axes, tree) for path, leaf in kernels.items()}
 
 
-def _last_leaves(params: PyTree) -> dict[str, Any]:
+def last_leaves(params: PyTree) -> dict[str, Any]:
     """Returns leaves by their paths; of several with one path, which are no kernels, the last."""
     pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
     return {path_name(key): leaf for key, leaf in pairs}
@@ -221,54 +220,42 @@ def _last_leaves(params: PyTree) -> dict[str, Any]:
 
 def unchosen(params: PyTree, kernels: Mapping[str, Any]) -> dict[str, KernelLeaf]:
     """Returns the leaves that may be kernels, and that nothing has chosen."""
-    leaves = _last_leaves(params)
+    leaves = last_leaves(params)
     return {p: KernelLeaf(p, a) for p, a in leaves.items() if p not in kernels and is_untold(p, a)}
-
-
-class Others(NamedTuple):
-    """Counts what a plan has no row for, such as biases and scales.
-
-    Attributes:
-      tensors: The number of leaves.
-      parameters: The numbers in them.
-    """
-
-    tensors: int = 0
-    parameters: int = 0
-
-
-NO_OTHERS = Others()
-
-
-def count_others(params: PyTree, rows: Mapping[str, Any]) -> Others:
-    """Counts the leaves of a tree, or of a dictionary by path, that have no row."""
-    leaves = [leaf for path, leaf in _last_leaves(params).items() if path not in rows]
-    return Others(len(leaves), sum(math.prod(kernel_shape(leaf)) for leaf in leaves))
 
 
 def _names(leaves: Mapping[str, Any]) -> str:
     """Returns how many leaves there are, and the first of their paths, kernels before others."""
     known = sorted(leaves, key=lambda path: not is_kernel(path, leaves[path]))
-    some = ", ".join(map(repr, known[:SCREEN])) or "none"
-    return f"{len(known)} such as {some}{', ...' if len(known) > SCREEN else ''}"
+    some = ", ".join(map(repr, known[:_FEW])) or "none"
+    return f"{len(known)} such as {some}{', ...' if len(known) > _FEW else ''}"
 
 
-def nothing_chosen(leaves: Mapping[str, Any]) -> str:
-    """Returns what to say of leaves among which no kernel is chosen."""
-    return f"no tensor is chosen as a kernel, of {_names(leaves)}: change `where`."
+def nothing_chosen(leaves: Mapping[str, Any], where: Where | None = None) -> str:
+    """Returns what to say of leaves among which no kernel is chosen, with what has chosen."""
+    who = ""
+    if callable(where):
+        who = "by the function `where` "
+    elif is_patterns(where):
+        who = f"by `where={where!r}` "
+    elif where is not None:
+        who = "by the mask `where` "
+    return f"no tensor is chosen {who}as a kernel, of {_names(leaves)}: change `where`."
 
 
-def check_chosen(kernels: Mapping[str, Any], params: PyTree) -> None:
+def check_chosen(kernels: Mapping[str, Any], params: PyTree, where: Where | None = None) -> None:
     """Raises ValueError if no kernel is chosen in a tree that has leaves."""
-    leaves = _last_leaves(params)
+    leaves = last_leaves(params)
     if leaves and not kernels:
-        raise ValueError(nothing_chosen(leaves))
+        raise ValueError(nothing_chosen(leaves, where))
 
 
 def warn_if_idle(
     name: str, found: Any, params: PyTree, where: Where | None, axes: Any = None, least: int = 1
 ) -> None:
     """Warns if a transform has found no kernel to change, with the cause.
+
+    Raises ValueError for a pattern that matches no path, as a plan does.
 
     Args:
       name: Its name.
@@ -277,14 +264,18 @@ def warn_if_idle(
       where, axes: Its options.
       least: The smallest short side that it changes.
     """
+    # What `optax.masked` and `optax.partition` hide is an empty tuple. A pattern may match it.
+    hides = lambda node: isinstance(node, tuple) and not node
+    if not any(map(hides, jax.tree.leaves(params, is_leaf=hides))):
+        check_patterns(where, params)
     if found:
         return
-    kernels, leaves = find_kernels(params, where, axes), _last_leaves(params)
+    kernels, leaves = find_kernels(params, where, axes), last_leaves(params)
     if not leaves:
         return  # as in a group of `optax.partition` without members
     if any(is_factors(leaf) or in_factor_layer(path) for path, leaf in leaves.items()):
         return  # its kernels were made thin, and training goes on in the factors
-    cause = nothing_chosen(leaves)
+    cause = nothing_chosen(leaves, where)
     if kernels:
         causes = {path: obstacle(kernel, least) for path, kernel in kernels.items()}
         cause = "; ".join(f"{path!r}: {why}" for path, why in list(causes.items())[:3]) + "."

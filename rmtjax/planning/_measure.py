@@ -287,7 +287,7 @@ def study(params: PyTree, options: PlanOptions, step: Step | None = None) -> Fin
     _check_paths("moments", options.moments, params)
     check_patterns(options.where, params)
     kernels = find_kernels(params, options.where, options.axes)
-    check_chosen(kernels, params)
+    check_chosen(kernels, params, options.where)
     others = unchosen(params, kernels) if options.where is None else {}
     rows_by_path(options.batch, kernels)  # raises an error for other paths before the work
     given = given_fits(options.fits, kernels)

@@ -114,6 +114,14 @@ class PlanOptions:
                 "`budget` must be left out with a rule that equalizes: it compares squares of "
                 f"kernels as they are. Got {self.rule!r}."
             )
+        # Under a budget a rule only reports its noise levels, which these do not have.
+        if self.budget is not None and isinstance(
+            self.rule, ranks.energy | ranks.fixed | ranks.size
+        ):
+            raise ValueError(
+                "`rule` must be left out with `budget`, which decides the ranks: "
+                f"{self.rule!r} would have no say. Give one of the two."
+            )
         if self.budget_is_time and self.batch is None:
             raise ValueError(
                 "`batch` must be given with a budget of milliseconds, got None: the rows that "

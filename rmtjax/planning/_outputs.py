@@ -4,18 +4,51 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rmtjax._axes import Factors, kernel_shape, MatrixView, Views
+from rmtjax._axes import (
+    Factors,
+    kernel_shape,
+    KernelAxes,
+    MatrixView,
+    Views,
+)
 from rmtjax._sharding import place_like
 from rmtjax._types import Axes, check_type
 from rmtjax.moments import Moments, Second, shrink
 from rmtjax.planning._kernels import check_tree, find_kernels, leaves_by_path, map_kernels
 from rmtjax.spectra import multiply, output_losses, OutputLosses
+
+
+def along(moments: Moments, view: MatrixView) -> MatrixView:
+    """Returns a kernel along the axes on which rows met it: as it is read, or turned.
+
+    A model may multiply by the transpose of a kernel, as Torch does. Its spectrum is the same.
+    """
+    turned = KernelAxes(view.axes.outputs, view.axes.inputs, view.axes.batch)
+    met = dict(moments.axes).get(view.path)
+    return replace(view, axes=turned) if met == turned and not view.is_factored else view
+
+
+def turn(factors: Factors, axes: KernelAxes) -> Factors:
+    """Returns the factors of the transpose; those of its transpose are these again."""
+    stack = len(axes.batch)
+    return Factors(
+        jnp.moveaxis(jnp.asarray(factors.right), stack, -1),
+        jnp.moveaxis(jnp.asarray(factors.left), -1, stack),
+    )
+
+
+def in_order(axes: KernelAxes) -> KernelAxes:
+    """Returns the axes that the product of factors has: batch, input and output axes in order."""
+    first, last = len(axes.batch), len(axes.batch) + len(axes.inputs)
+    ends = range(first, last), range(last, len(axes.order)), range(first)
+    return KernelAxes(*map(tuple, ends))
 
 
 def bias_of(view: MatrixView, leaves: Mapping[str, Any]) -> str | None:
@@ -66,7 +99,8 @@ def all_losses(
     losses = {}
     for path, view in views.items():
         if moments is not None and path in moments and not view.in_parts:
-            losses[path] = output_losses(view, second_of(moments, view, leaves))
+            met = along(moments, view)
+            losses[path] = output_losses(met, second_of(moments, met, leaves))
     return losses
 
 
@@ -79,7 +113,7 @@ def _solve(smooth: np.ndarray, left: np.ndarray, dense: np.ndarray) -> np.ndarra
 
 def _refit(view: MatrixView, factors: Factors, second) -> tuple[np.ndarray, np.ndarray]:
     """Returns the right factors of a stack, and what the change adds to the bias."""
-    thin = MatrixView(view.path, factors, view.axes)
+    thin = MatrixView(view.path, factors, in_order(view.axes))
     lefts = np.asarray(thin.matrices().left, np.float64)
     whole = view.matrices() if not view.is_factored else multiply(view.matrices())
     dense, smooth = np.asarray(whole, np.float64), shrink(second)
@@ -110,8 +144,9 @@ def refit(
       axes: As in `rmtjax.plan`; needed where `params` has stacks.
 
     Returns:
-      The factored tree with other right factors, in their dtypes. Kernels without factors or
-      without moments stay as they are.
+      The factored tree with other right factors, in their dtypes; other left factors of kernels by
+      whose transpose the model multiplies. Kernels without factors or without moments stay as they
+      are.
 
     Raises:
       ValueError, TypeError: The trees or the moments do not fit each other.
@@ -141,10 +176,14 @@ def refit(
                 f"`factored` must have factors of shape {view.shape} for {path!r}, got "
                 f"{kernel_shape(leaf)}: give the tree that was made of `params`."
             )
-        rights, shift = _refit(view, leaf, second_of(moments, view, old))
-        right = jnp.asarray(rights.reshape(leaf.right.shape)).astype(leaf.right.dtype)
-        changed[path] = Factors(leaf.left, place_like(right, leaf.right))
-        bias = bias_of(view, old)
+        met = along(moments, view)
+        factors = leaf if met is view else turn(leaf, view.axes)
+        rights, shift = _refit(met, factors, second_of(moments, met, old))
+        right = jnp.asarray(rights.reshape(factors.right.shape)).astype(leaf.right.dtype)
+        again = Factors(factors.left, right)
+        again = again if met is view else turn(again, view.axes)
+        changed[path] = Factors(*map(place_like, again, leaf))
+        bias = bias_of(met, old)
         if moments.centred and bias is not None and bias in new:
             value = np.asarray(old[bias], np.float64) + shift.reshape(np.shape(old[bias]))
             value = jnp.asarray(value).astype(jnp.asarray(new[bias]).dtype)

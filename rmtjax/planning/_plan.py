@@ -133,7 +133,8 @@ def plan(
         parameters of the chosen kernels, in (0, 1], or a `rmtjax.Budget`. All kernels share it.
         The sum of the shares of energy that they lose is smallest: of outputs with moments, of
         squared entries without. The size is at most one step of a rank below it. The rule is only
-        reported. Kernels whose factors are too slow, by `batch`, stay as they are. For
+        reported, and one that asks for ranks, as `ranks.fixed(16)`, is an error. Kernels whose
+        factors are too slow, by `batch`, stay as they are. For
         `Budget(milliseconds=...)` each kernel is timed at up to 16 ranks, which takes seconds.
       progress: True shows the progress on stderr. A function `progress(done, total, path)` is
         called before each group of kernels that is measured.

@@ -17,7 +17,7 @@ from rmtjax._types import check_type
 from rmtjax.moments import Moments
 from rmtjax.noise import equalize_stack
 from rmtjax.planning._kernels import check_tree, is_abstract, leaves_by_path, map_kernels
-from rmtjax.planning._outputs import bias_of, second_of
+from rmtjax.planning._outputs import along, bias_of, in_order, second_of, turn
 from rmtjax.planning._rows import check_plan, check_plan_fits, Factorized, Plan, Truncated
 from rmtjax.spectra import (
     keeps_most,
@@ -73,19 +73,24 @@ def _through(rows: Array, leaf: Any, axes: KernelAxes) -> Array:
 def _shift(bias: Any, mean: Any, view: MatrixView, new_leaf: Any) -> Array:
     """Returns a bias that keeps the mean of the outputs: b + m (W - W')."""
     rows = jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (view.stack, view.rows))
-    change = _through(rows, view.leaf, view.axes) - _through(rows, new_leaf, view.axes)
+    axes = in_order(view.axes) if isinstance(new_leaf, Factors) else view.axes
+    change = _through(rows, view.leaf, view.axes) - _through(rows, new_leaf, axes)
     old = jnp.asarray(bias)
     return place_like((lift(old) + change.reshape(old.shape)).astype(old.dtype), bias)
 
 
 def _cut_by_output(view: MatrixView, row, moments: Moments, leaves: Mapping[str, Any]):
     """Yields path and new leaf of a kernel, and of its bias if the moments are centred."""
-    second = second_of(moments, view, leaves)
-    leaf = _new_leaf(output_factors(view, second, row.rank), view, row)
+    met = along(moments, view)
+    second = second_of(moments, met, leaves)
+    factors = output_factors(met, second, row.rank)
+    leaf = _new_leaf(factors if met is view else turn(factors, view.axes), view, row)
     yield view.path, leaf
-    bias = bias_of(view, leaves)
+    bias = bias_of(met, leaves)
     if second.mean is not None and bias is not None:
-        yield bias, _shift(leaves[bias], second.mean, view, leaf)
+        turned = met is not view and isinstance(leaf, Factors)
+        leaf = turn(leaf, view.axes) if turned else leaf
+        yield bias, _shift(leaves[bias], second.mean, met, leaf)
 
 
 def _shrunk(s: Any, view: MatrixView, row: Truncated | Factorized) -> Any:

@@ -261,7 +261,7 @@ def magnitude_mask(
     """
     check_sparsity(sparsity)
     check_concrete(params)
-    check_chosen(find_kernels(params, where), params)
+    check_chosen(find_kernels(params, where), params, where)
     kernels = find_floating(params, where)
     masks = shrink(kernels, pick_masks(mask, kernels), weights, sparsity)
     return fill(params, masks)

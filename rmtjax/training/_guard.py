@@ -9,6 +9,7 @@ noise. Looks in between only tell a plan how far it may go. Kernels that fade ar
 period of training gains, see `_fades`.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -251,8 +252,30 @@ def fade_if(
     return call_if(ends, look, (after, guard.fall, curvatures))
 
 
+def _check_value_fn(value_fn: Any) -> None:
+    """Raises TypeError for a value in place of a function, or for one of other arguments."""
+    if not callable(value_fn):
+        kind = "an array" if hasattr(value_fn, "dtype") else repr(value_fn)
+        raise TypeError(
+            f"`value_fn` must be a function of the parameters, got {kind}: pass `loss`, not "
+            "`loss(params)`."
+        )
+    try:
+        signature = inspect.signature(value_fn)
+    except ValueError:  # of functions of C
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"`value_fn` is called with the parameters alone, got a function of {signature}: "
+            "close over the batch, `value_fn=lambda params: loss(params, batch)`."
+        ) from error
+
+
 def _check(guard: Guard) -> None:
-    """Raises an error if the loss cannot see all parameters, or their copy is one of others."""
+    """Raises an error for another loss, if it cannot see all parameters, or for another copy."""
+    _check_value_fn(guard.value_fn)
     hidden = lambda node: isinstance(node, optax.MaskedNode)
     if any(map(hidden, jax.tree.leaves(guard.params, is_leaf=hidden))):
         raise ValueError(

@@ -58,7 +58,7 @@ def penalty(
     total = jnp.zeros((), jnp.float32)
     check_concrete(params)
     kernels = find_kernels(params, where)
-    check_chosen(kernels, params)
+    check_chosen(kernels, params, where)
     for view in kernels.values():
         kernel = multiply(view.leaf) if view.is_factored else jnp.asarray(view.leaf)
         if jnp.issubdtype(kernel.dtype, jnp.floating):

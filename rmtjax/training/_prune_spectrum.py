@@ -276,8 +276,10 @@ def prune_spectrum(
       UserWarning: `init` finds no kernel that can be pruned.
 
     Raises:
-      ValueError: A number is out of range, `update` was called without `params` or with a kernel
-        that `init` did not get, or `value_fn` returns no number or cannot see all parameters.
+      ValueError: A number is out of range, a pattern of `where` matches no path, `update` was
+        called without `params` or with a kernel that `init` did not get, or `value_fn` returns no
+        number or cannot see all parameters.
+      TypeError: `value_fn` is not a function of the parameters alone.
 
     Examples:
       >>> import jax, optax, rmtjax

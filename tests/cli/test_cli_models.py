@@ -27,7 +27,7 @@ class Torch(nn.Module):
     @nn.compact
     def __call__(self, x):
         draw = lambda name, *shape: self.param(name, nn.initializers.normal(0.1), shape)
-        x = x @ draw("words.weight", 80, 80).T
+        x = x @ draw("embed.weight", 80, 80).T
         x = nn.relu(jnp.einsum("...i,oi->...o", x, draw("layer.0.weight", 96, 80)))
         # As `Conv1D` of GPT-2 stores its weight; and one that is not used.
         draw("pooler.weight", 80, 80)
@@ -132,9 +132,9 @@ def test_kernels_of_torch_have_their_moments_and_are_cut_by_them(folder, capsys)
     assert "by their weights: 1 (pooler.weight):\nno product with their inputs was found" in shown
     moments = checkpoint.load_moments("m.safetensors")
     sides = {path: axes.inputs for path, axes in moments.axes}
-    expected = {"words.weight": (1,), "layer.0.weight": (1,), "h.0.c_fc.weight": (0,)}
+    expected = {"embed.weight": (1,), "layer.0.weight": (1,), "h.0.c_fc.weight": (0,)}
     assert sides == {"Dense_0/kernel": (0,), **expected}
-    second = np.asarray(moments["words.weight"].second)[0]
+    second = np.asarray(moments["embed.weight"].second)[0]
     np.testing.assert_allclose(second, rows_of(0).T @ rows_of(0), rtol=1e-4, atol=1e-3)
     change = {}
     for name, more in {"weights": [], "outputs": ["--moments", "m.safetensors"]}.items():
@@ -143,6 +143,9 @@ def test_kernels_of_torch_have_their_moments_and_are_cut_by_them(folder, capsys)
         thin = rmtjax.merge(checkpoint.restore(f"{name}.safetensors"))
         dense = module.apply(variables, rows_of(0))
         change[name] = np.linalg.norm(module.apply({"params": thin}, rows_of(0)) - dense)
+    files = ["model.safetensors", "weights.safetensors"]
+    # Without a warning that its factors are multiplied out.
+    assert cli.main(["compare", *files, "--model", "build.py:torch", "--data", "x.npy"]) == 0
     # The data have 70 rows in 80 dimensions: directions without inputs cost nothing.
     assert change["outputs"] < 0.8 * change["weights"]
 
@@ -173,7 +176,11 @@ def test_arguments_of_a_model_are_the_arrays_of_a_file_in_order(folder):
         ("no.py:build", "x.npy", "there is no file 'no.py': give FILE.py:FUNCTION"),
         ("no_such:build", "x.npy", "there is no module 'no_such' here"),
         ("build.py:linen", "build.py", "--data 'build.py' is not a file of arrays: write it with"),
-        ("build.py:linen", "wrong.npy", "build.py:linen fails on --data: ScopeParamShapeError"),
+        (
+            "build.py:linen",
+            "wrong.npy",
+            "fails on --data, 70 samples of 'wrong.npy' (70,) float32: ScopeParamShapeError",
+        ),
         ("build.py:linen", "nan.npy", "not finite, in batch 0"),
         ("build.py:linen", "uneven.npz", "(70, 80), (69, 80): the first axis must be that of"),
         ("build.py:linen", "empty.npy", "the first axis must be that of the samples"),

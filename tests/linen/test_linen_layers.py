@@ -198,7 +198,9 @@ def test_a_kernel_stored_the_other_way_round_joins_too():
 
 def test_a_registered_layer_that_does_more_with_its_kernel_warns():
     thin, dense, _ = make_thin(Squared(), draw(5, 30))
-    with pytest.warns(UserWarning, match="Squared '' runs with its factors multiplied out"):
+    with pytest.warns(
+        UserWarning, match=r"Squared \(the root\) runs with its factors multiplied out"
+    ):
         outputs = linen.apply(Squared(), thin, draw(5, 30))
     assert_close(outputs, Squared().apply(dense, draw(5, 30)))
 

@@ -49,12 +49,26 @@ class Inside(nn.Module):
         return self.layer()(nn.Dense(30)(inputs), **kwargs)
 
 
-@pytest.mark.parametrize("module", [Compact(), Setup(), Inside(Compact), Inside(Setup)], ids=repr)
+class Twice(nn.Module):
+    """One layer of a user's own, called twice in a call."""
+
+    @nn.compact
+    def __call__(self, inputs, **kwargs):
+        layer = Compact()
+        return layer(inputs, **kwargs) + layer(inputs, **kwargs)
+
+
+MODULES = [Compact(), Setup(), Inside(Compact), Inside(Setup), Twice()]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=repr)
 def test_a_layer_of_ones_own_runs_merged_and_warns(module):
     kwargs = TRAIN | {"scale": 2.0}
     thin, dense, plan = make_thin(module, INPUTS, **kwargs)
     assert {row.action for row in plan.values()} == {"factorize"}
-    with pytest.warns(UserWarning, match=rf"(Compact|Setup) '.*' {MERGED}") as warned:
+    with pytest.warns(
+        UserWarning, match=rf"(Compact|Setup) ('.+'|\(the root\)) {MERGED}"
+    ) as warned:
         outputs = linen.apply(module, thin, INPUTS, **kwargs)
     assert len(warned) == 1
     # Float32; BatchNorm divides by a spread of 5 examples.
@@ -130,7 +144,7 @@ def test_axes_that_were_guessed_wrong_are_merged_with_a_warning():
     module = nn.DenseGeneral((4, 6))
     thin, dense, plan = make_thin(module, INPUTS, axes=GUESS)
     assert plan["kernel"].action == "factorize"
-    with pytest.warns(UserWarning, match=f"DenseGeneral '' {MERGED}"):
+    with pytest.warns(UserWarning, match=rf"DenseGeneral \(the root\) {MERGED}"):
         outputs = linen.apply(module, thin, INPUTS)
     assert_close(outputs, module.apply(dense, INPUTS))
 

@@ -274,3 +274,34 @@ def test_a_model_of_nnx_is_called_as_the_user_says_and_stays_as_it_is():
     moments = rmtjax.nnx.moments(model, [x], call=lambda model, batch: model(batch, scale=3.0))
     assert_moment(moments, "dense/kernel", 3 * x)
     assert not model.dropout.deterministic
+
+
+class Turned(nn.Module):
+    """Multiplies as Torch does, by weights whose names say nothing of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        draw = lambda name, *shape: self.param(name, nn.initializers.normal(0.1), shape)
+        x = x @ draw("patch_embed.weight", 5, 4).T
+        x = jax.lax.conv(x[:, :, None, None], draw("a.weight", 6, 5, 1, 1), (1, 1), "SAME")
+        return x[:, :, 0, 0] @ draw("embed.weight", 7, 6).T @ draw("b.weight", 7, 3)
+
+
+def test_products_with_the_transpose_count_whatever_the_name():
+    x = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    variables = Turned().init(jax.random.key(0), x)
+    weights = {name: np.asarray(leaf, np.float64) for name, leaf in variables["params"].items()}
+    axes = {name: ((1,), (0,)) for name in ("patch_embed.weight", "embed.weight")}
+    axes |= {"a.weight": ((1, 2, 3), (0,)), "b.weight": ((0,), (1,))}
+    found = rmtjax.linen.moments(Turned(), variables, [x], key=jax.random.key(1))
+    assert {path: (one.inputs, one.outputs) for path, one in found.axes} == axes
+    rows = {"patch_embed.weight": x}
+    rows["a.weight"] = x @ weights["patch_embed.weight"].T
+    rows["embed.weight"] = rows["a.weight"] @ weights["a.weight"][:, :, 0, 0].T
+    rows["b.weight"] = rows["embed.weight"] @ weights["embed.weight"].T
+    for path, one in rows.items():
+        # Float32, sums over 20 rows.
+        np.testing.assert_allclose(found[path].second[0], one.T @ one, rtol=1e-4, atol=1e-5)
+    sides = {path: found.gradients[path].second.shape[-1] for path in axes}
+    assert sides == {"patch_embed.weight": 5, "a.weight": 6, "embed.weight": 7, "b.weight": 3}
+    assert all(np.any(one.second) for one in found.gradients.values())

@@ -136,8 +136,9 @@ def test_each_size_may_be_the_budget():
     ("budget", "words"),
     [
         (0.0, "`share` of a `Budget` must be a number above 0, got 0.0"),
-        (1.5, r"`budget` must be in \(0, 1\], got 1.5"),
-        ("75%", "budget"),
+        (1.5, r"`budget` must be in \(0, 1\], got 1.5: .*; that is more than the whole"),
+        (75, r"`budget` must be in \(0, 1\], got 75.0: .*; 75 % is 0.75"),
+        ("75%", r"`budget` must be a share in \(0, 1\], such as 0.75 for 75 %, .* got '75%'"),
         (True, "budget"),
         (
             0.001,
@@ -157,7 +158,8 @@ def test_a_budget_has_one_size_and_no_other_say():
         Budget(share=0.5, parameters=10)
     with pytest.raises((ValueError, TypeError), match="parameters"):
         Budget(parameters=0.5)
-    for name, value in (("keep", 0.1), ("shrink", rmtjax.shrinkage.frobenius)):
+    others = {"rule": rmtjax.ranks.size(0.5), "keep": 0.1, "shrink": rmtjax.shrinkage.frobenius}
+    for name, value in others.items():
         with pytest.raises(ValueError, match=f"`{name}` must be left out with `budget`"):
             rmtjax.plan({"kernel": planted((60, 80))}, budget=0.5, **{name: value})
 

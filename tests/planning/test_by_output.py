@@ -244,3 +244,29 @@ def test_noise_is_looked_for_in_the_weights():
         row = rmtjax.plan({"kernel": w}, moments=moments, rule=ranks.bema())["kernel"]
         assert row.fit.num_spikes == 1
         assert row.rank == 8
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_kernel_that_is_multiplied_turned_is_cut_as_its_transpose(centred):
+    x, w = inputs(300, 60), kernel((60, 80))
+    bias = {"bias": np.ones(80, np.float32)}
+    straight, turned = KernelAxes((0,), (1,)), KernelAxes((1,), (0,))
+    found = []
+    for tree, axes in (({"kernel": w, **bias}, straight), ({"kernel": w.T, **bias}, turned)):
+        moments = moments_of(x, centred=centred, axes=(("kernel", axes),))
+        plan = rmtjax.plan(tree, moments=moments, **RULE)
+        thin = rmtjax.factorize(tree, plan, moments=moments)
+        assert plan["kernel"].action == "factorize"
+        lower = rmtjax.truncate(tree, plan, moments=moments)
+        rough = rmtjax.factorize(tree, rmtjax.plan(tree, **RULE))
+        again = rmtjax.refit(tree, rough, moments)
+        back = lambda one, axes=axes: np.transpose(one["kernel"], axes.order)
+        trees = [rmtjax.merge(one) for one in (thin, lower, again)]
+        changes = [
+            float(rmtjax.certificate.output_changes(tree, one, moments)["kernel"].change)
+            for one in trees
+        ]
+        found.append(([back(one) for one in trees], [one["bias"] for one in trees], changes))
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        # Float32 in another order of sums, over entries of about 1.
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)

@@ -1,5 +1,7 @@
 """Kernels by the names that libraries give them, and the proofs that they are no stacks."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -130,6 +132,26 @@ def test_a_transform_that_will_never_change_a_kernel_says_so(make, name):
         optax.masked(make(), {"kernel": False, "bias": True}).init(
             {"kernel": NOISE, "bias": NOISE[0]}
         )
+
+
+@pytest.mark.parametrize("where", ["*attn*", ["kernel", "*attn*"], re.compile("attn")], ids=str)
+def test_a_pattern_that_matches_nothing_is_refused_by_transforms_too(where):
+    tree = {"kernel": NOISE, **{f"b{i}": NOISE[0] for i in range(8)}}
+    words = r"attn.*' matches no tensor, of 9 such as 'kernel', 'b0', 'b1', 'b2', 'b3', \.\.\."
+    with pytest.raises(ValueError, match=words):
+        rmtjax.prune_spectrum(1, where=where).init(tree)
+    # The pattern may be of what is hidden, and a group without leaves has nothing to match.
+    mask = {name: name != "kernel" for name in tree}
+    hides = optax.masked(rmtjax.prune_spectrum(1, where=where), mask)
+    with pytest.warns(UserWarning, match=r"chosen by `where=.*attn.*` as a kernel, of 8 such as"):
+        hides.init(tree)
+    rmtjax.prune_spectrum(1, where=where).init({})
+
+
+def test_a_function_or_a_mask_that_chooses_nothing_is_told_as_such():
+    for where, who in ((lambda path, leaf: False, "function"), ({"kernel": False}, "mask")):
+        with pytest.warns(UserWarning, match=f"no tensor is chosen by the {who} `where`"):
+            rmtjax.prune_spectrum(1, where=where).init({"kernel": NOISE})
 
 
 def test_a_transform_says_why_kernels_are_left_alone():

@@ -70,9 +70,8 @@ def test_where_chooses_leaves_by_path_and_shape():
     assert chosen() == ["a/kernel", "b/kernel", "a/table"]  # the last is only told
     assert chosen(where=lambda path, leaf: path == "a/table") == ["a/table"]
     assert chosen(where=lambda path, leaf: leaf.ndim == 1) == ["b/bias"]
-    with pytest.raises(
-        ValueError, match=r"no tensor is chosen as a kernel, of 4 such as 'a/kernel'"
-    ):
+    words = r"no tensor is chosen by the function `where` as a kernel, of 4 such as 'a/kernel'"
+    with pytest.raises(ValueError, match=words):
         chosen(where=lambda path, leaf: False)
     assert chosen(where="b/*") == ["b/kernel"]  # vectors are chosen by their complete names
     assert chosen(where=["b/bias", "re:^b/k"]) == ["b/bias", "b/kernel"]

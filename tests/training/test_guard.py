@@ -157,3 +157,27 @@ def test_the_guard_works_on_steps_that_are_accumulated():
     assert ranks == [[SIZE, SIZE], [int(rank) for rank in expected.ranks.values()]]
     assert np.linalg.matrix_rank(params["a"]["kernel"]) == ranks[1][0] < SIZE
     assert bool(rmtjax.metrics(state)["landed/a/kernel"])
+
+
+@pytest.mark.parametrize(
+    ("value_fn", "words"),
+    [
+        (jnp.float32(1), r"must be a function of the parameters, got an array: pass `loss`, not"),
+        (1.0, r"must be a function of the parameters, got 1\.0"),
+        (lambda p, x: x, r"called with the parameters alone, got a function of \(p, x\): close"),
+        (lambda: 0.0, r"called with the parameters alone, got a function of \(\)"),
+    ],
+)
+def test_a_loss_that_is_no_function_of_the_parameters_is_refused(value_fn, words):
+    optimizer = optax.chain(optax.identity(), prune_spectrum(1))
+    with pytest.raises(TypeError, match=f"`value_fn` .*{words}"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, value_fn=value_fn)
+
+
+def test_an_error_of_the_loss_is_its_own():
+    def value_fn(params, scale=1.0):
+        raise TypeError("missing 1 required positional argument")
+
+    optimizer = prune_spectrum(1)
+    with pytest.raises(TypeError, match=r"^missing 1 required positional argument"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, value_fn=value_fn)
