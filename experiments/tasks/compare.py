@@ -7,10 +7,11 @@ import numpy as np
 import optax
 
 import rmtjax
-from experiments.tasks.problems import Data, Network, Task
+from experiments.tasks.problems import Arrays, Data, Network, Task
 
 # What `size` asks for: 45 % of the numbers of each kernel.
 RULE = rmtjax.ranks.size(0.45, multiple=4)
+JUDGES = 512  # training samples whose loss judges what `size` cuts; of a batch it says too little
 ARMS = "never cut", "value_fn", "max_removed", "size"
 OPTIMIZERS = ("SGD", "AdamW")
 
@@ -52,19 +53,21 @@ def _chain(task: Task, network: Network, optimizer: str, arm: str, every: int):
     return optax.chain(base, rmtjax.prune_spectrum(every, axes=network.axes, **options))
 
 
-def _make_step(task: Task, network: Network, chain, guarded: bool):
+def _make_step(task: Task, network: Network, chain, arm: str, samples: Arrays):
     """Returns a compiled step: `step(carry, x, y, key)` returns the carry after it."""
+    guarded, fixed = arm in ("value_fn", "size"), arm == "size"
 
     @jax.jit
     def step(carry, x, y, key):
         params, rest, opt_state = carry
 
-        def loss(params):
+        def loss(params, x=x, y=y):
             outputs, changed = network.apply((params, rest), x, True, key)
             return task.loss(outputs, y), changed
 
         gradient, changed = jax.grad(loss, has_aux=True)(params)
-        extra = {"value_fn": lambda params: loss(params)[0]} if guarded else {}
+        judges = samples if fixed else (x, y)
+        extra = {"value_fn": lambda params: loss(params, *judges)[0]} if guarded else {}
         updates, opt_state = chain.update(gradient, opt_state, params, **extra)
         return optax.apply_updates(params, updates), changed, opt_state
 
@@ -90,7 +93,8 @@ def run(task: Task, data: Data, network: Network, optimizer: str, arm: str, seed
     """Trains once for each seed."""
     every = len(data.train[0]) // task.batch
     chain = _chain(task, network, optimizer, arm, every)
-    step = _make_step(task, network, chain, guarded=arm in ("value_fn", "size"))
+    samples = data.train[0][:JUDGES], data.train[1][:JUDGES]
+    step = _make_step(task, network, chain, arm, samples)
     score = _make_score(task, network)
     return [_train(task, data, network, chain, step, score, arm, seed) for seed in seeds]
 

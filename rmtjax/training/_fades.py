@@ -2,11 +2,13 @@
 
 A kernel that fades keeps its full rank. What lies beyond the rank of the rule gets weaker at each
 pruning step, while training moves what it knows to the rest. Gradients weigh the directions: with
-E[G G^T] of rows and E[G^T G] of columns, a cut removes what the loss feels least. The moments are
-gathered from one batch a period, also before the first pruning step.
+A = E[G G^T] of rows and B = E[G^T G] of columns, a cut D costs about |A^1/2 D B^1/2|^2 up to a
+factor (Morwani et al., 2024, https://arxiv.org/abs/2406.17748). It removes what the loss feels
+least. The moments are gathered once a period, also before the first pruning step.
 
-A cut may set training back by one period: it may raise the loss by what training gained in one.
-Kernels fade for which all of the cut costs less, the cheapest first. The others are left alone.
+All cuts together may cost what some periods of training gain. Each kernel has a share of it, by its
+number of entries: small kernels that the loss needs cost more and save little. Kernels that cost
+more than their share are left alone for good.
 """
 
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from rmtjax.training._pruning_step import ungroup
 _STEPS = 6  # of the bisection. One more pass asks for the loss before the update.
 _FORGETS = 0.9  # of the moments, at each look
 # Of the mean of the eigenvalues. One batch has no gradient in most directions of a wide kernel.
-_DAMPING = 0.1
+_DAMPING = 0.01
 # Share of the squares beyond the rank below which the rest is removed at once: training has moved
 # what it needed. What a period adds is then removed at each step.
 _WEAK = 0.01
@@ -79,14 +81,11 @@ def gathered(stacks: Stacks, old: list[Curvature], gradients: list[Array]) -> li
 
 
 def _roots(square: Float[Array, "b p p"]) -> tuple[Array, Array]:
-    """Returns the weights of a side, the fourth roots of its moments, and their inverses.
-
-    A moment has two gradients in it, so that this is the root of the curvature of its side.
-    """
+    """Returns the weights of a side, the square roots of its moments, and their inverses."""
     values, vectors = jnp.linalg.eigh(square)
     mean = jnp.mean(values, axis=1, keepdims=True)
     values = jnp.maximum(values, 0) / jnp.maximum(mean, jnp.finfo(values.dtype).tiny)
-    powers = ((values + _DAMPING) ** power for power in (0.25, -0.25))
+    powers = ((values + _DAMPING) ** power for power in (0.5, -0.5))
     root, inverse = (matmul(vectors * p[:, None], vectors.swapaxes(1, 2)) for p in powers)
     return root, inverse
 
@@ -144,16 +143,18 @@ def fade_within(
     rise_of: Callable[[list[Array]], Array],
     kernels: tuple[list[Array], list[Array]],
     cuts: tuple[Bool[Array, " k"], Float[Array, " k"]],
-    rise: tuple[Float[Array, ""], Float[Array, ""]],
+    most: Float[Array, ""],
     fade: Any,
 ) -> list[Move]:
     """Returns updates and states of kernels that fade, as long as the loss allows their cuts.
 
     `rise_of` is what kernels add to the loss. `kernels` are those without cuts, and the groups of
-    those with them. `cuts` are which kernels have one, and its cost. `rise` is what all cuts add,
-    and the most that they may, minus infinity while the network still learns fast.
+    those with them. `cuts` are which kernels have one, and its cost. `most` is what all cuts may
+    add, minus infinity while the network still learns fast.
     """
-    (whole, ends), (changes, costs), (rise_of_all, most) = kernels, cuts, rise
+    (whole, ends), (changes, costs) = kernels, cuts
+    sizes = jnp.asarray([kernel.size for kernel in whole], jnp.float32)
+    changes &= costs <= most * (sizes / sizes.sum())
     places = jnp.argsort(jnp.argsort(jnp.where(changes, costs, jnp.inf)))
     lower = stacks.kernels(ends)
 
@@ -164,7 +165,7 @@ def fade_within(
         return rise_of(list(map(jnp.where, first(number), lower, whole))) <= most
 
     count = jnp.sum(changes, dtype=jnp.int32)
-    number = lax.cond(rise_of_all <= most, lambda: count, lambda: bisect(fine, count, _STEPS))
+    number = lax.cond(fine(count), lambda: count, lambda: bisect(fine, count, _STEPS))
     hold = jnp.where(most == -jnp.inf, Hold.LEARNING, Hold.LOSS)
     chosen, numbers = partial(_chosen, fade=jnp.asarray(fade), hold=hold), (first(number), costs)
     faded = [

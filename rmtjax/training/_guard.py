@@ -48,6 +48,7 @@ _RANKS = 32  # the most ranks at which one kernel may end
 # Share of the gain over zeros. A network that learns more in a period is not cut for the first
 # time: what it needs has not grown out of the noise.
 _RIPE = 0.02
+_PERIODS = 2.5  # of training, of which kernels that fade may cost the gain
 UNKNOWN = float(np.finfo(np.float32).max)  # a fall that was not measured: above every limit
 
 
@@ -145,9 +146,9 @@ def _land(view: MatrixView, move: Move) -> Array:
     return (view.leaf + move[0]).astype(view.leaf.dtype)
 
 
-def _mean_fall(guard: Guard, period: Array, share: float = 1 / 2) -> Array:
+def _mean_fall(guard: Guard, period: Array) -> Array:
     """Returns the fall of the loss in a period: one batch says little of it, several say more."""
-    mean = guard.fall + share * (period - guard.fall)
+    mean = guard.fall + (period - guard.fall) / 2
     return jnp.where(guard.fall < UNKNOWN, mean, period)
 
 
@@ -228,7 +229,7 @@ def fade_if(
         period = period + ahead
         ripe = guard.fall <= _RIPE * gain
         # From the first fade on a period also brings back what the last one took.
-        fall = jnp.where(prunes & ripe, guard.fall, _mean_fall(guard, period, 1 / 4))
+        fall = jnp.where(prunes & ripe, guard.fall, _mean_fall(guard, period))
         fine = fall <= _RIPE * gain
 
         stacks = Stacks(views, before, after)
@@ -236,12 +237,14 @@ def fade_if(
         def step():
             ends = ends_of(stacks, old, ranks)
             cut = stacks.kernels(ends)
-            end, last = jax.value_and_grad(loss)(cut)
+            last = jax.grad(loss)(cut)
             costs = finite_costs(list(map(cost_of, whole, cut, first, last)))
-            cuts = jnp.stack([is_cut(state) for _, state in after]), costs
+            # What was once too dear stays: as learning ends, all cuts seem cheap.
+            dear = [state.reason == Hold.LOSS for _, state in before]
+            cuts = jnp.stack([is_cut(state) for _, state in after]) & ~jnp.stack(dear), costs
             rise = lambda kernels: loss(kernels) - start
-            most = jnp.where(fine, jnp.maximum(fall, 0), -jnp.inf)
-            return fade_within(stacks, rise, (whole, ends), cuts, (end - start, most), fade)
+            most = jnp.where(fine, _PERIODS * jnp.maximum(fall, 0), -jnp.inf)
+            return fade_within(stacks, rise, (whole, ends), cuts, most, fade)
 
         new = gathered(stacks, curvatures, first)
         # The batch that judges a cut has no say in it, unless there was none before.

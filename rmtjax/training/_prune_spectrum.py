@@ -226,9 +226,11 @@ def prune_spectrum(
     is not removed. It is multiplied by `fade` at each pruning step, while training moves what it
     knows to the rest; below 1 % of the squares it is removed. Ranks stay full, and `rmtjax.plan`
     with the same rule makes the cut in the end. With `value_fn` gradients decide what goes: with
-    $A = E[G G^T]$ and $B = E[G^T G]$, over one batch a period, the cut is that of
-    $A^{1/4} W B^{1/4}$. A kernel fades only if its cut costs no more than a period of training has
-    gained, the cheapest first. The state then holds A and B. `max_rise` is not used.
+    $A = E[G G^T]$ and $B = E[G^T G]$, over one gradient a period, the cut is that of
+    $A^{1/2} W B^{1/2}$. All cuts may cost what 2.5 periods of training gain. A kernel that costs
+    more than its share of it, by its number of entries, is left alone for good. Let `value_fn` be
+    the loss of some hundred fixed samples: a batch says too little. The state then holds A and B.
+    `max_rise` is not used.
 
     A kernel carries the noise level of its first cut, since a truncated spectrum cannot be fitted.
     It is left alone, and tried again later, if its fit is refused, if nothing stands out of the
