@@ -75,7 +75,7 @@ def test_ranks_remove_no_more_than_the_share():
 
 
 def test_the_page_has_the_tables_of_the_committed_results(capsys):
-    page = (Path(__file__).parents[2] / "docs" / "prune.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
     assert study.main(["--show-only"]) == 0
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert "\n".join(lines).strip() in page
