@@ -1,1 +1,0 @@
-"""A pretrained convolutional network, EfficientNet-Lite0, made smaller by what images feed it."""
