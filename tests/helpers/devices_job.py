@@ -5,7 +5,6 @@ The arguments are the types of the mesh's axes, one after another, the number of
 number of this one, and the port on which they meet. Every line printed is a check that held.
 """
 
-import sys
 from functools import partial
 
 import jax
@@ -29,6 +28,7 @@ from helpers.devices_trees import (
     RULE,
     SPECS,
 )
+from helpers.virtual_devices import for_each_kind
 from rmtjax._axes import MatrixView
 from rmtjax.planning import leaves_by_path
 from rmtjax.spectra import _select, _svd, spectra
@@ -250,13 +250,5 @@ def check_mesh(kind):
     check_large(place)
 
 
-def main():
-    kinds, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
-    if processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
-    for kind in kinds.split("+"):
-        check_mesh(kind)
-
-
 if __name__ == "__main__":
-    main()
+    for_each_kind(check_mesh)

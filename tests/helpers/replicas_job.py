@@ -4,8 +4,6 @@ The arguments are the type of the mesh's axes, the number of processes, the numb
 the port on which they meet. Every line printed is a check that held.
 """
 
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec as P
 import rmtjax
 from helpers.devices_trees import gather, put
 from helpers.replica_cases import noisy, relative
+from helpers.virtual_devices import for_each_kind
 from rmtjax.spectra import _fold
 
 TURNS = 3e-3  # as in `test_merge`
@@ -96,13 +95,5 @@ def check_mesh(kind):
     check_divided(axis_types)
 
 
-def main():
-    kinds, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
-    if processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
-    for kind in kinds.split("+"):
-        check_mesh(kind)
-
-
 if __name__ == "__main__":
-    main()
+    for_each_kind(check_mesh)

@@ -49,6 +49,15 @@ def _finish(jobs, checks):
     return [[line for line in out.splitlines() if line in checks] for out, _ in found]
 
 
+def for_each_kind(check_mesh):
+    """The main function of a job: joins the processes, and checks a mesh of each type of axes."""
+    kinds, processes, number, port = sys.argv[1], *map(int, sys.argv[2:])
+    if processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
+    for kind in kinds.split("+"):
+        check_mesh(kind)
+
+
 def run_job(module, kind, devices, checks):
     """Which of the checks a job prints that sees so many devices."""
     return _finish([_start(module, kind, devices)], checks)[0]
