@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Literal
+from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, PyTree
 
 from rmtjax._axes import as_pair, factored_axes, FactoredKernel, Factors, is_factors, kernel_shape
+from rmtjax._convolutions import run_equation
 from rmtjax.spectra import multiply
 
 
@@ -187,18 +188,9 @@ _RULES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _run(jaxpr, equation, known) -> list[Array]:
-    """Evaluates one equation on arrays, as a jaxpr of this equation alone."""
-    # To bind its primitive would need special cases for those that hold jaxprs, such as `scan`.
-    inputs = {var: _dense(known[var]) for var in equation.invars if not isinstance(var, Literal)}
-    single = jaxpr.replace(
-        constvars=(),
-        invars=list(inputs),
-        outvars=equation.outvars,
-        eqns=[equation],
-        effects=equation.effects,
-    )
-    return jaxpr_as_fun(ClosedJaxpr(single, ()))(*inputs.values())
+def _run(jaxpr, equation, operands) -> list[Array]:
+    """Evaluates one equation on arrays; kernels are multiplied out."""
+    return run_equation(jaxpr, equation, list(map(_dense, operands)))
 
 
 def _apply(jaxpr, equation, known) -> tuple[list[Any], bool]:
@@ -206,11 +198,11 @@ def _apply(jaxpr, equation, known) -> tuple[list[Any], bool]:
     name, params = equation.primitive.name, equation.params
     operands = [var.val if isinstance(var, Literal) else known[var] for var in equation.invars]
     if not any(isinstance(operand, _Kernel) for operand in operands):
-        return _run(jaxpr, equation, known), False
+        return _run(jaxpr, equation, operands), False
     if name in ("jit", "pjit"):
         return _evaluate(params["jaxpr"], operands)
     result = _RULES[name](params, *operands) if name in _RULES else None
-    return (_run(jaxpr, equation, known), True) if result is None else ([result], False)
+    return (_run(jaxpr, equation, operands), True) if result is None else ([result], False)
 
 
 def _evaluate(closed: ClosedJaxpr, inputs) -> tuple[list[Any], bool]:

@@ -7,7 +7,7 @@ least cost first, each from its full rank down to the rank of its rule.
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,10 @@ class Stacks:
         of_group = lambda first, *others: jax.tree.map(stack, first, *others) if others else first
         return [of_group(*(trees[index] for index in group.indices)) for group in self.groups]
 
+    def groups_of(self, kernels: list[Array]) -> list[Array]:
+        """Returns kernels as the groups hold them."""
+        return self.join([form.stack(one) for form, one in zip(self.forms, kernels, strict=True)])
+
     def kernels(self, outputs: list[Array]) -> list[Array]:
         """Returns kernels with their own axes, from those of the groups."""
         return list(map(Tall.kernel, self.forms, ungroup(self.groups, outputs)))
@@ -75,12 +79,18 @@ class Stacks:
         return list(map(Tall.restored, self.forms, ungroup(self.groups, outputs), self._states))
 
 
-def bisect(fine_at: Callable[[Array], Array], end: Array, steps: int = STEPS) -> Int[Array, ""]:
-    """Returns the last step that is fine, between 0, which is, and `end`, which is not."""
+def bisect(
+    fine_at: Callable[[Array], Array], end: Array, steps: int = STEPS, first: Any = None
+) -> Int[Array, ""]:
+    """Returns the last step that is fine, between 0, which is, and `end`, which is not.
+
+    The middle is asked for, or `first` at first.
+    """
 
     def narrow(state):
         low, high, count = state
         middle = (low + high) // 2
+        middle = middle if first is None else jnp.where(count == 0, first, middle)
         fine = fine_at(middle)
         return jnp.where(fine, middle, low), jnp.where(fine, high, middle), count + 1
 

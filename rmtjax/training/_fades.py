@@ -21,20 +21,45 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from rmtjax._axes import KernelAxes, MatrixView
+from rmtjax._convolutions import fast_convolutions
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax.planning import Hold
 from rmtjax.spectra import compose, decompose, lift, matmul
-from rmtjax.training._cuts import bisect, is_cut, land, Move, Moves, pick, Stacks
+from rmtjax.training._cuts import (
+    bisect,
+    cost_of,
+    finite_costs,
+    is_cut,
+    land,
+    Move,
+    Moves,
+    pick,
+    Stacks,
+)
+from rmtjax.training._guard import (
+    check,
+    fell,
+    Guard,
+    known_fall,
+    land_view,
+    loss_of,
+    losses,
+    mean_fall,
+    RIPE,
+    slopes,
+    zeros_of,
+)
 from rmtjax.training._prune_state import landing_norm
-from rmtjax.training._pruning_step import ungroup
+from rmtjax.training._pruning_step import call_if, ungroup
 
-_STEPS = 6  # of the bisection. One more pass asks for the loss before the update.
+_STEPS = 7  # of the bisection, with the one that asks for all cuts at once
 _FORGETS = 0.9  # of the moments, at each look
 # Of the mean of the eigenvalues. One batch has no gradient in most directions of a wide kernel.
 _DAMPING = 0.01
 # Share of the squares beyond the rank below which the rest is removed at once: training has moved
 # what it needed. What a period adds is then removed at each step.
 _WEAK = 0.01
+_PERIODS = 2.5  # of training, whose gain all cuts may cost
 
 
 class Curvature(NamedTuple):
@@ -74,8 +99,8 @@ def _turned(stacks: Stacks, curvatures: list[Curvature]) -> list[Curvature]:
 
 def gathered(stacks: Stacks, old: list[Curvature], gradients: list[Array]) -> list[Curvature]:
     """Returns the moments of kernels with one more gradient of each."""
-    gradients = [form.stack(one) for form, one in zip(stacks.forms, gradients, strict=True)]
-    of_each = zip(stacks.groups, *map(stacks.join, (_turned(stacks, old), gradients)), strict=True)
+    known = stacks.join(_turned(stacks, old))
+    of_each = zip(stacks.groups, known, stacks.groups_of(gradients), strict=True)
     new = [group.map(_add, *arrays) for group, *arrays in of_each]
     return _turned(stacks, ungroup(stacks.groups, new))
 
@@ -138,7 +163,7 @@ def _chosen(arrays: Moves, end: Array, goes: Array, cost: Array, *, fade: Any, h
     return jax.tree.map(partial(pick, is_cut(new)), (move, state), (faded, new))
 
 
-def fade_within(
+def _fade_within(
     stacks: Stacks,
     rise_of: Callable[[list[Array]], Array],
     kernels: tuple[list[Array], list[Array]],
@@ -148,15 +173,14 @@ def fade_within(
 ) -> list[Move]:
     """Returns updates and states of kernels that fade, as long as the loss allows their cuts.
 
-    `rise_of` is what kernels add to the loss. `kernels` are those without cuts, and the groups of
-    those with them. `cuts` are which kernels have one, and its cost. `most` is what all cuts may
+    `rise_of` is what kernels add to the loss. `kernels` are those without cuts, and those with
+    them. `cuts` are which kernels have one, and its cost. `most` is what all cuts may
     add, minus infinity while the network still learns fast.
     """
-    (whole, ends), (changes, costs) = kernels, cuts
+    (whole, lower), (changes, costs) = kernels, cuts
     sizes = jnp.asarray([kernel.size for kernel in whole], jnp.float32)
     changes &= costs <= most * (sizes / sizes.sum())
     places = jnp.argsort(jnp.argsort(jnp.where(changes, costs, jnp.inf)))
-    lower = stacks.kernels(ends)
 
     def first(number) -> Bool[Array, " k"]:
         return (places < number) & changes
@@ -165,11 +189,62 @@ def fade_within(
         return rise_of(list(map(jnp.where, first(number), lower, whole))) <= most
 
     count = jnp.sum(changes, dtype=jnp.int32)
-    number = lax.cond(fine(count), lambda: count, lambda: bisect(fine, count, _STEPS))
+    number = bisect(fine, count + 1, _STEPS, first=count)
     hold = jnp.where(most == -jnp.inf, Hold.LEARNING, Hold.LOSS)
     chosen, numbers = partial(_chosen, fade=jnp.asarray(fade), hold=hold), (first(number), costs)
     faded = [
         group.at_once(chosen, end, *map(group.of, numbers))
-        for group, end in zip(stacks.groups, ends, strict=True)
+        for group, end in zip(stacks.groups, stacks.groups_of(lower), strict=True)
     ]
     return stacks.moves(faded)
+
+
+def fade_if(
+    due: tuple[Any, Any],
+    guard: Guard,
+    views: list[MatrixView],
+    moves: tuple[list[Move], list[Move]],
+    curvatures: list[Curvature],
+    ranks: list[Array],
+    fade: Any,
+):
+    """Fades kernels at a step that is due, and gathers gradients at it and before, once a period.
+
+    Returns updates with states, the fall of the loss over a period, and moments of gradients.
+    """
+    (ends, prunes), (before, after) = due, moves
+    check(guard)
+
+    def look():
+        whole, stacks = list(map(land_view, views, before)), Stacks(views, before, after)
+
+        def cut_of(_, gradients: list[Array]):
+            new = gathered(stacks, curvatures, gradients)
+            # The batch that judges a cut has no say in it, unless there was none before.
+            pick = lambda was, now: jnp.where(jnp.any(was > 0), was, now)
+            ends = ends_of(stacks, jax.tree.map(pick, curvatures, new), ranks)
+            return stacks.kernels(ends), ()
+
+        (start, first), (_, last), (cut, _) = slopes(guard, views, whole, cut_of, count=1 + prunes)
+        # Without the update, which has learnt from this very batch.
+        now, was, zeros = losses(guard, guard.params, guard.reference, zeros_of(guard))
+        period, gain = was - now, fell(zeros, start)
+        ripe = guard.fall <= RIPE * gain
+        # From the first fade on a period also brings back what the last one took.
+        fall = jnp.where(prunes & ripe, guard.fall, mean_fall(guard, period))
+        fine = fall <= RIPE * gain
+
+        def step():
+            costs = finite_costs(list(map(cost_of, whole, cut, first, last)))
+            # What was once too dear stays: as learning ends, all cuts seem cheap.
+            dear = [state.reason == Hold.LOSS for _, state in before]
+            cuts = jnp.stack([is_cut(state) for _, state in after]) & ~jnp.stack(dear), costs
+            loss = fast_convolutions(loss_of(guard, views))
+            rise = lambda kernels: loss(kernels) - start
+            most = jnp.where(fine, _PERIODS * jnp.maximum(fall, 0), -jnp.inf)
+            return _fade_within(stacks, rise, (whole, cut), cuts, most, fade)
+
+        new = gathered(stacks, curvatures, first)
+        return lax.cond(prunes, step, lambda: after), known_fall(fall).astype(guard.fall.dtype), new
+
+    return call_if(ends, look, (after, guard.fall, curvatures))

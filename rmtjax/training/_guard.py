@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from rmtjax._axes import MatrixView
+from rmtjax._convolutions import fast_convolutions
 from rmtjax.planning import Hold, map_kernels
 from rmtjax.training._cuts import (
     begins_of,
@@ -41,14 +42,12 @@ from rmtjax.training._cuts import (
     Way,
     without_cut,
 )
-from rmtjax.training._fades import Curvature, ends_of, fade_within, gathered
 from rmtjax.training._pruning_step import call_if
 
 _RANKS = 32  # the most ranks at which one kernel may end
 # Share of the gain over zeros. A network that learns more in a period is not cut for the first
 # time: what it needs has not grown out of the noise.
-_RIPE = 0.02
-_PERIODS = 2.5  # of training, of which kernels that fade may cost the gain
+RIPE = 0.02
 UNKNOWN = float(np.finfo(np.float32).max)  # a fall that was not measured: above every limit
 
 
@@ -73,16 +72,56 @@ class Guard(NamedTuple):
     max_rise: Any
 
 
-def _gains(guard: Guard, start: Array) -> tuple[Array, Array]:
-    """Returns by how much the loss has fallen over the last period, and from that of zeros."""
-    loss = _scalar(guard.value_fn)
+def losses(guard: Guard, *trees: PyTree) -> Array:
+    """Returns the losses of trees of parameters, one after the other: it is compiled once."""
+    loss = fast_convolutions(_scalar(guard.value_fn))
+    choose = lambda index: lambda *leaves: lax.select_n(index, *map(jnp.asarray, leaves))
+    at = lambda index: loss(jax.tree.map(choose(index), *trees))
+    return lax.map(at, jnp.arange(len(trees), dtype=jnp.int32))
+
+
+def zeros_of(guard: Guard) -> PyTree:
+    """Returns the parameters of a network that has learnt nothing."""
     # Zeros that the compiler cannot know: it folds constants, and for a convolution in a branch it
     # was seen to make a loss of 0 of them.
     empty = lambda leaf: 0 * jnp.nan_to_num(leaf) if jnp.ndim(leaf) > 1 else leaf
-    tree = jax.tree.map(empty, optax.apply_updates(guard.params, guard.updates))
-    period, whole = loss(guard.reference) - start, loss(tree) - start
+    return jax.tree.map(empty, optax.apply_updates(guard.params, guard.updates))
+
+
+def fell(zeros: Array, start: Array) -> Array:
+    """Returns by how much the loss has fallen from that of zeros."""
+    whole = zeros - start
     # A fall that is not finite is above every limit, and the next look does not count it.
-    return period, jnp.maximum(jnp.where(jnp.isfinite(whole), whole, 0), 0)
+    return jnp.maximum(jnp.where(jnp.isfinite(whole), whole, 0), 0)
+
+
+def slopes(
+    guard: Guard,
+    views: list[MatrixView],
+    whole: list[Array],
+    then: Callable[[Array, list[Array]], tuple[list[Array], PyTree]],
+    facts: PyTree = (),
+    count: Any = 2,
+):
+    """Returns losses with gradients at the kernels without cuts, and at those with them.
+
+    `then(loss, gradients)` makes the kernels with cuts of the first of both, with some facts.
+    Both are returned last. The loss is compiled once for both.
+    """
+    slope = fast_convolutions(jax.value_and_grad(loss_of(guard, views)))
+    none = jnp.zeros(()), list(map(jnp.zeros_like, whole))
+
+    def visit(index, state):
+        (kernels, facts), first, _ = state
+        loss, gradients = slope(kernels)
+        result = loss.astype(none[0].dtype), gradients
+        first = jax.tree.map(lambda was, now: jnp.where(index == 0, now, was), first, result)
+        goes_on = (index == 0) & (count > 1)
+        moved = lax.cond(goes_on, lambda: then(*result), lambda: (kernels, facts))
+        return moved, first, result
+
+    after, first, last = lax.fori_loop(0, count, visit, ((whole, facts), none, none))
+    return first, last, after
 
 
 def _scalar(value_fn: Callable[[PyTree], Any]) -> Callable[[PyTree], Array]:
@@ -129,7 +168,7 @@ def _candidate(arrays: Moves, held: Array, left: Array) -> Moves:
     return kernel, before, jax.tree.map(partial(pick, held | left), uncut, after)
 
 
-def _loss_of(guard: Guard, views: list[MatrixView]) -> Callable[[list[Array]], Array]:
+def loss_of(guard: Guard, views: list[MatrixView]) -> Callable[[list[Array]], Array]:
     """Returns the loss of the network with other kernels in it."""
     value_fn = _scalar(guard.value_fn)
     tree = optax.apply_updates(guard.params, guard.updates)
@@ -141,18 +180,18 @@ def _loss_of(guard: Guard, views: list[MatrixView]) -> Callable[[list[Array]], A
     return loss
 
 
-def _land(view: MatrixView, move: Move) -> Array:
+def land_view(view: MatrixView, move: Move) -> Array:
     """Returns where an update lands, in the dtype of its kernel."""
     return (view.leaf + move[0]).astype(view.leaf.dtype)
 
 
-def _mean_fall(guard: Guard, period: Array) -> Array:
+def mean_fall(guard: Guard, period: Array) -> Array:
     """Returns the fall of the loss in a period: one batch says little of it, several say more."""
     mean = guard.fall + (period - guard.fall) / 2
     return jnp.where(guard.fall < UNKNOWN, mean, period)
 
 
-def _known(fall: Array) -> Array:
+def known_fall(fall: Array) -> Array:
     """Returns a fall as the state holds it, which is finite."""
     return jnp.where(jnp.isfinite(fall), fall, UNKNOWN)
 
@@ -162,22 +201,30 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: list[Move], afte
 
     And the fall of the loss over the last period.
     """
-    loss, whole = _loss_of(guard, views), list(map(_land, views, before))
-    start, first = jax.value_and_grad(loss)(whole)
-    period, gain = _gains(guard, start)
-    ripe, short = _mean_fall(guard, period) <= _RIPE * gain, jnp.asarray([v.short for v in views])
+    whole, lands = (list(map(land_view, views, moves)) for moves in (before, after))
+    short = jnp.asarray([view.short for view in views])
     changes = jnp.stack([is_cut(state) for _, state in after])
     is_first = jnp.stack([state.rank for _, state in before]) >= short
     waits = ~is_first & ~jnp.asarray(guard.again)
-    # First cuts only if the network is ripe. Kernels that wait are then left as they are: a cut
-    # that is not made must not hide what the others cost.
-    held, left = is_first & changes & ~ripe, waits & jnp.any(is_first & changes) & ripe
+
+    def skips(period: Array, gain: Array) -> tuple[Array, Array]:
+        # First cuts only if the network is ripe. Kernels that wait are then left as they are: a
+        # cut that is not made must not hide what the others cost.
+        ripe = mean_fall(guard, period) <= RIPE * gain
+        return is_first & changes & ~ripe, waits & jnp.any(is_first & changes) & ripe
+
+    def cut_of(start: Array, _):
+        was, zeros = losses(guard, guard.reference, zeros_of(guard))
+        facts = (was - start).astype(start.dtype), fell(zeros, start).astype(start.dtype)
+        return list(map(jnp.where, jnp.logical_or(*skips(*facts)), whole, lands)), facts
+
+    none = jnp.zeros(()), jnp.zeros(())
+    (start, first), (end, last), (cut, facts) = slopes(guard, views, whole, cut_of, none)
+    (period, gain), (held, left) = facts, skips(*facts)
     stacks = Stacks(views, before, after).at_once(_candidate, held, left)
     skipped = held | left
-    lands = [_land(*kernel) for kernel in zip(views, after, strict=True)]
-    cut = list(map(jnp.where, skipped, whole, lands))
-    end, last = jax.value_and_grad(loss)(cut)
     costs = finite_costs(list(map(cost_of, whole, cut, first, last)))
+    loss = fast_convolutions(loss_of(guard, views))
     is_fine = lambda rise: (rise <= guard.max_rise * gain) & jnp.isfinite(rise)
     done, fine = is_fine(end - start), lambda kernels: is_fine(loss(kernels) - start)
     way, last_step = _way(views, after, changes & ~skipped, costs, is_first)
@@ -192,7 +239,7 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: list[Move], afte
         group.at_once(end_of, move, group.of(waits), group.of(costs))
         for group, move in zip(stacks.groups, moves, strict=True)
     ]
-    return stacks.moves(ends), _known(period).astype(guard.fall.dtype)
+    return stacks.moves(ends), known_fall(period).astype(guard.fall.dtype)
 
 
 def _way(views: list[MatrixView], after: list[Move], changes: Array, costs: Array, is_first: Array):
@@ -202,57 +249,6 @@ def _way(views: list[MatrixView], after: list[Move], changes: Array, costs: Arra
     even = [view.rows * view.columns / (view.rows + view.columns) for view in views]
     short, ranks = jnp.asarray([v.short for v in views]), jnp.stack([s.rank for _, s in after])
     return Way(short, jnp.asarray(even, jnp.float32), ranks, changes, begins, steps), last
-
-
-def fade_if(
-    due: tuple[Any, Any],
-    guard: Guard,
-    views: list[MatrixView],
-    moves: tuple[list[Move], list[Move]],
-    curvatures: list[Curvature],
-    ranks: list[Array],
-    fade: Any,
-):
-    """Fades kernels at a step that is due, and gathers gradients at it and before, once a period.
-
-    Returns updates with states, the fall of the loss over a period, and moments of gradients.
-    """
-    (ends, prunes), (before, after) = due, moves
-    _check(guard)
-
-    def look():
-        loss, whole = _loss_of(guard, views), list(map(_land, views, before))
-        start, first = jax.value_and_grad(loss)(whole)
-        # Without the update, which has learnt from this very batch.
-        ahead = start - _scalar(guard.value_fn)(guard.params)
-        period, gain = _gains(guard, start)
-        period = period + ahead
-        ripe = guard.fall <= _RIPE * gain
-        # From the first fade on a period also brings back what the last one took.
-        fall = jnp.where(prunes & ripe, guard.fall, _mean_fall(guard, period))
-        fine = fall <= _RIPE * gain
-
-        stacks = Stacks(views, before, after)
-
-        def step():
-            ends = ends_of(stacks, old, ranks)
-            cut = stacks.kernels(ends)
-            last = jax.grad(loss)(cut)
-            costs = finite_costs(list(map(cost_of, whole, cut, first, last)))
-            # What was once too dear stays: as learning ends, all cuts seem cheap.
-            dear = [state.reason == Hold.LOSS for _, state in before]
-            cuts = jnp.stack([is_cut(state) for _, state in after]) & ~jnp.stack(dear), costs
-            rise = lambda kernels: loss(kernels) - start
-            most = jnp.where(fine, _PERIODS * jnp.maximum(fall, 0), -jnp.inf)
-            return fade_within(stacks, rise, (whole, ends), cuts, most, fade)
-
-        new = gathered(stacks, curvatures, first)
-        # The batch that judges a cut has no say in it, unless there was none before.
-        pick = lambda was, now: jnp.where(jnp.any(was > 0), was, now)
-        old = jax.tree.map(pick, curvatures, new)
-        return lax.cond(prunes, step, lambda: after), _known(fall).astype(guard.fall.dtype), new
-
-    return call_if(ends, look, (after, guard.fall, curvatures))
 
 
 def _check_value_fn(value_fn: Any) -> None:
@@ -276,7 +272,7 @@ def _check_value_fn(value_fn: Any) -> None:
         ) from error
 
 
-def _check(guard: Guard) -> None:
+def check(guard: Guard) -> None:
     """Raises an error for another loss, if it cannot see all parameters, or for another copy."""
     _check_value_fn(guard.value_fn)
     hidden = lambda node: isinstance(node, optax.MaskedNode)
@@ -297,5 +293,5 @@ def guard_if(due, guard: Guard, views: list[MatrixView], before: list[Move], aft
 
     Returns updates with states, and the fall of the loss over the last period.
     """
-    _check(guard)
+    check(guard)
     return call_if(due, lambda: _within_rise(guard, views, before, after), (after, guard.fall))

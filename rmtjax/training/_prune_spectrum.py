@@ -23,8 +23,8 @@ from rmtjax.planning import (
     obstacle,
     warn_if_idle,
 )
-from rmtjax.training._fades import no_curvature
-from rmtjax.training._guard import fade_if, Guard, guard_if, UNKNOWN
+from rmtjax.training._fades import fade_if, no_curvature
+from rmtjax.training._guard import Guard, guard_if, UNKNOWN
 from rmtjax.training._prune_state import (
     by_field,
     FIELDS,

@@ -23,9 +23,8 @@ from helpers.transform_checks import assert_same_bits, ATOL, planted, prune_once
 import rmtjax
 from rmtjax import prune_spectrum, ranks
 from rmtjax._axes import MatrixView
-from rmtjax.training import _fades
+from rmtjax.training import _fades, _guard
 from rmtjax.training._cuts import Stacks
-from rmtjax.training._guard import _PERIODS, _RIPE
 from rmtjax.training._prune_state import unpruned
 
 RULE = ranks.fixed(40)
@@ -109,8 +108,8 @@ def test_a_stack_fades_by_one_rank():
 def test_kernels_fade_whose_cuts_cost_less_than_their_share_of_the_gain(weights, share, names):
     cost = {path: weights[path[0]] * beyond(path)[0] for path in PATHS}
     # Both have as many entries: each may cost half. All together would be allowed in the second.
-    fall = share * sum(cost.values()) / _PERIODS
-    assert fall < _RIPE * gain(weights)
+    fall = share * sum(cost.values()) / _fades._PERIODS
+    assert fall < _guard.RIPE * gain(weights)
     params, state = step(weights, fall)
     found, plan = rmtjax.metrics(state), plan_of(params, state)
     np.testing.assert_allclose(state.fall, fall, rtol=1e-6)
@@ -128,12 +127,12 @@ def test_kernels_fade_whose_cuts_cost_less_than_their_share_of_the_gain(weights,
 
 def test_a_kernel_that_was_too_dear_does_not_fade_when_the_loss_allows_it_later():
     cost, before = beyond("a/kernel")[0], prune_spectrum(1, fade=0.6).init(PARAMS).reasons
-    _, state = step(CHEAP_B, cost / _PERIODS)
+    _, state = step(CHEAP_B, cost / _fades._PERIODS)
     assert {path: int(reason) for path, reason in state.reasons.items()} == dict(
         zip(PATHS, (6, 0), strict=True)
     )
     for reasons, fades in ((state.reasons, False), (before, True)):
-        landed, _ = step(CHEAP_B, 2.2 * cost / _PERIODS, reasons=reasons)
+        landed, _ = step(CHEAP_B, 2.2 * cost / _fades._PERIODS, reasons=reasons)
         assert (squares_of(landed["a"]) < 0.9 * squares_of(PARAMS["a"])) is fades
 
 
@@ -150,7 +149,7 @@ def test_what_is_weak_goes_at_once():
 
 def test_a_network_that_learns_fast_does_not_fade():
     # Half of it, with a period of none.
-    params, state = step(EQUAL, 2.1 * _RIPE * gain(EQUAL))
+    params, state = step(EQUAL, 2.1 * _guard.RIPE * gain(EQUAL))
     assert_same_bits(params, PARAMS)
     assert set(map(float, state.floors.values())) == {-1}
     assert set(map(int, state.reasons.values())) == {5}
