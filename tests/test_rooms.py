@@ -20,7 +20,7 @@ STEP = {
     "noise": 2,
     "spectra": 2,
     "planning": 3,
-    "models": 4,
+    "models": 3,
     "report": 4,
     "training": 4,
     "certificate": 5,

@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, PyTree
 
 from rmtjax._axes import as_pair, factored_axes, FactoredKernel, Factors, is_factors, kernel_shape
-from rmtjax._convolutions import run_equation
+from rmtjax.models._convolutions import run_equation
 from rmtjax.spectra import multiply
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -155,7 +156,8 @@ def largest_eigenvalue(matrix: Float[Array, "m n"], steps: int = 48) -> Float[Ar
         vector, length = lax.fori_loop(0, 4, without, (image, jnp.zeros((), long.dtype)))
         return basis, diagonal, beside.at[i].set(length), vector
 
-    start = jax.random.normal(jax.random.key(0), (size,), long.dtype)
+    # Drawn by NumPy: the random numbers of JAX compile for longer than the rest of a step.
+    start = jnp.asarray(np.random.default_rng(0).standard_normal(size), long.dtype)
     zeros = jnp.zeros((size, steps), long.dtype), *[jnp.zeros(steps, long.dtype)] * 2
     state = lax.fori_loop(0, steps, step, (*zeros, _unit(start)))
     beside = jnp.diag(state[2][:-1], 1)

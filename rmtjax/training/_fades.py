@@ -21,8 +21,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from rmtjax._axes import KernelAxes, MatrixView
-from rmtjax._convolutions import fast_convolutions
 from rmtjax._sharding import by_compiler, typed_sharding
+from rmtjax.models import fast_convolutions
 from rmtjax.planning import Hold
 from rmtjax.spectra import compose, decompose, lift, matmul
 from rmtjax.training._cuts import (

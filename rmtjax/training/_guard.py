@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from rmtjax._axes import MatrixView
-from rmtjax._convolutions import fast_convolutions
+from rmtjax.models import fast_convolutions
 from rmtjax.planning import Hold, map_kernels
 from rmtjax.training._cuts import (
     begins_of,

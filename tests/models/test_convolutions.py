@@ -9,7 +9,7 @@ import pytest
 from helpers import draws
 from jax import lax
 
-from rmtjax._convolutions import fast_convolutions
+from rmtjax.models._convolutions import fast_convolutions
 
 # Of inputs, kernel and outputs, with one and two axes of space.
 LAYOUTS = [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("HNWC", "IHOW", "CNHW")]
