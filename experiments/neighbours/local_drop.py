@@ -76,9 +76,10 @@ def mask(key: jax.Array, rate: jax.Array, shape: tuple[int, ...], blocks: bool) 
     With blocks, the shape is (batch, height, width, channels). A position away from the borders is
     then out if one of the nine seeds around it is, so that each of them is rarer.
     """
+    rate = jnp.broadcast_to(rate, shape)
     if not blocks:
-        return jax.random.bernoulli(key, jnp.broadcast_to(rate, shape)).astype(jnp.float32)
-    seeds = jax.random.bernoulli(key, 1 - rate ** (1 / BLOCK**2), shape).astype(jnp.float32)
+        return jax.random.bernoulli(key, rate).astype(jnp.float32)
+    seeds = jax.random.bernoulli(key, 1 - rate ** (1 / BLOCK**2)).astype(jnp.float32)
     return 1 - nn.max_pool(seeds, (BLOCK, BLOCK), padding="SAME")
 
 
@@ -121,11 +122,11 @@ def loss(module: nn.Module, held: Held, x, y, change) -> jax.Array:
 def step_of_rates(module, held: Held, state, batch, cuts, price) -> tuple[Rates, Any]:
     """Returns the rates after a step with fixed weights, clipped, and the state of their Adam."""
     leaves = sizes.leaves_by_path(held.params)
-    kernels = {path: leaves[path] for path in cuts}
+    kernels, (x, y) = {path: leaves[path] for path in cuts}, batch
 
     def objective(rates):
         rest = price * regularizer(rates, kernels, cuts)
-        return loss(module, held._replace(rates=rates), *batch, expected) + rest
+        return loss(module, held._replace(rates=rates), x, y, expected) + rest
 
     updates, state = OF_RATES.update(jax.grad(objective)(held.rates), state)
     moved = optax.apply_updates(held.rates, updates)
@@ -155,7 +156,8 @@ def _alternating(module: nn.Module, kernels: tuple[str, ...], steps: int) -> Pro
         optimizer = chain(hyper, hyper["strength"] * rates_norm(held.rates))
         updates, state = optimizer.update(jax.grad(of_weights)(held.params), state, held.params)
         held = held._replace(params=optax.apply_updates(held.params, updates))
-        turn = lambda: step_of_rates(module, held, of_rates, batch, state[-1].ranks, hyper["price"])
+        cuts = optax.tree.get(state, "ranks")
+        turn = lambda: step_of_rates(module, held, of_rates, batch, cuts, hyper["price"])
         stay = lambda: (held.rates, of_rates)
         rates, of_rates = jax.lax.cond(count % every == every - 1, turn, stay)
         return held._replace(rates=rates), (state, of_rates, count + 1)
