@@ -45,7 +45,7 @@ OF_RATES = optax.adam(0.05)
 
 
 class Held(NamedTuple):
-    """What is trained: the network, and the keep rates of its units by what drops them."""
+    """The network that is trained, and the keep rates of its units by what drops them."""
 
     params: Any
     rates: Rates
