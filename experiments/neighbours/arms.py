@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.neighbours import dynamical, few_entries, low_rank, spiking, tensors
+from experiments.neighbours import (
+    dynamical,
+    few_entries,
+    local_drop,
+    low_rank,
+    spiking,
+    tensors,
+)
 from experiments.neighbours.sizes import Thin
 from experiments.neighbours.trainer import Hyper, Setting
 
@@ -87,6 +94,10 @@ ALL = (
     Arm(
         "dynamical low rank", NEIGHBOUR, "2205.13571", dynamical.dynamical,
         (("flow", (0.01, 0.02, 0.04)),),
+    ),
+    Arm(
+        "LocalDrop, rates", NEIGHBOUR, "2103.00719", local_drop.local_drop_rates,
+        (("strength", (0.02, 0.05, 0.1)), ("price", (0.03, 0.1, 0.3))),
     ),
     Arm("spiking, pruned", NEIGHBOUR, "2211.10725", spiking.pruned, tracks="a"),
     Arm("truncated SVD", CONTROL, "classic", low_rank.truncated_svd),

@@ -160,7 +160,7 @@ def _rows(records: Any, digits: Any) -> list[Claim]:
         ),
         Claim(
             "LocalDrop", "2103.00719", "less overfitting than dropout",
-            at("a", 0.1, "LocalDrop", "truncated SVD", "dropout"), bench("a"),
+            at("a", 0.1, "LocalDrop", "LocalDrop, rates", "truncated SVD", "dropout"), bench("a"),
         ),
         Claim(
             "Selfish RNN", "2101.09048", "random growth beats growth by gradient in RNNs",

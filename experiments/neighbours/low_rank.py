@@ -15,7 +15,7 @@ from rmtjax import lowrank, ranks
 LOOKS = 8  # pruning steps of the first phase
 
 
-def _period(steps: int) -> dict[str, Any]:
+def period(steps: int) -> dict[str, Any]:
     """Returns looks that begin after a quarter of a phase, the last one before its end."""
     begin = max(1, steps // 4)
     return {"start": begin, "every": max(1, (steps - begin) // LOOKS)}
@@ -66,9 +66,7 @@ def from_scratch(setting: Setting) -> Thin:
 
 def _guarding(hyper, steps, extra):
     where = lambda path, leaf: path in extra
-    prune = rmtjax.prune_spectrum(
-        **_period(steps), settled=0.2, max_rise=hyper["rise"], where=where
-    )
+    prune = rmtjax.prune_spectrum(**period(steps), settled=0.2, max_rise=hyper["rise"], where=where)
     return optax.chain(adam(hyper, steps), prune)
 
 
@@ -88,7 +86,7 @@ def _fading(ranked: tuple):
         del extra
         prune = [
             rmtjax.prune_spectrum(
-                **_period(steps),
+                **period(steps),
                 rule=ranks.fixed(rank),
                 fade=hyper["fade"],
                 where=lambda path, leaf, kernel=kernel: path == kernel,
@@ -140,7 +138,7 @@ def svd_training(setting: Setting) -> Thin:
 def _shrinking(hyper, steps, extra):
     where = lambda path, leaf: path in extra
     strength = lambda step: hyper["strength"]
-    shrink = lowrank.shrink_tail(**_period(steps), strength=strength, where=where)
+    shrink = lowrank.shrink_tail(**period(steps), strength=strength, where=where)
     return optax.chain(adam(hyper, steps), shrink)
 
 

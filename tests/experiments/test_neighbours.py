@@ -36,6 +36,7 @@ ARMS += [("b", name) for name in ("tensorized, joint", "tensorized, per gate", "
 ARMS += [("b", name) for name in ("RMT, guarded", "SVD training", "dynamical low rank")]
 ARMS += [("c", name) for name in ("RMT, guarded", "SVD training", "dynamical low rank")]
 ARMS += [("c", name) for name in ("operator (MPO)", "state (MPS)", "block terms", "ADMM, bits")]
+ARMS += [("c", "LocalDrop, rates")]  # which drops blocks of a convolution
 
 
 def draw(seed, *shape):
