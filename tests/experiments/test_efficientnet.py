@@ -230,7 +230,22 @@ def cosines(method, on="other pictures"):
 
 
 def test_the_results_hold_what_the_page_promises():
-    assert RECORDS
+    by_outputs = [name for name in cuts.METHODS if name.startswith("outputs")]
+    seen = np.array([cosines(name, "same pictures") for name in by_outputs])
+    assert seen.shape == (5, 3, 3)
+    assert (seen > 0.9).all()
+    assert (cosines("weights", "same pictures")[:, 1:] < 0.1).all()
+    raw, folded, centred, gradients, both = map(cosines, by_outputs)
+    assert (raw[:, 0] < cosines("weights")[:, 0]).all()
+    assert np.abs(raw - folded).max() < 0.05
+    assert (cosines("weights, folded")[:, 0] > cosines("weights")[:, 0]).all()
+    for better in (centred, gradients):
+        assert (better > folded + 0.03).all()
+        assert (both > better).all()
+    assert np.abs(centred - gradients).mean() < 0.05
+    others = (one for one in RECORDS["runs"] if one["on"] == "other pictures")
+    classes = [one["same"] for one in others if one["method"] == by_outputs[-1]]
+    assert np.mean(classes[:: len(cuts.SHARES)]) < 0.5  # at 90 %
 
 
 @pytest.mark.slow
