@@ -18,6 +18,7 @@ from helpers.draws import normal
 from PIL import Image
 
 import experiments.efficientnet.__main__ as study
+import rmtjax
 from experiments.efficientnet import cuts, images, model, weights
 
 ROOT = Path(__file__).parents[2]
@@ -248,11 +249,31 @@ def test_the_results_hold_what_the_page_promises():
     assert np.mean(classes[:: len(cuts.SHARES)]) < 0.5  # at 90 %
 
 
-@pytest.mark.slow
-def test_a_cat_and_a_cup_of_coffee_are_named(efficientnet_files):
+@pytest.fixture(scope="module")
+def pretrained(efficientnet_files):
+    """The pretrained variables, and the folder of pictures."""
     file, folder = efficientnet_files
-    variables = weights.to_variables(weights.read_tensors(file))
+    return weights.to_variables(weights.read_tensors(file)), folder
+
+
+@pytest.mark.slow
+def test_a_cat_and_a_cup_of_coffee_are_named(pretrained):
+    variables, folder = pretrained
     crops = images.crops(folder, ("chelsea.png", "coffee.png"), 8, 0)
     found = np.argmax(cuts.logits(variables, crops), axis=1)
     assert {*found[::2]} <= CATS
     assert {*found[1::2]} <= COFFEE
+
+
+@pytest.mark.slow
+def test_the_committed_results_are_those_of_the_command(pretrained):
+    variables, folder = pretrained
+    _, measured = images.read(folder, 1, RECORDS["configuration"]["measured"], draw=0)
+    crops, first = measured["same pictures"], RECORDS["runs"][0]
+    axes = rmtjax.linen.kernel_axes(model.EfficientNetLite0(), variables, crops[:1])
+    share, kept, lower = next(cuts.cut(variables, axes, None))
+    found = cuts.compare(cuts.logits(variables, crops), cuts.logits(lower, crops))
+    assert (first["method"], first["share"], first["on"]) == ("weights", share, "same pictures")
+    assert kept == pytest.approx(first["kept"], abs=1e-4)
+    # Products of other machines round in other ways.
+    assert found["cosine"] == pytest.approx(first["cosine"], abs=2e-3)
