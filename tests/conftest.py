@@ -81,14 +81,27 @@ def no_width(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
-@pytest.fixture(scope="session")
-def minilm_folder():
-    """Returns the folder of the pretrained encoder; without it skips, or fails if required."""
-    from experiments.minilm import weights
-
+def installed(*finders):
+    """Returns what functions find of installed packages; skips without, or fails if required."""
     try:
-        return weights.find_folder()
+        return [find() for find in finders]
     except FileNotFoundError as error:
         if os.environ.get("RMTJAX_REQUIRE_DATA") == "1":
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def minilm_folder():
+    """Returns the folder of the pretrained encoder."""
+    from experiments.minilm import weights
+
+    return installed(weights.find_folder)[0]
+
+
+@pytest.fixture(scope="session")
+def efficientnet_files():
+    """Returns the file of the pretrained convolutional network, and the folder of pictures."""
+    from experiments.efficientnet import images, weights
+
+    return installed(weights.find_file, images.find_folder)

@@ -179,14 +179,32 @@ def _convolve(table: Table, params, lhs: Value, rhs: Value) -> Use | None:
     if side is None:
         return None
     order = [inputs.index(axis) for axis in getattr(axes, side)]
-    find = lambda array: _patches(array, rhs.array.shape, order, params)
-    sums = _unstack(by_compiler(find, lhs.array), ())
+    if _takes_pixels([rhs.array.shape[axis] for axis in window], params):
+        find = lambda array: sums_of_rows(_pixels(array, params)[None])
+    else:
+        find = lambda array: _patches(array, rhs.array.shape, order, params)
+    sums = _unstack(by_compiler(find, lax.stop_gradient(lhs.array)), ())
     options = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
     shape = tuple(rhs.array.shape[axis] for axis in (*window, features))
     key = "patches", lhs.key, shape, tuple(order), str([params[name] for name in options])
     feature = numbers.out_spec[1]
     arrange = lambda maps: jnp.moveaxis(maps, feature, -1).reshape(-1, maps.shape[feature])
     return Use(view.path, side, key, view.levels, (), sums, arrange if side == "inputs" else None)
+
+
+def _takes_pixels(window: Sequence[int], params) -> bool:
+    """Returns whether a convolution multiplies pixels of its images, as one of window 1 x 1."""
+    plain = all(factor == 1 for factor in params["lhs_dilation"])
+    return plain and {*window, 1} == {1} and all(pad == (0, 0) for pad in params["padding"])
+
+
+def _pixels(images: Array, params) -> Array:
+    """Returns the pixels that a convolution of window 1 x 1 takes, (pixels, features)."""
+    batch, features, *space = params["dimension_numbers"].lhs_spec
+    images = jnp.transpose(images, (batch, *space, features))
+    steps = (slice(None, None, step) for step in params["window_strides"])
+    taken = images[(slice(None), *steps)]
+    return taken.reshape(-1, taken.shape[-1])
 
 
 def _patches(images: Array, shape: Sequence[int], order: Sequence[int], params) -> Moment:
@@ -197,7 +215,7 @@ def _patches(images: Array, shape: Sequence[int], order: Sequence[int], params) 
     patches and such outputs. The window is gone through a place at a time.
     """
     out, features, *window = params["dimension_numbers"].rhs_spec
-    images = lax.stop_gradient(images).astype(jnp.promote_types(images.dtype, jnp.float32))
+    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
     options: Any = {name: params[name] for name in names}
     options |= {"precision": lax.Precision.HIGHEST}

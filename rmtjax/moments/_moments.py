@@ -11,7 +11,7 @@ import numpy as np
 
 from rmtjax._axes import KernelAxes
 from rmtjax.moments._moment import Moment
-from rmtjax.moments._second import Second, second_moment, shrink
+from rmtjax.moments._second import Second, second_moment, shrink, trace
 
 # Weights of outputs are inverted, so each is at least this share of their mean.
 _LEAST = 0.05
@@ -115,6 +115,13 @@ class Moments(Mapping[str, Moment]):
         given = {name: value for name, value in changes.items() if value is not None}
         return dataclasses.replace(self, **given)
 
+    def weighs(self, path: str) -> bool:
+        """Returns whether gradients say how much the outputs of a kernel count.
+
+        They do not if they vanish, as behind a `stop_gradient`. All outputs then count alike.
+        """
+        return path in self.gradients and bool(np.any(np.asarray(self.gradients[path].second)))
+
     def second(self, path: str, *, centred: bool = True) -> Second:
         """Returns the second moments of a kernel's inputs as a cut uses them.
 
@@ -127,7 +134,11 @@ class Moments(Mapping[str, Moment]):
             )
         shrinkage = None if isinstance(self.shrinkage, str) else self.shrinkage
         second = second_moment(moment, centred=centred and self.centred, shrinkage=shrinkage)
-        if path not in self.gradients:
+        if not self.weighs(path):
             return second
         weights = second_moment(self.gradients[path], centred=False, shrinkage=None)
-        return second._replace(weights=shrink(weights, least=_LEAST))
+        found = shrink(weights, least=_LEAST)
+        size, level = found.shape[-1], trace(found)
+        # Members of a stack whose outputs change nothing count less than the others.
+        floor = np.where(level > 0, 0, _LEAST * np.min(level, where=level > 0, initial=np.inf))
+        return second._replace(weights=found + floor[:, None, None] / size * np.eye(size))

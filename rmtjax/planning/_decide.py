@@ -100,11 +100,10 @@ def _weights(found: Findings, moments: Moments | None) -> dict[str, float]:
     these outputs to first order. Neither the energy nor the share alone is best for deep cuts, so
     the weight of a share is the root of the energy. Without gradients all shares count alike.
     """
-    known = moments.gradients if moments is not None else {}
     energies = {
-        path: float(np.sum(np.asarray(known[path].rows) * loss.weighted[..., 0]))
+        path: float(np.sum(np.asarray(moments.gradients[path].rows) * loss.weighted[..., 0]))
         for path, loss in found.losses.items()
-        if path in known
+        if moments is not None and moments.weighs(path)
     }
     roots = {path: np.sqrt(energy) for path, energy in energies.items() if energy > 0}
     mean = np.mean([*roots.values()]) if roots else 1.0

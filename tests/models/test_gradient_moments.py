@@ -139,3 +139,34 @@ def test_moments_add_up_with_gradients_only():
     assert (weighed + weighed).gradients["kernel"].rows == 8
     with pytest.raises(ValueError, match="both have gradients, or both none"):
         plain + weighed
+
+
+class Stopped(nn.Module):
+    """Adds a layer and a stack, whose second member and whose last layer get no gradients."""
+
+    @nn.compact
+    def __call__(self, x):
+        stack = self.param("kernel", nn.initializers.normal(), (2, SIZE, SIZE))
+        first, second = jnp.einsum("kni,kio->kno", jnp.stack([x, x]), stack)
+        stopped = second + nn.Dense(SIZE, name="stopped")(x)
+        return nn.Dense(SIZE, name="dense")(x) + first + jax.lax.stop_gradient(stopped)
+
+
+def test_kernels_whose_outputs_change_nothing_are_cut_as_without_gradients():
+    variables = Stopped().init(KEY, X[:50])
+    axes = {"kernel": rmtjax.KernelAxes((1,), (2,), (0,))}
+    moments = rmtjax.linen.moments(Stopped(), variables, [X[:50]], axes=axes, key=KEY)
+    plain = rmtjax.linen.moments(Stopped(), variables, [X[:50]], axes=axes)
+    cut = []
+    for known in (moments, plain):
+        rule = {"rule": rmtjax.ranks.fixed(4), "multiple": 1, "min_size": 2}
+        plan = rmtjax.plan(variables["params"], axes=axes, moments=known, **rule)
+        cut.append(rmtjax.truncate(variables["params"], plan, moments=known))
+    assert moments.weighs("dense/kernel")
+    assert not moments.weighs("stopped/kernel")
+    apart = lambda pick: np.abs(pick(cut[0]) - pick(cut[1])).max()
+    assert apart(lambda tree: tree["stopped"]["kernel"]) == 0
+    assert apart(lambda tree: tree["dense"]["kernel"]) > 1e-3
+    # Weights that are all alike, by a decomposition of another matrix in float64.
+    assert apart(lambda tree: tree["kernel"][1]) < 1e-5
+    assert apart(lambda tree: tree["kernel"][0]) > 1e-3

@@ -110,6 +110,15 @@ def assert_moment(moments, path, *stack):
     np.testing.assert_allclose(second(moments, path), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_window_of_one_pixel_has_the_pixels_that_it_meets_for_rows(padding):
+    x = np.random.default_rng(0).normal(size=(2, 4, 5, ROWS)).astype(np.float32)
+    module = nn.Conv(COLUMNS, (1, 1), strides=(2, 3), padding=padding)
+    moments = rmtjax.linen.moments(module, make_variables(module, x), [x])
+    sides = [(0, 0), (padding, padding), (padding, padding), (0, 0)]
+    assert_moment(moments, "kernel", np.pad(x, sides)[:, ::2, ::3])
+
+
 ATTENTION = {
     "linen-MultiHeadDotProductAttention": lambda path: path,
     "nnx-MultiHeadAttention": lambda path: path,
