@@ -46,7 +46,7 @@ def _chain(task: Task, network: Network, optimizer: str, arm: str, every: int):
     if arm == "never cut":
         return base
     if arm == "size":
-        start = task.epochs // 2 * every + every // 2
+        start = task.epochs * 2 // 5 * every + every // 2  # what a cut costs can heal until the end
         options = {"start": start, "rule": RULE, "fade": 0.6}
     else:
         options = {"start": every // 2, "settled": 0.2}
