@@ -53,9 +53,11 @@ def run(config: Config, path: Path, head: Mapping[str, Any], console: Console) -
     """Computes the draws that the file lacks, and writes each as soon as it is known."""
     file, folder = weights.find_file(config.weights), images.find_folder(config.pictures)
     variables = weights.to_variables(weights.read_tensors(file))
-    head = {**head, "weights": hashlib.sha256(file.read_bytes()).hexdigest()}
+    read = [(folder / name).read_bytes() for name in images.NAMES if (folder / name).is_file()]
+    hashes = {"weights": file.read_bytes(), "pictures": b"".join(read)}
+    head = {**head, **{name: hashlib.sha256(data).hexdigest() for name, data in hashes.items()}}
     old = json.loads(path.read_text()) if path.is_file() else {}
-    same = all(old.get(name) == head[name] for name in ("configuration", "weights"))
+    same = all(old.get(name) == head[name] for name in ("configuration", *hashes))
     records = {**head, "seconds": 0, "runs": []}
     records |= {name: old[name] for name in ("seconds", "runs")} if same else {}
     for draw in range(config.draws):

@@ -66,7 +66,8 @@ def _tell_moments(moments: Moments, without: list[str], out: str) -> None:
         rows.append([printable(path), f"{moment.size:,}", f"{count:,}", f"{shrunk:.4g}"])
     _print(["path", "inputs", "rows", "shrinkage"], rows)
     size = os.path.getsize(out) / 1e6
-    print(f"\n{len(moments.groups)} matrices for {len(moments)} kernels", end="")
+    gradients = ", with gradients" if moments.gradients else ""
+    print(f"\n{len(moments.groups)} matrices for {len(moments)} kernels{gradients}", end="")
     print(f" -> {printable(out)}, {size:,.1f} MB")
     if without:
         names = ", ".join(map(printable, without[:3])) + (", ..." if without[3:] else "")

@@ -22,14 +22,21 @@ _STEPS = 6  # of Newton's method, in which the roots settle to the rounding of f
 def profile_edge(rows: Float[Array, " m"], columns: Float[Array, " n"]) -> Float[Array, ""]:
     """Returns the upper edge of $W^T W$ over the longer side, for noise with these variances.
 
-    Rows and columns of variance 0 count for the longer side alone. Zeros alone give NaN.
+    Args:
+      rows, columns: Variances $a_i$ and $b_j$, at least 0. Those of 0 count for the longer side
+        alone.
+
+    Returns:
+      The edge, at least float32. NaN if one side has zeros alone.
     """
+    dtype = jnp.promote_types(jnp.result_type(rows, columns), jnp.float32)
+    rows, columns = rows.astype(dtype), columns.astype(dtype)
     size = max(len(rows), len(columns))
     most = jnp.max(rows), jnp.max(columns)
     a, b = rows / most[0], columns / most[1]
 
     def point(d):
-        """Returns the distance of x from its pole, h, and what is 1 at the least x."""
+        """Returns x, and a number that grows with d and is 1 where x is least."""
         parts = a / (1 - a * d)
         h, slope = jnp.sum(parts) / size, jnp.sum(jnp.square(parts)) / size
         terms = lambda y: b / (y + (1 - b) * h)

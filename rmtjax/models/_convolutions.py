@@ -1,7 +1,8 @@
 """Convolutions in branches and loops, in the layout for which XLA has fast code on CPU.
 
 XLA rewrites convolutions of other layouts, such as those that gradients have, in the main
-computation of a program only. In a branch or in a loop they were seen to take 30 times as long.
+computation of a program only. In a branch, the gradient of a 3 x 3 kernel of 16 channels on 256
+images of 28 x 28 pixels took 30 times as long with jax 0.10.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,7 +87,8 @@ def _evaluate(closed: ClosedJaxpr, inputs: Sequence[Array]) -> list[Array]:
 def fast_convolutions(function: Callable) -> Callable:
     """Returns a function of arrays, the same with convolutions that branches do not slow down.
 
-    Those in loops and in `remat` within the function stay as they are.
+    Those within loops, branches, `remat` and functions with derivatives of their own stay as they
+    are: of a loss that is differentiated these are gone.
     """
 
     def rewritten(*args):

@@ -109,7 +109,7 @@ def _alone(rows: Sequence[Row]) -> str:
     cut = [row for row in rows if row.action != "keep"]
     if len(cut) > 1 or len(rows) < 3 or "under the budget" not in cut[0].reason:
         return ""
-    return f" The whole cut is in this one kernel of {len(rows)}: leave it out to cut the others."
+    return f" One kernel of {len(rows)} takes the whole cut. To spread it, leave that one out."
 
 
 def summarize(

@@ -52,7 +52,9 @@ from rmtjax.training._guard import (
 from rmtjax.training._prune_state import landing_norm
 from rmtjax.training._pruning_step import call_if, ungroup
 
-_STEPS = 7  # of the bisection, with the one that asks for all cuts at once
+# Of the bisection, with the one that asks for all cuts at once. Two losses with their gradients, of
+# about three forward passes each, and three other losses make 15 of them.
+_STEPS = 6
 _FORGETS = 0.9  # of the moments, at each look
 # Of the mean of the eigenvalues. One batch has no gradient in most directions of a wide kernel.
 _DAMPING = 0.01

@@ -84,7 +84,8 @@ def zeros_of(guard: Guard) -> PyTree:
     """Returns the parameters of a network that has learnt nothing."""
     # Zeros that the compiler cannot know: it folds constants, and for a convolution in a branch it
     # was seen to make a loss of 0 of them.
-    empty = lambda leaf: 0 * jnp.nan_to_num(leaf) if jnp.ndim(leaf) > 1 else leaf
+    zero = lambda leaf: (0 * jnp.nan_to_num(leaf)).astype(leaf.dtype)
+    empty = lambda leaf: zero(leaf) if jnp.ndim(leaf) > 1 else leaf
     return jax.tree.map(empty, optax.apply_updates(guard.params, guard.updates))
 
 
@@ -105,19 +106,20 @@ def slopes(
 ):
     """Returns losses with gradients at the kernels without cuts, and at those with them.
 
-    `then(loss, gradients)` makes the kernels with cuts of the first of both, with some facts.
-    Both are returned last. The loss is compiled once for both.
+    `then(loss, gradients)` makes the kernels with cuts of the first of both, and new facts in place
+    of `facts`, which only give their types. Both are returned last. With a `count` of 1 nothing is
+    cut, and the first result is also the second. The loss is compiled once for both.
     """
     slope = fast_convolutions(jax.value_and_grad(loss_of(guard, views)))
     none = jnp.zeros(()), list(map(jnp.zeros_like, whole))
 
     def visit(index, state):
-        (kernels, facts), first, _ = state
+        (kernels, known), first, _ = state
         loss, gradients = slope(kernels)
         result = loss.astype(none[0].dtype), gradients
         first = jax.tree.map(lambda was, now: jnp.where(index == 0, now, was), first, result)
         goes_on = (index == 0) & (count > 1)
-        moved = lax.cond(goes_on, lambda: then(*result), lambda: (kernels, facts))
+        moved = lax.cond(goes_on, lambda: then(*result), lambda: (kernels, known))
         return moved, first, result
 
     after, first, last = lax.fori_loop(0, count, visit, ((whole, facts), none, none))
@@ -218,8 +220,8 @@ def _within_rise(guard: Guard, views: list[MatrixView], before: list[Move], afte
         facts = (was - start).astype(start.dtype), fell(zeros, start).astype(start.dtype)
         return list(map(jnp.where, jnp.logical_or(*skips(*facts)), whole, lands)), facts
 
-    none = jnp.zeros(()), jnp.zeros(())
-    (start, first), (end, last), (cut, facts) = slopes(guard, views, whole, cut_of, none)
+    no_facts = jnp.zeros(()), jnp.zeros(())
+    (start, first), (end, last), (cut, facts) = slopes(guard, views, whole, cut_of, facts=no_facts)
     (period, gain), (held, left) = facts, skips(*facts)
     stacks = Stacks(views, before, after).at_once(_candidate, held, left)
     skipped = held | left

@@ -57,8 +57,9 @@ def test_draws_lie_at_the_edge():
     scales = np.sqrt(rows[:, None] * columns)
     draws = [np.linalg.norm(scales * RNG.standard_normal(scales.shape), 2) for _ in range(5)]
     found = EDGE(jnp.asarray(rows, jnp.float32), jnp.asarray(columns, jnp.float32))
-    # At this size the largest eigenvalue lies some 2 % below the edge, and varies by 2 %.
-    np.testing.assert_allclose(np.mean(np.square(draws)) / 400, found, rtol=0.06)
+    # At this size the largest eigenvalue lies some 3 % below the edge and varies by 3 %. Equal
+    # scales on one side or on both would have an edge that is 12 to 26 % lower.
+    assert 0.93 * found < np.mean(np.square(draws)) / 400 < found
 
 
 def test_zeros_alone_have_no_edge():

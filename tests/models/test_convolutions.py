@@ -11,7 +11,7 @@ from jax import lax
 
 from rmtjax.models._convolutions import fast_convolutions
 
-# Of inputs, kernel and outputs, with one and two axes of space.
+# Of inputs, kernel and outputs.
 LAYOUTS = [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("HNWC", "IHOW", "CNHW")]
 
 
@@ -26,7 +26,7 @@ def _loss(layout, options):
 def _arrays(layout, groups=1):
     """Returns a kernel and inputs of 5 x 6 pixels."""
     sizes = {"N": 3, "C": 4, "H": 5, "W": 6}, {"H": 3, "W": 2, "I": 4 // groups, "O": 2}
-    x, kernel = (tuple(sizes[i][name] for name in layout[i].removeprefix("_")) for i in range(2))
+    x, kernel = (tuple(sizes[i][name] for name in layout[i]) for i in range(2))
     return draws.normal(1, *kernel), draws.normal(2, *x)
 
 
@@ -53,6 +53,17 @@ def test_losses_and_gradients_are_the_same(options):
     # Sums of 24 products in another order.
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, *both(arrays))
+
+
+@pytest.mark.parametrize("layout", [("NCW", "OIW", "NCW"), ("NHWDC", "HWDIO", "NHWDC")])
+def test_any_number_of_axes_and_wide_sums(layout):
+    sizes = {"N": 2, "C": 3, "H": 4, "W": 5, "D": 3, "I": 3, "O": 2}
+    x, kernel = (draws.normal(i, *(sizes[name] for name in layout[i])) for i in range(2))
+    narrow = [array.astype(jnp.bfloat16) for array in (kernel, x)]
+    loss = _loss(layout, {"window_strides": (1,) * (x.ndim - 2), "padding": "SAME"})
+    wide = lambda *arrays: loss(*arrays).astype(jnp.float32)
+    plain, fast = jax.jit(wide)(*narrow), jax.jit(fast_convolutions(wide))(*narrow)
+    np.testing.assert_allclose(fast, plain, rtol=1e-2)  # bfloat16 has 8 bits
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices take any layout")

@@ -58,7 +58,7 @@ def test_a_kernel_that_bears_the_whole_cut_of_a_budget_is_told():
     noise = lambda: {"kernel": jnp.asarray(rng.normal(size=(80, 120)), jnp.float32)}
     low = jnp.asarray(rng.normal(size=(80, 8)) @ rng.normal(size=(8, 120)), jnp.float32)
     params = {"Dense_0": noise(), "Dense_1": noise(), "embed": {"kernel": low}}
-    words = "The whole cut is in this one kernel of 3: leave it out to cut the others."
+    words = "One kernel of 3 takes the whole cut. To spread it, leave that one out."
     # Factors of rank 8 cost nothing, and are nearly enough for a budget of 75 %.
     assert words in rmtjax.Report(rmtjax.plan(params, budget=0.75)).summary
     assert words not in rmtjax.Report(rmtjax.plan(params, budget=0.5)).summary

@@ -1,12 +1,14 @@
 """`prune_spectrum` with `value_fn`: no step undoes more of the gain than it is allowed to."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import draws
 from helpers.guarded_steps import (
     CHEAP_B,
     EQUAL,
@@ -24,7 +26,7 @@ from helpers.guarded_steps import (
 from helpers.transform_checks import assert_same_bits, planted
 
 import rmtjax
-from rmtjax import prune_spectrum
+from rmtjax import prune_spectrum, ranks
 
 
 def test_a_loss_that_allows_all_changes_nothing():
@@ -181,3 +183,29 @@ def test_an_error_of_the_loss_is_its_own():
     optimizer = prune_spectrum(1)
     with pytest.raises(TypeError, match=r"^missing 1 required positional argument"):
         optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, value_fn=value_fn)
+
+
+# (height, width, inputs, outputs): a kernel of a convolution as a matrix.
+AXES = {"Conv_0/kernel": rmtjax.KernelAxes((0, 1, 2), (3,))}
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": ranks.size(0.45), "fade": 0.6}])
+def test_convolutions_have_the_fast_layout_and_masks_are_no_kernels(options):
+    """Whatever the loss is asked for, on CPU no gradient is left to the slow code for branches."""
+    kernel = draws.normal(0, 3, 3, 8, 16)
+    params = {"Conv_0": {"kernel": kernel}, "mask": jnp.ones((3, 3, 1, 1), bool)}
+    x, optimizer = draws.normal(1, 2, 6, 5, 8), prune_spectrum(1, min_size=8, axes=AXES, **options)
+
+    def loss(params):
+        masked = params["Conv_0"]["kernel"] * params["mask"]
+        spec = ("NHWC", "HWIO", "NHWC")
+        outputs = jax.lax.conv_general_dilated(x, masked, (1, 1), "SAME", dimension_numbers=spec)
+        return jnp.mean(jnp.sin(outputs))
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    update = jax.jit(lambda state: optimizer.update(zeros, state, params, value_fn=loss)[0])
+    compiled = update.lower(optimizer.init(params)).compile()
+    if jax.default_backend() == "cpu":
+        layouts = set(re.findall(r"dim_labels=([^,\s]+)", compiled.as_text()))
+        assert layouts == {"b01f_01io->b01f"}
+    assert not jnp.any(compiled(optimizer.init(params))["mask"])

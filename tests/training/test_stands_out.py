@@ -32,12 +32,16 @@ def grows_rows_first(look, kernel, new):
     return kernel + 0.15 * started[:, None] * new
 
 
-DRIFTS = [grows, rotates, decays, grows_rows_first]
+def is_drawn_again_with_unequal_scales(look, kernel, new):
+    return jnp.linspace(0.5, 1.5, SHAPE[0])[:, None] * jnp.linspace(1.2, 0.8, SHAPE[1]) * new
+
+
+DRIFTS = [grows, rotates, decays, grows_rows_first, is_drawn_again_with_unequal_scales]
 
 
 @jax.jit
 def is_cut(seeds, kind):
-    """For each seed, whether a kernel of pure noise is cut while it drifts, one of four ways."""
+    """For each seed, whether a kernel of pure noise is cut while it drifts, one of five ways."""
     optimizer = prune_spectrum(rule=ranks.bema(level=LEVEL))
 
     def of_seed(seed):
