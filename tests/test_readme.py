@@ -22,7 +22,7 @@ def test_examples_print_what_stands_under_them(tmp_path, monkeypatch):
 
 
 def test_it_is_short():
-    assert len(README) < 8_600
+    assert len(README) < 6_720
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES)

@@ -177,7 +177,7 @@ def test_the_page_has_the_tables_of_the_committed_results(tmp_path, capsys):
     assert not [line for line in lines if line not in shown]
     # The README has some of the rows.
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    part = readme.partition("### Wrong labels, by agreement")[2].partition("###")[0]
+    part = readme.partition("## What it shows")[2].partition("##")[0]
     rows = part.partition("```text\n")[2].partition("```")[0].splitlines()
     assert len(rows) > 5
     assert not [row for row in rows if row.strip() not in lines]
