@@ -108,6 +108,7 @@ def check_budgets(tree, rule):
         np.testing.assert_array_equal(one, other)
     half = [*moments][::2]
     assert [*moments.of(half)] == half
+    assert not any(map(moments.weighs, moments))  # no gradients were collected
     rmtjax.trade_off(tree, moments=moments + back, min_size=2).plan(0.9)
 
 
