@@ -33,7 +33,8 @@ def grows_rows_first(look, kernel, new):
 
 
 def is_drawn_again_with_unequal_scales(look, kernel, new):
-    return jnp.linspace(0.5, 1.5, SHAPE[0])[:, None] * jnp.linspace(1.2, 0.8, SHAPE[1]) * new
+    scales = jnp.outer(jnp.linspace(0.5, 1.5, SHAPE[0]), jnp.linspace(1.2, 0.8, SHAPE[1]))
+    return scales * new
 
 
 DRIFTS = [grows, rotates, decays, grows_rows_first, is_drawn_again_with_unequal_scales]
