@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, Literal
+from jax.extend.core import ClosedJaxpr, Literal
 
 from rmtjax._axes import KernelAxes
+from rmtjax.models._convolutions import run_equation
 from rmtjax.models._uses import RULES, Use, Value, View
 from rmtjax.moments import sums_of_rows
 
@@ -51,18 +52,8 @@ def _deeper(view: View | None, in_turn: bool) -> View | None:
 
 
 def _run(jaxpr, equation, operands: Sequence[Value]) -> list[Any]:
-    """Evaluates one equation, as a jaxpr of this equation alone."""
-    # To bind its primitive would need special cases for those that hold jaxprs.
-    pairs = zip(equation.invars, operands, strict=True)
-    inputs = {var: value.array for var, value in pairs if not isinstance(var, Literal)}
-    single = jaxpr.replace(
-        constvars=(),
-        invars=list(inputs),
-        outvars=equation.outvars,
-        eqns=[equation],
-        effects=equation.effects,
-    )
-    return jaxpr_as_fun(ClosedJaxpr(single, ()))(*inputs.values())
+    """Evaluates one equation on the arrays of its operands."""
+    return run_equation(jaxpr, equation, [value.array for value in operands])
 
 
 class Tap(NamedTuple):
