@@ -1,9 +1,8 @@
 """Laws of the eigenvalues of pure noise.
 
 Two public modules are the Marchenko-Pastur law of the bulk and the Tracy-Widom law of the largest
-eigenvalue. The other functions apply them to matrices of finite size, draw them, and know noise of
-unequal scales. Numbers and arrays come in, arrays go out. No function of this room knows about
-parameter trees.
+eigenvalue. The other functions apply them to matrices of finite size, and draw them. Numbers and
+arrays come in, arrays go out. No function of this room knows about parameter trees.
 """
 
 from rmtjax.laws import marchenko_pastur as marchenko_pastur, tracy_widom as tracy_widom
@@ -22,4 +21,3 @@ from rmtjax.laws._finite_size import (
     shuffled_threshold as shuffled_threshold,
     threshold_at as threshold_at,
 )
-from rmtjax.laws._profile import profile_edge as profile_edge

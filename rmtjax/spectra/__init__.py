@@ -13,6 +13,7 @@ from rmtjax.spectra._factors import (
     svd as svd,
     truncate_matrix as truncate_matrix,
 )
+from rmtjax.spectra._lanczos import largest_eigenvalue as largest_eigenvalue
 from rmtjax.spectra._outputs import OutputLosses as OutputLosses
 from rmtjax.spectra._select import (
     cross_validate as cross_validate,

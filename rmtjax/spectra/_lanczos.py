@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -130,6 +131,56 @@ def _iterate(matrix: Float[Array, "m n"], drawn: int) -> tuple[Float[Array, " p"
     weights = jnp.sum(vectors[:width] ** 2, axis=0)
     trace = jnp.sum(jnp.square(long)) / len(long)
     return _fill(values, weights, exact, trace, size, width), jnp.sum(exact, dtype=jnp.int32)
+
+
+def largest_eigenvalue(matrix: Float[Array, "m n"], steps: int = 48) -> Float[Array, ""]:
+    """Returns $s_1^2 / n$ by Lanczos iteration; of noise it is right to five digits."""
+    # No call of LAPACK, which may wait for ever under `vmap`: see `each`.
+    scale = jnp.maximum(jnp.abs(matrix).max(), jnp.finfo(matrix.dtype).tiny)
+    long = (matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T) / scale
+    rows, size = long.shape
+    steps = min(steps, size)
+
+    def step(i, state):
+        basis, diagonal, beside, vector = state
+        basis = basis.at[:, i].set(vector)
+        image = matmul(long.T, matmul(long, vector)) / rows
+        diagonal = diagonal.at[i].set(jnp.dot(vector, image))
+
+        def without(turn, state):
+            vector, length = state
+            vector = vector - matmul(basis, matmul(basis.T, vector))
+            return _unit(vector), jnp.where(turn == 0, jnp.linalg.norm(vector), length)
+
+        # Again: if nothing is left but rounding, that must not repeat the basis.
+        vector, length = lax.fori_loop(0, 4, without, (image, jnp.zeros((), long.dtype)))
+        return basis, diagonal, beside.at[i].set(length), vector
+
+    # Drawn by NumPy: the random numbers of JAX compile for longer than the rest of a step.
+    start = jnp.asarray(np.random.default_rng(0).standard_normal(size), long.dtype)
+    zeros = jnp.zeros((size, steps), long.dtype), *[jnp.zeros(steps, long.dtype)] * 2
+    state = lax.fori_loop(0, steps, step, (*zeros, _unit(start)))
+    beside = jnp.diag(state[2][:-1], 1)
+    return _top_value(jnp.diag(state[1]) + beside + beside.T) * scale**2
+
+
+def _top_value(matrix: Float[Array, "k k"]) -> Float[Array, ""]:
+    """Returns the largest eigenvalue of a small positive semi-definite matrix, by squaring it."""
+
+    def square(_, power):
+        power = _unit(power)
+        return matmul(power, power)
+
+    # The power is 2^20. A value that lies closer to the largest than a part in a million may mix
+    # with it, but then it changes the quotient by no more.
+    power = lax.fori_loop(0, 20, square, matrix)
+    vector = _unit(power[:, jnp.argmax(jnp.diag(power))])
+    return jnp.dot(vector, matmul(matrix, vector))
+
+
+def _unit(array: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns an array over its norm, and zeros as they are."""
+    return array / jnp.maximum(jnp.linalg.norm(array), jnp.finfo(array.dtype).tiny)
 
 
 def estimated_spectrum(

@@ -1,7 +1,7 @@
 """Tests whether a kernel has signal, at a level that holds over all looks together.
 
 Noise that drifts gets a new chance at each look, so the level is spread over them. Its rows and
-columns differ in scale, which lifts the largest eigenvalue: a law says by how much.
+columns differ in scale, which lifts the largest eigenvalue: draws show by how much.
 """
 
 import math
@@ -12,18 +12,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from rmtjax._types import BulkFit, LiveSpectrum, Spectrum
-from rmtjax.laws import bulk_law, marchenko_pastur, noise_threshold, profile_edge
+from rmtjax.laws import bulk_law, noise_threshold
 from rmtjax.noise import live_spectra, ranks
+from rmtjax.spectra import largest_eigenvalue
 
+_DRAWS = 4
 _LEAST = 1e-6  # the smallest level that float32 tells from 0
 _CAP = 3.0  # times the median: a row or a column of a larger scale is taken for signal
 _SAMPLING = math.pi / 2 - 1  # n times the variance of the logarithm of a mean of n magnitudes
 
 
-def _variances(sizes: Float[Array, "m n"]) -> tuple[Float[Array, " m"], Float[Array, " n"]]:
-    """Returns the variances of rows and of columns, less the scatter that equal ones have.
+def _scales(sizes: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """Returns the scales of rows times those of columns, less the scatter that equal ones have.
 
-    Those of zeros are 0, and the mean of the others is 1.
+    Those of zeros are 0.
     """
     pad = lambda means: jnp.pad(means, (0, max(sizes.shape) - len(means)))
     # Both sides in one array, which makes the program smaller.
@@ -38,9 +40,16 @@ def _variances(sizes: Float[Array, "m n"]) -> tuple[Float[Array, " m"], Float[Ar
     options = {"axis": 1, "keepdims": True, "where": live}
     mean, variance = jnp.mean(logs, **options), jnp.var(logs, **options)
     share = jnp.maximum(1 - scatter / jnp.maximum(variance, scatter), 0)
-    variances = jnp.where(live, jnp.exp(2 * (mean + jnp.sqrt(share) * (logs - mean))), 0)
-    variances = variances / jnp.mean(variances, **options)
-    return variances[0, : len(sizes)], variances[1, : sizes.shape[1]]
+    scales = jnp.where(live, jnp.exp(mean + jnp.sqrt(share) * (logs - mean)), 0)
+    return scales[0, : len(sizes), None] * scales[1, None, : sizes.shape[1]]
+
+
+def _reach(matrix: Float[Array, "m n"], look: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns the mean largest eigenvalue of noise of variance 1 with the profile of a matrix."""
+    scale = _scales(jnp.abs(matrix))
+    scale = scale / jnp.sqrt(jnp.mean(scale**2, where=scale > 0))
+    draw = lambda key: largest_eigenvalue(scale * jax.random.normal(key, scale.shape, scale.dtype))
+    return lax.map(draw, jax.random.split(jax.random.key(look), _DRAWS)).mean()
 
 
 def stands_out(
@@ -53,26 +62,27 @@ def stands_out(
     r"""Returns True if a matrix of a stack has a direction that drifting noise would not have.
 
     The largest eigenvalue must exceed the threshold at $level / (b\, j (j + 1))$ for look j, which
-    sums to the level of the rule. It must also exceed what noise with such rows and columns has.
+    sums to the level of the rule, and what noise with the scales of rows and columns reaches.
     """
     has_level, live = isinstance(rule, ranks.bema), live_spectra(spectra, matrices)[0]
     level = rule.level if isinstance(rule, ranks.bema) else 0.01
     spent = jnp.maximum(level / (len(matrices) * look * (look + 1.0)), _LEAST)
 
     def compared(fit: BulkFit, live: LiveSpectrum):
-        """Returns the threshold, and a threshold over the edge of the law."""
+        """Returns the threshold, and a threshold over the median of the law."""
         ratio, _ = bulk_law(live.ratio, live.size, fit.num_spikes)
-        levels = jnp.stack([spent, level])
-        raised, usual = noise_threshold(ratio, live.size - fit.num_spikes, levels)
-        edge = marchenko_pastur.support(ratio, 1.0)[1]
-        return fit.threshold * (raised / usual if has_level else 1), raised / edge
+        levels = jnp.stack([spent, level, 0.5])
+        raised, usual, median = noise_threshold(ratio, live.size - fit.num_spikes, levels)
+        return fit.threshold * (raised / usual if has_level else 1), raised / median
 
     threshold, margin = jax.vmap(compared)(fits, live)
     largest, dead = spectra.eigenvalues[:, 0], spectra.eigenvalues.shape[1] - live.size
 
+    # Draws must wait for the decompositions also under `vmap`: both at once may wait for ever.
+    matrices = jnp.where((largest > threshold)[:, None, None], lax.stop_gradient(matrices), 1)
+
     def with_profile():
-        sizes = jnp.abs(lax.stop_gradient(matrices))
-        unit = jax.vmap(lambda sizes: profile_edge(*_variances(sizes)))(sizes)
+        unit = lax.map(lambda matrix: _reach(matrix, look), matrices)
 
         def extend(_, reach):  # what the fit has taken for signal may be noise, and add to it
             rest = spectra.eigenvalues <= reach[:, None]

@@ -10,7 +10,7 @@ import pytest
 import rmtjax
 from rmtjax import fit_bema, KernelAxes, ranks, Spectrum
 from rmtjax._axes import MatrixView
-from rmtjax.spectra import estimated_spectra
+from rmtjax.spectra import estimated_spectra, largest_eigenvalue
 from rmtjax.spectra._lanczos import estimated_spectrum, lanczos_pays
 
 # Nearly the smallest short side for which an estimate pays.
@@ -163,3 +163,27 @@ def test_small_matrices_are_decomposed():
     assert "estimated" not in str(rmtjax.plan({"kernel": matrix}, exact_below=1))
     with pytest.raises(ValueError, match="`exact_below` must be an integer of at least 1, got 0"):
         rmtjax.plan({"kernel": matrix}, exact_below=0)
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (400, 130), (300, 300), (7, 1)])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_largest_eigenvalue_of_noise_is_right_to_five_digits(rng, shape, scale):
+    matrix = (scale * rng.standard_normal(shape)).astype(np.float32)
+    exact = np.linalg.norm(np.float64(matrix), 2) ** 2 / max(shape)
+    for turned in (matrix, matrix.T):
+        np.testing.assert_allclose(jax.jit(largest_eigenvalue)(turned), exact, rtol=1e-5)
+
+
+def test_the_largest_eigenvalue_of_what_has_none():
+    assert largest_eigenvalue(jnp.zeros((60, 90))) == 0
+    assert np.isnan(largest_eigenvalue(jnp.full((60, 90), jnp.nan)))
+    product = jnp.outer(jnp.arange(60.0), jnp.arange(90.0))  # the iteration ends after a step
+    exact = float(jnp.sum(product**2)) / 90
+    np.testing.assert_allclose(largest_eigenvalue(product), exact, rtol=1e-5)
+
+
+def test_largest_eigenvalues_under_vmap(rng):
+    """A transform may be mapped over an ensemble: no call of LAPACK may wait for another."""
+    stack = jnp.asarray(rng.standard_normal((5, 60, 90)), jnp.float32)
+    together = jax.jit(jax.vmap(largest_eigenvalue))(stack)
+    np.testing.assert_allclose(together, [largest_eigenvalue(one) for one in stack], rtol=1e-5)
