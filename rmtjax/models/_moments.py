@@ -147,9 +147,10 @@ class _Program:
         self.turned: set[str] = set()
         self.add = jax.jit(self._add, donate_argnums=0)  # the sums are updated in place
 
-    def met(self, totals, key, *arguments) -> "_Program":
-        """Returns the program of kernels along the axes on which rows meet them; traces it."""
-        self.add.trace(totals, key, *arguments)
+    def met(self, key, *arguments) -> "_Program":
+        """Returns the program of kernels along the axes on which rows meet them."""
+        jax.eval_shape(self._sums, key, *arguments)
+        self.traced.clear()
         if not self.turned:
             return self
         turn = lambda axes: KernelAxes(axes.outputs, axes.inputs, axes.batch)
@@ -182,15 +183,23 @@ class _Program:
         zeros = {path: tap.zeros for path, tap in taps.items()}
         return jax.grad(project, has_aux=True)(zeros)[::-1]
 
-    def _add(self, totals, key, *arguments):
+    def _sums(self, key, *arguments):
+        """Returns the sums over the rows of a batch, by group; and those over gradients."""
         if key is None:
-            groups, gradients = self._run({}, arguments)[0], {}
-        else:
-            groups, gradients = self._with_gradients(key, arguments)
-        sums = groups, gradients
+            return self._run({}, arguments)[0], {}
+        return self._with_gradients(key, arguments)
+
+    def zeros(self, key, *arguments) -> PyTree:
+        """Returns the sums over no batch."""
+        # Without them the first batch would compile a program of its own.
+        sums = jax.eval_shape(self._sums, key, *arguments)
+        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), sums)
+
+    def _add(self, totals, key, *arguments):
+        sums = groups, _ = self._sums(key, *arguments)
         finite = lambda moment: jnp.isfinite(moment.fourth).all()
         state = {name: (moment.rows, finite(moment)) for name, moment in groups.items()}
-        return sums if totals is None else jax.tree.map(jnp.add, totals, sums), state
+        return jax.tree.map(jnp.add, totals, sums), state
 
 
 def _check_known(tree: PyTree) -> None:
@@ -232,7 +241,8 @@ def collect(
         progress(place, count, "moments")
         draw = None if key is None else jax.random.fold_in(key, place)
         if place == 0:
-            program = program.met(None, draw, leaves, rest, batch)
+            program = program.met(draw, leaves, rest, batch)
+            totals = program.zeros(draw, leaves, rest, batch)
         totals, state = program.add(totals, draw, leaves, rest, batch)
         _check_known(state)
         _check_traced(program.traced, views)
