@@ -26,8 +26,6 @@ examples:
   rmtjax select model.safetensors --top 25% --form axolotl
   rmtjax diff base.safetensors tuned.safetensors --lora adapter
 
-Without --budget, `compress` cuts to the spikes, which ruins most pretrained models.
-
 exit codes:
   0    done
   1    the file, or the work, failed; the message is on stderr
@@ -38,6 +36,9 @@ exit codes:
   143  terminated (SIGTERM)
 A command that ends early leaves no half-written file.
 """
+_WARNING = (
+    "Without --budget, `compress` cuts to the spikes, which ruins most pretrained models.\n\n"
+)
 _INCLUDE = (
     "only kernels of this name: a glob as '*attention*', or a regular expression after 're:', "
     "can be repeated"
@@ -50,6 +51,15 @@ _DATA = (
     "file of samples, first axis by first axis: .npy for one argument of the model, .npz with an "
     "array for each argument, in the order of the file"
 )
+
+
+def _epilog(command: str = "") -> str:
+    """Returns the examples of a command, or of all, and the exit codes."""
+    others = lambda line: line.startswith("  rmtjax ") and line.split()[1] != command
+    text = "\n".join(line for line in _EPILOG.splitlines() if not (command and others(line)))
+    return _WARNING + text if command in ("", "compress") else text
+
+
 # The type of the number after the colon, and the rule.
 _RULES = {
     "bema": (None, ranks.bema),
@@ -269,9 +279,10 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     # The raw formatter keeps the lines of the epilog, which `argparse` would join.
-    layout = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    raw = argparse.RawDescriptionHelpFormatter
+    layout = lambda name="": {"epilog": _epilog(name), "formatter_class": raw}
     text = "Finds the noise in the kernels of a checkpoint, and removes it."
-    parser = _Parser(prog="rmtjax", description=text, **layout)
+    parser = _Parser(prog="rmtjax", description=text, **layout())
     parser.add_argument("--version", action="version", version=f"rmtjax {__version__}")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Command
@@ -279,14 +290,10 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text, multiple in (
         ("analyze", "a row for each kernel: its noise, its spikes, its rank", 1),
         ("compress", "writes a smaller checkpoint: of a size with --budget, or cut to spikes", 8),
-        (
-            "select",
-            "names the kernels with most signal, to train these alone",
-            1,
-        ),
+        ("select", "names the kernels with most signal, to train these alone", 1),
         ("diff", "what a fine-tuning has changed, a row for each kernel, or as an adapter", 1),
     ):
-        command = commands.add_parser(name, help=text, description=text, **layout)
+        command = commands.add_parser(name, help=text, description=text, **layout(name))
         if name == "diff":
             command.add_argument("base", metavar="BASE", help="checkpoint before the fine-tuning")
             command.set_defaults(dtype=None)
@@ -307,5 +314,5 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         ("compare", "how far tensors, and outputs on data, are from one another", _add_compare),
     ):
-        add(commands.add_parser(name, help=text, description=text, **layout))
+        add(commands.add_parser(name, help=text, description=text, **layout(name)))
     return parser

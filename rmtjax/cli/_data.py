@@ -143,9 +143,11 @@ def _tell_drifts(rows: list[Drift], unmatched: tuple[str, ...], *, everything: b
     if everything:
         shown += [row for row in tensors if row.largest == 0]
     cells = []
-    for path, shape, *numbers in shown:
+    for path, shape, relative, cosine, largest in shown:
         sides = "" if shape is None else "x".join(map(str, shape))
-        cells.append([printable(path), sides, *map(brief, numbers)])
+        # Four digits would show a cosine of 1 for a change of half a percent.
+        numbers = brief(relative), f"{cosine:.6g}", brief(largest)
+        cells.append([printable(path), sides, *numbers])
     if cells:
         _print(["path", "shape", "relative", "cosine", "largest"], cells)
         print()

@@ -35,6 +35,8 @@ from rmtjax.report import compare_reports, Extra, most_signal, Report
 
 # `removed` shows what a kernel would lose, before it is cut.
 FITTED = ("path", "shape", "variance", "edge", "threshold", "spikes", "distance", "removed")
+# A budget finds no noise: it needs no fit.
+SIZED = ("path", "shape", "rank", "removed")
 OUTPUTS = ("removed_outputs",)
 COSTS = ("parameters", "multiply_adds", "milliseconds")
 EXTRA = ("randomized", "aspect", "seed")  # of `analyze` alone
@@ -87,7 +89,7 @@ def _show(report: Report, args: argparse.Namespace, table: bool) -> None:
         timed = report.totals.milliseconds is not None
         by_output = any(row.removed_outputs is not None for row in report.rows)
         shown = columns or (
-            *FITTED,
+            *(FITTED if getattr(args, "budget", None) is None else SIZED),
             *(OUTPUTS if by_output else ()),
             *(COSTS if timed else ()),
             *(("change",) if getattr(args, "against", None) is not None else ()),

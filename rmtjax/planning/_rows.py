@@ -193,7 +193,7 @@ class Hold(enum.IntEnum):
             Hold.UNSETTLED: "its signal had not settled; train longer, or raise `settled`",
             Hold.SQUARES: "the cut takes too many squares; give `value_fn`, or raise `max_removed`",
             Hold.LEARNING: "the network still learnt fast; train longer",
-            Hold.LOSS: "the loss would have risen; train longer, raise `max_rise`, or fade to more",
+            Hold.LOSS: "the loss would have risen; train longer, raise `max_rise`, or cut less",
             Hold.WAITING: "it was cut before and waits for its next turn",
         }[self]
 

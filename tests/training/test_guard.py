@@ -53,7 +53,7 @@ def test_a_loss_that_allows_nothing_leaves_all_as_it_is():
         np.testing.assert_allclose(found[f"refused/{path}"], share, rtol=1e-4)
     plan = rmtjax.plan(landed, fits=rmtjax.noise_levels(state))
     words = "kept: pruning left it alone while training: the loss would have risen; train longer, "
-    assert {row.reason for row in plan.values()} == {f"{words}raise `max_rise`, or fade to more"}
+    assert {row.reason for row in plan.values()} == {f"{words}raise `max_rise`, or cut less"}
 
 
 @pytest.mark.parametrize("weights", [EQUAL, CHEAP_B, {"a": 0.3, "b": 2.0}])
