@@ -90,6 +90,15 @@ def test_what_is_beyond_the_rank_fades_and_the_state_does_not_claim_a_rank(fade,
     assert plan_of(params, state)["kernel"].rank == 40
 
 
+@pytest.mark.parametrize(("rank", "row"), [(20, rmtjax.Factorized), (40, rmtjax.Kept)])
+def test_a_plan_without_the_rule_cuts_no_further(rank, row):
+    """Three directions stand out of the noise; no factors of rank 40 are smaller."""
+    params, state = prune_once({"kernel": planted()}, rule=ranks.fixed(rank), fade=0.6, **WHOLE)
+    plan = rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1)
+    assert isinstance(plan["kernel"], row)
+    assert plan["kernel"].rank in (rank, SIZE)
+
+
 @pytest.mark.slow
 def test_a_stack_fades_by_one_rank():
     stack = jnp.stack([planted(0), planted(1, num_spikes=6)])

@@ -1,0 +1,161 @@
+"""The ways to cut a kernel after an epoch, and what a look at it finds."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import rmtjax
+from rmtjax import shrinkage
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to cut a kernel after an epoch.
+
+    Attributes:
+      noise: Whose fit gives the threshold: that of the `first` cut, which is carried; that of the
+        kernel `now`; or that of the `change` since the last cut.
+      cuts: What is cut: the `kernel`, or the `change` since the last cut.
+      shrinks: Whether what is kept is shrunk, as is best for the Frobenius norm.
+      falls: Whether the rank of the first cut is the largest that is allowed.
+      resets: Whether the momentum begins anew after a cut.
+      median: Whether the threshold is that of Gavish and Donoho for the same noise.
+    """
+
+    noise: str = "first"
+    cuts: str = "kernel"
+    shrinks: bool = False
+    falls: bool = False
+    resets: bool = False
+    median: bool = False
+
+
+NOTHING, CARRIED = "nothing", "carried noise"
+WAYS: dict[str, Way | None] = {
+    NOTHING: None,
+    CARRIED: Way(),
+    "noise of now": Way(noise="now"),
+    "noise of a period": Way(noise="change"),
+    "change cut": Way(noise="change", cuts="change"),
+    "shrunk": Way(shrinks=True),
+    "shrunk, noise of a period": Way(noise="change", shrinks=True),
+    "rank only falls": Way(falls=True),
+    "optimal threshold": Way(median=True),
+    "momentum reset": Way(resets=True),
+}
+
+
+class Known(NamedTuple):
+    """What is remembered of a kernel.
+
+    Attributes:
+      landed: The kernel after the last cut.
+      variance, threshold: Noise at the first cut.
+      rank: After the first cut.
+      was_cut: Whether there was one.
+    """
+
+    landed: jax.Array
+    variance: jax.Array
+    threshold: jax.Array
+    rank: jax.Array
+    was_cut: jax.Array
+
+    @classmethod
+    def of(cls, kernel: jax.Array) -> "Known":
+        """Returns what is known before the first cut."""
+        zero = jnp.zeros(())
+        return cls(jnp.copy(kernel), zero, zero, jnp.int32(min(kernel.shape)), jnp.bool_(False))
+
+
+class Look(NamedTuple):
+    """What a kernel was like right before a cut; eigenvalues are over the threshold.
+
+    Attributes:
+      rank: Directions that are kept.
+      new: Those of them of which less than half lies in the directions kept before.
+      newest: The largest eigenvalue of these; 0 if there are none.
+      next: The largest eigenvalue that is removed.
+      beyond: That of what training added beyond the rows and the columns kept before.
+    """
+
+    rank: jax.Array
+    new: jax.Array
+    newest: jax.Array
+    next: jax.Array
+    beyond: jax.Array
+
+
+def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the thin decomposition."""
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
+
+
+def without(matrix: jax.Array, kept: jax.Array, rank: jax.Array) -> jax.Array:
+    """Returns what of a matrix lies beyond the rows and columns of another one."""
+    u, _, vt = svd(kept)
+    live = jnp.arange(len(vt)) < rank
+    u, vt = u * live[None, :], vt * live[:, None]
+    rest = matrix - u @ (u.T @ matrix)
+    return rest - (rest @ vt.T) @ vt
+
+
+def optimal(ratio: float) -> float:
+    r"""Returns the threshold of Gavish and Donoho for known noise, as an eigenvalue of unit noise.
+
+    It is $2 (\gamma + 1) + 8 \gamma / (\gamma + 1 + \sqrt{\gamma^2 + 14 \gamma + 1})$.
+    """
+    return 2 * (ratio + 1) + 8 * ratio / (ratio + 1 + (ratio**2 + 14 * ratio + 1) ** 0.5)
+
+
+def noise_of(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the variance of the noise of a matrix, and the threshold of its eigenvalues."""
+    fit = rmtjax.fit_bema(rmtjax.spectrum(matrix))
+    return fit.variance, fit.threshold
+
+
+@partial(jax.jit, static_argnames="way")
+def cut(kernel: jax.Array, known: Known, way: Way) -> tuple[jax.Array, Known, jax.Array]:
+    """Returns the kernel after a cut, what is to be remembered, and the threshold."""
+    longer, ratio = max(kernel.shape), min(kernel.shape) / max(kernel.shape)
+    now, change = noise_of(kernel), noise_of(kernel - known.landed)
+    once_cut = lambda new: [jnp.where(known.was_cut, *pair) for pair in zip(new, now, strict=True)]
+    first = once_cut((known.variance, known.threshold))
+    variance, threshold = {"first": first, "now": now, "change": once_cut(change)}[way.noise]
+    threshold = optimal(ratio) * variance if way.median else threshold
+    base = jnp.where(known.was_cut, known.landed, 0) if way.cuts == "change" else 0.0
+    u, s, vt = svd(kernel - base)
+    count = jnp.sum(s**2 > threshold * longer)
+    count = jnp.minimum(count, known.rank) if way.falls else count
+    scale = jnp.sqrt(longer * variance)
+    values = scale * shrinkage.frobenius(s / scale, ratio) if way.shrinks else s
+    kept = jnp.where(jnp.arange(len(s)) < count, values, 0)
+    lower = base + (u * kept[None, :]) @ vt
+    # If nothing stands out, a first cut would destroy the network.
+    goes = known.was_cut | (count > 0)
+    rank = jnp.where(known.was_cut, known.rank, count).astype(jnp.int32)
+    after = Known(lower, first[0], first[1], rank, goes)
+    new = jax.tree.map(partial(jnp.where, goes), after, known)
+    return jnp.where(goes, lower, kernel), new, threshold
+
+
+@jax.jit
+def look_at(kernel: jax.Array, last: jax.Array, threshold: jax.Array) -> Look:
+    """Returns what of a kernel is above a threshold, and what of it is new since the last cut."""
+    (u, s, _), (old, size, _) = svd(kernel), svd(last)
+    live = size > 1e-5 * size[0]
+    overlaps = jnp.sum((jnp.where(live[None, :], old, 0).T @ u) ** 2, axis=0)
+    over = lambda values: values**2 / (threshold * max(kernel.shape))
+    kept = over(s) > 1
+    new = kept & (overlaps < 0.5)
+    return Look(
+        kept.sum(),
+        new.sum(),
+        over(jnp.max(jnp.where(new, s, 0))),
+        over(jnp.max(jnp.where(kept, 0, s))),
+        over(svd(without(kernel - last, last, live.sum()))[1][0]),
+    )
