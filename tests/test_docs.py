@@ -50,6 +50,16 @@ def test_examples_print_what_stands_under_them(page, tmp_path, monkeypatch):
         assert printed_by(code, f"{page}.md", names) == printed
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("api/*.md")), ids=lambda path: path.stem)
+def test_a_page_of_the_reference_says_what_it_has_and_where_it_is_shown(page):
+    """In a clone it shows no docstrings, so it must lead to a page that can be read."""
+    _, words, _ = re.split(r"^(?:# .*|:::[^#]*)$", page.read_text(), flags=re.M, maxsplit=2)
+    assert len(words.split()) > 10
+    guides = re.findall(r"\]\(\.\./(\w+)\.md", words)
+    assert guides
+    assert set(guides) <= set(PAGES)
+
+
 def public_names():
     """Names in `__all__` of the package and of its public modules."""
     modules = [value for value in vars(rmtjax).values() if inspect.ismodule(value)]

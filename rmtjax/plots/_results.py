@@ -23,7 +23,7 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
 
     Args:
       plan: From `rmtjax.plan`, or `report.plan`; anything else raises TypeError. The first kernel
-        is on top. The legend counts kernels without a spectrum.
+        is on top. A line under the axis counts kernels without a spectrum.
       ax: Where to draw; by default on a new figure, as high as the kernels need.
       title: Above the axes.
 
@@ -47,14 +47,16 @@ def layers(plan: Mapping[str, LayerPlan], *, ax: "Axes | None" = None, title: st
     ax.barh(lines, full, height=0.5, color="0.85", label="full rank")
     ax.plot(ranks, lines, "o", color=BLUE, fillstyle="none", markersize=8, label="rank")
     ax.plot(spikes, lines, "x", color=VERMILION, label="spikes")
-    if len(plan) > len(shown):
-        ax.plot([], [], " ", label=f"{len(plan) - len(shown)} without a spectrum")
     ax.set_yticks(lines, list(shown), fontsize="small")
     ax.set_ylim(len(shown) - 0.4, -0.6)
     # The number of spikes may be 0, which a logarithmic axis cannot show.
     ax.set_xscale("symlog", linthresh=1)
-    ax.set_xlim(left=-0.2)
-    return finish(ax, "number of directions", "", title, beside=True)
+    # Room for the circle of a full rank.
+    ax.set_xlim(-0.2, 1.4 * max(full, default=1))
+    label = "number of directions (logarithmic above 1)"
+    if hidden := len(plan) - len(shown):
+        label += f"\nNot drawn: {hidden} kernel{'s' * (hidden > 1)} without a spectrum"
+    return finish(ax, label, "", title, beside=True)
 
 
 def training(

@@ -54,6 +54,17 @@ def _law_of(spectrum: Spectrum, fit: BulkFit) -> tuple[tuple, float]:
     return (ratio, spectrum.eigenvalues.shape[-1], spikes, edge), 2.0**exponent
 
 
+def _cut_range(low: float, cut: float, top: float, count: int, log: bool) -> np.ndarray:
+    """Returns the ends of `count` bars, with the cut among them if it is inside the range."""
+    space, scale = (np.geomspace, np.log) if log else (np.linspace, lambda value: value)
+    if not low < cut < top or count == 1:
+        return space(low, top, count + 1)
+    share = (scale(cut) - scale(low)) / (scale(top) - scale(low))
+    left = int(np.clip(round(count * share), 1, count - 1))
+    # Bars of the two sides differ in width, by less than one of them in all.
+    return np.concatenate([space(low, cut, left + 1), space(cut, top, count - left + 1)[1:]])
+
+
 def _bar_edges(drawn: _Drawn, bins: int | None, log: bool) -> np.ndarray:
     """Returns the ends of the bars; about 2 p^(1/3) bars cover the noise of p values."""
     if bins is not None and bins < 1:
@@ -65,10 +76,11 @@ def _bar_edges(drawn: _Drawn, bins: int | None, log: bool) -> np.ndarray:
     fine = int(np.clip(2 * drawn.values.size ** (1 / 3), 5, 100))
     if log:
         # The first and the last value must be inside after rounding.
-        return np.geomspace(low * 0.999, top * 1.001, (bins or 2 * fine) + 1)
+        return _cut_range(low * 0.999, drawn.threshold, top * 1.001, bins or 2 * fine, log)
     bulk = drawn.threshold if 0 < drawn.threshold < top else top
     # With a very distant spike, bars of this width would be too many to draw.
-    return np.linspace(0, top, (bins or min(int(np.ceil(fine * top / bulk)), 1000)) + 1)
+    count = bins or min(int(np.ceil(fine * top / bulk)), 1000)
+    return _cut_range(0.0, drawn.threshold, top, count, log)
 
 
 def _not_finite(ax: "Axes", title: str) -> "Axes":
@@ -112,7 +124,8 @@ def esd(
       ax: Where to draw; by default on a new figure.
       title: Above the axes.
       bins: Number of bars from 0 to the largest value, with `log` from the smallest one. By
-        default about $2 p^{1/3}$ bars cover the bulk.
+        default about $2 p^{1/3}$ bars cover the bulk. No bar crosses the threshold, unless it is
+        the only one.
       log: Makes both axes logarithmic, for distant spikes and for tails.
 
     Raises:

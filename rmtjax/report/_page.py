@@ -24,7 +24,8 @@ from rmtjax.report._columns import choices_of, COSTS, layout, shown, TEXTS, USUA
 from rmtjax.report._row import Row, to_cell, to_text
 from rmtjax.report._words import shares_cut, split_named, verdict, VERDICTS
 
-BINS, POINTS, MOST_SPIKES = 80, 60, 500
+POINTS, MOST_SPIKES = 60, 500
+BARS = 40  # of a bulk, at most
 SEEN = 10  # rows of which one is open at once: a figure further down would not be seen
 _LONG = ("reason", *COSTS, "removed_outputs")  # of a line each on narrow screens
 _HEADS = {
@@ -105,17 +106,23 @@ def count_values(values: np.ndarray, bins: int, stop: float) -> tuple[list[int],
     return counts.tolist(), int((~present).sum())
 
 
+def _axis(top: float, cut: float, size: int) -> tuple[int, float]:
+    """Returns the number of bars and where the last one ends; about 3 p^(1/3) are in the bulk."""
+    # The threshold is an edge of bars: one on both sides of it would show noise as spikes.
+    bins = int(np.ceil(np.clip(3 * size ** (1 / 3), 8, BARS)))
+    # Spikes that are far away would flatten the bulk. Then bars stop at twice the threshold. What
+    # is at most half as far again is shown: no reader expects the axis to end just before it.
+    last = 2 * cut if top > 3 * cut else max(top, 1.1 * cut)
+    number = int(np.ceil(bins * last / cut - 1e-6))
+    # Rounding must not leave the largest value outside.
+    return number, max(number * cut / bins, last)
+
+
 def _spectrum(drawn: _Drawn, law: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the numbers from which the script draws a spectrum."""
-    # About 3 p^(1/3) bars in the bulk. They stop at twice the threshold: spikes that are far away
-    # would flatten the bulk.
     top = float(drawn.values[0])
     cut = float(drawn.fit.threshold) ** 0.5 if drawn.has_noise else top
-    # The threshold is an edge of bars: one on both sides of it would show noise as spikes.
-    bins = int(np.ceil(np.clip(3 * drawn.values.size ** (1 / 3), 8, BINS / 2)))
-    width = (cut or 1.0) / bins
-    number = int(np.ceil(np.clip(top, 1.1 * cut, 2 * cut) / width - 1e-6)) or bins
-    stop = number * width
+    number, stop = _axis(top, cut or 1.0, drawn.values.size)
     counts, zeros = count_values(drawn.values, number, stop)
     spikes = int(drawn.fit.num_spikes) if law else 0
     numbers = {"ratio": drawn.ratio, **drawn.fit._asdict()}

@@ -5,7 +5,7 @@ import jaxtyping
 import matplotlib
 import numpy as np
 import pytest
-from helpers.plot_cases import check_image, labels, line
+from helpers.plot_cases import check_image, labels, line, made_up
 from matplotlib.figure import Figure
 
 import rmtjax
@@ -40,8 +40,23 @@ def test_layers_has_a_line_for_each_kernel_with_a_spectrum(plan, ax):
         plan[f"{name}/kernel"].rank for name in ("dense", "stack")
     ]
     assert line(ax, "spikes")[0].tolist() == [1, 2]
-    assert "1 without a spectrum" in labels(ax)
+    assert labels(ax) == ["rank", "spikes", "full rank"]  # each has its symbol
+    note = "Not drawn: 1 kernel without a spectrum"
+    assert ax.get_xlabel() == f"number of directions (logarithmic above 1)\n{note}"
     assert ax.yaxis_inverted()
+
+
+@pytest.mark.parametrize("size", [60, 100_000])
+def test_layers_has_room_for_the_circle_of_a_full_rank(size, ax):
+    spectrum, fit = made_up(60, 3)
+    spectrum = spectrum._replace(eigenvalues=np.resize(spectrum.eigenvalues, size))
+    row = rmtjax.Kept("kept", (size, size), rmtjax.KernelAxes((0,), (1,)), size, fit, spectrum)
+    plots.layers({"kernel": row}, ax=ax)
+    (circle,) = (one for one in ax.lines if one.get_label() == "rank")
+    center = ax.transData.transform((size, 0))[0]
+    radius = (circle.get_markersize() + circle.get_markeredgewidth()) / 2 * ax.figure.dpi / 72
+    assert center + radius < ax.bbox.x1
+    assert "\n" not in ax.get_xlabel()  # nothing is left out
 
 
 def test_layers_makes_room_for_many_kernels(plan):

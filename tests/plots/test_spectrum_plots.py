@@ -28,9 +28,11 @@ def truncated():
 
 @pytest.mark.parametrize("draw", [plots.esd, plots.quantiles], ids=["esd", "quantiles"])
 def test_a_row_of_a_very_large_kernel_is_drawn_on_its_scale(draw):
-    kernel, lines = np.random.default_rng(0).normal(size=(60, 90)).astype(np.float32), []
+    # A convolution's, whose spectrum only its row has: `rmtjax.spectrum` takes matrices.
+    kernel, lines = np.random.default_rng(0).normal(size=(3, 3, 10, 60)).astype(np.float32), []
     for scale in (1.0, 2.0**80):
-        row = rmtjax.plan({"kernel": kernel * np.float32(scale)})["kernel"]
+        conv = {"kernel": kernel * np.float32(scale), "bias": np.zeros(60, np.float32)}
+        row = rmtjax.plan({"conv": conv})["conv/kernel"]
         shown = draw(row.spectrum, row.fit, ax=Figure().subplots())
         law = next(one for one in shown.get_lines() if one.get_color() == "black")
         lines.append(np.asarray(law.get_xdata(), np.float64) / scale)
@@ -75,13 +77,16 @@ def test_the_law_lies_on_the_bulk_that_many_spikes_have_left(ax):
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize(("size", "spikes", "bars_of_noise"), [(10, 1, 6), (10_000, 40, 44)])
+@pytest.mark.parametrize(("size", "spikes", "bars_of_noise"), [(10, 1, 5), (10_000, 40, 43)])
 def test_bars_are_as_many_as_the_spectrum_can_bear(size, spikes, bars_of_noise, log, ax):
     spectrum, fit = made_up(size, spikes)
     plots.esd(spectrum, fit, ax=ax, log=log)
     counts, edges, floor = ax.patches[0].get_data()
+    # The threshold is an end of bars: none shows noise and spikes. Rounded as a float32.
+    cut = np.argmin(np.abs(edges - np.sqrt(fit.threshold)))
+    np.testing.assert_allclose(edges[cut], np.sqrt(fit.threshold), rtol=1e-6)
     if not log:
-        assert np.sum(edges < np.sqrt(fit.threshold)) == bars_of_noise
+        assert cut == bars_of_noise
     drawn = np.where(counts > floor, counts, 0)
     assert np.sum(drawn * np.diff(edges)) == pytest.approx(1.0, abs=1e-6)
     assert labels(ax)[0] == f"{spikes} spike{'s' * (spikes > 1)}"
@@ -90,7 +95,12 @@ def test_bars_are_as_many_as_the_spectrum_can_bear(size, spikes, bars_of_noise, 
 def test_bars_can_be_chosen(ax):
     spectrum, fit = made_up(200, 6)
     plots.esd(spectrum, fit, ax=ax, bins=7)
-    assert ax.patches[0].get_data().values.size == 7
+    counts, edges, _ = ax.patches[0].get_data()
+    assert counts.size == 7
+    np.testing.assert_allclose(np.min(np.abs(edges - np.sqrt(fit.threshold))), 0, atol=1e-6)
+    ax.clear()
+    plots.esd(spectrum, fit, ax=ax, bins=1)
+    assert ax.patches[0].get_data().values.size == 1
     with pytest.raises(ValueError, match="`bins` must be at least 1, or None"):
         plots.esd(spectrum, fit, ax=ax, bins=0)
 

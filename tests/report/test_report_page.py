@@ -67,7 +67,7 @@ def test_the_spectrum_is_told_in_few_numbers(report):
         law = found["law"]
         assert [law["lower"], law["upper"]] == pytest.approx(np.sqrt(ends), rel=0.05)
         assert max(law["heights"]) == 1000
-        assert len(found["counts"]) <= _page.BINS
+        assert len(found["counts"]) <= 3 * _page.BARS
     values = np.linalg.svd(np.float64(matrix(3)), compute_uv=False) / np.sqrt(150)
     assert second["spikes"] == 3
     assert second["largest"] == pytest.approx(values[:3], rel=1e-3)
@@ -84,6 +84,23 @@ def test_what_is_above_the_limits_is_told(monkeypatch):
     assert found["spikes"] == found["beyond"] == 60
     assert len(found["largest"]) == _page.MOST_SPIKES
     assert sum(found["counts"]) == 140  # the bulk is not flattened by what is far away
+
+
+@pytest.mark.parametrize(("top", "bars"), [(1.04, 16), (2.13, 30), (2.95, 42), (3.2, 28)])
+def test_an_axis_takes_in_what_is_near_its_end(report, top, bars):
+    """In units of the threshold: no axis ends just before the largest value."""
+    row = report.plan["Dense_3/kernel"]
+    cut = float(row.fit.threshold) ** 0.5
+    values = np.concatenate([[top * cut], np.linspace(0.99, 0.2, 99) * cut])
+    spectrum = row.spectrum._replace(eigenvalues=np.float32(values**2))
+    fit = row.fit._replace(num_spikes=np.int32(1))
+    row = dataclasses.replace(row, fit=fit, spectrum=spectrum)
+    (found,) = data_of(rmtjax.Report(rmtjax.Plan(kernel=row)).to_page())["spectra"]
+    # Up to the threshold there are 14 bars, as 3 * 100^(1/3) rounded up; beyond it as wide ones.
+    assert len(found["counts"]) == bars
+    assert found["stop"] / cut == pytest.approx(bars / 14)
+    assert found["beyond"] == (top > 3)
+    assert sum(found["counts"]) == 100 - found["beyond"]
 
 
 @pytest.mark.parametrize("cut", [np.nan, np.inf, 0.0, -1.0])

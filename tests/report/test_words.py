@@ -159,4 +159,4 @@ def test_bars_beyond_the_threshold_are_spikes(spikes, shape):
     place = int(np.argmin(abs(edges - cut)))
     assert edges[place] == pytest.approx(cut, rel=1e-12)
     assert sum(found["counts"][place:]) + found["beyond"] == found["spikes"] == fit.num_spikes
-    assert len(found["counts"]) <= _page.BINS
+    assert len(found["counts"]) <= 3 * _page.BARS
