@@ -39,7 +39,7 @@ class Config:
 
     ways: tuple[str, ...] = tuple(WAYS)
     """Of cutting."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    seeds: tuple[int, ...] = (0, 1)
     """Of images, labels, weights and batches."""
     dataset: DatasetName = "mnist"
     """Which images."""

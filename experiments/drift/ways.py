@@ -49,7 +49,7 @@ WAYS: dict[str, Way | None] = {
 
 
 class Known(NamedTuple):
-    """What is remembered of a kernel.
+    """Holds what is remembered of a kernel.
 
     Attributes:
       landed: The kernel after the last cut.
@@ -72,7 +72,7 @@ class Known(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a kernel was like right before a cut; eigenvalues are over the threshold.
+    """Tells what a kernel was like right before a cut; eigenvalues are over the threshold.
 
     Attributes:
       rank: Directions that are kept.
