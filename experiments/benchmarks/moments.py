@@ -37,7 +37,7 @@ class Config:
     rounds: int = 9
     """Turns of each."""
     json: Path | None = None
-    """File to write."""
+    """File to write, of the models."""
 
 
 class Dense(nn.Module):

@@ -21,13 +21,14 @@ import tyro
 from rich.table import Table
 
 from experiments import measure, output, training
-from experiments.drift.ways import CARRIED, cut, Known, look_at, NOTHING, Way, WAYS
+from experiments.drift.ways import CARRIED, cut, Known, Look, look_at, NOTHING, Way, WAYS
 from experiments.study import runs, tasks
 from experiments.study.options import DatasetName
 
 RESULTS = Path(__file__).parents[1] / "results" / "drift.json"
 START, BATCH, LEAST = 5, 128, 64  # epochs before the first cut; images; the short side of a kernel
 LOOKS = 10, 20, 30, 40, 50, 60
+LAST = 5  # epochs of which the mean is the end
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def cut_all(
     results = {name: cut(params[name]["kernel"], one, way) for name, one in known.items()}
     lower = with_kernels(params, {name: result[0] for name, result in results.items()})
     told = {
-        name: [float(x) for x in look_at(params[name]["kernel"], one.landed, results[name][2])]
+        name: [float(x) for x in look_at(params[name]["kernel"], one, results[name][2])]
         for name, one in known.items()
         if looks
     }
@@ -144,39 +145,52 @@ def run(config: Config, content: dict[str, Any]) -> None:
                 partial.write_text(json.dumps(content) + "\n")
 
 
+def ended(run: dict[str, Any], key: str) -> float:
+    """Returns the mean of the last epochs, since one of them says little."""
+    return float(np.mean([epoch[key] for epoch in run["history"][-LAST:]]))
+
+
+def stopped(plain: dict[str, Any]) -> float:
+    """Returns the test accuracy at the epoch that clean validation images choose."""
+    return max(plain["history"], key=lambda epoch: epoch["validation"])["test"]
+
+
 def summary(content: dict[str, Any], config: Config) -> Table:
-    """Returns a row for each way: the end and the best epoch of each seed, and means over them."""
+    """Returns a row for each way: the end of each seed, less early stopping, and means."""
     seeds = (f"seed {seed}" for seed in config.seeds)
-    table = Table("way", *seeds, "less best", "less early stopping", "wrong %", "ranks", box=None)
+    table = Table("way", *seeds, "wrong %", "ranks", box=None)
+    runs_of = lambda name: [run for seed in config.seeds if (run := find(content, name, seed))]
+    early = [stopped(run) for run in runs_of(NOTHING)]
     for name in config.ways:
-        found = [run for seed in config.seeds if (run := find(content, name, seed))]
-        plain = [run for seed in config.seeds if (run := find(content, NOTHING, seed))]
-        if len(found) < len(config.seeds) or len(plain) < len(found):
+        found = runs_of(name)
+        if not len(found) == len(early) == len(config.seeds):
             continue
-        tests = [[epoch["test"] for epoch in run["history"]] for run in found]
-        cells = [f"{test[-1]:.2f} ({max(test):.2f})" for test in tests]
-        ends = np.array([test[-1] for test in tests])
-        drift = np.mean(ends - [max(test) for test in tests])
-        early = [max(run["history"], key=lambda e: e["validation"])["test"] for run in plain]
-        wrong = np.mean([run["history"][-1]["wrong"] for run in found])
-        cells += [f"{drift:+.2f}", f"{np.mean(ends - early):+.2f}", f"{wrong:.2f}"]
+        ends = [ended(run, "test") for run in found]
+        cells = [f"{end:.2f} ({end - best:+.2f})" for end, best in zip(ends, early, strict=True)]
+        wrong = np.mean([ended(run, "wrong") for run in found])
         looks = [run["history"][-1].get("looks", {}) for run in found]
         ranks = (np.mean([look[kernel][0] for look in looks]) for kernel in looks[0])
-        table.add_row(name, *cells, ", ".join(f"{rank:.0f}" for rank in ranks))
+        table.add_row(name, *cells, f"{wrong:.2f}", ", ".join(f"{rank:.1f}" for rank in ranks))
     return table
 
 
 def directions(content: dict[str, Any], config: Config) -> Table:
     """Returns a row for each look at the carried noise: means over seeds of what a cut finds."""
-    names = "before %", "after %", "kernel", "kept", "new", "newest", "next", "beyond"
+    names = "wrong %", "added", "cut", "kernel", *Look._fields
     table = Table("epoch", *names, box=None)
     found = [run for seed in config.seeds if (run := find(content, CARRIED, seed))]
     for number in (n for n in LOOKS if found and n <= min(len(run["history"]) for run in found)):
-        epochs = [run["history"][number - 1] for run in found]
-        wrong = [f"{np.mean([e[key] for e in epochs]):.2f}" for key in ("before", "wrong")]
+        last, epochs = ([run["history"][i] for run in found] for i in (number - 2, number - 1))
+        after, before, then = (
+            np.mean([epoch[key] for epoch in group])
+            for group, key in ((epochs, "wrong"), (epochs, "before"), (last, "wrong"))
+        )
+        wrong = (f"{x:.2f}" for x in (after, before - then, before - after))
+        row = [str(number), *wrong]
         for kernel in epochs[0]["looks"]:
             look = np.mean([epoch["looks"][kernel] for epoch in epochs], axis=0)
-            table.add_row(str(number), *wrong, kernel, *(f"{x:.3g}" for x in look))
+            table.add_row(*row, kernel, *(f"{x:.2g}" if x else "0" for x in look))
+            row = [""] * len(row)
     return table
 
 

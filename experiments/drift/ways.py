@@ -20,17 +20,17 @@ class Way:
         kernel `now`; or that of the `change` since the last cut.
       cuts: What is cut: the `kernel`, or the `change` since the last cut.
       shrinks: Whether what is kept is shrunk, as is best for the Frobenius norm.
-      falls: Whether the rank of the first cut is the largest that is allowed.
+      caps: Whether the rank of the first cut is the largest that is allowed.
       resets: Whether the momentum begins anew after a cut.
-      median: Whether the threshold is that of Gavish and Donoho for the same noise.
+      optimal: Whether the threshold is that of Gavish and Donoho for the same noise.
     """
 
     noise: str = "first"
     cuts: str = "kernel"
     shrinks: bool = False
-    falls: bool = False
+    caps: bool = False
     resets: bool = False
-    median: bool = False
+    optimal: bool = False
 
 
 NOTHING, CARRIED = "nothing", "carried noise"
@@ -42,8 +42,8 @@ WAYS: dict[str, Way | None] = {
     "change cut": Way(noise="change", cuts="change"),
     "shrunk": Way(shrinks=True),
     "shrunk, noise of a period": Way(noise="change", shrinks=True),
-    "rank only falls": Way(falls=True),
-    "optimal threshold": Way(median=True),
+    "rank capped": Way(caps=True),
+    "optimal threshold": Way(optimal=True),
     "momentum reset": Way(resets=True),
 }
 
@@ -56,6 +56,7 @@ class Known(NamedTuple):
       variance, threshold: Noise at the first cut.
       rank: After the first cut.
       was_cut: Whether there was one.
+      first: The kernel after the first cut.
     """
 
     landed: jax.Array
@@ -63,12 +64,14 @@ class Known(NamedTuple):
     threshold: jax.Array
     rank: jax.Array
     was_cut: jax.Array
+    first: jax.Array
 
     @classmethod
     def of(cls, kernel: jax.Array) -> "Known":
         """Returns what is known before the first cut."""
         zero = jnp.zeros(())
-        return cls(jnp.copy(kernel), zero, zero, jnp.int32(min(kernel.shape)), jnp.bool_(False))
+        whole, rank = jnp.copy(kernel), jnp.int32(min(kernel.shape))
+        return cls(whole, zero, zero, rank, jnp.bool_(False), whole)
 
 
 class Look(NamedTuple):
@@ -76,10 +79,11 @@ class Look(NamedTuple):
 
     Attributes:
       rank: Directions that are kept.
-      new: Those of them of which less than half lies in the directions kept before.
+      new: Those of them whose row or column is less than half in the spaces of the last cut.
       newest: The largest eigenvalue of these; 0 if there are none.
       next: The largest eigenvalue that is removed.
-      beyond: That of what training added beyond the rows and the columns kept before.
+      beyond: That of what training added outside both spaces of the last cut.
+      first: Share of the squares that are kept within both spaces of the first cut.
     """
 
     rank: jax.Array
@@ -87,6 +91,7 @@ class Look(NamedTuple):
     newest: jax.Array
     next: jax.Array
     beyond: jax.Array
+    first: jax.Array
 
 
 def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -95,13 +100,17 @@ def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, s, vt
 
 
-def without(matrix: jax.Array, kept: jax.Array, rank: jax.Array) -> jax.Array:
-    """Returns what of a matrix lies beyond the rows and columns of another one."""
-    u, _, vt = svd(kept)
-    live = jnp.arange(len(vt)) < rank
-    u, vt = u * live[None, :], vt * live[:, None]
+def spaces(kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns bases of the column and the row space of a kernel that was cut, with zeros behind."""
+    u, s, vt = svd(kept)
+    live = (s > 1e-5 * s[0])[None, :]
+    return u * live, vt.T * live
+
+
+def outside(matrix: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    """Returns what of a matrix is outside a column space and outside a row space."""
     rest = matrix - u @ (u.T @ matrix)
-    return rest - (rest @ vt.T) @ vt
+    return rest - (rest @ v) @ v.T
 
 
 def optimal(ratio: float) -> float:
@@ -126,11 +135,11 @@ def cut(kernel: jax.Array, known: Known, way: Way) -> tuple[jax.Array, Known, ja
     once_cut = lambda new: [jnp.where(known.was_cut, *pair) for pair in zip(new, now, strict=True)]
     first = once_cut((known.variance, known.threshold))
     variance, threshold = {"first": first, "now": now, "change": once_cut(change)}[way.noise]
-    threshold = optimal(ratio) * variance if way.median else threshold
+    threshold = optimal(ratio) * variance if way.optimal else threshold
     base = jnp.where(known.was_cut, known.landed, 0) if way.cuts == "change" else 0.0
     u, s, vt = svd(kernel - base)
     count = jnp.sum(s**2 > threshold * longer)
-    count = jnp.minimum(count, known.rank) if way.falls else count
+    count = jnp.minimum(count, known.rank) if way.caps else count
     scale = jnp.sqrt(longer * variance)
     values = scale * shrinkage.frobenius(s / scale, ratio) if way.shrinks else s
     kept = jnp.where(jnp.arange(len(s)) < count, values, 0)
@@ -138,24 +147,27 @@ def cut(kernel: jax.Array, known: Known, way: Way) -> tuple[jax.Array, Known, ja
     # If nothing stands out, a first cut would destroy the network.
     goes = known.was_cut | (count > 0)
     rank = jnp.where(known.was_cut, known.rank, count).astype(jnp.int32)
-    after = Known(lower, first[0], first[1], rank, goes)
+    kept = jnp.where(known.was_cut, known.first, lower)
+    after = Known(lower, first[0], first[1], rank, goes, kept)
     new = jax.tree.map(partial(jnp.where, goes), after, known)
     return jnp.where(goes, lower, kernel), new, threshold
 
 
 @jax.jit
-def look_at(kernel: jax.Array, last: jax.Array, threshold: jax.Array) -> Look:
-    """Returns what of a kernel is above a threshold, and what of it is new since the last cut."""
-    (u, s, _), (old, size, _) = svd(kernel), svd(last)
-    live = size > 1e-5 * size[0]
-    overlaps = jnp.sum((jnp.where(live[None, :], old, 0).T @ u) ** 2, axis=0)
+def look_at(kernel: jax.Array, known: Known, threshold: jax.Array) -> Look:
+    """Returns what of a kernel is above a threshold, and what of it is new."""
+    (u, s, vt), (left, right) = svd(kernel), spaces(known.landed)
+    overlaps = jnp.minimum(*(jnp.sum(x**2, axis=0) for x in (left.T @ u, right.T @ vt.T)))
     over = lambda values: values**2 / (threshold * max(kernel.shape))
     kept = over(s) > 1
     new = kept & (overlaps < 0.5)
+    lower = (u * jnp.where(kept, s, 0)[None, :]) @ vt
+    first = spaces(known.first)
     return Look(
         kept.sum(),
         new.sum(),
         over(jnp.max(jnp.where(new, s, 0))),
         over(jnp.max(jnp.where(kept, 0, s))),
-        over(svd(without(kernel - last, last, live.sum()))[1][0]),
+        over(svd(outside(kernel - known.landed, left, right))[1][0]),
+        jnp.sum((first[0].T @ lower @ first[1]) ** 2) / jnp.sum(lower**2),
     )

@@ -147,18 +147,20 @@ class _Program:
         self.turned: set[str] = set()
         self.add = jax.jit(self._add, donate_argnums=0)  # the sums are updated in place
 
-    def met(self, key, *arguments) -> "_Program":
-        """Returns the program of kernels along the axes on which rows meet them."""
-        jax.eval_shape(self._sums, key, *arguments)
-        self.traced.clear()
+    def met(self, key, *arguments) -> tuple["_Program", PyTree]:
+        """Returns the program of kernels along the axes on which rows meet them, and no sums yet.
+
+        Without these the first batch would compile a program of its own.
+        """
+        sums = jax.eval_shape(self._sums, key, *arguments)
         if not self.turned:
-            return self
+            return self, jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), sums)
         turn = lambda axes: KernelAxes(axes.outputs, axes.inputs, axes.batch)
         views = {
             path: replace(view, axes=turn(view.axes)) if path in self.turned else view
             for path, view in self.views.items()
         }
-        return _Program(self.function, views)
+        return _Program(self.function, views).met(key, *arguments)
 
     def _run(self, taps, arguments):
         known = [view for one in self.views.values() for view in _traced_as(one)]
@@ -188,12 +190,6 @@ class _Program:
         if key is None:
             return self._run({}, arguments)[0], {}
         return self._with_gradients(key, arguments)
-
-    def zeros(self, key, *arguments) -> PyTree:
-        """Returns the sums over no batch."""
-        # Without them the first batch would compile a program of its own.
-        sums = jax.eval_shape(self._sums, key, *arguments)
-        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), sums)
 
     def _add(self, totals, key, *arguments):
         sums = groups, _ = self._sums(key, *arguments)
@@ -241,8 +237,7 @@ def collect(
         progress(place, count, "moments")
         draw = None if key is None else jax.random.fold_in(key, place)
         if place == 0:
-            program = program.met(draw, leaves, rest, batch)
-            totals = program.zeros(draw, leaves, rest, batch)
+            program, totals = program.met(draw, leaves, rest, batch)
         totals, state = program.add(totals, draw, leaves, rest, batch)
         _check_known(state)
         _check_traced(program.traced, views)

@@ -55,14 +55,22 @@ def _law_of(spectrum: Spectrum, fit: BulkFit) -> tuple[tuple, float]:
 
 
 def _cut_range(low: float, cut: float, top: float, count: int, log: bool) -> np.ndarray:
-    """Returns the ends of `count` bars, with the cut among them if it is inside the range."""
-    space, scale = (np.geomspace, np.log) if log else (np.linspace, lambda value: value)
-    if not low < cut < top or count == 1:
-        return space(low, top, count + 1)
-    share = (scale(cut) - scale(low)) / (scale(top) - scale(low))
-    left = int(np.clip(round(count * share), 1, count - 1))
-    # Bars of the two sides differ in width, by less than one of them in all.
-    return np.concatenate([space(low, cut, left + 1), space(cut, top, count - left + 1)[1:]])
+    """Returns the ends of about `count` equal bars, with the cut among them if it is inside."""
+    equal = (np.geomspace if log else np.linspace)(low, top, count + 1)
+    if not low < cut < top:
+        return equal
+    scale, back = (np.log, np.exp) if log else (np.asarray, np.asarray)
+    start, middle, end = (float(scale(value)) for value in (low, cut, top))
+    left = round(count * (middle - start) / (end - start))
+    # A cut within the first bar would make bars without number.
+    if not 0 < left < count:
+        return equal
+    width = (middle - start) / left
+    # The last bar ends beyond the largest value: one that is narrow would be a needle.
+    right = int(np.ceil((end - middle) / width - 1e-6))
+    edges = back(start + width * np.arange(left + right + 1))
+    edges[left], edges[-1] = cut, max(edges[-1], top)
+    return edges
 
 
 def _bar_edges(drawn: _Drawn, bins: int | None, log: bool) -> np.ndarray:
@@ -124,8 +132,8 @@ def esd(
       ax: Where to draw; by default on a new figure.
       title: Above the axes.
       bins: Number of bars from 0 to the largest value, with `log` from the smallest one. By
-        default about $2 p^{1/3}$ bars cover the bulk. No bar crosses the threshold, unless it is
-        the only one.
+        default about $2 p^{1/3}$ bars cover the bulk. So that no bar crosses the threshold, there
+        may be one more. Few bars, or a threshold near 0, leave it within one.
       log: Makes both axes logarithmic, for distant spikes and for tails.
 
     Raises:

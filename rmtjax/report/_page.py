@@ -110,8 +110,8 @@ def _axis(top: float, cut: float, size: int) -> tuple[int, float]:
     """Returns the number of bars and where the last one ends; about 3 p^(1/3) are in the bulk."""
     # The threshold is an edge of bars: one on both sides of it would show noise as spikes.
     bins = int(np.ceil(np.clip(3 * size ** (1 / 3), 8, BARS)))
-    # Spikes that are far away would flatten the bulk. Then bars stop at twice the threshold. What
-    # is at most half as far again is shown: no reader expects the axis to end just before it.
+    # Spikes that are far away would flatten the bulk. Then bars stop at twice the threshold. Values
+    # up to three times the threshold are shown: no reader expects an axis to end just before one.
     last = 2 * cut if top > 3 * cut else max(top, 1.1 * cut)
     number = int(np.ceil(bins * last / cut - 1e-6))
     # Rounding must not leave the largest value outside.

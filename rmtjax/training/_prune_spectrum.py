@@ -225,7 +225,7 @@ def prune_spectrum(
     `fade` is for rules that ask for a size, such as `ranks.size(0.45)`. What lies beyond the rank
     is not removed. It is multiplied by `fade` at each pruning step, while training moves what it
     knows to the rest; below 1 % of the squares it is removed. Ranks stay full, and `rmtjax.plan`
-    with `noise_levels` makes the cut in the end. With `value_fn` gradients decide what goes: with
+    with the same rule makes the cut in the end. With `value_fn` gradients decide what goes: with
     $A = E[G G^T]$ and $B = E[G^T G]$, over one gradient a period, the cut is that of
     $A^{1/2} W B^{1/2}$. All cuts may cost what 2.5 periods of training gain. A kernel that costs
     more than its share of it, by its number of entries, is left alone for good. Let `value_fn` be

@@ -133,12 +133,6 @@ def _judge(s, complete: bool, matrices, state: KernelState, numbers: StepNumbers
     goes = (reason == Hold.NONE) & (rank < size)
     beyond = share = jnp.where(goes, removed_share(s, matrices, rank), 0)
     floor, taken = jnp.zeros_like(s[:, 0]), state.taken
-    if numbers.fade is not None and not options.rule.needs_noise:
-        # A plan with these levels and without the rule then keeps as many directions. To a plan, a
-        # threshold of 0 would be unknown.
-        last, first = (spectra.eigenvalues[:, i] for i in (rank - 1, jnp.minimum(rank, size - 1)))
-        between = jnp.sqrt(last * jnp.maximum(first, 1e-8 * last))
-        fit = fit._replace(threshold=jnp.where(goes, between, fit.threshold))
     if numbers.fade is None:
         # What training has added beyond the rank since the last cut does not count.
         added = removed_share(s, matrices, state.rank)

@@ -170,3 +170,13 @@ def test_kernels_whose_outputs_change_nothing_are_cut_as_without_gradients():
     # Weights that are all alike, by a decomposition of another matrix in float64.
     assert apart(lambda tree: tree["kernel"][1]) < 1e-5
     assert apart(lambda tree: tree["kernel"][0]) > 1e-3
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["inputs", "gradients"])
+def test_all_batches_of_one_shape_share_a_program(key, caplog):
+    module = nn.Dense(SIZE)
+    variables = module.init(jax.random.key(0), X)
+    with jax.log_compiles(True):
+        rmtjax.linen.moments(module, variables, [X[:100]] * 3, key=key)
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("Compiling" in message and "_add" in message for message in messages) == 1

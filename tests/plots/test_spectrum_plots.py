@@ -96,13 +96,27 @@ def test_bars_can_be_chosen(ax):
     spectrum, fit = made_up(200, 6)
     plots.esd(spectrum, fit, ax=ax, bins=7)
     counts, edges, _ = ax.patches[0].get_data()
-    assert counts.size == 7
+    assert counts.size in (7, 8)
     np.testing.assert_allclose(np.min(np.abs(edges - np.sqrt(fit.threshold))), 0, atol=1e-6)
     ax.clear()
     plots.esd(spectrum, fit, ax=ax, bins=1)
     assert ax.patches[0].get_data().values.size == 1
     with pytest.raises(ValueError, match="`bins` must be at least 1, or None"):
         plots.esd(spectrum, fit, ax=ax, bins=0)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("above", [1.0005, 1.1, 9.0])
+def test_a_spike_just_beyond_the_threshold_is_no_needle(above, log, ax):
+    """All bars have one width, so that a single value is not the highest."""
+    spectrum, fit = made_up(200, 6)
+    values = spectrum.eigenvalues.at[0].set(above * fit.threshold).at[1:6].set(fit.threshold / 2)
+    plots.esd(spectrum._replace(eigenvalues=values), fit, ax=ax, log=log)
+    _, edges, _ = ax.patches[0].get_data()
+    widths = np.diff(np.log(edges) if log else edges)
+    # Rounding of ends near 1, of which differences near 0.1 are taken.
+    np.testing.assert_allclose(widths, widths[0], rtol=1e-5)
+    assert edges[-1] >= np.sqrt(np.float64(values[0]))
 
 
 def test_zeros_of_a_truncated_spectrum_are_counted_and_not_drawn(truncated, ax):

@@ -90,16 +90,6 @@ def test_what_is_beyond_the_rank_fades_and_the_state_does_not_claim_a_rank(fade,
     assert plan_of(params, state)["kernel"].rank == 40
 
 
-@pytest.mark.parametrize("fade", [0.0, 0.6])
-@pytest.mark.parametrize(("rank", "row"), [(20, rmtjax.Factorized), (40, rmtjax.Kept)])
-def test_a_plan_without_the_rule_cuts_no_further(rank, row, fade):
-    """Three directions stand out of the noise; no factors of rank 40 are smaller."""
-    params, state = prune_once({"kernel": planted()}, rule=ranks.fixed(rank), fade=fade, **WHOLE)
-    plan = rmtjax.plan(params, fits=rmtjax.noise_levels(state), multiple=1)
-    assert isinstance(plan["kernel"], row)
-    assert plan["kernel"].rank in (rank, SIZE)
-
-
 @pytest.mark.slow
 def test_a_stack_fades_by_one_rank():
     stack = jnp.stack([planted(0), planted(1, num_spikes=6)])
@@ -240,13 +230,3 @@ def test_a_fade_that_is_undone_is_forgotten():
 def test_a_fade_out_of_range_or_with_a_fit_of_what_fades_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         prune_spectrum(1, **options)
-
-
-def test_a_kernel_of_that_rank_already_is_not_cut_further():
-    """No noise is left to fit. The level must not be 0, which would be unknown to a plan."""
-    u, s, vt = np.linalg.svd(np.asarray(planted(), np.float64), full_matrices=False)
-    params = {"kernel": jnp.asarray(u[:, :20] * s[:20] @ vt[:20], jnp.float32)}
-    state = prune_once(params, rule=ranks.fixed(20), fade=0.6, **WHOLE)[1]
-    (level,) = rmtjax.noise_levels(state).values()
-    assert 0 < level.threshold < s[19] ** 2 / 96
-    assert isinstance(rmtjax.plan(params, fits={"kernel": level})["kernel"], rmtjax.Kept)
