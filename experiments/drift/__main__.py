@@ -20,6 +20,7 @@ import optax
 import tyro
 from rich.table import Table
 
+import rmtjax
 from experiments import measure, output, training
 from experiments.drift.ways import CARRIED, cut, Known, Look, look_at, NOTHING, Way, WAYS
 from experiments.study import runs, tasks
@@ -28,6 +29,7 @@ from experiments.study.options import DatasetName
 RESULTS = Path(__file__).parents[1] / "results" / "drift.json"
 START, BATCH, LEAST = 5, 128, 64  # epochs before the first cut; images; the short side of a kernel
 LOOKS = 10, 20, 30, 40, 50, 60
+RATE, MOMENTUM = 0.05, 0.9
 LAST = 5  # epochs of which the mean is the end
 
 
@@ -95,13 +97,31 @@ def cut_all(
     return lower, {name: result[1] for name, result in results.items()}, told
 
 
+def freeze(params: Any, side: str) -> tuple[Any, optax.GradientTransformation]:
+    """Returns parameters cut to their spikes as factors, and an optimizer that leaves one alone."""
+    thin = rmtjax.factorize(params, rmtjax.plan(params, multiple=1))
+    kind: Any = lambda path, _: (
+        "frozen" if path[-1] == jax.tree_util.GetAttrKey(side) else "trained"
+    )
+    rules: Any = {"trained": optax.sgd(RATE, MOMENTUM), "frozen": optax.set_to_zero()}
+    return thin, optax.multi_transform(rules, jax.tree_util.tree_map_with_path(kind, thin))
+
+
+def ranks_of(params: Any) -> dict[str, list[float]]:
+    """Returns the ranks of factors by layer, in the place of looks."""
+    kernels = {name: layer["kernel"] for name, layer in params.items()}
+    return {
+        n: [float(k.left.shape[-1])] for n, k in kernels.items() if isinstance(k, rmtjax.Factors)
+    }
+
+
 def train(config: Config, name: str, seed: int) -> dict[str, Any]:
     """Returns the record of a run: a list of what each epoch left, after its cut."""
     task = tasks.Task(config.dataset, config.images, config.images // 10, 0.4)
     images, way = tasks.load(task, seed, config.source, config.data_dir), WAYS[name]
     module = training.MLP(config.widths, centred=True)
     params: Any = module.init(jax.random.key(seed), images.test.images[:1])["params"]
-    optimizer = optax.sgd(0.05, 0.9)
+    optimizer = optax.sgd(RATE, MOMENTUM)
     state, epoch = optimizer.init(params), training.make_epoch(module, optimizer)
     params = jax.tree.map(lambda leaf: leaf.copy(), params)  # an epoch takes its arguments over
     known = {one: Known.of(params[one]["kernel"]) for one in kernels(params)}
@@ -111,7 +131,12 @@ def train(config: Config, name: str, seed: int) -> dict[str, Any]:
         order = training.batches(key, config.images, BATCH)
         params, state, _ = epoch(params, state, images.train, *order)
         told: dict[str, Any] = {}
-        if way is not None and number >= START:
+        if way is not None and way.freezes:
+            if number == START:
+                params, optimizer = freeze(params, way.freezes)
+                state, epoch = optimizer.init(params), training.make_epoch(module, optimizer)
+            told["looks"] = ranks_of(params)
+        elif way is not None and number >= START:
             if number in LOOKS:
                 told["before"] = runs.fitted(module, params, images)["wrong"]
             params, known, told["looks"] = cut_all(params, known, way, number in LOOKS)

@@ -21,6 +21,10 @@ class Way:
       cuts: What is cut: the `kernel`, or the `change` since the last cut.
       shrinks: Whether what is kept is shrunk, as is best for the Frobenius norm.
       caps: Whether the rank of the first cut is the largest that is allowed.
+      holds: Spaces of the first cut, outside of which nothing is kept: of `inputs`, `outputs`, or
+        of both.
+      freezes: The factors, `left` or `right`, that stay as they are after the first cut. There is
+        no other cut: the rest is trained in the factors.
       resets: Whether the momentum begins anew after a cut.
       optimal: Whether the threshold is that of Gavish and Donoho for the same noise.
     """
@@ -29,6 +33,8 @@ class Way:
     cuts: str = "kernel"
     shrinks: bool = False
     caps: bool = False
+    holds: tuple[str, ...] = ()
+    freezes: str = ""
     resets: bool = False
     optimal: bool = False
 
@@ -45,6 +51,11 @@ WAYS: dict[str, Way | None] = {
     "rank capped": Way(caps=True),
     "optimal threshold": Way(optimal=True),
     "momentum reset": Way(resets=True),
+    "inputs held": Way(holds=("inputs",)),
+    "outputs held": Way(holds=("outputs",)),
+    "both held": Way(holds=("inputs", "outputs")),
+    "left factors frozen": Way(freezes="left"),
+    "right factors frozen": Way(freezes="right"),
 }
 
 
@@ -113,6 +124,14 @@ def outside(matrix: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     return rest - (rest @ v) @ v.T
 
 
+def held(kernel: jax.Array, known: Known, way: Way) -> jax.Array:
+    """Returns what of a kernel is within spaces of the first cut, if there was one."""
+    inputs, outputs = spaces(known.first)
+    lower = inputs @ (inputs.T @ kernel) if "inputs" in way.holds else kernel
+    lower = (lower @ outputs) @ outputs.T if "outputs" in way.holds else lower
+    return jnp.where(known.was_cut, lower, kernel)
+
+
 def optimal(ratio: float) -> float:
     r"""Returns the threshold of Gavish and Donoho for known noise, as an eigenvalue of unit noise.
 
@@ -144,6 +163,7 @@ def cut(kernel: jax.Array, known: Known, way: Way) -> tuple[jax.Array, Known, ja
     values = scale * shrinkage.frobenius(s / scale, ratio) if way.shrinks else s
     kept = jnp.where(jnp.arange(len(s)) < count, values, 0)
     lower = base + (u * kept[None, :]) @ vt
+    lower = held(lower, known, way)
     # If nothing stands out, a first cut would destroy the network.
     goes = known.was_cut | (count > 0)
     rank = jnp.where(known.was_cut, known.rank, count).astype(jnp.int32)

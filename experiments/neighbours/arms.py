@@ -23,6 +23,7 @@ TRIALS = (
     (2e-3, 0.5, 0.2),
     (4e-3, 0.1, 0.2),
     (2e-3, 0.1, 0.0),
+    (1e-2, 0.1, 0.2),
 )
 OURS, NEIGHBOUR, CONTROL, WHOLE = "ours", "neighbour", "control", "full size"
 

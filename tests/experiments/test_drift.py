@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from experiments.drift.ways import CARRIED, cut, Known, look_at, NOTHING, optima
 
 LONG, SHORT = 160, 80
 FOLDER = Path(__file__).parents[2]
+FRESH = "inputs held", "left factors frozen"  # tried on other seeds too
 
 
 def draw(seed, *shape):
@@ -90,6 +92,35 @@ def test_the_rank_only_falls_where_it_may_not_rise():
     assert ranks == [3, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "sides"), [("inputs held", "u"), ("outputs held", "v"), ("both held", "uv")]
+)
+def test_spaces_of_the_first_cut_are_held(name, sides):
+    lower, known = after_a_cut()
+    u, _, vt = np.linalg.svd(np.float64(lower), full_matrices=False)
+    change = spikes(7, 50)  # stands out, and has both sides elsewhere
+    new = cut(jnp.asarray(lower + change), known, WAYS[name])[0]
+    wanted = truncated(lower + change, 3)
+    wanted = u[:, :2] @ (u[:, :2].T @ wanted) if "u" in sides else wanted
+    wanted = (wanted @ vt[:2].T) @ vt[:2] if "v" in sides else wanted
+    np.testing.assert_allclose(new, wanted, atol=1e-3)  # values near 50, in float32
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_factor_is_frozen_and_all_else_is_trained(side):
+    params = {"Dense_0": {"kernel": jnp.asarray(KERNEL), "bias": jnp.zeros(SHORT)}}
+    thin, optimizer = drift.freeze(params, side)
+    assert drift.ranks_of(thin) == {"Dense_0": [2.0]}
+    ones = jax.tree.map(jnp.ones_like, thin)
+    updates, _ = optimizer.update(ones, optimizer.init(thin), thin)
+    moved = {
+        jax.tree_util.keystr(path): bool(jnp.any(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert [path for path, moves in moved.items() if not moves] == [f"['Dense_0']['kernel'].{side}"]
+    assert len(moved) == 3
+
+
 def turned(kernel, angle, side):
     """A kernel whose leading column or row is turned by an angle, away from all that it has."""
     u, s, vt = np.linalg.svd(np.float64(kernel), full_matrices=True)
@@ -163,8 +194,10 @@ def test_the_end_is_a_mean_of_epochs_and_is_compared_with_early_stopping():
 
 
 def test_the_page_has_the_tables(capsys):
-    assert drift.main(["--show-only"]) == 0
-    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     blocks = (FOLDER / "docs" / "drift.md").read_text().split("```")[1::2]
-    shown = [block.removeprefix("text\n").splitlines() for block in blocks]
-    assert shown[1] + shown[0] == printed
+    tried, looks, fresh = (blocks[i].removeprefix("text\n").splitlines() for i in (1, 0, 2))
+    again = ["--seeds", "2", "3", "4", "--ways", NOTHING, CARRIED, *FRESH]
+    for options, tables in ([], tried + looks), (again, fresh):
+        assert drift.main(["--show-only", *options]) == 0
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert printed[: len(tables)] == tables
