@@ -37,6 +37,8 @@ class Config:
     rounds: int = 9
     """Turns of each."""
     json: Path | None = None
+    """File to write, of the layers."""
+    models_json: Path | None = None
     """File to write, of the models."""
 
 
@@ -128,7 +130,7 @@ def main() -> None:
     """Prints a row for each width."""
     config = tyro.cli(Config, description=__doc__)
     rows = [compare(width, config.rows, config.rounds) for width in config.widths]
-    timing.show("sums over the inputs of a dense layer", rows, None)
+    timing.show("sums over the inputs of a dense layer", rows, config.json)
     draw = np.random.default_rng(0)
     models = []
     for width in config.widths:
@@ -136,7 +138,7 @@ def main() -> None:
         sequences = flat.reshape(-1, TOKENS, width)
         models.append(compare_model(Dense(width), width, flat, config.rounds))
         models.append(compare_model(Transformer(width), width, sequences, config.rounds))
-    timing.show("sums over the inputs of all kernels of a model", models, config.json)
+    timing.show("sums over the inputs of all kernels of a model", models, config.models_json)
 
 
 if __name__ == "__main__":

@@ -235,6 +235,7 @@ def collect(
     waiting = None
     for place, batch in enumerate(batches):
         progress(place, count, "moments")
+        _check_known((leaves, rest, batch))
         draw = None if key is None else jax.random.fold_in(key, place)
         if place == 0:
             program, totals = program.met(draw, leaves, rest, batch)

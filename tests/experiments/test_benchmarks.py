@@ -56,9 +56,13 @@ def test_truncation_is_that_of_the_decomposition(tmp_path, monkeypatch):
 
 
 def test_sums_over_inputs_are_those_of_float64(tmp_path, monkeypatch):
-    arguments = ["--widths", "60", "--rows", "500", "--rounds", "1"]
+    file = tmp_path / "models.json"
+    arguments = ["--widths", "60", "--rows", "500", "--tokens", "64", "--rounds", "1"]
+    arguments += ["--models-json", str(file)]
     (row,) = run(moments, arguments, tmp_path, monkeypatch)
     assert row["relative difference"] < 1e-5
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["model"] for row in rows] == ["Dense", "Transformer"]
 
 
 def test_an_epoch_of_replicas_is_measured_with_both_merges(tmp_path, monkeypatch):
