@@ -2,7 +2,7 @@
 
 The sums are those that `rmtjax.linen.moments` adds to each call: the second moments of the inputs,
 and what their shrinkage needs. The first table has a dense layer alone, with as many outputs as
-inputs. The second has whole models, on batches of the same number of rows. All is in float32.
+inputs. The second has whole models. All is in float32.
 """
 
 import time

@@ -51,15 +51,6 @@ _DATA = (
     "file of samples, first axis by first axis: .npy for one argument of the model, .npz with an "
     "array for each argument, in the order of the file"
 )
-
-
-def _epilog(command: str = "") -> str:
-    """Returns the examples of a command, or of all, and the exit codes."""
-    others = lambda line: line.startswith("  rmtjax ") and line.split()[1] != command
-    text = "\n".join(line for line in _EPILOG.splitlines() if not (command and others(line)))
-    return _WARNING + text if command in ("", "compress") else text
-
-
 # The type of the number after the colon, and the rule.
 _RULES = {
     "bema": (None, ranks.bema),
@@ -274,6 +265,13 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     words = "writes the rows; '-' is stdout and no table"
     add("--json", dest="reports", action="append", metavar="FILE", type=named, help=words)
     add("--all", action="store_true", help="the table also has the tensors that are equal")
+
+
+def _epilog(command: str = "") -> str:
+    """Returns the examples of a command, or of all, and the exit codes."""
+    others = lambda line: line.startswith("  rmtjax ") and line.split()[1] != command
+    text = "\n".join(line for line in _EPILOG.splitlines() if not (command and others(line)))
+    return _WARNING + text if command in ("", "compress") else text
 
 
 def make_parser() -> argparse.ArgumentParser:
