@@ -25,7 +25,7 @@ class Config:
     A run is written as soon as it is done, and is not done again.
     """
 
-    track: Literal["a", "b", "c"] | None = None
+    track: Literal["a", "b", "c", "d", "e"] | None = None
     """The track to run; none runs nothing."""
     arms: tuple[str, ...] = ()
     """Arms to run; all by default."""
@@ -64,7 +64,8 @@ def path_of(config: Config, letter: str) -> Path:
 
 def open_results(config: Config, letter: str) -> Results:
     """Returns what is there, or nothing yet."""
-    empty = Results({"tuning_seed": runs.TUNING_SEED, "tuned_at": runs.TUNED_AT}, COMMAND, [], [])
+    facts = {"tuning_seed": runs.TUNING_SEED, "tuned_at": tracks.TRACKS[letter].tuned_at}
+    empty = Results(facts, COMMAND, [], [])
     return read(path_of(config, letter)) or empty
 
 

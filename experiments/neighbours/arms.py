@@ -2,18 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from experiments.neighbours import (
     dynamical,
     few_entries,
+    grouped,
     local_drop,
     low_rank,
     spiking,
     tensors,
 )
 from experiments.neighbours.sizes import Thin
+from experiments.neighbours.tracks import Track
 from experiments.neighbours.trainer import Hyper, Setting
 
 # Tuned for every arm: rate, weight decay, dropout. The trials are the same for all of them, so that
@@ -40,6 +43,7 @@ class Arm:
       knobs: Its numbers that are tuned, beside those that all have.
       tracks: Letters of the tracks that it runs on.
       fixed: Numbers that are not tuned.
+      levels: Those that it can have, if not all of a track.
     """
 
     name: str
@@ -49,11 +53,21 @@ class Arm:
     knobs: tuple[tuple[str, tuple[float, ...]], ...] = ()
     tracks: str = "abc"
     fixed: tuple[tuple[str, float], ...] = ()
+    levels: tuple[float, ...] = ()
 
     @property
     def is_full_size(self) -> bool:
         """Returns True if it has all parameters, at every level."""
         return self.kind == WHOLE
+
+    def levels_of(self, track: Track) -> tuple[float, ...]:
+        """Returns the levels of an arm on a track."""
+        return (1.0,) if self.is_full_size else self.levels or track.levels
+
+    def tuned_at(self, track: Track) -> float:
+        """Returns the level of its trials."""
+        levels = self.levels_of(track)
+        return track.tuned_at if track.tuned_at in levels else levels[0]
 
     def draw(self, trial: int) -> Hyper:
         """Returns the numbers of a trial: the shared ones, and a draw of those of the arm."""
@@ -64,6 +78,8 @@ class Arm:
 
 _RHO = (("rho", (1e-3, 1e-2, 1e-1)),)
 _SER = (("strength", (0.5, 1.0, 2.0)), ("restore", (0.1, 0.3)))
+_HALF: dict[str, Any] = {"tracks": "de", "levels": (0.5,)}
+EVERY = "abcde"
 NO_DECAY, NO_DROPOUT = ("decay", 0.0), ("dropout", 0.0)
 ALL = (
     Arm("RMT, guarded", OURS, "2303.08986", low_rank.rmt_guard, (("rise", (0.003, 0.01, 0.03)),)),
@@ -84,10 +100,15 @@ ALL = (
     Arm("ADMM, rank", OURS, "2111.14836", low_rank.admm_rank, _RHO),
     Arm("SET", OURS, "2101.09048", few_entries.random_growth, (("drop", (0.1, 0.3, 0.5)),)),
     Arm("RigL", OURS, "1911.11134", few_entries.gradient_growth, (("drop", (0.1, 0.3, 0.5)),)),
-    Arm("magnitude", OURS, "1710.01878", few_entries.magnitude),
-    Arm("edge budget", OURS, "2606.02608", few_entries.edge_budget, _SER[:1]),
-    Arm("SER", OURS, "2606.02608", few_entries.reallocated, _SER),
-    Arm("magnitude, SER", OURS, "2606.02608", few_entries.hybrid, _SER),
+    Arm("magnitude", OURS, "1710.01878", few_entries.magnitude, tracks=EVERY),
+    Arm("edge budget", OURS, "2606.02608", few_entries.edge_budget, _SER[:1], tracks=EVERY),
+    Arm("SER", OURS, "2606.02608", few_entries.reallocated, _SER, tracks=EVERY),
+    Arm("magnitude, SER", OURS, "2606.02608", few_entries.hybrid, _SER, tracks=EVERY),
+    Arm("2:4", OURS, "2104.08378", grouped.n_of_m((2, 4)), **_HALF),
+    Arm("2:4, order as given", OURS, "2104.08378", grouped.n_of_m((2, 4), permuted=False), **_HALF),
+    Arm("2:4, SER", OURS, "2606.02608", grouped.n_of_m((2, 4), True), _SER[1:], **_HALF),
+    Arm("8:16", OURS, "2606.02608", grouped.n_of_m((8, 16)), **_HALF),
+    Arm("8:16, SER", OURS, "2606.02608", grouped.n_of_m((8, 16), True), _SER[1:], **_HALF),
     Arm("block terms", NEIGHBOUR, "2010.04963", tensors.block_terms),
     Arm("tensorized", NEIGHBOUR, "2211.14657", tensors.operator_from_scratch, tracks="ac"),
     Arm("tensorized, joint", NEIGHBOUR, "2010.04196", tensors.joint_gates, tracks="b"),
@@ -105,9 +126,9 @@ ALL = (
     Arm("Gavish-Donoho", CONTROL, "1305.5870", low_rank.gavish_donoho),
     Arm("low rank from scratch", CONTROL, "classic", low_rank.from_scratch),
     Arm("narrow", CONTROL, "classic", low_rank.narrow),
-    Arm("dense", WHOLE, "classic", low_rank.whole, fixed=(NO_DECAY, NO_DROPOUT)),
+    Arm("dense", WHOLE, "classic", low_rank.whole, fixed=(NO_DECAY, NO_DROPOUT), tracks=EVERY),
     Arm("dropout", WHOLE, "classic", low_rank.whole, fixed=(NO_DECAY, ("dropout", 0.2))),
-    Arm("weight decay", WHOLE, "classic", low_rank.whole, fixed=(NO_DROPOUT,)),
+    Arm("weight decay", WHOLE, "classic", low_rank.whole, fixed=(NO_DROPOUT,), tracks=EVERY),
     Arm("spiking", WHOLE, "2211.10725", spiking.whole, tracks="a"),
 )  # fmt: skip
 

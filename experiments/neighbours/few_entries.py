@@ -1,6 +1,7 @@
 """Arms of few entries and few bits: pruned after dense training, or sparse from the first step."""
 
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,32 +28,31 @@ def _rounds(extra, steps: int):
     return sparsity, every
 
 
-def _pruning(restores: bool, hybrid: bool):
+def pruning(restores: bool, hybrid: bool = False, **pattern: Any) -> Phase:
+    """Returns the phase in which entries go: by a budget, or by a `pattern` with its `axes`."""
+
     def chain(hyper, steps, extra):
         sparsity, every = _rounds(extra, steps)
         weights = extra["weights"]
-        options = {}
+        options = dict(pattern) or {"budget": weights}
         if restores:  # beyond the target go as many as a share of what stays
             select = max(1, every // 3)
-            options = {"restore": hyper["restore"] * (1 - extra["sparsity"]), "select": select}
+            share = hyper["restore"] * (1 - extra["sparsity"])
+            options |= {"restore": share, "select": select}
         prune = rmtjax.prune_entries(
             sparsity,
             every=every,
             start=1,
-            budget=weights,
             magnitude_until=0.21 if hybrid else 0.0,
             where=lambda path, leaf: path in weights,
             **options,
         )
         return optax.chain(adam(hyper, steps), prune)
 
-    return chain
+    return Phase(allocation.REST, chain)
 
 
-MAGNITUDE, RESTORED, HYBRID = (
-    Phase(allocation.REST, _pruning(*kind))
-    for kind in ((False, False), (True, False), (True, True))
-)
+MAGNITUDE, RESTORED, HYBRID = pruning(False), pruning(True), pruning(True, hybrid=True)
 
 
 def _pruned(setting: Setting, phase: Phase, strength: float | None) -> Thin:

@@ -42,6 +42,58 @@ class CNN(nn.Module):
         return nn.Dense(10)(x)
 
 
+class ThinCNN(nn.Module):
+    """Three convolutions, of which two pool, and a dense layer of some width."""
+
+    width: int = 64
+    dropout: float = 0.0
+    channels: tuple[int, int, int] = (16, 32, 64)
+
+    @nn.compact
+    def __call__(self, x, train: bool):  # noqa: D102
+        x = x[..., None]
+        for i, features in enumerate(self.channels):
+            x = nn.relu(nn.Conv(features, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2)) if i < 2 else x
+        x = nn.relu(nn.Dense(self.width)(x.reshape(len(x), -1)))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(10)(x)
+
+
+class Block(nn.Module):
+    """A block of a transformer: attention and two dense layers, each after a norm."""
+
+    width: int
+    heads: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train: bool):  # noqa: D102
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        x = x + drop(nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x)))
+        hidden = nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x)))
+        return x + drop(nn.Dense(self.width)(hidden))
+
+
+class ViT(nn.Module):
+    """A vision transformer: pieces of 2 x 2 pixels, blocks, and a mean over the pieces."""
+
+    width: int = 64
+    dropout: float = 0.0
+    depth: int = 3
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x, train: bool):  # noqa: D102
+        n, h, w = x.shape
+        x = x.reshape(n, h // 2, 2, w // 2, 2).transpose(0, 1, 3, 2, 4).reshape(n, -1, 4)
+        x = nn.Dense(self.width)(x)
+        x = x + self.param("places", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        for _ in range(self.depth):
+            x = Block(self.width, self.heads, self.dropout)(x, train)
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
+
+
 class LeNet5(nn.Module):
     """LeNet5 as in 2205.13571: 430,500 weights in four layers, and biases."""
 

@@ -17,7 +17,6 @@ from experiments.neighbours.arms import Arm
 from experiments.neighbours.tracks import Track
 from experiments.neighbours.trainer import Setting
 
-TUNED_AT = 0.1
 BATCHES = 1, 128  # of which the latency is measured
 ROUNDS = 30
 Find = Callable[[Any], dict[str, Any] | None]
@@ -65,13 +64,13 @@ def plan_runs(
 
     All arms get a seed before the next seed begins, so that a stopped bench can be compared.
     """
-    levels = lambda arm: (1.0,) if arm.is_full_size else tracks.TRACKS[letter].levels
+    track = tracks.TRACKS[letter]
 
     def of(arm: Arm, level: float, seed: int, trial: int, tuning: bool) -> Run:
         return Run(letter, arm.name, level, seed, trial, tuning, short)
 
     def trials_of(arm: Arm) -> list[Run]:
-        level = 1.0 if arm.is_full_size else TUNED_AT
+        level = arm.tuned_at(track)
         return [of(arm, level, TUNING_SEED, trial, True) for trial in range(trials)]
 
     for arm in chosen:
@@ -80,7 +79,7 @@ def plan_runs(
         for arm in chosen:
             found = [record for run in trials_of(arm) if (record := find(run))]
             best = best_trial(found)
-            planned = [of(arm, level, seed, best, False) for level in levels(arm)]
+            planned = [of(arm, level, seed, best, False) for level in arm.levels_of(track)]
             yield from (run for run in planned if find(run) is None)
 
 

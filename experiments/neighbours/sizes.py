@@ -109,7 +109,8 @@ def shapes(track: Track) -> dict[str, tuple[int, int]]:
 def budget(track: Track, level: float) -> int:
     """Returns the numbers that the kernels may have together, if all else stays."""
     total = dense_size(track).parameters
-    return int(level * total) - (total - sum(m * n for m, n in shapes(track).values()))
+    kernels = sum(m * n for m, n in shapes(track).values())
+    return int(level * kernels) if track.of_kernels else int(level * total) - (total - kernels)
 
 
 def share(track: Track, level: float) -> float:

@@ -14,7 +14,6 @@ from experiments.neighbours.arms import Arm
 from experiments.study.statistics import paired_difference
 
 Records = list[dict[str, Any]]
-REFERENCE = "truncated SVD"  # of paired differences
 STYLES = {arms.OURS: "-", arms.NEIGHBOUR: "--", arms.CONTROL: ":", arms.WHOLE: ""}
 MARKERS = "os^"
 
@@ -52,13 +51,14 @@ def _row(records: Records, letter: str, arm: Arm, level: float) -> list[str] | N
     found = final(records, letter, arm.name, level)
     if not found:
         return None
-    whole, values = sizes.dense_size(tracks.TRACKS[letter]), tests(found)
-    against = paired_difference(values, tests(final(records, letter, REFERENCE, level)))
+    track = tracks.TRACKS[letter]
+    whole, values = sizes.dense_size(track), tests(found)
+    against = paired_difference(values, tests(final(records, letter, track.reference, level)))
     return [
         _mark(arm),
         str(len(found)),
         output.interval(np.array([*values.values()]), ".1f"),
-        "" if against is None or arm.name == REFERENCE else str(against),
+        "" if against is None or arm.name == track.reference else str(against),
         f"{_mean(found, 'parameters'):,.0f}",
         f"{_mean(found, 'bytes') / whole.bytes:.3f}",
         f"{_mean(found, 'multiply_adds') / whole.multiply_adds:.3f}",
@@ -77,9 +77,11 @@ def _new_table(title: str, *columns: str) -> Table:
 
 def level_table(records: Records, letter: str, level: float) -> Table | None:
     """Returns a row for each arm at a level, the best first; None without records."""
-    title = f"track {letter}: {tracks.TRACKS[letter].task}, "
-    title += "full size" if level == 1 else f"{100 * level:g} % of the parameters"
-    columns = "arm", "seeds", "test %", f"less {REFERENCE}", "numbers", "bytes", "products"
+    track = tracks.TRACKS[letter]
+    counted = "entries" if track.of_kernels else "parameters"
+    title = f"track {letter}: {track.task}, "
+    title += "full size" if level == 1 else f"{100 * level:g} % of the {counted}"
+    columns = "arm", "seeds", "test %", f"less {track.reference}", "numbers", "bytes", "products"
     table = _new_table(title, *columns, "ms, 1", "x", "ms, 128", "x", "train s")
     rows = [row for arm in arms.on_track(letter) if (row := _row(records, letter, arm, level))]
     for row in sorted(rows, key=lambda row: -float(row[2].split()[0])):
@@ -118,7 +120,7 @@ def track_tables(records: Records, letter: str) -> list[Table]:
 def _curve(records: Records, letter: str, arm: Arm, name: str) -> tuple[list[float], list[float]]:
     """Returns the share of a cost, and the accuracy, of an arm at each level that was run."""
     track = tracks.TRACKS[letter]
-    levels = (1.0,) if arm.is_full_size else track.levels
+    levels = arm.levels_of(track)
     found = [one for level in levels if (one := final(records, letter, arm.name, level))]
     whole = getattr(sizes.dense_size(track), name)
     return [_mean(one, name) / whole for one in found], [_mean(one, "test") for one in found]

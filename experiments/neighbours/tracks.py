@@ -1,4 +1,4 @@
-"""The three tracks: a network, its data, the kernels that arms may make smaller, and the sizes."""
+"""The tracks: a network, its data, the kernels that arms may make smaller, and the sizes."""
 
 import itertools
 from collections.abc import Callable
@@ -40,10 +40,15 @@ class Track:
       load: Reads the data.
       kernels: Paths of the kernels that arms make smaller. All others stay.
       positions: How often a kernel multiplies for one sample; once if not named.
-      levels: Stored parameters over those of the dense network.
+      levels: Stored parameters over those of the dense network, or those of `kernels` alone.
       steps: Gradient steps of a run, over all of its phases.
       batch: Samples in a step.
       scan: Whether steps run in one compiled loop. XLA's convolutions are slow in loops.
+      of_kernels: Whether levels count the entries of `kernels` alone.
+      tuned_at: The level of the trials.
+      reference: The arm that others are compared with.
+      feeds: Layers whose outputs go to one other layer only, with that layer. Between them all
+        channels are treated alike, so that they may change places.
     """
 
     name: str
@@ -56,10 +61,15 @@ class Track:
     batch: int
     positions: tuple[tuple[str, int], ...] = ()
     scan: bool = True
+    of_kernels: bool = False
+    tuned_at: float = 0.1
+    reference: str = "truncated SVD"
+    feeds: tuple[tuple[str, str], ...] = ()
 
     def short(self) -> "Track":
         """Returns the track with a small network, few samples and few steps."""
         small: dict[str, Any] = {"width": 64} | ({"channels": (4, 64)} if self.name == "c" else {})
+        small = {} if self.of_kernels else small  # these are small
         return replace(self, module=self.module.clone(**small), steps=20, load=_Few(self.load))
 
 
@@ -113,6 +123,15 @@ def garments() -> Splits:
     return _cut(x, y, len(x) - len(found.test_images) - validation, validation)
 
 
+_HEADS = "query", "key", "value", "out"
+_IN_BLOCK = *(f"MultiHeadDotProductAttention_0/{name}" for name in _HEADS), "Dense_0", "Dense_1"
+_BLOCKS = [f"Block_{i}" for i in range(networks.ViT.depth)]
+SPARSE: dict[str, Any] = {
+    "of_kernels": True,
+    "tuned_at": 0.4,
+    "reference": "magnitude",
+}
+
 TRACKS = {
     track.name: track
     for track in (
@@ -128,6 +147,19 @@ TRACKS = {
             "c", "Fashion-MNIST 14 x 14, CNN of two convolutions", networks.CNN(), garments,
             ("Conv_1/kernel", "Dense_0/kernel"), (0.1, 0.25), 500, 64,
             (("Conv_0/kernel", 196), ("Conv_1/kernel", 49)), scan=False,
+        ),
+        Track(
+            "d", "Fashion-MNIST 14 x 14, transformer of three blocks", networks.ViT(), garments,
+            tuple(f"{block}/{layer}/kernel" for block in _BLOCKS for layer in _IN_BLOCK),
+            (0.5, 0.4, 0.3), 700, 64,
+            tuple((f"{block}/{layer}/kernel", 49) for block in _BLOCKS for layer in _IN_BLOCK),
+            feeds=tuple((f"{block}/Dense_0", f"{block}/Dense_1") for block in _BLOCKS), **SPARSE,
+        ),
+        Track(
+            "e", "Fashion-MNIST 14 x 14, CNN of three convolutions", networks.ThinCNN(), garments,
+            ("Conv_1/kernel", "Conv_2/kernel", "Dense_0/kernel"), (0.5, 0.4, 0.3), 1500, 64,
+            (("Conv_0/kernel", 196), ("Conv_1/kernel", 49), ("Conv_2/kernel", 9)), scan=False,
+            feeds=(("Conv_0", "Conv_1"), ("Conv_1", "Conv_2")), **SPARSE,
         ),
     )
 }  # fmt: skip
