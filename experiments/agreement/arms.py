@@ -22,6 +22,8 @@ class Arm:
       merge: How they become one after each epoch: by agreement, or by their mean.
       chain: Whether the halves of an epoch, one after the other, are the replicas.
       rest: Share of what is not agreed on that is kept at first; it falls to 0 linearly.
+      period: Epochs from one merge to the next: a half, or a whole number.
+      fixed: Whether the images are dealt to the replicas once, and not anew in each period.
       rule: What is done to the gradients, a key of `RULES`.
       value: The number that this rule has to be given.
     """
@@ -31,6 +33,8 @@ class Arm:
     merge: str = "none"
     chain: bool = False
     rest: float = 0.0
+    period: float = 1.0
+    fixed: bool = False
     rule: str = "plain"
     value: float = 0.0
 
@@ -145,5 +149,11 @@ PAIR = Arm("agreement, k = 2", 2, "agreement")
 FOUR = Arm("agreement, k = 4", 4, "agreement")
 CHAIN = Arm("agreement in a chain", 1, "agreement", chain=True)
 REST = Arm("agreement, k = 2, rest 0.1 to 0", 2, "agreement", rest=0.1)
+EIGHT = Arm("agreement, k = 8", 8, "agreement")
+PERIODS = tuple(
+    Arm(f"agreement, k = 2, period {period:g}", 2, "agreement", period=period)
+    for period in (0.5, 2.0, 5.0)
+)
+FIXED = Arm("agreement, k = 2, parts fixed", 2, "agreement", fixed=True)
 OURS = (PAIR, FOUR, CHAIN)
 RIVALS = tuple(Arm(name, rule=name) for name in RULES if name != "plain")

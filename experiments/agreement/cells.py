@@ -33,6 +33,9 @@ class Cell:
       network: A key of `NETWORKS`.
       optimizer: A key of `OPTIMIZERS`.
       epochs, batch: How long it trains, and on how many images in a step.
+      pixel_noise: Deviation of what is added to the pixels of training images, over the brightest.
+      target_noise: Deviation of what is added to the targets of a regression: 1 for the class, else
+        0. Above 0, the loss is the mean square, and no label is redrawn.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Cell:
     optimizer: str = "SGD"
     epochs: int = 60
     batch: int = 128
+    pixel_noise: float = 0.0
+    target_noise: float = 0.0
 
     def task(self) -> tasks.Task:
         """Returns the task of the study with the same images; its labels may be others."""
@@ -61,13 +66,22 @@ class Run:
 
 
 def load(cell: Cell, seed: int, source: str = "auto") -> tasks.Images:
-    """Returns the images of a run, with the labels of the cell."""
-    if not cell.asymmetric:
+    """Returns the images of a run, with the noise of the cell."""
+    if not (cell.asymmetric or cell.pixel_noise or cell.target_noise):
         return tasks.load(cell.task(), seed, source)
     images = tasks.load(replace(cell.task(), label_noise=0.0), seed, source)
-    wrong = np.random.default_rng([seed, 2]).random(len(images.true_labels)) < cell.noise
-    labels = (images.true_labels.astype(np.int32) + wrong) % 10
-    return images._replace(train=images.train._replace(labels=jnp.asarray(labels)))
+    pixels, labels = np.asarray(images.train.images), images.true_labels.astype(np.int32)
+    rng = np.random.default_rng([seed, 2])
+    if cell.pixel_noise:
+        noisy = pixels + 255 * cell.pixel_noise * rng.normal(size=pixels.shape)
+        pixels = np.clip(np.round(noisy), 0, 255).astype(np.uint8)
+    if cell.target_noise:
+        targets = np.eye(10)[labels]
+        labels = (targets + cell.target_noise * rng.normal(size=targets.shape)).astype(np.float32)
+    elif cell.asymmetric:
+        labels = (labels + (rng.random(len(labels)) < cell.noise)) % 10
+    train = images.train._replace(images=jnp.asarray(pixels), labels=jnp.asarray(labels))
+    return images._replace(train=train)
 
 
 def _from_images(module: nn.Module) -> problems.Network:
@@ -162,6 +176,11 @@ ADAM = Cell("Adam", optimizer="Adam")
 DEEPER = Cell("three hidden layers", network="784-512-512-512-10")
 ALL = Cell("all of MNIST", images=None, epochs=20)
 LONG = Cell("200 epochs", epochs=200)
+ALL_TWICE = replace(ALL, name="all of MNIST, twice the epochs", epochs=40)
+GRU_FOUR_TIMES = replace(GRU, name="GRU, four times the epochs", epochs=120)
+FEW = Cell("1,000 clean images", images=1000, noise=0.0, batch=32)
+PIXELS = Cell("noisy images", noise=0.0, pixel_noise=0.5)
+REGRESSION = Cell("regression, noisy targets", noise=0.0, target_noise=1.0)
 THIN = Cell("thin from the start", network="784-512-512-10 of rank 23")
 THIN_TWICE = replace(THIN, name="thin, twice the epochs", epochs=120)
 THIN_CLEAN = replace(THIN_TWICE, name="thin, clean, twice the epochs", noise=0.0)
@@ -197,9 +216,17 @@ PLAN: tuple[tuple[Cell, tuple[Arm, ...], tuple[int, ...]], ...] = (
     (Cell("20 % redrawn", noise=0.2), (arms.PAIR,), SEEDS[:1]),
     (Cell("60 % redrawn", noise=0.6), (arms.PAIR,), SEEDS[:1]),
     (DEEPER, WITH_PLAIN, SEEDS[:1]),
-    (CORE, (MASK,), SEEDS[:3]),
     (Cell("cosine", optimizer="SGD, cosine"), WITH_PLAIN, SEEDS[:1]),
     (CLEAN_TWICE, (arms.PAIR,), SEEDS[:1]),
+    (FEW, WITH_PLAIN, SEEDS[:3]),
+    (REGRESSION, WITH_PLAIN, SEEDS[:3]),
+    (PIXELS, WITH_PLAIN, SEEDS[:3]),
+    (CORE, (*arms.PERIODS, arms.FIXED), SEEDS[:1]),
+    (ALL_TWICE, (arms.PAIR,), SEEDS[:3]),
+    (LONG, (arms.FIXED, arms.FOUR), SEEDS[:1]),
+    (CORE, (arms.EIGHT,), SEEDS[:3]),
+    (GRU_FOUR_TIMES, (arms.PAIR,), SEEDS[:1]),
+    (CORE, (MASK,), SEEDS[:3]),
 )
 
 

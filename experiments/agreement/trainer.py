@@ -1,6 +1,6 @@
 """Trains a run: one compiled program an epoch, for one network or for replicas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any
@@ -22,9 +22,11 @@ CHUNK = 2_500  # images classified at once
 KEY = jax.random.key(0)  # networks take one and use none
 
 
-def _loss(network: Network, params: Any, x, y) -> jax.Array:
-    """The cross-entropy of labels, or of probabilities of classes."""
+def _loss(network: Network, squares: bool, params: Any, x, y) -> jax.Array:
+    """The cross-entropy of labels, or of probabilities of classes; or the mean square."""
     logits, _ = network.apply((params, {}), x, True, KEY)
+    if squares:
+        return jnp.square(logits - y).mean()
     if y.ndim == 2:
         return optax.softmax_cross_entropy(logits, y).mean()
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
@@ -48,14 +50,14 @@ def join(start: Any, replicas: Any, rest: Any, arm: Arm, axes: Any) -> Any:
     return jax.tree.map(lambda old, new: old + factor * (new - old), start, mean)
 
 
-def make_train(network: Network, optimizer, arm: Arm, scan: bool) -> Callable:
+def make_train(network: Network, optimizer, arm: Arm, scan: bool, squares: bool) -> Callable:
     """Returns `train(params, opt_state, split, order)`, which makes the steps of an order."""
     gradient = RULES[arm.rule].make(arm.value)
 
     def step(carry, index, split):
         params, opt_state = carry
         batch = split.images[index], split.labels[index]
-        slope = gradient(partial(_loss, network), params, *batch)
+        slope = gradient(partial(_loss, network, squares), params, *batch)
         updates, opt_state = optimizer.update(slope, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
@@ -83,13 +85,16 @@ def _in_turn(train: Callable) -> Callable:
     return trained
 
 
-def make_epoch(network: Network, optimizer, arm: Arm, scan: bool = True) -> Callable:
+def make_epoch(
+    network: Network, optimizer, arm: Arm, scan: bool = True, squares: bool = False
+) -> Callable:
     """Returns `epoch(params, opt_states, split, order, rest)`: the network and states after it.
 
     States have a leading axis: each replica keeps its own. The order is (replicas, steps, batch).
-    Without `scan` steps are compiled one by one: XLA's convolutions are slow in a loop.
+    Without `scan` steps are compiled one by one: XLA's convolutions are slow in a loop. The loss
+    may be the mean square in place of the cross-entropy.
     """
-    train = make_train(network, optimizer, arm, scan)
+    train = make_train(network, optimizer, arm, scan, squares)
     merge = partial(join, arm=arm, axes=network.axes)
     merge = merge if scan else jax.jit(merge)
     together = jax.vmap(train, (None, 0, None, 0)) if scan else _in_turn(train)
@@ -129,29 +134,66 @@ def _compiled(cell: Cell, arm: Arm, images: int):
         RULES[arm.rule].before(), cells.OPTIMIZERS[cell.optimizer](cell.epochs * steps)
     )
     network = cells.network(cell.network)
-    return optimizer, make_epoch(network, optimizer, arm, cell.network != "CNN")
+    squares = cell.target_noise > 0
+    return optimizer, make_epoch(network, optimizer, arm, cell.network != "CNN", squares)
 
 
 @partial(jax.jit, static_argnums=0)
-def _predict(apply: Callable, params: Any, images: jax.Array) -> jax.Array:
-    return jnp.argmax(apply((params, {}), images, False, KEY)[0], axis=-1)
+def _call(apply: Callable, params: Any, images: jax.Array) -> jax.Array:
+    return apply((params, {}), images, False, KEY)[0]
 
 
-def predict(network: Network, params: Any, images: jax.Array) -> np.ndarray:
-    """Returns the class that a network gives each image."""
+def outputs(network: Network, params: Any, images: jax.Array) -> np.ndarray:
+    """Returns the outputs of a network for each image."""
     chunks = (images[first : first + CHUNK] for first in range(0, len(images), CHUNK))
-    return np.concatenate([_predict(network.apply, params, chunk) for chunk in chunks])
+    return np.concatenate([_call(network.apply, params, chunk) for chunk in chunks])
+
+
+def explained(found: np.ndarray, labels: Any) -> float:
+    """Returns the share in % of the variance of right targets that outputs explain."""
+    targets = np.eye(10)[np.asarray(labels)]
+    rest = np.square(targets - found).sum() / np.square(targets - targets.mean(0)).sum()
+    return percent(1 - rest)
 
 
 def look(network: Network, params: Any, images: Images, train: bool) -> dict[str, Any]:
-    """Returns accuracies in %, and the share of the wrong labels that were learnt."""
-    right = lambda split: predict(network, params, split.images) == np.asarray(split.labels)
-    seen = {"test": percent(right(images.test)), "validation": percent(right(images.validation))}
-    if train:
+    """Returns accuracies in %, and the share of the wrong labels that were learnt.
+
+    Of a regression it is the share of the variance that is explained, and of the noise.
+    """
+    find = partial(outputs, network, params)
+    squares = images.train.labels.ndim == 2
+    right = lambda split: find(split.images).argmax(-1) == np.asarray(split.labels)
+    score = lambda split: (
+        explained(find(split.images), split.labels) if squares else percent(right(split))
+    )
+    seen = {"test": score(images.test), "validation": score(images.validation)}
+    if train and squares:
+        targets = np.eye(10)[images.true_labels]
+        noise = np.asarray(images.train.labels) - targets
+        learnt = np.vdot(find(images.train.images) - targets, noise) / np.vdot(noise, noise)
+        seen |= {"given": None, "wrong": percent(learnt)}
+    elif train:
         given = right(images.train)
         false = np.asarray(images.train.labels) != images.true_labels
         seen |= {"given": percent(given), "wrong": percent(given[false])}
     return seen
+
+
+def deal(rng: np.random.Generator, arm: Arm, size: int, steps: int, batch: int) -> Iterator:
+    """Yields the images of each period, (replicas, steps, batch).
+
+    A period has whole epochs, each of them in an order of its own, or half an epoch.
+    """
+    turns, each = max(1, round(arm.period)), steps * batch
+    divide = lambda: rng.permutation(size)[: arm.replicas * each].reshape(arm.replicas, each)
+    parts = divide()
+    while True:
+        orders = [parts, *(rng.permuted(parts, axis=1) for _ in range(turns - 1))]
+        order = np.concatenate(orders, axis=1).reshape(arm.replicas, turns * steps, batch)
+        pieces = 2 if arm.period < 1 else 1
+        yield from np.split(order[:, : order.shape[1] // pieces * pieces], pieces, axis=1)
+        parts = rng.permuted(parts, axis=1) if arm.fixed else divide()
 
 
 def perform(run: Run, images: Images, every: int = 2) -> dict[str, Any]:
@@ -167,15 +209,14 @@ def perform(run: Run, images: Images, every: int = 2) -> dict[str, Any]:
     params, _ = network.init(jax.random.key(run.seed))
     # Not `rmtjax.replicate`: a single network has a leading axis of one.
     states = jax.tree.map(lambda leaf: jnp.stack([leaf] * arm.replicas), optimizer.init(params))
-    rng = np.random.default_rng([run.seed, 3])
-    for number in range(1, cell.epochs + 1):
-        order = rng.permutation(size)[: arm.replicas * steps * batch]
-        order = order.reshape(arm.replicas, steps, batch)
-        # In the first epoch replicas differ because training moves, not because of noise.
-        rest = 1.0 if number == 1 else arm.rest * (1 - number / cell.epochs)
-        params, states = epoch(params, states, images.train, order, rest)
+    dealt = deal(np.random.default_rng([run.seed, 3]), arm, size, steps, batch)
+    for period in range(1, round(cell.epochs / arm.period) + 1):
+        number = period * arm.period
+        # In the first period replicas differ because training moves, not because of noise.
+        rest = 1.0 if period == 1 else arm.rest * (1 - number / cell.epochs)
+        params, states = epoch(params, states, images.train, next(dealt), rest)
         last = number == cell.epochs
-        if last or not (run.tuning or number % every):
+        if last or not (run.tuning or number % max(every, arm.period)):
             train = last or number % (5 * every) == 0
             history.append({"epoch": number, **look(network, params, images, train)})
     pick = lambda name: max(history, key=lambda seen: seen[name] or 0)
