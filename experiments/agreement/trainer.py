@@ -153,7 +153,7 @@ def explained(found: np.ndarray, labels: Any) -> float:
     """Returns the share in % of the variance of right targets that outputs explain."""
     targets = np.eye(10)[np.asarray(labels)]
     rest = np.square(targets - found).sum() / np.square(targets - targets.mean(0)).sum()
-    return percent(1 - rest)
+    return round(100 * float(1 - rest), 2)
 
 
 def look(network: Network, params: Any, images: Images, train: bool) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def look(network: Network, params: Any, images: Images, train: bool) -> dict[str
         targets = np.eye(10)[images.true_labels]
         noise = np.asarray(images.train.labels) - targets
         learnt = np.vdot(find(images.train.images) - targets, noise) / np.vdot(noise, noise)
-        seen |= {"given": None, "wrong": percent(learnt)}
+        seen |= {"given": None, "wrong": round(100 * float(learnt), 2)}
     elif train:
         given = right(images.train)
         false = np.asarray(images.train.labels) != images.true_labels

@@ -12,7 +12,7 @@ from rmtjax._axes import factored_axes, FactoredKernel, Factors, kernel_shape, K
 from rmtjax._text import first_lines, html_table, no_such_path, printable, SCREEN
 from rmtjax._types import BulkFit, Spectrum
 from rmtjax.noise import Shrink
-from rmtjax.planning._cost import Cost
+from rmtjax.planning._cost import add_costs, Cost
 from rmtjax.spectra import OutputLosses
 
 # How the reason of a tensor begins that has a row, and is no kernel.
@@ -126,6 +126,8 @@ class Plan(dict[str, LayerPlan]):
       >>> plan = rmtjax.plan(params, rule=rmtjax.ranks.fixed(16))
       >>> plan["kernel"]
       Factorized('factorized: rank 16 of 60, as asked by the rule', shape=(80, 60), rank=16)
+      >>> plan.cost.parameters, plan.cost.parameters_after
+      (4800, 2240)
     """
 
     @property
@@ -142,6 +144,11 @@ class Plan(dict[str, LayerPlan]):
         """The rows of the kernels that do not stay as they are."""
         return {path: row for path, row in self.items() if not isinstance(row, Kept)}
 
+    @property
+    def cost(self) -> Cost:
+        """The sum of the costs of all rows that have one."""
+        return add_costs(row.cost for row in self.values() if row.cost is not None)
+
     def in_place(self) -> "Plan":
         """Returns the plan in which every kernel keeps its shape."""
         return Plan({path: in_place(row) for path, row in self.items()})
@@ -157,7 +164,10 @@ class Plan(dict[str, LayerPlan]):
     def _title(self) -> str:
         counts = Counter(type(row).__name__.lower() for row in self.values())
         words = ", ".join(f"{number} {word}" for word, number in sorted(counts.items()))
-        return f"Plan of {len(self)} kernels" + (f": {words}" if words else "")
+        title, cost = f"Plan of {len(self)} kernels", self.cost
+        title += f": {words}" if words else ""
+        shown = f"; {cost.parameters_after:,} of {cost.parameters:,} parameters stay"
+        return title + shown if cost.parameters else title
 
     def __repr__(self) -> str:
         return "\n".join([self._title, *first_lines(str(self).splitlines())])

@@ -19,7 +19,7 @@ from rmtjax.replicas import merge_replicas
 
 SMALL = Cell("small", "fashion_mnist", images=600, epochs=2, batch=32, network="small")
 VALUES = {"label smoothing": 0.2, "SAM": 0.1, "AND-mask": 0.6}
-ARMS = [arms.PLAIN, arms.AVERAGED, *arms.OURS, arms.REST, *arms.RIVALS]
+ARMS = [arms.PLAIN, arms.AVERAGED, *arms.OURS, arms.REST, arms.PERIODS[0], *arms.RIVALS]
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +140,52 @@ def test_replicas_see_disjoint_images_and_keep_states_apart():
         params, jax.tree.map(jnp.zeros_like, states), split, order, 0.0
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), merged, again)
+
+
+@pytest.mark.parametrize("period", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_periods_deal_each_image_to_one_replica(period, fixed):
+    arm = replace(arms.PAIR, period=period, fixed=fixed)
+    dealt = trainer.deal(np.random.default_rng(0), arm, 100, steps=6, batch=8)
+    first, second, third = (next(dealt) for _ in range(3))
+    assert first.shape == (2, round(6 * period), 8)
+    sets = lambda order: [set(replica.ravel().tolist()) for replica in order]
+    assert not set.intersection(*sets(first))
+    # Each image of a part comes as often as the period has epochs, or once in its two halves.
+    counts = np.unique(first[0], return_counts=True)[1]
+    assert set(counts.tolist()) == {max(1, int(period))}
+    if period < 1:
+        assert not sets(first)[0] & sets(second)[0]
+        second = third
+    else:
+        assert (sets(first) == sets(second)) == fixed
+    assert not np.array_equal(first, second)
+
+
+def test_noise_is_added_to_pixels_and_to_targets():
+    clean = cells.load(replace(SMALL, noise=0.0), 0, "sample")
+    noisy = cells.load(replace(SMALL, noise=0.0, pixel_noise=0.5), 0, "sample")
+    moved = np.asarray(noisy.train.images, int) - np.asarray(clean.train.images, int)
+    inner = np.asarray(clean.train.images) == 128  # both ends are a deviation away
+    assert noisy.train.images.dtype == jnp.uint8
+    assert 70 < moved[inner].std() < 110  # 127.5, but a third of the draws is cut off
+    np.testing.assert_array_equal(noisy.test.images, clean.test.images)
+    targets = cells.load(replace(SMALL, noise=0.0, target_noise=1.0), 0, "sample")
+    noise = np.asarray(targets.train.labels) - np.eye(10)[targets.true_labels]
+    assert abs(noise.std() - 1) < 0.05  # five standard errors of 6,000 draws
+    np.testing.assert_array_equal(targets.test.labels, clean.test.labels)
+
+
+def test_a_regression_is_measured_by_what_it_explains_and_by_the_noise_that_it_learns():
+    cell = replace(SMALL, noise=0.0, target_noise=1.0)
+    images, run = cells.load(cell, 0, "sample"), Run(cell, arms.PLAIN, 0)
+    record = trainer.perform(run, images, every=1)
+    assert -50 < record["final"]["test"] < 100  # it has seen 36 batches
+    assert -5 < record["final"]["wrong"] < 50
+    labels = images.test.labels
+    assert trainer.explained(np.eye(10)[np.asarray(labels)], labels) == 100
+    mean = np.eye(10)[np.asarray(labels)].mean(0)[None]
+    assert trainer.explained(mean, labels) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_rival_is_tuned_before_it_runs(monkeypatch):

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rmtjax
 from experiments.neighbours import (
     __main__ as command,
     allocation,
     arms,
     block_term,
     claims,
+    grouped,
     mnist1d,
     networks,
     runs,
@@ -37,6 +39,9 @@ ARMS += [("b", name) for name in ("RMT, guarded", "SVD training", "dynamical low
 ARMS += [("c", name) for name in ("RMT, guarded", "SVD training", "dynamical low rank")]
 ARMS += [("c", name) for name in ("operator (MPO)", "state (MPS)", "block terms", "ADMM, bits")]
 ARMS += [("c", "LocalDrop, rates")]  # which drops blocks of a convolution
+ARMS += [("d", name) for name in ("SER", "2:4, SER", "8:16")]
+ARMS += [("e", name) for name in ("edge budget", "2:4", "2:4, order as given")]
+SIZED = {letter: track for letter, track in tracks.TRACKS.items() if not track.of_kernels}
 
 
 def draw(seed, *shape):
@@ -157,7 +162,7 @@ def test_a_spiking_layer_spikes_as_its_recurrence_says():
 # Sizes.
 
 
-@pytest.mark.parametrize("track", tracks.TRACKS.values(), ids=tracks.TRACKS)
+@pytest.mark.parametrize("track", SIZED.values(), ids=SIZED)
 def test_what_is_chosen_for_a_level_is_within_it(track):
     whole = sizes.dense_size(track)
     cost = {path: sum(pair) for path, pair in sizes.shapes(track).items()}
@@ -171,7 +176,7 @@ def test_what_is_chosen_for_a_level_is_within_it(track):
         assert sizes.size_of(thin, track).bytes <= level * whole.bytes
 
 
-@pytest.mark.parametrize("track", tracks.TRACKS.values(), ids=tracks.TRACKS)
+@pytest.mark.parametrize("track", SIZED.values(), ids=SIZED)
 def test_the_narrow_network_is_within_the_level(track):
     for level in track.levels:
         narrow = tracks.dense(sizes.narrow(track, level), track).shapes
@@ -202,6 +207,35 @@ def test_trials_are_as_many_for_each_arm_and_share_the_shared_numbers():
                 assert drawn[name] in values
 
 
+def test_a_better_order_of_channels_keeps_what_a_network_computes():
+    track = tracks.TRACKS["e"].short()
+    params = tracks.initial(track.module, track, 0)
+    ordered = grouped.ordered(params, track, (2, 4))
+    x = trainer.on_device(track, "test")[0][:5]
+    run = lambda params: track.module.apply({"params": params}, x, False)
+    np.testing.assert_allclose(run(ordered), run(params), atol=1e-5)  # sums in another order
+    for _, after in track.feeds:
+        kept = [
+            np.sum(
+                np.abs(tree[after]["kernel"])
+                * rmtjax.patterns.nm_mask(tree, (2, 4), where=w)[after]["kernel"]
+            )
+            for tree in (params, ordered)
+            for w in [f"{after}/kernel"]
+        ]
+        assert kept[1] > kept[0]
+
+
+def test_arms_of_patterns_have_one_level():
+    by_name = {arm.name: arm for arm in arms.on_track("d")}
+    track = tracks.TRACKS["d"]
+    assert by_name["2:4"].levels_of(track) == (0.5,)
+    assert by_name["2:4"].tuned_at(track) == 0.5
+    assert by_name["SER"].tuned_at(track) == track.tuned_at == 0.4
+    assert by_name["dense"].tuned_at(track) == 1
+    assert sizes.share(track, 0.4) == pytest.approx(0.4, abs=1e-4)  # a whole number of entries
+
+
 def test_the_best_trial_is_the_first_of_the_best_on_validation():
     record = lambda trial, value: {"validation": value, "settings": {"trial": trial}}
     assert runs.best_trial([record(0, 1.0), record(1, 3.0), record(2, 3.0)]) == 1
@@ -225,11 +259,16 @@ def test_a_sweep_finds_the_bonds_that_were_planted():
 def test_every_arm_trains_in_short(letter, name):
     track = tracks.TRACKS[letter].short()
     arm = next(arm for arm in arms.ALL if arm.name == name)
-    level = 1.0 if arm.is_full_size else track.levels[-1]
+    level = arm.levels_of(track)[-1]
     thin = arm.run(trainer.Setting(track, level, 0, arm.draw(0)))
     module = thin.module or track.module
     assert 0 <= trainer.accuracy(module, thin.training.params, track, "test") <= 100
     found, whole = sizes.size_of(thin, track), sizes.dense_size(track)
+    if track.of_kernels:  # the entries that are left, exactly or one less
+        kernels = sum(m * n for m, n in sizes.shapes(track).values())
+        left = found.parameters - (whole.parameters - kernels)
+        assert 0 <= level * kernels - left <= 1e-3 * kernels
+        return
     share = found.bytes / whole.bytes if thin.bits else found.parameters / whole.parameters
     # A spiking network of full size has leaks beside the weights.
     assert 0.6 * level < share <= level * (1.03 if name == "spiking" else 1)

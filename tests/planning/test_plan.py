@@ -216,9 +216,17 @@ def test_a_plan_has_a_row_for_every_kernel_and_nothing_else():
         "Dense_0/kernel     kept: short side 3 under 50",
         "Embed_0/embedding  factorized: rank 8 of 64, where the rule asks for 3",
     ]
+    # Of 3 x 64 x 60, 60 x 3 and 70 x 64 numbers; factors of rank 8.
+    before, after = 11_520 + 180 + 4_480, 8 * (192 + 60) + 180 + 8 * (70 + 64)
+    assert (plan.cost.parameters, plan.cost.parameters_after) == (before, after)
+    assert repr(plan).splitlines()[0] == (
+        f"Plan of 3 kernels: 2 factorized, 1 kept; {after:,} of {before:,} parameters stay"
+    )
+    assert plan.in_place().cost.parameters_after == before
 
 
 def test_a_tree_without_leaves_has_an_empty_plan():
     for params in ({}, {"Dense_0": {}}, {"kernel": None}):
         assert rmtjax.plan(params) == {}
         assert str(rmtjax.plan(params)) == ""
+        assert repr(rmtjax.plan(params)) == "Plan of 0 kernels"
