@@ -18,7 +18,9 @@ class OutputChange(NamedTuple):
 
     Attributes:
       change: $E\,|y - y'|^2$, for a stack an array with an entry for each matrix.
-      energy: $E\,|x W|^2$, the mean square of the outputs without the bias.
+      energy: $E\,|x W|^2$, the mean square of the outputs without the bias. Of a kernel that the
+        model also multiplies by its transpose it is 2: the change is the sum over both uses, each
+        over its energy.
 
     Examples:
       >>> import flax.linen as nn, jax, rmtjax
@@ -119,6 +121,11 @@ def output_changes(
             "bi,bij,bj->b", np.broadcast_to(moment.mean, matrices.shape[:2]), matrices - moved, bias
         )
         change = _second(moment, matrices - moved) + 2 * shift + np.sum(bias**2, axis=1)
+        energy = _second(moment, matrices)
+        if path in moments.transposed:
+            both, turned = moments.transposed[path], lambda stack: stack.transpose(0, 2, 1)
+            other = _second(both, turned(matrices - moved)) / _second(both, turned(matrices))
+            change, energy = change / energy + other, np.full(view.stack, 2.0)
         unstack = lambda array, view=view: array if view.axes.batch else array[0]
-        found[path] = OutputChange(unstack(change), unstack(_second(moment, matrices)))
+        found[path] = OutputChange(unstack(change), unstack(energy))
     return found

@@ -23,7 +23,7 @@ from rmtjax.planning import changed_leaves, Factorized, Findings, PlanOptions, s
 
 _KEY, _FORMAT = "rmtjax.moments", 1  # in the metadata; raised when an older reader would misread it
 _FIELDS = ("rows", "total", "second", "third", "fourth")
-_KINDS = ("groups", "gradients")
+_KINDS = ("groups", "gradients", "transposed")
 
 
 def save_moments(path: FilePath, moments: Moments) -> None:
@@ -108,7 +108,8 @@ def load_moments(path: FilePath) -> Moments:
                 (str(path), KernelAxes(*(tuple(map(int, group)) for group in groups)))
                 for path, groups in options.get("axes", ())
             )
-            moments = Moments(*sums, names, centred=bool(options["centred"]), axes=axes)
+            more: Any = {"axes": axes, "transposed": found["transposed"]}
+            moments = Moments(*sums, names, centred=bool(options["centred"]), **more)
             return moments.with_options(shrinkage=options["shrinkage"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(

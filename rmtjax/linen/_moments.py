@@ -77,8 +77,9 @@ def moments(
 
     Returns:
       A mapping from paths to `Moment`. A kernel that is only used as its transpose has the moments
-      of that product, and `axes` of the result say so. One that is used both ways is left out, such
-      as the table of a tied output layer, and one that is not used in a known product.
+      of that product, and `axes` of the result say so. One that is used both ways, such as the
+      table of a tied output layer, has those of both, and is cut for both; not one of factors.
+      Kernels that are not used in a known product are left out.
       Kernels with the same inputs, such as those of query, key and value, share one matrix.
 
     Raises:

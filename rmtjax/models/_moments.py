@@ -51,22 +51,39 @@ def _stacked(use: Use, batch: tuple[int, ...]) -> Moment:
     return jax.tree.map(stack, use.sums)
 
 
-def _group(uses: list[Use], axes: Mapping[str, KernelAxes]) -> tuple[dict[str, Moment], Names]:
-    """Returns the sums by group, and the group of each kernel: those of equal inputs make one."""
-    # Of a kernel that rows meet on both sides, as tied weights, no one moment decides.
-    both = {use.path for use in uses if use.side == "outputs"}
-    by_path: dict[str, list[Use]] = {}
+def _by_path(uses: list[Use], side: str) -> dict[str, list[Use]]:
+    """Returns the uses of each kernel that rows meet on a side."""
+    found: dict[str, list[Use]] = {}
     for use in uses:
-        if use.path not in both:
-            by_path.setdefault(use.path, []).append(use)
+        if use.side == side:
+            found.setdefault(use.path, []).append(use)
+    return dict(sorted(found.items()))
+
+
+def _total(uses: list[Use], batch: tuple[int, ...]) -> Moment:
+    first, *others = (_stacked(use, batch) for use in uses)
+    return sum(others, first)
+
+
+def _group(uses: list[Use], views: Mapping[str, MatrixView]):
+    """Returns the sums by group, those over rows of the transpose, and the group of each kernel.
+
+    Kernels of equal inputs make a group.
+    """
+    inputs, outputs = (_by_path(uses, side) for side in ("inputs", "outputs"))
+    total = lambda path, found: _total(found, views[path].axes.batch)
+    # The one factor of a thin kernel that is followed does not meet the rows of the transpose.
+    lost = {path for path in outputs if path not in inputs or views[path].is_factored}
     owners, groups, names = {}, {}, []
-    for path, found in sorted(by_path.items()):
+    for path, found in inputs.items():
+        if path in lost:
+            continue
         owner = owners.setdefault(tuple((use.key, use.axes) for use in found), path)
         if owner == path:
-            first, *others = (_stacked(use, axes[path].batch) for use in found)
-            groups[path] = sum(others, first)
+            groups[path] = total(path, found)
         names.append((path, owner))
-    return groups, tuple(names)
+    transposed = {path: total(path, found) for path, found in outputs.items() if path not in lost}
+    return groups, transposed, tuple(names)
 
 
 def _check_finite(state: Mapping[str, tuple[Any, Any]], place: int) -> None:
@@ -170,31 +187,32 @@ class _Program:
         # The one factor of a thin kernel that is followed has the rank for outputs.
         dense = lambda path: not self.views[path].is_factored
         self.turned = {p for p, found in sides.items() if found == {"outputs"} and dense(p)}
-        groups, names = _group(uses, self.axes)
+        groups, transposed, names = _group(uses, self.views)
         self.traced.append(names)
-        return groups, outputs
+        return (groups, transposed), outputs
 
     def _with_gradients(self, key, arguments):
         taps = _taps(self.views)
 
         def project(zeros):
             tapped = {path: tap._replace(zeros=zeros[path]) for path, tap in taps.items()}
-            groups, outputs = self._run(tapped, arguments)
-            return _along_random(key, outputs), groups
+            sums, outputs = self._run(tapped, arguments)
+            return _along_random(key, outputs), sums
 
         zeros = {path: tap.zeros for path, tap in taps.items()}
         return jax.grad(project, has_aux=True)(zeros)[::-1]
 
     def _sums(self, key, *arguments):
-        """Returns the sums over the rows of a batch, by group; and those over gradients."""
+        """Returns the sums over the rows of a batch, of the transpose; and those over gradients."""
         if key is None:
             return self._run({}, arguments)[0], {}
         return self._with_gradients(key, arguments)
 
     def _add(self, totals, key, *arguments):
-        sums = groups, _ = self._sums(key, *arguments)
+        sums = (groups, transposed), _ = self._sums(key, *arguments)
         finite = lambda moment: jnp.isfinite(moment.fourth).all()
-        state = {name: (moment.rows, finite(moment)) for name, moment in groups.items()}
+        count = lambda part: {name: (one.rows, finite(one)) for name, one in part.items()}
+        state = count(groups), count(transposed)
         return jax.tree.map(jnp.add, totals, sums), state
 
 
@@ -231,7 +249,7 @@ def collect(
     program = _Program(function, dict(sorted(views.items())))
     leaves = {path: view.leaf for path, view in program.views.items()}
     totals, count = None, len(batches) if isinstance(batches, Sized) else -1
-    rows: dict[str, Any] = {}
+    rows: tuple[dict[str, Any], ...] = ({}, {})
     waiting = None
     for place, batch in enumerate(batches):
         progress(place, count, "moments")
@@ -247,16 +265,25 @@ def collect(
         waiting = place, state
     _check_traced(program.traced, views)
     names = program.traced[0]
-    rows, (groups, gradients) = _read(rows, waiting), fetch(totals)
-    groups = {name: replace(moment, rows=rows[name]) for name, moment in groups.items()}
+    rows, (sums, gradients) = _read(rows, waiting), fetch(totals)
+    groups, transposed = (
+        {name: replace(moment, rows=known[name]) for name, moment in part.items()}
+        for part, known in zip(sums, rows, strict=True)
+    )
     met = tuple((path, program.views[path].axes) for path, _ in names)
-    return Moments(groups, _to_moments(gradients, rows, names), names, axes=met)
+    gradients = {path: one for path, one in gradients.items() if path not in transposed}
+    gradients = _to_moments(gradients, rows[0], names)
+    return Moments(groups, gradients, names, axes=met, transposed=transposed)
 
 
-def _read(rows: dict[str, Any], waiting: tuple[int, Any] | None) -> dict[str, Any]:
+def _read(rows: tuple[dict[str, Any], ...], waiting: tuple[int, Any] | None):
     """Returns the rows with those of a batch, counted by the host in 64 bits."""
     if waiting is None:
         return rows
     place, state = waiting[0], fetch(waiting[1])
-    _check_finite(state, place)
-    return {n: rows.get(n, 0) + np.asarray(more, np.int64) for n, (more, _) in state.items()}
+    for part in state:
+        _check_finite(part, place)
+    add = lambda old, part: {
+        name: old.get(name, 0) + np.asarray(more, np.int64) for name, (more, _) in part.items()
+    }
+    return tuple(map(add, rows, state))

@@ -29,7 +29,7 @@ def _check_shrinkage(value: Any) -> None:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["groups", "gradients"],
+    data_fields=["groups", "gradients", "transposed"],
     meta_fields=["names", "centred", "shrinkage", "axes"],
 )
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,8 @@ class Moments(Mapping[str, Moment]):
         "ledoit_wolf" estimates it from the number and the spread of the rows.
       axes: Pairs of the path of a kernel and the axes along which it met the rows; empty if they
         are not known.
+      transposed: The sums over the rows that the transpose of a kernel is multiplied with, by path,
+        of kernels that the model uses both ways, such as the table of a tied output layer.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
@@ -65,6 +67,7 @@ class Moments(Mapping[str, Moment]):
     centred: bool = False
     shrinkage: Shrinkage = "ledoit_wolf"
     axes: tuple[tuple[str, KernelAxes], ...] = ()
+    transposed: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `Moment`
 
     def __post_init__(self):
         _check_shrinkage(self.shrinkage)
@@ -83,6 +86,7 @@ class Moments(Mapping[str, Moment]):
         if not isinstance(other, Moments):
             return NotImplemented
         known = set(self.axes) ^ set(other.axes) if self.axes and other.axes else set()
+        known |= {(path,) for path in self.transposed.keys() ^ other.transposed.keys()}
         if self.names != other.names or known:
             strays = min(set(self.names) ^ set(other.names) or known)
             raise ValueError(
@@ -95,16 +99,18 @@ class Moments(Mapping[str, Moment]):
                 "`+` needs moments that both have gradients, or both none: collect both with a "
                 "`key`, or both without."
             )
-        groups, gradients = add(self.groups, other.groups), add(self.gradients, other.gradients)
-        return dataclasses.replace(self, groups=groups, gradients=gradients)
+        parts = ("groups", "gradients", "transposed")
+        sums: Any = {part: add(getattr(self, part), getattr(other, part)) for part in parts}
+        return dataclasses.replace(self, **sums)
 
     def of(self, paths: Collection[str]) -> "Moments":
         """Returns the moments of some kernels; those without moments are passed over."""
         names = tuple((path, group) for path, group in self.names if path in paths)
         groups = {group: self.groups[group] for _, group in names}
-        gradients = {path: one for path, one in self.gradients.items() if path in paths}
+        some = lambda sums: {path: one for path, one in sums.items() if path in paths}
         axes = tuple((path, axes) for path, axes in self.axes if path in paths)
-        changes: Any = {"groups": groups, "gradients": gradients, "names": names, "axes": axes}
+        changes: Any = {"groups": groups, "names": names, "axes": axes}
+        changes |= {"gradients": some(self.gradients), "transposed": some(self.transposed)}
         return dataclasses.replace(self, **changes)
 
     def with_options(
@@ -133,7 +139,12 @@ class Moments(Mapping[str, Moment]):
                 f"`moments` has no rows for {path!r}: give batches in which its layer is called."
             )
         shrinkage = None if isinstance(self.shrinkage, str) else self.shrinkage
-        second = second_moment(moment, centred=centred and self.centred, shrinkage=shrinkage)
+        both = self.transposed.get(path)
+        centred = centred and self.centred and both is None
+        second = second_moment(moment, centred=centred, shrinkage=shrinkage)
+        if both is not None:
+            other = second_moment(both, centred=False, shrinkage=shrinkage)
+            return second._replace(transposed=other)
         if not self.weighs(path):
             return second
         weights = second_moment(self.gradients[path], centred=False, shrinkage=None)

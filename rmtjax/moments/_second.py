@@ -10,7 +10,7 @@ $\quad d^2 = \|S - \mu I\|_F^2$, $\quad b^2 = \frac{1}{N^2} \sum \|x x^T - S\|_F
 Centred, $x - \bar x$ takes the place of $x$.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -27,6 +27,8 @@ class Second(NamedTuple):
       mean: $\bar x$ where the moments are centred, else None.
       weights: $G$, the second moment of the gradients of the model's outputs with respect to the
         outputs of the kernel, shrunk; None if all outputs count alike.
+      transposed: The second moments of the rows that the transpose of the kernel is multiplied
+        with, if the model uses it too; else None.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, rmtjax
@@ -41,6 +43,7 @@ class Second(NamedTuple):
     intensity: Float[np.ndarray, " stack"]
     mean: Float[np.ndarray, "stack m"] | None
     weights: Float[np.ndarray, "stack n n"] | None = None
+    transposed: Any = None  # a `Second` as well
 
 
 def _squared_norm(exact: np.ndarray) -> np.ndarray:

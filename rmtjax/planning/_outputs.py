@@ -84,6 +84,13 @@ def second_of(moments: Moments, view: MatrixView, leaves: Mapping[str, Any]) -> 
             f"one for all, got {len(moment.total)}. Collect the moments with the same `axes`."
         )
     second = moments.second(view.path, centred=bias_of(view, leaves) is not None)
+    both = second.transposed
+    if both is not None and both.exact.shape[-1] != view.columns:
+        raise ValueError(
+            f"`moments` is of another model: the rows that it has for the transpose of "
+            f"{view.path!r} have {both.exact.shape[-1]} entries, and the kernel of shape "
+            f"{view.shape} has {view.columns} outputs."
+        )
     if not np.isfinite(second.exact).all():
         raise ValueError(
             f"`moments` is not finite for {view.path!r}: collect the moments anew, or leave the "
@@ -146,7 +153,7 @@ def refit(
     Returns:
       The factored tree with other right factors, in their dtypes; other left factors of kernels by
       whose transpose the model multiplies. Kernels without factors or without moments stay as they
-      are.
+      are, and so do those that the model uses both ways.
 
     Raises:
       ValueError, TypeError: The trees or the moments do not fit each other.
@@ -170,6 +177,8 @@ def refit(
     for path, view in kernels.items():
         leaf = new.get(path)
         if not isinstance(leaf, Factors) or not isinstance(view, MatrixView):
+            continue
+        if path in moments.transposed:  # what is best for one use is not for the other
             continue
         if kernel_shape(leaf) != view.shape or view.axes.order != tuple(range(len(view.shape))):
             raise ValueError(

@@ -7,6 +7,17 @@ C is not inverted, so it may be singular.
 
 A matrix W becomes `W @ down @ up`, here with `down` $U_r$ and `up` $U_r^T$.
 
+A table $W$ of a tied output layer also multiplies rows with $D = E\,h h^T$ by its transpose. What
+changes of both products, each over its energy, is
+
+$\operatorname{tr}(R^T C R) / \operatorname{tr}(W^T C W)
++ \operatorname{tr}(R D R^T) / \operatorname{tr}(W D W^T)$ for a change R.
+
+Its least has no closed form. In the eigenvectors of C and D an entry of R counts by a sum
+$c_i + d_j$ of their eigenvalues over these energies. The cut takes the product of its geometric
+means over i and over j in the place of it: moments $C'$ with eigenvalues
+$\exp \overline{\log(c_i + d_j)}^j$, and weights G likewise.
+
 With weights $G = T T^T$ of the outputs, $E\,(y - y') G (y - y')^T$ is least for the eigenvectors
 $U_r$ of $T^T W^T C W T$. Then `down` is $T U_r$ and `up` is $U_r^T T^{-1}$.
 """
@@ -25,6 +36,8 @@ from rmtjax.spectra._spectrum import lift, matmul
 
 # Times the largest: what is smaller is the rounding of squares in float64.
 _CLEAR = 1e-7
+# Times the largest: the least weight of an entry, since weights of outputs are inverted.
+_FAINT = 1e-6
 
 
 class OutputLosses(NamedTuple):
@@ -33,7 +46,8 @@ class OutputLosses(NamedTuple):
     By the moments without shrinkage, in float64; NaN if a matrix is not finite.
 
     Attributes:
-      outputs: Mean square of the change of the outputs.
+      outputs: Mean square of the change of the outputs. Of a kernel whose transpose is used too, it
+        is the sum over both uses, each over its energy.
       weighted: As `outputs`, with the weights of the outputs; equal without weights.
       squares: Squared length of the change of the matrix.
     """
@@ -120,8 +134,11 @@ def _from_rank(pairs: np.ndarray, cross: np.ndarray, rest: float) -> np.ndarray:
     return np.maximum(np.append(lost[::-1], 0.0) + rest, 0.0)
 
 
-def _losses(matrix: Any, exact, smooth, weights) -> OutputLosses:
-    """Returns what one matrix loses. The change is a sum over directions, and a rest."""
+def _losses(matrix: Any, exact, smooth, weights, transposed) -> OutputLosses:
+    """Returns what one matrix loses. The change is a sum over directions, and a rest.
+
+    `transposed` is the moment of the rows of the transpose, or None.
+    """
     left, right = _parts(matrix)
     down, up = _directions(matrix, smooth, weights, min(right.shape))
     along, meets = right @ down, _meets(exact, left)
@@ -140,25 +157,66 @@ def _losses(matrix: Any, exact, smooth, weights) -> OutputLosses:
     squares = _from_rank(
         whole.T @ whole * pairs, np.sum(whole.T @ missing * up, axis=1), np.sum(missing**2)
     )
-    weighted = np.append(np.cumsum(np.sum(along * seen, axis=0)[::-1])[::-1], 0.0)
-    return OutputLosses(outputs, weighted, squares)
+    if transposed is None:
+        weighted = np.append(np.cumsum(np.sum(along * seen, axis=0)[::-1])[::-1], 0.0)
+        return OutputLosses(outputs, weighted, squares)
+    met = up @ transposed
+    others = _from_rank(
+        whole.T @ whole * (met @ up.T),
+        np.sum(whole.T @ missing * met, axis=1),
+        np.sum(missing * (missing @ transposed)),
+    )
+    share = lambda lost: lost / lost[0] if lost[0] > 0 else lost
+    outputs = share(outputs) + share(others)
+    return OutputLosses(outputs, np.minimum.accumulate(outputs), squares)
+
+
+def _eigen(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns eigenvalues, and eigenvectors of a moment that is not a diagonal."""
+    return (moment, None) if moment.ndim == 1 else np.linalg.eigh(moment)
+
+
+def _from_eigen(values: np.ndarray, vectors: np.ndarray | None) -> np.ndarray:
+    return values if vectors is None else (vectors * values) @ vectors.T
+
+
+def _for_both(inputs: np.ndarray, outputs: np.ndarray, matrix: np.ndarray):
+    """Returns moments of inputs, and weights of outputs, for a kernel that is used both ways."""
+    energies = np.sum(matrix * _apply(inputs, matrix)), np.sum(matrix * (matrix @ outputs))
+    if not (np.isfinite(energies).all() and min(energies) > 0):
+        return inputs, None  # nothing to weigh one use against the other
+    (rows, left), (columns, right) = (
+        _eigen(moment / energy) for moment, energy in zip((inputs, outputs), energies, strict=True)
+    )
+    sums = rows[:, None] + columns[None, :]
+    logs = np.log(np.maximum(sums, _FAINT * sums.max()))
+    along = np.exp(logs.mean(axis=0) - logs.mean())
+    return _from_eigen(np.exp(logs.mean(axis=1)), left), _from_eigen(along, right)
 
 
 def _members(stack: Any, second: Second):
-    """Yields each matrix of a stack, its exact and its shrunk moment, and its weights."""
-    smooth, weights = shrink(second), second.weights
+    """Yields each matrix of a stack, its exact and its shrunk moment, its weights, and the other.
+
+    The other is the moment of the rows that its transpose is multiplied with, or None.
+    """
+    smooth, weights, both = shrink(second), second.weights, second.transposed
+    turned = None if both is None else shrink(both)
+    # One moment for all members of a stack that have the same inputs.
+    pick: Any = lambda arrays, index: None if arrays is None else arrays[index % len(arrays)]
     for index in range(len(jax.tree.leaves(stack)[0])):
         one = jax.tree.map(lambda array, index=index: array[index], stack)
-        # One moment for all members of a stack that have the same inputs.
-        place = index % len(second.exact)
-        mine = None if weights is None else weights[index % len(weights)]
-        yield one, second.exact[place], smooth[place], mine
+        mine = pick(smooth, index), pick(weights, index)
+        if turned is not None:
+            left, right = _parts(one)
+            whole = right if left is None else left @ right
+            mine = _for_both(mine[0], pick(turned, index), whole)
+        yield one, pick(second.exact, index), *mine, pick(both and both.exact, index)
 
 
 def host_directions(stack: Any, second: Second, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the directions, down (stack, n, r) and up (stack, r, n), by LAPACK in float64."""
     members = _members(stack, second)
-    found = [_directions(one, smooth, mine, rank) for one, _, smooth, mine in members]
+    found = [_directions(one, smooth, mine, rank) for one, _, smooth, mine, _ in members]
     downs, ups = zip(*found, strict=True)
     return np.stack(downs), np.stack(ups)
 
@@ -174,7 +232,12 @@ def host_losses(stack: Any, second: Second) -> OutputLosses:
 def compiled_directions(stack: Any, second: Second, rank: int) -> tuple[Array, Array]:
     """Returns the directions, down and up, in a program, where a kernel is traced."""
     first, *rest = jax.tree.leaves(jax.tree.map(lift, stack))
-    moments: Any = [member[2:] for member in _members(stack, second)]
+    if second.transposed is not None:
+        raise TypeError(
+            "`moments` has both uses of a kernel that the model also multiplies by its transpose. "
+            "How they are weighed depends on its values: cut it outside `jit`."
+        )
+    moments: Any = [member[2:4] for member in _members(stack, second)]
     stacked = lambda arrays: jnp.asarray(np.stack(list(arrays)), jnp.float32)
     roots = stacked(_root(smooth) for smooth, _ in moments)
     thin = roots[..., None] * first if roots.ndim == 2 else matmul(roots, first)

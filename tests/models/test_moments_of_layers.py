@@ -149,12 +149,6 @@ def test_an_embedding_has_the_frequencies_of_its_rows(api):
     assert moment.rows[0] == 12
 
 
-@pytest.mark.parametrize("name", ["linen-Embed", "nnx-Embed", "linen-own layer, registered"])
-def test_kernels_that_rows_meet_on_both_sides_have_no_moments(name):
-    with pytest.raises(ValueError, match="meets none of the kernels"):
-        _ = Measured(name).moments
-
-
 def scanned(tree):
     """The inputs of each of the four layers that a scan applies one after another."""
     kernel, bias, x, rows = *tree, SQUARE[0], []
