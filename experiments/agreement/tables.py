@@ -68,7 +68,8 @@ def study_records(part: str) -> Records:
 def of_study(cell: Cell) -> Records:
     """Returns the study's records of the task of a cell, if its networks were trained so too."""
     parts = {"784-512-512-10": ("memorisation", "elsewhere"), "CNN": ("cnn",)}
-    if cell.asymmetric or cell.optimizer != "SGD":
+    others = cell.asymmetric or cell.pixel_noise or cell.target_noise
+    if others or cell.optimizer != "SGD":
         return []
     for part in parts.get(cell.network, ()):
         found = [

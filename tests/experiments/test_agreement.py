@@ -241,3 +241,5 @@ def test_committed_runs_are_those_of_the_plan():
     planned = {cell.name: cell for cell, _, _ in cells.PLAN}
     assert all(Cell(**one["cell"]) == planned[one["cell"]["name"]] for one in settings)
     assert tables.outcomes_of(cells.CORE, [])  # the study's arms of the same task
+    assert not tables.outcomes_of(cells.REGRESSION, [])
+    assert not tables.outcomes_of(cells.PIXELS, [])
