@@ -16,7 +16,7 @@ from rmtjax._axes import as_pair, FactoredKernel, Factors, is_factors, KernelAxe
 from rmtjax._sharding import by_compiler, place_factors
 from rmtjax._types import Axes, Where
 from rmtjax.lowrank._judge import in_order
-from rmtjax.planning import check_count, find_kernels, map_kernels, obstacle
+from rmtjax.planning import check_chosen, check_count, find_kernels, map_kernels, obstacle
 from rmtjax.spectra import lift, multiply, singular_vectors, split
 
 
@@ -192,7 +192,7 @@ def to_spectral(
       The tree, with the same paths. Leaves that are not replaced are the same objects.
 
     Raises:
-      ValueError: `rank` is not as described.
+      ValueError: `rank` is not as described, or no leaf is chosen as a kernel.
 
     Examples:
       >>> import jax, rmtjax
@@ -207,8 +207,9 @@ def to_spectral(
     """
     if rank is not None:
         check_count("rank", rank)
-    views = {}
-    for path, view in find_kernels(params, where, axes).items():
+    kernels, views = find_kernels(params, where, axes), {}
+    check_chosen(kernels, params, where)
+    for path, view in kernels.items():
         if not isinstance(view, MatrixView) or obstacle(view, 1) or not in_order(view):
             continue
         turned = _spatial_axes(view) if spatial else None

@@ -1,6 +1,7 @@
 """Keeps the looks of `monitor` as plain dictionaries, and as lines of a file."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,22 @@ from jaxtyping import PyTree
 
 from rmtjax.monitoring._state import MonitorState
 from rmtjax.training import metrics
+
+
+def _read(line: str, path: Path) -> dict[str, Any]:
+    """Returns the record of a line; raises ValueError for half of one, as killed programs leave."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`path` {str(path)!r} has a line that is no record, {line[:40]!r}: take it out, or "
+            "give another file."
+        ) from error
+
+
+def _write(number: Any) -> Any:
+    """Returns a number as JSON knows it: None for NaN and infinity."""
+    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 class History:
@@ -22,6 +39,9 @@ class History:
     Args:
       path: A file of JSON lines to which each record is added, and which is read first if it is
         there; None keeps the records in memory alone.
+
+    Raises:
+      ValueError: The file has a line that is no record.
 
     Attributes:
       records: The records, a dictionary for each look.
@@ -43,7 +63,7 @@ class History:
         self.records: list[dict[str, Any]] = []
         if self.path is not None and self.path.exists():
             lines = self.path.read_text().splitlines()
-            self.records = [json.loads(line) for line in lines if line.strip()]
+            self.records = [_read(line, self.path) for line in lines if line.strip()]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -56,7 +76,8 @@ class History:
 
         Args:
           opt_state: The state of the optimizer, on the host side of `jit`.
-          **more: Other numbers of the record, such as `loss=loss`.
+          **more: Other numbers of the record, such as `loss=loss`. One that is not finite is `null`
+            in the file.
 
         Raises:
           ValueError: The state has no `MonitorState`, or several that measure at different steps.
@@ -77,8 +98,9 @@ class History:
             name: getattr(number, "item", lambda n=number: n)() for name, number in numbers.items()
         }
         record = {"step": step, **plain}
-        self.records.append(record)
         if self.path is not None:
+            line = json.dumps({name: _write(number) for name, number in record.items()})
             with self.path.open("a") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.write(line + "\n")
+        self.records.append(record)
         return record

@@ -23,6 +23,7 @@ from rmtjax.planning import (
     find_kernels,
     is_abstract,
     obstacle,
+    to_number,
     warn_if_idle,
 )
 from rmtjax.training import is_due, is_placeholder, map_alike, moving_kernels, register_state
@@ -48,7 +49,7 @@ def _count_loss(state: MonitorState, value: Any) -> tuple[Array, Array]:
     """Returns sum and number of the losses since the last look, with this one if it is finite."""
     if value is None:
         return state.total, state.counted
-    loss = jnp.asarray(value, state.total.dtype)
+    loss = to_number("value", value, state.total.dtype)
     finite = jnp.isfinite(loss)
     return state.total + jnp.where(finite, loss, 0), state.counted + finite.astype(jnp.int32)
 
@@ -105,7 +106,7 @@ def monitor(
 
     Raises:
       ValueError: An option is out of range or a column unknown; or `update` was called without
-        `params` or with a kernel that `init` did not get.
+        `params`, with a kernel that `init` did not get, or with a `value` of several numbers.
 
     Examples:
       >>> import jax, optax, rmtjax

@@ -52,6 +52,7 @@ from rmtjax.planning._options import (
     check_count as check_count,
     check_share as check_share,
     PlanOptions as PlanOptions,
+    to_number as to_number,
 )
 from rmtjax.planning._outputs import along as along, refit as refit
 from rmtjax.planning._plan import (

@@ -178,6 +178,15 @@ def to_predicate(where: Where | None, params: PyTree) -> Callable[[str, Any], bo
     return _from_mask(where, params)
 
 
+def _to_axes(path: str, named: Any) -> KernelAxes:
+    """Returns the axes of a kernel; raises TypeError for what does not name them."""
+    is_list = lambda part: isinstance(part, tuple | list)
+    if not (is_list(named) and len(named) in (2, 3) and all(map(is_list, named))):
+        words = "`axes` must have `rmtjax.KernelAxes` such as `KernelAxes((0,), (1,))`, got"
+        raise TypeError(f"{words} {named!r} for {path!r}.")
+    return KernelAxes(*map(tuple, named))  # lists would not be hashable
+
+
 def _view(path: str, leaf: Any, axes: Axes | None, tree: Neighbours) -> KernelLeaf:
     """Returns a chosen leaf as a matrix, or as it is if nothing makes it one."""
     if is_factors(leaf):
@@ -190,7 +199,7 @@ def _view(path: str, leaf: Any, axes: Axes | None, tree: Neighbours) -> KernelLe
         named = axes[path] if axes and path in axes else guess_axes(path, leaf, tree)
     if named is None:
         return KernelLeaf(path, leaf)
-    return MatrixView(path, leaf, KernelAxes(*map(tuple, named)))  # lists would not be hashable
+    return MatrixView(path, leaf, _to_axes(path, named))
 
 
 def find_kernels(
@@ -234,6 +243,8 @@ def _names(leaves: Mapping[str, Any]) -> str:
 def nothing_chosen(leaves: Mapping[str, Any], where: Where | None = None) -> str:
     """Returns what to say of leaves among which no kernel is chosen, with what has chosen."""
     who = ""
+    if not leaves:
+        return "there are no tensors, and so no kernels."
     if callable(where):
         who = "by the function `where` "
     elif is_patterns(where):

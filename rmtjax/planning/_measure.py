@@ -94,6 +94,9 @@ def _judge(
     levels = levels._replace(num_spikes=jax.vmap(count_above)(spectra, levels.threshold))
     # Without an edge a threshold is a floor, above which pruning had to leave all.
     floored = jnp.where(jnp.isnan(levels.edge), levels.num_spikes, 0)
+    noisy = jax.vmap(above_rounding)(spectra, levels.variance)
+    # Above a bulk of rounding errors stand others of them.
+    shown = jnp.where(noisy | jnp.isnan(levels.edge), levels.num_spikes, 0)
 
     # The directions of factors that a truncation has left are not zero.
     def present(s: Spectrum) -> Bool[Array, " p"]:
@@ -101,8 +104,8 @@ def _judge(
         return there & (jax.vmap(above_rounding, (None, 0))(s, s.eigenvalues) | (not factored))
 
     return {
-        "fits": levels,
-        "noisy": jax.vmap(above_rounding)(spectra, levels.variance),
+        "fits": levels._replace(num_spikes=shown),
+        "noisy": noisy,
         "accepted": jax.vmap(rule.accepts)(spectra, levels),
         "signal": jnp.maximum(jax.vmap(rule)(spectra, levels), floored),
         "populated": jnp.sum(jax.vmap(present)(spectra), axis=1, dtype=jnp.int32),

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from rmtjax._names import matcher
 from rmtjax._types import Axes, BulkFit, check_type, is_patterns, Where
@@ -31,6 +33,13 @@ def check_share(name: str, value: Any, meaning: str, *, below_one: bool = False)
     end, is_number = ")" if below_one else "]", np.asarray(value).dtype.kind in "biuf"
     if not is_number or not (0 <= value < 1 or (value == 1 and not below_one)):
         raise ValueError(f"`{name}` must be in [0, 1{end}, got {value}: the share of {meaning}.")
+
+
+def to_number(name: str, value: Any, dtype: Any) -> Array:
+    """Returns one number as an array without axes; raises ValueError for several."""
+    if jnp.size(value) != 1:
+        raise ValueError(f"`{name}` must be one number, got an array of shape {jnp.shape(value)}.")
+    return jnp.asarray(value, dtype).reshape(())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Decides the rank of each kernel, and gives the reason, before anything is changed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -213,8 +213,8 @@ class TradeOff:
     sizes: Int[np.ndarray, " k"]
     shares: Float[np.ndarray, " k"]
     removed: Float[np.ndarray, " k"]
-    findings: Findings
-    options: PlanOptions
+    findings: Findings = field(repr=False)
+    options: PlanOptions = field(repr=False)
 
     def plan(self, budget: float | Budget) -> Plan:
         """Returns the plan for a size, as `rmtjax.plan` makes it, without measuring again."""

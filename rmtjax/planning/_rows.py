@@ -3,7 +3,7 @@
 import enum
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -42,10 +42,10 @@ class Kept:
     shape: tuple[int, ...]
     axes: KernelAxes | None = None
     rank: int | None = None
-    fit: BulkFit | None = None
-    spectrum: Spectrum | None = None
+    fit: BulkFit | None = field(default=None, compare=False)
+    spectrum: Spectrum | None = field(default=None, compare=False)
     cost: Cost | None = None
-    loss: OutputLosses | None = None
+    loss: OutputLosses | None = field(default=None, compare=False)
     equalized: bool = False
     action = "keep"
     shrink = None
@@ -60,11 +60,11 @@ class _Lowered:
     shape: tuple[int, ...]
     axes: KernelAxes
     rank: int
-    fit: BulkFit
-    spectrum: Spectrum | None = None
+    fit: BulkFit = field(compare=False)
+    spectrum: Spectrum | None = field(default=None, compare=False)
     shrink: Shrink | None = None
     cost: Cost | None = None
-    loss: OutputLosses | None = None
+    loss: OutputLosses | None = field(default=None, compare=False)
     equalized: bool = False
     __repr__ = _brief_row
 
@@ -118,7 +118,8 @@ LayerPlan = Kept | Truncated | Factorized
 class Plan(dict[str, LayerPlan]):
     """A dictionary from the path of each kernel to `Kept`, `Truncated` or `Factorized`.
 
-    `print` shows the reason of each kernel. A notebook shows the first twenty.
+    `print` shows the reason of each kernel. A notebook shows the first twenty. Plans are equal if
+    they do the same for the same reasons: `==` does not compare spectra, noise and losses.
 
     Examples:
       >>> import jax, rmtjax

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from rmtjax._modes import in_usual_modes
-from rmtjax.planning import check_count, is_abstract
+from rmtjax.planning import check_count, is_abstract, path_name, to_number
 from rmtjax.spectra import lift
 from rmtjax.training import is_placeholder
 
@@ -50,7 +50,7 @@ def _is_floating(leaf: Any) -> bool:
 def _record(state: AverageState, value: Any) -> AverageState:
     """Returns the state after a validation loss, which NaN stands for if there is none."""
     # A loss that is infinite is as high as any, and a state is finite.
-    value = jnp.minimum(jnp.asarray(value, jnp.float32).reshape(()), _HIGHEST)
+    value = jnp.minimum(to_number("value", value, jnp.float32), _HIGHEST)
     stalled = value > state.best  # False for NaN
     best = jnp.minimum(state.best, state.recent[0])
     recent = jnp.concatenate([state.recent[1:], value[None]])
@@ -88,7 +88,8 @@ def average_params(
       options as `static_args`).
 
     Raises:
-      ValueError: `patience` is out of range, or `update` was called without `params`.
+      ValueError: `patience` is out of range, or `update` was called without `params` or with a
+        `value` of several numbers.
 
     Examples:
       >>> import jax.numpy as jnp, optax, rmtjax
@@ -154,6 +155,10 @@ def average_params(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    return [(path_name(key), leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def averaged(opt_state: PyTree, params: PyTree) -> PyTree:
     """Returns the mean that `average_params` has of the parameters, in their dtypes.
 
@@ -162,7 +167,8 @@ def averaged(opt_state: PyTree, params: PyTree) -> PyTree:
       params: The parameters after the same update, for their dtypes.
 
     Returns:
-      A tree like `params`; the parameters themselves before the trigger.
+      A tree like `params`; the parameters themselves before the trigger, and where `masked` or
+      `partition` leave them out.
 
     Raises:
       ValueError: `opt_state` does not have one such state, or it is for another tree.
@@ -182,11 +188,17 @@ def averaged(opt_state: PyTree, params: PyTree) -> PyTree:
         )
     # By the order of leaves: in the state of an `nnx.Optimizer` they are in variables of another
     # type.
-    (leaves, structure), means = jax.tree.flatten(params), jax.tree.leaves(states[0].average)
-    if list(map(jnp.shape, leaves)) != list(map(jnp.shape, means)):
+    average = states[0].average
+    leaves, means = _named(params), _named(average)
+    left_out = lambda node: isinstance(node, optax.MaskedNode)
+    if any(map(left_out, jax.tree.leaves(average, is_leaf=left_out))):
+        # What `masked` and `partition` leave out is its own mean.
+        rest = dict(means)
+        means = [(path, rest.pop(path, leaf)) for path, leaf in leaves] + [*rest.items()]
+    if [jnp.shape(leaf) for _, leaf in leaves] != [jnp.shape(mean) for _, mean in means]:
         raise ValueError(
             f"`params` must be the tree that is averaged, with {len(means)} leaves, got "
             f"{len(leaves)} leaves or other shapes."
         )
-    cast = lambda mean, leaf: jnp.asarray(mean).astype(jnp.result_type(leaf))
-    return jax.tree.unflatten(structure, map(cast, means, leaves))
+    cast = lambda mean, leaf: jnp.asarray(mean[1]).astype(jnp.result_type(leaf[1]))
+    return jax.tree.unflatten(jax.tree.structure(params), map(cast, means, leaves))

@@ -75,8 +75,8 @@ class Report:
     plan: Plan
     others: Others = NO_OTHERS
     applied: bool = False
-    findings: Findings | None = None
-    options: PlanOptions | None = None
+    findings: Findings | None = field(default=None, compare=False)
+    options: PlanOptions | None = field(default=None, compare=False)
     extras: Extras = field(default_factory=dict)
     difference: bool = False
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from rmtjax._axes import KernelLeaf, MatrixView
 from rmtjax._types import Axes, Where
-from rmtjax.planning import find_kernels
+from rmtjax.planning import check_chosen, find_kernels
 from rmtjax.sparse._masks import fill, find_floating, Groups, Masks, pick, without_smallest
 
 Density = float | Mapping[str, float]
@@ -207,7 +207,7 @@ def random_mask(
       A mask. Each group keeps round(density * size) entries exactly, and at least one.
 
     Raises:
-      ValueError: An argument is not as described.
+      ValueError: An argument is not as described, or no leaf is chosen as a kernel.
 
     Examples:
       >>> import jax.numpy as jnp, rmtjax
@@ -217,6 +217,7 @@ def random_mask(
       (50, 10)
     """
     check_density(density)
+    check_chosen(find_kernels(params, where), params, where)
     kernels = find_floating(params, where)
     options: Any = {"distribution": distribution, "group": group, "where": where, "axes": axes}
     densities = find_densities(params, density, kernels, **options)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from rmtjax._axes import KernelAxes, matrix_shape, MatrixView
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, Where
-from rmtjax.planning import find_kernels
+from rmtjax.planning import check_chosen, find_kernels
 from rmtjax.sparse._masks import (
     check_pattern,
     fill,
@@ -178,7 +178,7 @@ def nm_mask(
       A mask.
 
     Raises:
-      ValueError: An argument is not as described.
+      ValueError: An argument is not as described, or no leaf is chosen as a kernel.
 
     Examples:
       >>> import jax.numpy as jnp, rmtjax
@@ -189,6 +189,7 @@ def nm_mask(
     check_pattern(pattern)
     if not 0 <= strength < math.inf:
         raise ValueError(f"`strength` must be at least 0 and finite, got {strength}.")
+    check_chosen(find_kernels(params, where), params, where)
     found, kernels = find_grouped(params, pattern, where, axes), find_floating(params, where)
     priors = pick_masks(prior, kernels)
     given = dict.fromkeys(kernels) if inputs is None else pick("inputs", inputs, kernels)

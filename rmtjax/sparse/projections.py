@@ -24,7 +24,7 @@ from rmtjax._axes import MatrixView, native
 from rmtjax._sharding import by_compiler, typed_sharding
 from rmtjax._types import Axes, Where
 from rmtjax.noise import check_rule, ranks
-from rmtjax.planning import check_plan, find_kernels, map_kernels, obstacle, Plan
+from rmtjax.planning import check_chosen, check_plan, find_kernels, map_kernels, obstacle, Plan
 from rmtjax.spectra import as_matrix, compose, decompose, each, from_singular_values, lift
 
 __all__ = [
@@ -312,9 +312,8 @@ def project(
       [[ 1.3333334  0.       ]
        [-1.3333334  1.3333334]]
     """
+    check_chosen(find_kernels(params, where, axes), params, where)
     found = find_projected(params, projection, where, axes)
-    projected = {
-        path: project_kernel(view, function).astype(jax.dtypes.canonicalize_dtype(view.dtype))
-        for path, (view, function) in found.items()
-    }
+    dtype = lambda view: jax.dtypes.canonicalize_dtype(view.dtype)
+    projected = {p: project_kernel(v, f).astype(dtype(v)) for p, (v, f) in found.items()}
     return map_kernels(lambda path, _: projected[path], params, projected)

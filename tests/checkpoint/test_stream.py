@@ -217,6 +217,12 @@ def test_wrong_options_are_refused_and_nothing_is_written(tmp_path, tree, option
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_a_file_without_tensors_is_told(tmp_path):
+    checkpoint.save(tmp_path / "a.safetensors", {})
+    with pytest.raises(ValueError, match=r"^there are no tensors, and so no kernels\.$"):
+        checkpoint.analyze_file(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("name", ["out", "out.st", "out.safetensors.old"])
 def test_the_name_of_the_output_tells_its_format(tmp_path, name):
     path = write(tmp_path / "a.safetensors", {"fc.weight": spiked(0)})

@@ -192,6 +192,32 @@ def test_a_history_keeps_each_look_once_and_reads_its_file(tmp_path):
         history.add(optax.sgd(0.1).init(trees[0]))
 
 
+def test_a_loss_that_is_not_finite_is_null_in_the_file(tmp_path):
+    history = rmtjax.History(tmp_path / "log.jsonl")
+    (state,) = steps(rmtjax.monitor(1, columns=["spikes"]), [{"kernel": noise(0)}])
+    record = history.add(state, loss=jnp.nan, norm=np.inf)
+    assert np.isnan(record["loss"])
+    assert np.isinf(record["norm"])
+    (again,) = rmtjax.History(history.path)
+    assert again == {**record, "loss": None, "norm": None}
+
+
+def test_half_a_line_of_a_history_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    with pytest.raises(ValueError, match=r"log.jsonl' has a line that is no record, '{\"step\": 2"):
+        rmtjax.History(path)
+
+
+def test_a_loss_is_one_number():
+    params, monitor = {"kernel": noise(0)}, rmtjax.monitor(1, columns=["spikes"])
+    state = monitor.init(params)
+    _, seen = monitor.update(params, state, params, value=jnp.ones((1,)))
+    assert seen.loss.shape == seen.total.shape == ()
+    with pytest.raises(ValueError, match=r"`value` must be one number, got .* shape \(3,\)"):
+        monitor.update(params, state, params, value=jnp.ones(3))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -165,6 +165,12 @@ def test_matrices_hold_each_entry_at_its_place_and_go_back(case, random):
     np.testing.assert_array_equal(view.from_matrices(matrices), kernel)
 
 
+def test_an_entry_of_axes_that_names_none_is_refused():
+    for named in ((0, 1), "io", 3):
+        with pytest.raises(TypeError, match=r"`axes` must have `rmtjax.KernelAxes` .* 'a/kernel'"):
+            find_kernels({"a": {"kernel": np.ones((3, 4))}}, axes=lambda *_: named)  # noqa: B023
+
+
 @pytest.mark.parametrize(
     "axes",
     [

@@ -225,6 +225,21 @@ def test_a_plan_has_a_row_for_every_kernel_and_nothing_else():
     assert plan.in_place().cost.parameters_after == before
 
 
+def test_plans_are_equal_if_they_do_the_same():
+    tree = {"kernel": GOOD}
+    plan, again = (rmtjax.plan(tree, rule=Count(3)) for _ in range(2))
+    assert plan == again
+    assert plan != rmtjax.plan(tree, rule=Count(9))
+    assert rmtjax.Report(plan) == rmtjax.Report(again)
+
+
+def test_rounding_errors_do_not_stand_out():
+    report = rmtjax.analyze({"kernel": np.outer(GOOD[:, 0], GOOD[0])})
+    assert report["kernel"].reason == NO_NOISE
+    assert report["kernel"].spikes == 0
+    assert "No direction stands out of the noise." in report.summary
+
+
 def test_a_tree_without_leaves_has_an_empty_plan():
     for params in ({}, {"Dense_0": {}}, {"kernel": None}):
         assert rmtjax.plan(params) == {}

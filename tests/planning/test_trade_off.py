@@ -45,6 +45,11 @@ def test_a_plan_of_the_curve_is_that_of_plan(curve):
     }
 
 
+def test_a_curve_is_shown_without_what_was_measured(curve):
+    assert repr(curve).startswith("TradeOff(sizes=array([14406,")
+    assert "findings" not in repr(curve)
+
+
 def test_a_tree_that_cannot_be_cut_has_one_point():
     curve = rmtjax.trade_off({"kernel": np.ones((2, 3), np.float32)})
     np.testing.assert_array_equal(curve.sizes, [6])

@@ -88,6 +88,28 @@ def test_an_infinity_that_stays_is_its_own_mean():
     assert averaged(state, params)["mask"].tolist() == [0.0, -np.inf]
 
 
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+def test_what_a_wrapper_leaves_out_is_its_own_mean(wrap):
+    params = {"a": {"kernel": jnp.zeros(2), "bias": jnp.zeros(())}, "b": jnp.zeros(3)}
+    inner = average_params(1)
+    if wrap == "masked":
+        optimizer = optax.masked(inner, {"a": {"kernel": True, "bias": False}, "b": False})
+    else:
+        labels = {"a": {"kernel": "mean", "bias": "rest"}, "b": "rest"}
+        optimizer = optax.partition({"mean": inner, "rest": optax.identity()}, labels)
+    state = optimizer.init(params)
+    for loss in (1.0, 2.0, 3.0, 3.0):  # the third is above the first
+        updates = jax.tree.map(jnp.ones_like, params)
+        updates, state = optimizer.update(updates, state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+    mean = averaged(state, params)
+    assert mean["a"]["kernel"].tolist() == [3.5, 3.5]
+    assert float(mean["a"]["bias"]) == 4
+    assert mean["b"].tolist() == [4, 4, 4]
+    with pytest.raises(ValueError, match="`params` must be the tree that is averaged, with 2"):
+        averaged(state, {"w": jnp.ones(3)})
+
+
 def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="`patience` must be an integer of at least 1, got 0"):
         average_params(0)
@@ -95,6 +117,8 @@ def test_wrong_use_is_named():
     state = average_params().init(params)
     with pytest.raises(ValueError, match="`params` must be given"):
         average_params().update(params, state)
+    with pytest.raises(ValueError, match=r"`value` must be one number, got .* shape \(3,\)"):
+        average_params().update(params, state, params, value=jnp.ones(3))
     with pytest.raises(ValueError, match=r"`opt_state` must have one state .* got 2"):
         averaged((state, state), params)
     with pytest.raises(ValueError, match="`params` must be the tree that is averaged, with 1"):

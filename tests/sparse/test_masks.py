@@ -143,9 +143,22 @@ def test_a_tree_without_entries_is_kept(params):
     assert all(leaf.all() for leaf in jax.tree.leaves(mask))
 
 
-def test_a_tree_without_kernels_is_an_error():
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda params: magnitude_mask(params, 0.5),
+        lambda params: rmtjax.sparsity.random_mask(params, 0.5),
+        lambda params: rmtjax.patterns.nm_mask(params, (2, 4)),
+        lambda params: rmtjax.projections.project(params, jnp.sign),
+        lambda params: rmtjax.lowrank.to_spectral(params),
+    ],
+    ids=["magnitude", "random", "pattern", "projection", "spectral"],
+)
+def test_a_tree_without_kernels_is_an_error(call):
     with pytest.raises(ValueError, match="no tensor is chosen as a kernel, of 1 such as 'bias'"):
-        magnitude_mask({"bias": jnp.ones(3)}, 0.5)
+        call({"bias": jnp.ones((8, 4))})
+    with pytest.raises(ValueError, match="no tensor is chosen as a kernel, of 1 such as ''"):
+        call(jnp.ones((8, 4)))
 
 
 def test_an_ensemble_is_masked_member_by_member():
