@@ -163,7 +163,8 @@ def transfer_opt_state(
 
     Fields are known by their names: those of SGD with momentum, Adam, AdamW, AMSGrad, NAdam, Yogi,
     Lion, RMSProp and Adagrad, in any chain and wrapper. Other moments of a factorized kernel raise
-    an error. Transforms of this library go on with the kernels that are left.
+    an error, also the mean of `average_params`: that of a kernel is none of its factors. All other
+    transforms of this library go on with the kernels that are left.
 
     Args:
       opt_state: State of an optimizer of `params`.
