@@ -76,7 +76,7 @@ def held_of(letter):
     return track, Held(params, rates)
 
 
-@pytest.mark.parametrize("letter", tracks.TRACKS)
+@pytest.mark.parametrize("letter", list("abc"))  # the tracks of this arm
 def test_rates_that_are_folded_in_are_those_of_the_expected_masks(letter):
     track, held = held_of(letter)
     x, y = (jnp.asarray(part[:8]) for part in track.load().train)
