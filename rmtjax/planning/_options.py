@@ -38,7 +38,9 @@ def check_share(name: str, value: Any, meaning: str, *, below_one: bool = False)
 def to_number(name: str, value: Any, dtype: Any) -> Array:
     """Returns one number as an array without axes; raises ValueError for several."""
     if jnp.size(value) != 1:
-        raise ValueError(f"`{name}` must be one number, got an array of shape {jnp.shape(value)}.")
+        raise ValueError(
+            f"`{name}` must be one number, got an array of shape {jnp.shape(value)}: give its mean."
+        )
     return jnp.asarray(value, dtype).reshape(())
 
 

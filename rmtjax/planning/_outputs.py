@@ -89,7 +89,7 @@ def second_of(moments: Moments, view: MatrixView, leaves: Mapping[str, Any]) -> 
         raise ValueError(
             f"`moments` is of another model: the rows that it has for the transpose of "
             f"{view.path!r} have {both.exact.shape[-1]} entries, and the kernel of shape "
-            f"{view.shape} has {view.columns} outputs."
+            f"{view.shape} has {view.columns} outputs. Collect the moments with this model."
         )
     if not np.isfinite(second.exact).all():
         raise ValueError(

@@ -32,11 +32,11 @@ pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "neighbours.md"
 FIRST = [0.04023, 0.299869, 0.466616, 0.159717]
 LABELS = [7, 1, 1, 6, 4, 9, 4, 6, 0, 5]
-# All arms on a track, and on the others those that treat a recurrent cell or a convolution alike.
+# All arms on a track, and on others those that treat a recurrent cell or a convolution alike.
 ARMS = [("a", arm.name) for arm in arms.on_track("a")]
 ARMS += [("b", name) for name in ("tensorized, joint", "tensorized, per gate", "SET", "SER")]
-ARMS += [("b", name) for name in ("RMT, guarded", "SVD training", "dynamical low rank")]
-ARMS += [("c", name) for name in ("RMT, guarded", "SVD training", "dynamical low rank")]
+LOW_RANK = "RMT, guarded", "SVD training", "dynamical low rank"
+ARMS += [(letter, name) for letter in "bc" for name in LOW_RANK]
 ARMS += [("c", name) for name in ("operator (MPO)", "state (MPS)", "block terms", "ADMM, bits")]
 ARMS += [("c", "LocalDrop, rates")]  # which drops blocks of a convolution
 ARMS += [("d", name) for name in ("SER", "2:4, SER", "8:16")]
@@ -215,14 +215,10 @@ def test_a_better_order_of_channels_keeps_what_a_network_computes():
     run = lambda params: track.module.apply({"params": params}, x, False)
     np.testing.assert_allclose(run(ordered), run(params), atol=1e-5)  # sums in another order
     for _, after in track.feeds:
-        kept = [
-            np.sum(
-                np.abs(tree[after]["kernel"])
-                * rmtjax.patterns.nm_mask(tree, (2, 4), where=w)[after]["kernel"]
-            )
-            for tree in (params, ordered)
-            for w in [f"{after}/kernel"]
-        ]
+        where = f"{after}/kernel"
+        masks = [rmtjax.patterns.nm_mask(tree, (2, 4), where=where) for tree in (params, ordered)]
+        pairs = zip((params, ordered), masks, strict=True)
+        kept = [np.abs(t[after]["kernel"][m[after]["kernel"]]).sum() for t, m in pairs]
         assert kept[1] > kept[0]
 
 
